@@ -1,0 +1,185 @@
+"""Cityscapes, and every data set that a list of files and a class table describe."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset, Sampler
+
+from utils.cli import UserError
+
+from .labels import ClassTable
+
+OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525}
+
+
+class CityscapesDataset(Dataset):
+    """Images with label maps.
+
+    Without a list, `root/leftImg8bit/<split>/<city>/*_leftImg8bit.png` and
+    `root/gtFine/<split>/<city>/*_gtFine_labelIds.png` are scanned.
+
+    Args:
+        root: folder of the data set.
+        split: `train`, `val` or `test`.
+        data_list: text file of "image label" lines, paths relative to root.
+        classes: `ClassTable`, or the CSV file of one; None for Cityscapes.
+        transform: (image (H, W, 3) uint8, label (H, W) uint8, NumPy Generator) → image, label.
+        seed: of the draws of `transform`.
+
+    An item is {"image": uint8 (3, H, W) RGB, "label": uint8 (H, W) train ids, "name": str}. An index may be
+    a pair (index, entry): the draws of `transform` are a function of (seed, entry) alone, so it does not
+    matter which worker makes the sample. Raises `UserError` where a file or the list is at fault.
+    """
+
+    def __init__(self, root, split="train", data_list=None, classes=None, transform=None, seed=0):
+        self.root = Path(root)
+        self.split = split
+        self.classes = classes if isinstance(classes, ClassTable) else ClassTable.read(*([classes] * bool(classes)))
+        self.transform = transform
+        self.seed = seed
+        if not self.root.is_dir():
+            raise UserError(f"--data-dir {root}: expected a folder, found "
+                            f"{'a file' if self.root.exists() else 'nothing there'}")
+        self.scanned = not data_list
+        self.pairs = _scan(self.root, split) if self.scanned else _read_list(self.root, Path(data_list))
+        self.names = _names([image for image, _ in self.pairs], self.root)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        index, entry = index if isinstance(index, tuple) else (index, index)
+        image_path, label_path = self.pairs[index]
+        image = read_image(image_path)
+        label = read_label(label_path, self.classes)
+        if image.shape[:2] != label.shape:
+            raise UserError(f"{label_path}: expected the size of {image_path}, {_size(image)}, found {_size(label)}")
+        if self.transform is not None:
+            image, label = self.transform(image, label, np.random.default_rng((self.seed, entry)))
+        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+                "label": torch.from_numpy(np.ascontiguousarray(label)),
+                "name": self.names[index]}
+
+    def describe(self):
+        """One line: how many images, and whether that differs from the official split."""
+        text = f"{self.split if self.scanned else 'list'}: {len(self)} images, {self.classes.num_classes} classes"
+        official = OFFICIAL_COUNTS.get(self.split)
+        if self.scanned and official and len(self) != official:
+            text += f" (the official Cityscapes {self.split} split has {official})"
+        return text
+
+
+class EpochSampler(Sampler):
+    """Endless permutations of a data set, one after the other: yields (index, entry) from `start` on.
+
+    Entry e lies in epoch e // length, whose permutation is a function of (seed, epoch).
+
+    Args:
+        length: entries of an epoch.
+        seed: of the permutations.
+        start, stop: first entry, and the one to stop before.
+    """
+
+    def __init__(self, length, seed, start, stop):
+        self.length, self.seed, self.start, self.stop = length, seed, start, stop
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        epoch, order = None, None
+        for entry in range(self.start, self.stop):
+            if entry // self.length != epoch:
+                epoch = entry // self.length
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            yield int(order[entry % self.length]), entry
+
+
+def read_image(path):
+    """File → RGB (H, W, 3) uint8. Raises `UserError`."""
+    return np.asarray(_open(path).convert("RGB"))
+
+
+def read_label(path, classes):
+    """File → train ids (H, W) uint8 by the class table. Raises `UserError`."""
+    ids = np.asarray(_open(path))
+    if ids.ndim != 2:
+        raise UserError(f"{path}: expected a label map with one channel of ids, found {ids.shape[2]} channels")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{path}: expected whole numbers, found {ids.dtype}")
+    if not classes.is_identity and "labelTrainIds" in Path(path).name:
+        raise UserError(f"{path}: expected ids ({classes.source}), found a file of train ids by its name: "
+                        "use *_labelIds.png")
+    train_ids = classes.encode(ids, path)
+    if classes.looks_like_train_ids(ids):
+        warnings.warn(f"{path}: its values look like train ids, but are read as ids ({classes.source}); "
+                      "as ids the map is mostly void", stacklevel=2)
+    return train_ids
+
+
+def _open(path):
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected an image, found no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: expected an image, found a file that is none") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
+
+
+def _scan(root, split):
+    folder = root / "leftImg8bit" / split
+    images = sorted(folder.glob("*/*_leftImg8bit.png"))
+    if not images:
+        raise UserError(f"{folder}: expected <city>/*_leftImg8bit.png in it, found none "
+                        "(--data-list reads other layouts)")
+    pairs = []
+    for image in images:
+        name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+        label = root / "gtFine" / split / image.parent.name / name
+        if not label.is_file():
+            raise UserError(f"{label}: expected the label map of {image}, found no such file")
+        pairs.append((image, label))
+    return pairs
+
+
+def _read_list(root, path):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        parts = line.split("\t") if "\t" in line else line.split()
+        if len(parts) != 2:
+            raise UserError(f"{path}, line {number}: expected \"image label\", found {line.strip()!r}")
+        pair = tuple(root / part.strip() for part in parts)
+        for file in pair:
+            if not file.is_file():
+                raise UserError(f"{path}, line {number}: expected the file {file}, found no such file")
+        pairs.append(pair)
+    if not pairs:
+        raise UserError(f"--data-list {path}: expected lines \"image label\", found an empty list")
+    return pairs
+
+
+def _names(images, root):
+    """File stems; with the folders before them where two images share one."""
+    stems = [image.stem for image in images]
+    if max(Counter(stems).values()) == 1:
+        return stems
+    relative = (image.relative_to(root) if image.is_relative_to(root) else image for image in images)
+    return ["_".join(path.with_suffix("").parts).strip("/") for path in relative]
+
+
+def _size(array):
+    return f"{array.shape[1]}×{array.shape[0]}"

@@ -1,0 +1,137 @@
+"""Class tables: what the ids in a label map mean.
+
+A table is a CSV file with the columns name, id, train_id, red, green, blue and, if wanted, category.
+`id` is what label maps hold, `train_id` the network's channel; -1 or 255 is ignored in training and scores.
+The Cityscapes table is that of cityscapesScripts, helpers/labels.py.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from utils.cli import UserError
+
+IGNORE_INDEX = 255
+CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
+COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
+UNKNOWN = -1
+
+
+class ClassTable:
+    """The classes of a data set.
+
+    Attributes:
+        names: N names, by train id.
+        categories: N category names, by train id; the class's own name where the table has none.
+        ids: (N,) the id that stands for each train id in written label maps (the first of the table).
+        palette: (256, 3) uint8 RGB by train id; black for what is ignored.
+        lookup: id → train id, `IGNORE_INDEX` or `UNKNOWN`; int16.
+    """
+
+    def __init__(self, rows, source="class table"):
+        """rows: dicts with the columns of the file; source: its name, for messages. Raises `UserError`."""
+        self.source = str(source)
+        self.rows = rows
+        evaluated = [row for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)]
+        found = sorted({row["train_id"] for row in evaluated})
+        if not found or found != list(range(len(found))) or len(found) >= IGNORE_INDEX:
+            raise UserError(f"{source}: expected train ids 0 to N-1 without a gap (-1 or 255 to ignore), "
+                            f"N at most 254, found {found}")
+        ids = [row["id"] for row in rows]
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice:
+            raise UserError(f"{source}: expected every id once, found {twice} several times")
+        first = {row["train_id"]: row for row in reversed(evaluated)}
+        classes = [first[train_id] for train_id in found]
+        self.names = [row["name"] for row in classes]
+        self.categories = [row["category"] or row["name"] for row in classes]
+        self.ids = np.array([row["id"] for row in classes])
+        self.palette = np.zeros((256, 3), np.uint8)
+        self.palette[:len(classes)] = [[row["red"], row["green"], row["blue"]] for row in classes]
+        self.lookup = np.full(max(ids) + 1, UNKNOWN, np.int16)
+        for row in rows:
+            if row["id"] >= 0:      # a negative id (license plate) never stands in a label map
+                ignored = row["train_id"] == -1
+                self.lookup[row["id"]] = IGNORE_INDEX if ignored else row["train_id"]
+
+    @classmethod
+    def read(cls, path=CITYSCAPES):
+        """Read a table from a CSV file. Raises `UserError` naming file and line."""
+        rows = []
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+                if missing:
+                    raise UserError(f"{path}: expected the columns {','.join(COLUMNS)}[,category], "
+                                    f"found no {', '.join(missing)}")
+                rows = [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}: expected a class table (CSV), found: {error}") from None
+        return cls(rows, path)
+
+    @property
+    def num_classes(self):
+        return len(self.names)
+
+    def encode(self, ids, name="label map"):
+        """Ids (H, W), any integer dtype → train ids (H, W) uint8.
+
+        Raises `UserError` naming `name` where the table does not know a value.
+        """
+        known = (ids >= 0) & (ids < len(self.lookup))
+        train_ids = self.lookup[np.where(known, ids, 0)]
+        train_ids = np.where(known, train_ids, UNKNOWN)
+        if (train_ids == UNKNOWN).any():
+            self._complain(ids, train_ids, name)
+        return train_ids.astype(np.uint8)
+
+    def decode(self, train_ids):
+        """Train ids (H, W) → ids (H, W), uint8 or, where ids go beyond 255, uint16; ignored ones become 0."""
+        table = np.zeros(256, np.uint8 if self.ids.max() < 256 else np.uint16)
+        table[:self.num_classes] = self.ids
+        return table[train_ids]
+
+    def color(self, train_ids):
+        """Train ids (H, W) → RGB (H, W, 3) uint8."""
+        return self.palette[train_ids]
+
+    def looks_like_train_ids(self, ids):
+        """Whether a map that passes as ids is rather one of train ids: its values all are train ids, no
+        value is an id beyond them, and read as ids it is mostly void."""
+        values, counts = np.unique(ids, return_counts=True)
+        if self.is_identity or values.max() >= self.num_classes:
+            return False
+        return counts[self.lookup[values] == IGNORE_INDEX].sum() > ids.size / 2
+
+    @property
+    def is_identity(self):
+        """Whether every evaluated id is its own train id."""
+        return np.array_equal(self.ids, np.arange(self.num_classes))
+
+    def _complain(self, ids, train_ids, name):
+        unknown = np.unique(ids[train_ids == UNKNOWN])
+        everything = np.unique(ids)
+        hint = ""
+        if not self.is_identity and np.isin(everything, [*range(self.num_classes), IGNORE_INDEX]).all():
+            hint = "; these look like train ids: give the map of ids (Cityscapes: *_labelIds.png)"
+        elif self.is_identity and everything.max() <= 33:
+            hint = "; these look like Cityscapes ids: use its class table, or the map of train ids"
+        raise UserError(f"{name}: expected ids that {self.source} knows, "
+                        f"found {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''}{hint}")
+
+
+def _parse(row, where):
+    numbers = {}
+    for column in COLUMNS[1:]:
+        try:
+            numbers[column] = int(row[column])
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: expected a whole number for {column}, found {row[column]!r}") from None
+    outside = [c for c in ("red", "green", "blue") if not 0 <= numbers[c] <= 255]
+    if outside or numbers["id"] > 65535:
+        column = outside[0] if outside else "id"
+        raise UserError(f"{where}: expected {column} from 0 to {255 if outside else 65535}, "
+                        f"found {numbers[column]}")
+    return {"name": row["name"].strip(), "category": (row.get("category") or "").strip(), **numbers}

@@ -1,0 +1,76 @@
+"""Online hard example mining over pixels. Shrivastava et al., CVPR 2016, in the form segmentation uses."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def keep_hardest(pixel_losses, valid, thres, min_kept):
+    """Which pixels count: those with p ≤ max(thres, k-th smallest p), p the probability of the true class.
+
+    Args:
+        pixel_losses: (P,) cross-entropies, -log p.
+        valid: (P,) bool, False where the label is to be ignored.
+        thres: probability.
+        min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
+
+    Returns:
+        (P,) bool.
+    """
+    # In the order of losses: largest first. Ignored pixels sort last.
+    limit = pixel_losses.new_tensor(-math.log(thres) if thres > 0 else math.inf)
+    if min_kept > 0:
+        ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
+        k = min(min_kept, len(ranked))
+        limit = torch.minimum(limit, ranked.kthvalue(len(ranked) - k + 1).values)
+    # Not "≥": a loss that is not a number must reach the sum and be seen.
+    return ~(pixel_losses < limit) & valid
+
+
+class OhemCrossEntropy(nn.Module):
+    """Mean cross-entropy over the hardest pixels of a call. Runs on the device, without a host copy.
+
+    Args:
+        thres: pixels whose true class has at most this probability always count.
+        min_kept: never fewer than this many pixels of this call (or all that are valid).
+        ignore_index: label of pixels that do not count.
+    """
+
+    def __init__(self, thres=0.7, min_kept=100000, ignore_index=255):
+        super().__init__()
+        self.thres = thres
+        self.min_kept = min_kept
+        self.ignore_index = ignore_index
+
+    def sums(self, logits, labels):
+        """logits (B, N, H, W), labels (B, H, W) → (sum of the kept losses, number of kept pixels)."""
+        return masked_cross_entropy(
+            logits, labels, self.ignore_index,
+            lambda losses, valid: keep_hardest(losses, valid, self.thres, self.min_kept))
+
+    def forward(self, logits, labels):
+        """logits (B, N, H, W), labels (B, H, W) of any integer dtype → scalar; 0 if every pixel is ignored."""
+        total, count = self.sums(logits, labels)
+        return total / count.clamp(min=1)
+
+
+def masked_cross_entropy(logits, labels, ignore_index, select=None):
+    """Sum of the pixels' cross-entropies and the number of pixels in it.
+
+    Args:
+        logits: (B, N, H, W).
+        labels: (B, H, W), any integer dtype.
+        ignore_index: label that does not count.
+        select: (losses (P,), valid (P,)) → (P,) bool, the pixels to count; None for every valid one.
+
+    Returns:
+        (scalar of the logits' dtype, scalar int64), both on the device of the logits.
+    """
+    labels = labels.long()
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").flatten()
+    valid = (labels != ignore_index).flatten()
+    kept = valid if select is None else select(losses, valid)
+    # where, not a product: 0 · inf would be nan.
+    return torch.where(kept, losses, 0).sum(), kept.sum()

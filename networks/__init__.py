@@ -1,0 +1,84 @@
+"""Networks by name. This is the only place that knows sizes."""
+
+from functools import partial
+
+from torch import nn
+
+from libs.abn import NORMS
+
+from .acfnet import ACFNet, BaseNet, auxiliary_head
+from .aspp import ASPP
+from .eca import ECA
+from .resnet import BasicBlock, Bottleneck, ResNet
+
+# ECA kernel sizes of stages 1 to 4 are those of the files that ECANet released.
+BACKBONES = {
+    "eca_resnet18": {"block": BasicBlock, "depths": (2, 2, 2, 2), "eca_kernels": (3, 5, 7, 7)},
+    "eca_resnet50": {"block": Bottleneck, "depths": (3, 4, 6, 3), "eca_kernels": (3, 5, 7, 7)},
+    "eca_resnet101": {"block": Bottleneck, "depths": (3, 4, 23, 3), "eca_kernels": (3, 3, 5, 7)},
+    "resnet18": {"block": BasicBlock, "depths": (2, 2, 2, 2), "eca_kernels": None},
+    "resnet50": {"block": Bottleneck, "depths": (3, 4, 6, 3), "eca_kernels": None},
+    "resnet101": {"block": Bottleneck, "depths": (3, 4, 23, 3), "eca_kernels": None},
+}
+STEMS = {"7x7": None, "64-64-128": (64, 64, 128), "32-32-64": (32, 32, 64)}
+ACTIVATIONS = {"leaky_relu": partial(nn.LeakyReLU, 0.01, inplace=True), "relu": partial(nn.ReLU, inplace=True)}
+# What each model is: context between backbone and heads, and whether the ACF module follows.
+MODELS = {
+    "acfnet": {"context": "aspp", "acf": True},
+    "acfnet_resnet": {"context": "conv", "acf": True},
+    "base": {"context": "aspp", "acf": False},
+}
+
+
+def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="7x7",
+                   average_downsample=False, eca_kernels=None, output_stride=8):
+    """The `ResNet` of that name. `eca_kernels`: k of stages 1 to 4, instead of the released ones."""
+    if activation == "relu" and norm != "bn":
+        raise ValueError("activation relu: expected norm bn, found "
+                         f"{norm}: an in-place norm cannot recover its input from a ReLU's output")
+    block, depths, released = BACKBONES[backbone].values()
+    if eca_kernels is not None and released is None:
+        raise ValueError(f"eca_kernels: {backbone} has no channel attention")
+    kernels = eca_kernels or released
+    attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
+    return ResNet(block, depths, norm_maker(norm, activation), ACTIVATIONS[activation], attention,
+                  STEMS[stem], average_downsample, output_stride)
+
+
+def norm_maker(norm, activation):
+    """`make(channels, activation=...)` → a norm with the network's activation, or with the one named."""
+    return lambda channels, activation=activation: NORMS[norm](channels, activation=activation)
+
+
+def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm="inplace_abn",
+                  activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
+                  output_stride=8):
+    """Build a network by name.
+
+    Args:
+        model: a key of `MODELS`: `acfnet` (ASPP), `acfnet_resnet` (3×3 convolution), `base` (no ACF).
+        num_classes: N.
+        backbone: a key of `BACKBONES`.
+        norm: `inplace_abn` or `bn`.
+        activation: `leaky_relu` (slope 0.01), or `relu` with norm `bn`.
+        stem: a key of `STEMS`.
+        average_downsample: average pooling in the shortcuts that stride.
+        eca_kernels: k of stages 1 to 4; None for the released ones.
+        output_stride: 8 or 16.
+
+    Returns:
+        nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
+        h = ceil(H / output_stride). Evaluation: {"fine", "coarse"}. `base` has no "coarse".
+    """
+    trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride)
+    make_norm = norm_maker(norm, activation)
+    *_, stage3, stage4 = trunk.channels
+    channels = stage4 // 4          # 512 for a ResNet-101, as in the paper; 128 for a ResNet-18
+    if MODELS[model]["context"] == "aspp":
+        context = ASPP(stage4, channels, make_norm)
+    else:
+        context = nn.Sequential(nn.Conv2d(stage4, channels, 3, padding=1, bias=False), make_norm(channels))
+    aux = auxiliary_head(stage3, stage3 // 2, num_classes, make_norm)
+    if MODELS[model]["acf"]:
+        return ACFNet(trunk, context, channels, num_classes, aux, key_channels=channels)
+    return BaseNet(trunk, context, channels, num_classes, aux)

@@ -1,0 +1,96 @@
+"""The attentional class feature module. Zhang et al., ACFNet, ICCV 2019, arXiv 1909.09408, section 3.
+
+Symbols of the paper: N classes, F the feature map (C×H×W), P the coarse probabilities (N×H×W), C' the key
+channels. The paper draws, for every image,
+
+    F' = conv1x1(F)                                           CCB, class center block
+    F_class[i] = sum_j P[i, j] F'[:, j] / sum_j P[i, j]       the center of class i, over pixels j
+    F_a[:, j] = sum_i P[i, j] F_class[i]                      CAB, class attention block
+    F'_a = conv1x1(F_a)
+
+Everything after P is linear in F, and the weights of a mean sum to one, as do the probabilities of a pixel.
+So the order may be exchanged exactly: pool first and convolve N centers instead of H·W pixels. F' and F_a
+never exist.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ClassCenterBlock(nn.Module):
+    """CCB: one feature vector a class (section 3.2). `conv` is plain, with bias, as drawn."""
+
+    def __init__(self, in_channels, key_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, key_channels, 1)
+
+    def forward(self, features, coarse_logits):
+        """features (B, C, H, W), coarse_logits (B, N, H, W) → class centers (B, N, C')."""
+        # P divided by its class mass is the softmax over pixels of log P. That form needs no epsilon: a
+        # class with no mass anywhere gets the plain mean of all pixels.
+        shares = coarse_logits.flatten(2).log_softmax(dim=1).softmax(dim=2)    # (B, N, HW)
+        pooled = torch.einsum("bnj,bcj->bnc", shares, features.flatten(2))     # (B, N, C)
+        return conv1x1_on_vectors(self.conv, pooled)
+
+
+class ClassAttentionBlock(nn.Module):
+    """CAB: every pixel takes the centers in the proportions P (section 3.3). `conv` is plain, with bias."""
+
+    def __init__(self, key_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(key_channels, key_channels, 1)
+
+    def forward(self, centers):
+        """Class centers (B, N, C') → convolved centers (B, N, C'), whose mixture by P is F'_a."""
+        return conv1x1_on_vectors(self.conv, centers)
+
+
+class ACFModule(nn.Module):
+    """Class centers and per-pixel attention to them.
+
+    Inputs are raised to float32 at least, also under autocast; float64 stays float64.
+
+    Args:
+        in_channels: C.
+        key_channels: C'.
+    """
+
+    def __init__(self, in_channels, key_channels=512):
+        super().__init__()
+        self.ccb = ClassCenterBlock(in_channels, key_channels)
+        self.cab = ClassAttentionBlock(key_channels)
+
+    def class_centers(self, features, coarse_logits):
+        """features (B, C, H, W), coarse_logits (B, N, H, W) → F_class (B, N, C')."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.ccb(at_least_float32(features), at_least_float32(coarse_logits))
+
+    def convolved_centers(self, features, coarse_logits):
+        """As `class_centers`, followed by CAB's convolution: (B, N, C')."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.cab(self.class_centers(features, coarse_logits))
+
+    def forward(self, features, coarse_logits):
+        """features (B, C, H, W), coarse_logits (B, N, H, W) → F'_a (B, C', H, W), in full size.
+
+        The network never calls this: it classifies the centers instead (`networks.acfnet`).
+        """
+        return mix(self.convolved_centers(features, coarse_logits), coarse_logits)
+
+
+def mix(vectors, coarse_logits):
+    """Per-class vectors (B, N, K), coarse_logits (B, N, H, W) → their mixture by P (B, K, H, W)."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        probabilities = at_least_float32(coarse_logits).softmax(dim=1)
+        return torch.einsum("bnk,bnhw->bkhw", vectors, probabilities)
+
+
+def conv1x1_on_vectors(conv, vectors):
+    """Apply the 1×1 convolution `conv` to vectors (B, N, C) → (B, N, C')."""
+    bias = None if conv.bias is None else conv.bias.to(vectors.dtype)
+    return F.linear(vectors, conv.weight[:, :, 0, 0].to(vectors.dtype), bias)
+
+
+def at_least_float32(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,55 @@
+"""Weights from files into a network, with an account of every tensor."""
+
+import torch
+
+from utils.cli import UserError
+
+
+def load_weights(network, content, name):
+    """Copy what fits from a file's content into a network; say what became of the tensors.
+
+    Accepted: a snapshot of ours, or a state dict (also under `state_dict`, also with the prefix `module.`)
+    of a whole network or of a ResNet with torchvision's names. Tensors whose name or shape has no
+    counterpart are left out.
+
+    Args:
+        network: of `build_network`.
+        content: what the file holds.
+        name: the file's name, for messages.
+
+    Returns:
+        A sentence that counts loaded, initialised and ignored tensors. Raises `UserError` when less than
+        half of the backbone's values come from the file.
+    """
+    found = _state_dict(content, name)
+    target = network.state_dict()
+    renamed = {key if key in target else f"backbone.{key}": value for key, value in found.items()}
+    fitting = {key: value for key, value in renamed.items() if key in target and value.shape == target[key].shape}
+    counted = {key: value for key, value in target.items() if not key.endswith("num_batches_tracked")}
+    backbone = [key for key in counted if key.startswith("backbone.")]
+    values = sum(counted[key].numel() for key in backbone)
+    loaded = sum(counted[key].numel() for key in backbone if key in fitting)
+    if loaded < values / 2:
+        raise UserError(f"{name}: expected weights of this network or its backbone, found {len(fitting)} fitting "
+                        f"tensors of {len(found)}: {loaded / values:.0%} of the backbone's values")
+    network.load_state_dict(fitting, strict=False)
+    fresh = [key for key in counted if key not in fitting]
+    ignored = [key for key in renamed if key not in fitting]
+    return (f"{name}: loaded {len([key for key in fitting if key in counted])} tensors "
+            f"({loaded / values:.1%} of the backbone); {len(fresh)} keep their initial values{_some(fresh)}; "
+            f"{len(ignored)} of the file have no place here{_some(ignored)}")
+
+
+def _state_dict(content, name):
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{name}: expected named tensors (a state dict), found none")
+    return {key.removeprefix("module."): value for key, value in content.items()
+            if isinstance(value, torch.Tensor)}
+
+
+def _some(keys):
+    return f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""

@@ -1,0 +1,168 @@
+"""Dilated residual networks, with or without channel attention.
+
+He et al., CVPR 2016 (ResNet); Yu, Koltun, Funkhouser, CVPR 2017 (dilated stages); He et al., CVPR 2019,
+figure 2 (deep stem, average-pool downsampling). Norm, activation and attention are passed in.
+Names of sub-modules follow torchvision, so that its files load without renaming.
+"""
+
+from torch import nn
+
+
+def conv3x3(in_channels, out_channels, stride=1, dilation=1):
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+def conv1x1(in_channels, out_channels, stride=1):
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and the shortcut (He et al. 2016, figure 5 left).
+
+    Args:
+        in_channels, width: channels of the input and of the convolutions; the output has width channels.
+        stride: of the first convolution.
+        first_dilation, dilation: of the first and the second 3×3 convolution.
+        norm: `norm(channels, activation=None)` makes a norm followed by the network's activation, or by
+            the one that is named.
+        activation: makes the module that follows the addition.
+        attention: `attention(channels)` makes what scales the branch before the addition, or None.
+        downsample: module of the shortcut, or None for the identity.
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels, width, stride, first_dilation, dilation, norm, activation, attention,
+                 downsample):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, width, stride, first_dilation)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, dilation=dilation)
+        self.bn2 = norm(width, activation="identity")
+        self.eca = attention(width) if attention else None
+        self.downsample = downsample
+        self.activation = activation()
+
+    def branch(self, x):
+        x = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(x))
+
+    def forward(self, x):
+        """x (B, in_channels, H, W) → (B, width · expansion, ceil(H/stride), ceil(W/stride))."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.branch(x)
+        if self.eca is not None:
+            x = self.eca(x)
+        return self.activation(x + shortcut)
+
+
+class Bottleneck(BasicBlock):
+    """1×1, 3×3 and 1×1 convolution and the shortcut (He et al. 2016, figure 5 right); stride in the 3×3.
+
+    Arguments as in `BasicBlock`; `first_dilation` is that of the 3×3 convolution and `dilation` is unused
+    here, because the block has no second one. The output has 4 · width channels.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels, width, stride, first_dilation, dilation, norm, activation, attention,
+                 downsample):
+        nn.Module.__init__(self)
+        self.conv1 = conv1x1(in_channels, width)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, stride, first_dilation)
+        self.bn2 = norm(width)
+        self.conv3 = conv1x1(width, width * self.expansion)
+        self.bn3 = norm(width * self.expansion, activation="identity")
+        self.eca = attention(width * self.expansion) if attention else None
+        self.downsample = downsample
+        self.activation = activation()
+
+    def branch(self, x):
+        x = self.bn1(self.conv1(x))
+        x = self.bn2(self.conv2(x))
+        return self.bn3(self.conv3(x))
+
+
+class ResNet(nn.Module):
+    """Stem and four stages; the last ones dilated instead of strided.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        depths: blocks of stages 1 to 4.
+        norm, activation: as in `BasicBlock`.
+        attention: `attention(channels, stage)` makes the attention of a block of stage 0 to 3, or None.
+        stem_widths: None for one 7×7 convolution, else the channels of three 3×3 convolutions:
+            (64, 64, 128) in the CSAIL files, (32, 32, 64) in timm's "d" networks.
+        average_downsample: 2×2 average pooling and a 1×1 convolution in shortcuts that stride.
+        output_stride: 8 or 16, or 32 for no dilation: input size over size of the last stage.
+    """
+
+    def __init__(self, block, depths, norm, activation, attention=None, stem_widths=None,
+                 average_downsample=False, output_stride=8):
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output stride: expected 8, 16 or 32, found {output_stride}")
+        self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
+        if stem_widths is None:
+            stem_out = 64
+            self.conv1 = nn.Conv2d(3, stem_out, 7, stride=2, padding=3, bias=False)
+        else:
+            first, second, stem_out = stem_widths
+            self.conv1 = nn.Sequential(conv3x3(3, first, stride=2), norm(first),
+                                       conv3x3(first, second), norm(second),
+                                       conv3x3(second, stem_out))
+        self.bn1 = norm(stem_out)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        in_channels, reached, dilation = stem_out, 4, 1
+        for stage, (width, depth) in enumerate(zip((64, 128, 256, 512), depths, strict=True)):
+            stride = 1 if stage == 0 else 2
+            # The first block of a dilated stage keeps the dilation before it: it reads the grid of the
+            # previous stage (as torchvision does).
+            first_dilation = dilation
+            if reached * stride > output_stride:
+                dilation, stride = dilation * stride, 1
+            reached *= stride
+            blocks = []
+            for index in range(depth):
+                stride, first_dilation = (stride, first_dilation) if index == 0 else (1, dilation)
+                out_channels = width * block.expansion
+                downsample = None
+                if stride != 1 or in_channels != out_channels:
+                    downsample = _downsample(in_channels, out_channels, stride, norm, average_downsample)
+                attend = (lambda channels, stage=stage: attention(channels, stage)) if attention else None
+                blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm, activation,
+                                    attend, downsample))
+                in_channels = out_channels
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        _initialise(self)
+
+    def forward(self, images):
+        """images (B, 3, H, W) → [stage 1, 2, 3, 4], each (B, channels[i], h, w).
+
+        At output stride 8, h = ceil(H/4) for stage 1 and ceil(H/8) for the others.
+        """
+        x = self.maxpool(self.bn1(self.conv1(images)))
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+
+def _downsample(in_channels, out_channels, stride, norm, average):
+    layers = []
+    if average:
+        # ceil_mode, and no counting of what lies outside: odd sizes come out as from a strided convolution.
+        layers = [nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1
+                  else nn.Identity()]
+        stride = 1
+    return nn.Sequential(*layers, conv1x1(in_channels, out_channels, stride),
+                         norm(out_channels, activation="identity"))
+
+
+def _initialise(network):
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

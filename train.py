@@ -1,0 +1,261 @@
+"""Train ACFNet.
+
+The paper's setting, four GPUs:
+
+    python train.py --data-dir CITYSCAPES --random-mirror --random-scale --restore-from dataset/WEIGHTS.pth \
+        --gpu 0,1,2,3 --learning-rate 1e-2 --input-size 769,769 --weight-decay 1e-4 --batch-size 8 \
+        --num-steps 60000
+
+With OHEM add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
+Go on after an interruption: the same command and --resume
+"""
+
+import argparse
+import math
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dataset.cityscapes import CityscapesDataset, EpochSampler
+from dataset.labels import ClassTable
+from dataset.transforms import train_transform
+from libs.abn import NORMS
+from loss.criterion import SegmentationCriterion, upsample
+from networks import ACTIVATIONS, BACKBONES, MODELS, build_network
+from networks.pretrained import load_weights
+from utils import checkpoint, cli, visualize
+from utils.cli import UserError
+from utils.distributed import select_devices
+from utils.inference import Normalization
+from utils.logger import RunLog
+
+AMP = {"off": None, "bf16": torch.bfloat16}
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description="Train ACFNet.", epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", required=True, help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir; "
+                      "without it the folder is scanned")
+    data.add_argument("--split", default="train", help="split to scan (train)")
+    data.add_argument("--classes", help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
+    data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
+    data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
+    data.add_argument("--random-scale", action="store_true", help="scale samples by 0.5 to 2.0")
+    data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W", help="crop, pixels (769,769)")
+    data.add_argument("--batch-size", type=cli.positive(int), default=8, help="images a step, over all devices (8)")
+    data.add_argument("--num-workers", type=cli.not_negative(int), default=2, help="processes that read samples (2)")
+    data.add_argument("--random-seed", type=cli.not_negative(int), default=1234, help="of everything random (1234)")
+
+    net = parser.add_argument_group("network")
+    net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: with ASPP; acfnet_resnet: without; "
+                     "base: ASPP without ACF (acfnet)")
+    net.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101", help="(eca_resnet101)")
+    net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
+    net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu", help="relu needs --norm bn (leaky_relu)")
+    net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from; without it, random ones")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--learning-rate", type=cli.positive(float), default=1e-2, help="of the first step (1e-2)")
+    optim.add_argument("--momentum", type=cli.not_negative(float), default=0.9, help="of SGD (0.9)")
+    optim.add_argument("--weight-decay", type=cli.not_negative(float), default=1e-4, help="(1e-4)")
+    optim.add_argument("--power", type=cli.not_negative(float), default=0.9, help="of the poly rate (0.9)")
+    optim.add_argument("--num-steps", type=cli.positive(int), default=60000, help="(60000)")
+    optim.add_argument("--ohem", type=int, choices=(0, 1), default=0, help="1: the fine loss counts hard pixels only (0)")
+    optim.add_argument("--ohem-thres", type=cli.probability, default=0.7,
+                       help="a pixel whose class has at most this probability is hard (0.7)")
+    optim.add_argument("--ohem-keep", type=cli.positive(int), default=100000,
+                       help="pixels kept at least, for every two images of the batch (100000)")
+
+    run = parser.add_argument_group("machine")
+    run.add_argument("--gpu", help="ids such as 0,1,2,3, or cpu; default: all visible GPUs, else the CPU")
+    run.add_argument("--parallel", choices=("dp", "none"), default="dp",
+                     help="dp: nn.DataParallel over --gpu; none: the first of them only (dp)")
+    run.add_argument("--amp", choices=AMP, default="off", help="mixed precision (off)")
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--snapshot-dir", default="snapshots", help="(snapshots)")
+    out.add_argument("--save-pred-every", type=cli.positive(int), default=5000, help="steps between snapshots (5000)")
+    out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
+    out.add_argument("--panel-every", type=cli.positive(int), default=500, help="steps between TensorBoard pictures (500)")
+    out.add_argument("--resume", nargs="?", const="newest", metavar="FILE",
+                     help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
+    return parser
+
+
+class NetworkWithLoss(nn.Module):
+    """The part of a step that runs on every device: uint8 images and labels in, sums and counts out.
+
+    Its outputs are a row a device, so `nn.DataParallel` gathers scalars and no logits.
+    """
+
+    def __init__(self, network, criterion, normalization, autocast):
+        super().__init__()
+        self.network, self.criterion = network, criterion
+        self.normalization, self.autocast = normalization, autocast
+
+    def forward(self, images, labels):
+        """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) int64 of T terms."""
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            outputs = self.network(self.normalization(images))
+        sums = self.criterion.sums(outputs, labels)
+        return (torch.stack([total for total, _ in sums.values()])[None],
+                torch.stack([count for _, count in sums.values()])[None])
+
+
+def poly_rate(base, step, num_steps, power):
+    """base · (1 - step / num_steps) ^ power, step from 0."""
+    return base * (1 - step / num_steps) ** power
+
+
+def snapshot(network, optimizer, step, config):
+    """What a snapshot holds: tensors and plain values only, so that it loads with `weights_only=True`."""
+    return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}, "step": step,
+            "rng": {"torch": torch.get_rng_state()}, "config": config}
+
+
+def draw_panel(network, normalization, sample, classes, device):
+    """Image, truth and the result of each head, side by side: (H, W · pictures, 3) uint8."""
+    network.eval()
+    with torch.no_grad():
+        outputs = network(normalization(sample["image"][None].to(device)))
+    network.train()
+    truth = sample["label"].numpy()
+    maps = [upsample(outputs[name], truth.shape).argmax(1)[0].cpu().numpy() for name in ("coarse", "fine")
+            if name in outputs]
+    image = sample["image"].permute(1, 2, 0).numpy()
+    return visualize.panel([image, classes.color(truth), *(classes.color(m) for m in maps)])
+
+
+def resume(path, folder, network, optimizer, config):
+    """Restore a run; returns the number of steps done. `path` is a file, or "newest" for that of the folder."""
+    if path == "newest":
+        found = checkpoint.snapshots(folder)
+        if not found:
+            print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
+            return 0
+        path = found[-1][1]
+    content = checkpoint.load_snapshot(path)
+    different = [key for key in config["network"] if content["config"]["network"].get(key) != config["network"][key]]
+    if different:
+        raise UserError(f"--resume {path}: expected a run with the same network, found another "
+                        f"{', '.join(different)}: {[content['config']['network'].get(key) for key in different]}")
+    network.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["rng"]["torch"])
+    print(f"resumed {path}, {content['step']} steps done")
+    return content["step"]
+
+
+def check(args, devices, classes):
+    """Refuse what cannot work, before anything is read or written. Raises `UserError`."""
+    if args.batch_size % len(devices):
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {len(devices)} devices "
+                        "that share it")
+    if args.num_classes not in (None, classes.num_classes):
+        raise UserError(f"--num-classes {args.num_classes}: expected the {classes.num_classes} classes of "
+                        f"{classes.source}")
+    if args.activation == "relu" and args.norm != "bn":
+        raise UserError(f"--activation relu: expected --norm bn with it, found --norm {args.norm}")
+    if args.restore_from and len(args.restore_from) > 1:
+        raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
+                        f"a pattern?): {' '.join(args.restore_from)}")
+    existing = checkpoint.snapshots(args.snapshot_dir)
+    if existing and not args.resume:
+        raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
+                        f"go on, found {existing[-1][1]}")
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    devices = select_devices(args.gpu)
+    devices = devices if args.parallel == "dp" else devices[:1]
+    device = devices[0]
+    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
+    check(args, devices, classes)
+    torch.manual_seed(args.random_seed)
+
+    scale_range = (0.5, 2.0) if args.random_scale else None
+    transform = train_transform(args.input_size, scale_range, args.random_mirror)
+    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, transform, args.random_seed)
+    print(dataset.describe())
+
+    shape = {"model": args.model, "num_classes": classes.num_classes, "backbone": args.backbone,
+             "norm": args.norm, "activation": args.activation}
+    normalization = Normalization()
+    config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
+              "input_size": list(args.input_size), "arguments": vars(args) | {"input_size": list(args.input_size)}}
+    network = build_network(**shape).to(device)
+    criterion = SegmentationCriterion(ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep)
+    optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
+                                weight_decay=args.weight_decay)
+    if args.restore_from:
+        print(load_weights(network, checkpoint.load(args.restore_from[0]), args.restore_from[0]))
+    elif not args.resume:
+        print("no --restore-from: the network starts from random weights")
+    start = resume(args.resume, args.snapshot_dir, network, optimizer, config) if args.resume else 0
+
+    module = NetworkWithLoss(network, criterion, normalization, AMP[args.amp])
+    if len(devices) > 1:
+        print(f"{len(devices)} GPUs share each batch; batch norm uses the statistics of each part alone")
+        module = nn.DataParallel(module, device_ids=devices)
+    sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size)
+    loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers,
+                        pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0)
+    train(module, network, criterion, optimizer, loader, device, start, config, args.num_steps, args.learning_rate,
+          args.power, args.snapshot_dir, args.save_pred_every, args.log_every, args.panel_every,
+          lambda: draw_panel(network, normalization, dataset[0], classes, device))
+
+
+def train(module, network, criterion, optimizer, loader, device, start, config, num_steps, learning_rate, power,
+          folder, save_every, log_every, panel_every, panel):
+    """The loop. Steps count from 1; the snapshot of step t holds what t steps made."""
+    log = RunLog(folder, num_steps, start)
+    network.train()
+    names = [name for name in criterion.weights if hasattr(network, name)]
+    window, waited, images_done = time.monotonic(), 0.0, 0
+    batches = iter(loader)
+    for step in range(start + 1, num_steps + 1):
+        asked = time.monotonic()
+        batch = next(batches)
+        waited += time.monotonic() - asked
+
+        rate = poly_rate(learning_rate, step - 1, num_steps, power)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums, counts = module(batch["image"].to(device, non_blocking=True),
+                              batch["label"].to(device, non_blocking=True))
+        terms = dict(zip(names, sums.sum(0) / counts.sum(0).clamp(min=1), strict=True))
+        loss = criterion.total(terms)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        images_done += len(batch["image"])
+        log.step()
+
+        if step % log_every == 0 or step == num_steps:
+            values = {"lr": rate, "loss": loss.item()} | {f"loss_{name}": term.item() for name, term in terms.items()}
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"step {step}: expected a finite loss, found {values}; images: "
+                                f"{', '.join(batch['name'])}; a lower --learning-rate may help")
+            now = time.monotonic()
+            values["images_per_second"] = images_done / (now - window)
+            values["seconds_data"] = waited
+            values["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            log.metric(step, values)
+            window, waited, images_done = now, 0.0, 0
+        if step % panel_every == 0 or step == num_steps:
+            log.picture("image | truth | coarse | fine", panel(), step)
+        if step % save_every == 0 or step == num_steps:
+            path = f"{folder}/{checkpoint.NAME.format(step=step)}"
+            checkpoint.save(path, snapshot(network, optimizer, step, config))
+            log.say(f"saved {path}")
+    log.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

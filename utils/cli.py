@@ -1,0 +1,71 @@
+"""What both command lines share: errors that are one sentence, and flag types."""
+
+import argparse
+import re
+import sys
+
+
+class UserError(Exception):
+    """The user's input is at fault. The message is one sentence naming file or flag, expected and found."""
+
+
+def run(main):
+    """Call `main()`; a `UserError` is printed as one sentence and ends the process with status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def sentence(error):
+    """The message of a `UserError`, also where a worker process of a DataLoader wrapped it in its traceback."""
+    *_, last = re.split(r"UserError: ", str(error))
+    return last.strip()
+
+
+def size(text):
+    """Flag type: "H,W" or one number for both → (height, width) in pixels."""
+    try:
+        values = [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2) or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH in pixels, such as 769,769, found {text!r}")
+    return (values[0], values[-1])
+
+
+def positive(number):
+    """Flag type: `positive(int)` or `positive(float)` parses a number above 0."""
+    def parse(text):
+        value = _number(number, text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+        return value
+    return parse
+
+
+def not_negative(number):
+    """Flag type: `not_negative(int)` or `not_negative(float)` parses a number of at least 0."""
+    def parse(text):
+        value = _number(number, text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
+        return value
+    return parse
+
+
+def probability(text):
+    """Flag type: a number from 0 to 1."""
+    value = _number(float, text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
+
+
+def _number(number, text):
+    try:
+        return number(text)
+    except ValueError:
+        kind = "a whole number" if number is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {kind}, found {text!r}") from None

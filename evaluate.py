@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
@@ -27,6 +26,7 @@ from utils import checkpoint, cli, visualize
 from utils.cli import UserError
 from utils.distributed import select_devices
 from utils.inference import Normalization, SlidingPredictor, round_window
+from utils.logger import progress
 from utils.metrics import ConfusionMatrix
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -38,7 +38,8 @@ def get_parser():
     parser = argparse.ArgumentParser(description="Score a snapshot.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", required=True, help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    data.add_argument("--data-dir", required=True,
+                      help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir")
     data.add_argument("--split", default="val", help="split to scan (val)")
     data.add_argument("--classes", help="class table (CSV); default: the one the snapshot was trained with")
@@ -95,7 +96,7 @@ def evaluate(predictor, dataset, folder, kinds, num_workers):
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
     with ThreadPoolExecutor(2) as writers:
         written = []
-        for item in tqdm(loader, desc="evaluating", unit="image", mininterval=1):
+        for item in progress(loader, "evaluating", "image", len(dataset)):
             image = item["image"].permute(1, 2, 0)
             results = predictor.predict(image)
             for protocol, heads in results.items():

@@ -38,11 +38,13 @@ def get_parser():
     parser = argparse.ArgumentParser(description="Train ACFNet.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", required=True, help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    data.add_argument("--data-dir", required=True,
+                      help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir; "
                       "without it the folder is scanned")
     data.add_argument("--split", default="train", help="split to scan (train)")
-    data.add_argument("--classes", help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
+    data.add_argument("--classes",
+                      help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
     data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
     data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
     data.add_argument("--random-scale", action="store_true", help="scale samples by 0.5 to 2.0")
@@ -56,7 +58,8 @@ def get_parser():
                      "base: ASPP without ACF (acfnet)")
     net.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101", help="(eca_resnet101)")
     net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
-    net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu", help="relu needs --norm bn (leaky_relu)")
+    net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
+                     help="relu needs --norm bn (leaky_relu)")
     net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from; without it, random ones")
 
     optim = parser.add_argument_group("optimisation")
@@ -65,7 +68,8 @@ def get_parser():
     optim.add_argument("--weight-decay", type=cli.not_negative(float), default=1e-4, help="(1e-4)")
     optim.add_argument("--power", type=cli.not_negative(float), default=0.9, help="of the poly rate (0.9)")
     optim.add_argument("--num-steps", type=cli.positive(int), default=60000, help="(60000)")
-    optim.add_argument("--ohem", type=int, choices=(0, 1), default=0, help="1: the fine loss counts hard pixels only (0)")
+    optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
+                       help="1: only hard pixels count in the fine loss (0)")
     optim.add_argument("--ohem-thres", type=cli.probability, default=0.7,
                        help="a pixel whose class has at most this probability is hard (0.7)")
     optim.add_argument("--ohem-keep", type=cli.positive(int), default=100000,
@@ -79,9 +83,11 @@ def get_parser():
 
     out = parser.add_argument_group("results")
     out.add_argument("--snapshot-dir", default="snapshots", help="(snapshots)")
-    out.add_argument("--save-pred-every", type=cli.positive(int), default=5000, help="steps between snapshots (5000)")
+    out.add_argument("--save-pred-every", type=cli.positive(int), default=5000,
+                     help="steps between snapshots (5000)")
     out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
-    out.add_argument("--panel-every", type=cli.positive(int), default=500, help="steps between TensorBoard pictures (500)")
+    out.add_argument("--panel-every", type=cli.positive(int), default=500,
+                     help="steps between TensorBoard pictures (500)")
     out.add_argument("--resume", nargs="?", const="newest", metavar="FILE",
                      help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
     return parser
@@ -205,7 +211,8 @@ def main(argv=None):
         module = nn.DataParallel(module, device_ids=devices)
     sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size)
     loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0)
+                        pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
+                        generator=torch.Generator())    # a generator of its own: dropout's stays what was resumed
     train(module, network, criterion, optimizer, loader, device, start, config, args.num_steps, args.learning_rate,
           args.power, args.snapshot_dir, args.save_pred_every, args.log_every, args.panel_every,
           lambda: draw_panel(network, normalization, dataset[0], classes, device))
@@ -249,7 +256,7 @@ def train(module, network, criterion, optimizer, loader, device, start, config, 
             log.metric(step, values)
             window, waited, images_done = now, 0.0, 0
         if step % panel_every == 0 or step == num_steps:
-            log.picture("image | truth | coarse | fine", panel(), step)
+            log.picture("image_truth_coarse_fine", panel(), step)
         if step % save_every == 0 or step == num_steps:
             path = f"{folder}/{checkpoint.NAME.format(step=step)}"
             checkpoint.save(path, snapshot(network, optimizer, step, config))

@@ -1,5 +1,6 @@
 """Cityscapes, and every data set that a list of files and a class table describe."""
 
+import argparse
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
+from utils import cli
 from utils.cli import UserError
 
 from .labels import ClassTable
@@ -183,3 +185,17 @@ def _names(images, root):
 
 def _size(array):
     return f"{array.shape[1]}×{array.shape[0]}"
+
+
+def main():
+    """What lies in a folder: counts of each split, and whether its first pair can be read."""
+    parser = argparse.ArgumentParser(description="Say what a Cityscapes folder holds.")
+    parser.add_argument("data_dir", help="folder with leftImg8bit/ and gtFine/")
+    for split in ("train", "val"):
+        dataset = CityscapesDataset(parser.parse_args().data_dir, split)
+        item = dataset[0]
+        print(f"{dataset.describe()}; the first is {item['label'].shape[1]}×{item['label'].shape[0]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -16,9 +16,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from utils import cli
+from utils.logger import progress
 
 from .labels import ClassTable
 
@@ -58,6 +58,10 @@ class Scene:
         return np.stack([self.center + self.focal * x / z,
                          self.horizon + self.focal * (CAMERA_HEIGHT - y) / z], axis=1)
 
+    def fixed(self, points):
+        """Points (n, 3) → pixels (n, 2) in sixteenths, as OpenCV draws them with shift=4."""
+        return np.round(np.clip(self.project(points), -3e4, 3e4) * 16).astype(np.int32)
+
     def in_haze(self, color, z):
         """Colours (..., 3) as seen over z metres."""
         clear = np.exp(-np.asarray(z, float) / self.haze_range)[..., None]
@@ -73,8 +77,7 @@ class Scene:
     def polygon(self, points, color, name=None, instance=None):
         """Fill a polygon; with no name it only paints, and what it lies on keeps its label."""
         points = np.asarray(points, float).reshape(-1, 3)
-        pixels = np.clip(self.project(points), -3e4, 3e4)
-        fixed = np.round(pixels * 16).astype(np.int32)
+        fixed = self.fixed(points)
         shade = np.clip(self.in_haze(color, points[:, 2].mean()), 0, 255)
         cv2.fillPoly(self.image, [fixed], shade.tolist(), shift=4)
         if name is not None:
@@ -100,7 +103,7 @@ class Scene:
         points = np.stack([x + half_width * np.cos(angle), 0 * angle,
                            np.maximum(z + half_length * np.sin(angle), 1)], axis=1)
         mask = np.zeros(self.ids.shape, np.uint8)
-        cv2.fillPoly(mask, [np.round(np.clip(self.project(points), -3e4, 3e4) * 16).astype(np.int32)], 1, shift=4)
+        cv2.fillPoly(mask, [self.fixed(points)], 1, shift=4)
         mask = mask.astype(bool)
         self.image[mask] = (self.image[mask] * strength).astype(np.uint8)
 
@@ -474,7 +477,8 @@ def draw_person(scene, x, z):
     stride = scene.rng.uniform(0.03, 0.3)
     legs = scene.color(25, 150, 0.5)
     for foot in (-stride, stride):
-        scene.bar(x, z, (foot * scale, 0.0), (foot * 0.25 * scale, 0.86 * scale), 0.17 * scale, legs, "person", instance)
+        scene.bar(x, z, (foot * scale, 0.0), (foot * 0.25 * scale, 0.86 * scale), 0.17 * scale, legs, "person",
+                  instance)
         scene.bar(x, z, ((foot - 0.05) * scale, 0.04), ((foot + 0.12) * scale, 0.04), 0.08, (35, 30, 28), "person",
                   instance)
     _torso(scene, x, z, 0.80 * scale, scale, "person", instance, lean=0.0, reach=scene.rng.uniform(-0.25, 0.25))
@@ -503,8 +507,7 @@ def _wheel(scene, x, z, middle, radius, name, instance, tyre):
     """A wheel seen from the side: the whole disc is labelled, only tyre and spokes are painted."""
     angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    pixels = np.clip(scene.project([(x + middle + p[0] * radius, radius + p[1] * radius, z) for p in ring]), -3e4, 3e4)
-    fixed = np.round(pixels * 16).astype(np.int32)
+    fixed = scene.fixed([(x + middle + p[0] * radius, radius + p[1] * radius, z) for p in ring])
     cv2.fillPoly(scene.ids, [fixed], IDS[name], shift=4)
     cv2.fillPoly(scene.instances, [fixed], instance, shift=4)
     for a, b in zip(ring, np.roll(ring, -1, axis=0), strict=True):
@@ -856,7 +859,7 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
     jobs = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         tasks = [pool.submit(write_scene, out, split, index, size, seed) for split, index in jobs]
-        for task in tqdm(tasks, desc=f"drawing {out}", unit="scene", mininterval=1, disable=None):
+        for task in progress(tasks, f"drawing {out}", "scene"):
             task.result()
 
 
@@ -866,7 +869,7 @@ def main():
     parser.add_argument("--train", type=cli.not_negative(int), default=200, help="training scenes (200)")
     parser.add_argument("--val", type=cli.not_negative(int), default=50, help="validation scenes (50)")
     parser.add_argument("--size", type=cli.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other streets (0)")
+    parser.add_argument("--seed", type=cli.not_negative(int), default=0, help="other seeds draw other streets (0)")
     args = parser.parse_args()
     write_dataset(args.out, args.train, args.val, args.size, args.seed)
     print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.size[1]}×{args.size[0]}")

@@ -13,6 +13,8 @@ So the order may be exchanged exactly: pool first and convolve N centers instead
 never exist.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,12 +65,12 @@ class ACFModule(nn.Module):
 
     def class_centers(self, features, coarse_logits):
         """features (B, C, H, W), coarse_logits (B, N, H, W) → F_class (B, N, C')."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return self.ccb(at_least_float32(features), at_least_float32(coarse_logits))
 
     def convolved_centers(self, features, coarse_logits):
         """As `class_centers`, followed by CAB's convolution: (B, N, C')."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return self.cab(self.class_centers(features, coarse_logits))
 
     def forward(self, features, coarse_logits):
@@ -81,7 +83,7 @@ class ACFModule(nn.Module):
 
 def mix(vectors, coarse_logits):
     """Per-class vectors (B, N, K), coarse_logits (B, N, H, W) → their mixture by P (B, K, H, W)."""
-    with torch.autocast(vectors.device.type, enabled=False):
+    with without_autocast(vectors):
         probabilities = at_least_float32(coarse_logits).softmax(dim=1)
         return torch.einsum("bnk,bnhw->bkhw", vectors, probabilities)
 
@@ -94,3 +96,9 @@ def conv1x1_on_vectors(conv, vectors):
 
 def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def without_autocast(x):
+    """A context in which operations on the device of `x` keep their dtype."""
+    kind = x.device.type        # "meta" tensors have sizes alone, and no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

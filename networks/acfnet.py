@@ -1,10 +1,9 @@
 """ACFNet and its base network. Zhang et al., ICCV 2019, arXiv 1909.09408, figure 2."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .acf import ACFModule, at_least_float32, mix
+from .acf import ACFModule, at_least_float32, mix, without_autocast
 
 DROPOUT = 0.1  # whole channels, before each classifier (ours: the paper does not say)
 
@@ -77,7 +76,7 @@ class ACFNet(BaseNet):
             weight = weight * self.dropout(kept).flatten(1)[:, None]          # (B, N, C' + C)
         weight_a, weight_f = weight.split([centers.shape[2], features.shape[1]], dim=2)
 
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             center_logits = centers @ weight_a.to(centers.dtype).transpose(1, 2)   # (B, N centers, N logits)
         from_centers = mix(center_logits, coarse)                                  # (B, N, h, w)
         from_features = _classify(features, weight_f, self.fine.bias)

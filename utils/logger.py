@@ -65,6 +65,22 @@ class RunLog:
         self.board.close()
 
 
+def progress(iterable, what, unit, total=None, every=10.0):
+    """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds."""
+    total = len(iterable) if total is None else total
+    if sys.stderr.isatty():
+        yield from tqdm(iterable, desc=what, unit=unit, total=total, dynamic_ncols=True)
+        return
+    started = said = time.monotonic()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > every or done == total:
+            said = now
+            print(f"{what}: {done}/{total} {unit}s, {_duration((now - started) / done * (total - done))} left",
+                  flush=True)
+
+
 def _duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

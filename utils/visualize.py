@@ -68,7 +68,7 @@ def iou_chart(path, class_iou, palette):
     axes.scatter(np.full(len(names), -2), np.arange(len(names)), marker="s", s=40, clip_on=False,
                  c=np.asarray(palette[:len(names)]) / 255)
     axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", pad=12, length=0)
+    axes.tick_params(axis="y", pad=20, length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
     axes.set_xlabel("IoU, %")

@@ -1,0 +1,52 @@
+"""Parameters and multiply-accumulates of each part of a network.
+
+    python -m tests.benchmarks.macs [--model acfnet] [--backbone eca_resnet101] [--size 769,769]
+
+MACs are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
+"""
+
+import argparse
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from networks import BACKBONES, MODELS, build_network
+from utils import cli
+
+
+def count(network, size, training=False):
+    """{part: (parameters, MACs of one image of that size)}; "acf and fine" is what the ACF part adds."""
+    network = network.to("meta").train(training)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 3, *size, device="meta"))
+    flops = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
+    root = type(network).__name__
+    parts = {}
+    for name, module in network.named_children():
+        macs = flops.get(f"{root}.{name}", 0) // 2
+        parameters = sum(p.numel() for p in module.parameters())
+        if parameters and (training or name != "aux"):
+            parts[name] = (parameters, macs)
+    inside = sum(macs for _, macs in parts.values())
+    if "acf" in parts:      # the heads call its layers as functions, so the counter books them on the network
+        parameters = parts.pop("acf")[0] + parts.pop("fine")[0]
+        parts["acf and fine"] = (parameters, flops["Global"] // 2 - inside)
+    return parts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="acfnet")
+    parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
+    parser.add_argument("--size", type=cli.size, default=(769, 769))
+    args = parser.parse_args()
+    parts = count(build_network(args.model, backbone=args.backbone), args.size)
+    total = [sum(column) for column in zip(*parts.values(), strict=True)]
+    print(f"{args.model}, {args.backbone}, one image of {args.size[0]}×{args.size[1]}, evaluation")
+    print(f"{'part':<14}{'parameters, M':>15}{'MACs, G':>12}{'share of MACs':>16}")
+    for name, (parameters, macs) in [*parts.items(), ("all", total)]:
+        print(f"{name:<14}{parameters / 1e6:>15.3f}{macs / 1e9:>12.3f}{macs / total[1]:>16.3%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.streets import write_dataset
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def streets(tmp_path_factory):
+    """A small drawn data set: 9 training and 5 validation scenes of 256×128."""
+    root = tmp_path_factory.mktemp("streets")
+    write_dataset(root, train=9, val=5, size=(128, 256), seed=3, workers=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def camvid():
+    if not (SHARED / "camvid").is_dir():
+        pytest.skip("needs the shared CamVid images, which are not part of the project")
+    return SHARED / "camvid"
+
+
+@torch.no_grad()
+def randomise(module):
+    """Give every parameter and buffer a random value, so that no tensor can be swapped or left out unseen."""
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith(("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight", "norm.weight")):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.ndim == 1 and tensor.is_floating_point():
+            tensor.normal_(std=0.2)
+        elif tensor.is_floating_point():
+            tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Everything that decides whether a change lands: the linter, then the tests. Words go to pytest.
+set -euo pipefail
+cd "$(dirname "$(realpath "$0")")/.."
+. utils/environment.sh
+choose_python requirements.txt tests/requirements.txt
+"$PYTHON" -m ruff check .
+"$PYTHON" -m pytest --durations=12 "$@"

@@ -1,0 +1,124 @@
+"""The command lines, frozen; and the README's own lines through the parsers."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from utils import cli
+from utils.cli import UserError
+from utils.distributed import select_devices
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = """activation amp backbone batch-size classes data-dir data-list gpu help input-size learning-rate log-every
+model momentum norm num-classes num-steps num-workers ohem ohem-keep ohem-thres panel-every parallel power
+random-mirror random-scale random-seed restore-from resume save-pred-every snapshot-dir split weight-decay"""
+EVALUATE = """amp batch-size classes data-dir data-list flip gpu help input-size no-flip num-workers output-dir overlap
+overwrite restore-from save scales split whole"""
+
+
+def flags(parser):
+    return {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+
+
+@pytest.mark.parametrize("script, names", [(train, TRAIN), (evaluate, EVALUATE)], ids=["train", "evaluate"])
+def test_flags_are_these(script, names):
+    assert flags(script.get_parser()) == {f"--{name}" for name in names.split()}
+
+
+@pytest.mark.parametrize("script", [train, evaluate], ids=["train", "evaluate"])
+def test_every_flag_is_used_and_documented(script):
+    source = Path(script.__file__).read_text()
+    for action in script.get_parser()._actions:
+        assert action.help
+        if action.dest != "help":
+            assert f"args.{action.dest}" in source, action.dest
+
+
+def test_defaults_are_the_published_numbers():
+    args = train.get_parser().parse_args(["--data-dir", "x"])
+    assert (args.learning_rate, args.weight_decay, args.momentum, args.power) == (1e-2, 1e-4, 0.9, 0.9)
+    assert (args.input_size, args.batch_size, args.num_steps) == ((769, 769), 8, 60000)
+    assert (args.ohem, args.ohem_thres, args.ohem_keep) == (0, 0.7, 100000)
+    assert (args.random_scale, args.random_mirror) == (False, False)
+    assert (args.model, args.backbone, args.norm) == ("acfnet", "eca_resnet101", "inplace_abn")
+    args = evaluate.get_parser().parse_args(["--data-dir", "x", "--restore-from", "y"])
+    assert tuple(args.scales) == (0.75, 1.0, 1.25, 1.5, 1.75, 2.0) and args.flip and args.overlap == 1 / 3
+
+
+SEED = """
+python train.py --data-dir ${YOUR_CS_PATH} --random-mirror --random-scale --restore-from ./dataset/***.pth \
+  --gpu 0,1,2,3 --learning-rate 1e-2 --input-size 769,769 --weight-decay 1e-4 --batch-size 8 --num-steps 60000
+python train.py --data-dir ${YOUR_CS_PATH} --random-mirror --random-scale --restore-from ./dataset/***.pth \
+  --gpu 0,1,2,3 --learning-rate 1e-2 --input-size 769,769 --weight-decay 1e-4 --batch-size 8 --num-steps 60000 \
+  --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
+python evaluate.py --data-dir ${YOUR_CS_PATH} --restore-from snapshots/CS_scenes_60000.pth --gpu 0
+"""
+
+
+def commands(text):
+    """Lines "python train.py ..." and "python evaluate.py ..." of a text, continuation lines joined."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    return re.findall(r"^\s*python (train|evaluate)\.py (.+)$", joined, re.M)
+
+
+@pytest.mark.parametrize("source", ["seed", "README.md", "train.py", "evaluate.py"])
+def test_documented_commands_parse(source):
+    text = SEED if source == "seed" else (ROOT / source).read_text()
+    found = commands(text)
+    assert len(found) >= 2 or source == "train.py"
+    for script, line in found:
+        parser = {"train": train, "evaluate": evaluate}[script].get_parser()
+        words = [re.sub(r"\$\{?\w+\}?", "/data", word) for word in shlex.split(line, comments=True)]
+        parser.parse_args(words)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--input-size", "0,5"], "expected HEIGHT,WIDTH"),
+    (["--input-size", "a"], "expected HEIGHT,WIDTH"),
+    (["--batch-size", "0"], "expected a number above 0"),
+    (["--batch-size", "2.5"], "expected a whole number"),
+    (["--learning-rate", "nan"], "expected a number above 0"),
+    (["--ohem-thres", "1.5"], "expected a number from 0 to 1"),
+    (["--num-workers", "-1"], "expected a number of at least 0"),
+    (["--backbone", "vgg"], "invalid choice"),
+])
+def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.get_parser().parse_args(["--data-dir", "x", *words])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words[0] in error and message in error
+
+
+def test_one_number_is_both_sides():
+    assert cli.size("769") == (769, 769) == cli.size("769,769") and cli.size("256x512") == (256, 512)
+
+
+@pytest.mark.parametrize("gpu", ["99", "0,0", "x", "-1"])
+def test_gpus_that_do_not_exist(gpu):
+    with pytest.raises(UserError, match="--gpu"):
+        select_devices(gpu)
+
+
+def test_no_gpu_is_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert [d.type for d in select_devices(None)] == ["cpu"] == [d.type for d in select_devices("cpu")]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [d.index for d in select_devices(None)] == [0, 1, 2] and [d.index for d in select_devices("2,0")] == [2, 0]
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_user_errors_are_one_line_without_a_traceback(script, tmp_path):
+    words = ["--data-dir", str(tmp_path / "nowhere"), "--gpu", "cpu", "--restore-from", "a.pth"]
+    words += ["--snapshot-dir", str(tmp_path / "s")] if script == "train.py" else []
+    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+    assert "expected" in done.stderr and "found" in done.stderr
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,157 @@
+"""Samples: what is read, and how a bad file is named."""
+
+import re
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dataset.cityscapes import CityscapesDataset, EpochSampler
+from dataset.transforms import train_transform
+from utils.cli import UserError, sentence
+
+TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two images with labels, a list and a table, in a folder of their own."""
+    for name in ("a", "b"):
+        Image.fromarray(np.random.default_rng(0).integers(256, size=(6, 8, 3)).astype(np.uint8)).save(
+            tmp_path / f"{name}.png")
+        Image.fromarray(np.full((6, 8), 2, np.uint8)).save(tmp_path / f"{name}_label.png")
+    (tmp_path / "list.txt").write_text("a.png a_label.png\n\nb.png b_label.png\n")
+    (tmp_path / "classes.csv").write_text(TABLE)
+    return tmp_path
+
+
+def open_own(root):
+    return CityscapesDataset(root, data_list=root / "list.txt", classes=root / "classes.csv")
+
+
+def test_streets_are_scanned_and_items_are_as_documented(streets):
+    dataset = CityscapesDataset(streets, "train")
+    assert len(dataset) == 9
+    item = dataset[4]
+    assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 128, 256)
+    assert item["label"].dtype == torch.uint8 and item["label"].shape == (128, 256)
+    assert item["name"] == "drawn_000004_000019_leftImg8bit"
+    stem = streets / "leftImg8bit/train/drawn/drawn_000004_000019_leftImg8bit.png"
+    assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(Image.open(stem)))
+    assert dataset.describe() == "train: 9 images, 19 classes (the official Cityscapes train split has 2975)"
+
+
+def test_a_list_and_a_table_describe_any_data_set(own):
+    dataset = open_own(own)
+    assert dataset.describe() == "list: 2 images, 2 classes"
+    assert (dataset[0]["label"] == 1).all() and dataset.names == ["a", "b"]
+
+
+def test_names_that_repeat_carry_their_folders(own):
+    for folder in ("x", "y"):
+        (own / folder).mkdir()
+        shutil.copy(own / "a.png", own / folder / "0.png")
+    (own / "list.txt").write_text("x/0.png a_label.png\ny/0.png a_label.png\n")
+    assert open_own(own).names == ["x_0", "y_0"]
+
+
+def test_the_sample_of_an_entry_is_the_same_in_every_worker(streets):
+    transform = train_transform((65, 65))
+    dataset = CityscapesDataset(streets, "train", transform=transform, seed=5)
+    sampler = EpochSampler(len(dataset), 5, 0, 24)
+    loaded = [list(DataLoader(dataset, 4, sampler=sampler, num_workers=workers)) for workers in (0, 2)]
+    late = list(DataLoader(dataset, 4, sampler=EpochSampler(len(dataset), 5, 12, 24)))
+    for a, b in zip(loaded[0], loaded[1], strict=True):
+        assert a["name"] == b["name"] and torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+    for a, b in zip(loaded[0][3:], late, strict=True):
+        assert a["name"] == b["name"] and torch.equal(a["image"], b["image"])
+    other = CityscapesDataset(streets, "train", transform=transform, seed=6)
+    assert not torch.equal(other[0, 0]["image"], dataset[0, 0]["image"])
+    assert not torch.equal(dataset[0, 9]["image"], dataset[0, 0]["image"])
+
+
+def test_every_epoch_is_another_permutation():
+    entries = list(EpochSampler(7, 3, 0, 21))
+    assert [entry for _, entry in entries] == list(range(21))
+    epochs = [[index for index, _ in entries[k:k + 7]] for k in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def spoil(own, what):
+    if what == "no list":
+        (own / "list.txt").unlink()
+    elif what == "empty list":
+        (own / "list.txt").write_text("\n\n")
+    elif what == "one word":
+        (own / "list.txt").write_text("a.png a_label.png\nb.png\n")
+    elif what == "no image":
+        (own / "b.png").unlink()
+    elif what == "not an image":
+        (own / "b.png").write_text("hello")
+    elif what == "truncated":
+        whole = (own / "b.png").read_bytes()
+        (own / "b.png").write_bytes(whole[:len(whole) // 2])
+    elif what == "other size":
+        Image.fromarray(np.full((6, 7), 2, np.uint8)).save(own / "b_label.png")
+    elif what == "unknown id":
+        Image.fromarray(np.full((6, 8), 9, np.uint8)).save(own / "b_label.png")
+    elif what == "colours":
+        Image.fromarray(np.full((6, 8, 3), 2, np.uint8)).save(own / "b_label.png")
+
+
+@pytest.mark.parametrize("what, message", [
+    ("no list", r"--data-list .*list.txt: expected a text file"),
+    ("empty list", r"list.txt: expected lines \"image label\", found an empty list"),
+    ("one word", r"list.txt, line 2: expected \"image label\", found 'b.png'"),
+    ("no image", r"list.txt, line 3: expected the file .*b.png, found no such file"),
+    ("not an image", r"b.png: expected an image, found a file that is none"),
+    ("truncated", r"b.png: expected an image, found one that cannot be read"),
+    ("other size", r"b_label.png: expected the size of .*b.png, 8×6, found 7×6"),
+    ("unknown id", r"b_label.png: expected ids that .*classes.csv knows, found 9$"),
+    ("colours", r"b_label.png: expected a label map with one channel of ids, found 3 channels"),
+])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_is_one_sentence_also_from_a_worker(own, what, message, workers):
+    spoil(own, what)
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(open_own(own), num_workers=workers))
+    assert "\n" not in sentence(caught.value)
+    assert re.search(message, sentence(caught.value)), sentence(caught.value)
+
+
+def test_missing_folders_are_named(tmp_path, streets):
+    with pytest.raises(UserError, match="--data-dir .*nowhere: expected a folder, found nothing there"):
+        CityscapesDataset(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"leftImg8bit/train: expected <city>/\*_leftImg8bit.png in it, found none"):
+        CityscapesDataset(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(streets, copy)
+    next((copy / "gtFine/val").glob("*/*labelIds.png")).unlink()
+    with pytest.raises(UserError, match="labelIds.png: expected the label map of"):
+        CityscapesDataset(copy, "val")
+
+
+def test_maps_of_train_ids_are_said(tmp_path, streets):
+    dataset = CityscapesDataset(streets, "train")
+    train_ids = dataset[0]["label"].numpy().copy()
+    image, _ = dataset.pairs[0]
+    shutil.copy(image, tmp_path / "a.png")
+    train_ids[train_ids == 255] = 0
+    for name, expected in (("a_labelTrainIds.png", "found a file of train ids by its name"), ("a_label.png", None)):
+        Image.fromarray(train_ids).save(tmp_path / name)
+        (tmp_path / "list.txt").write_text(f"a.png {name}\n")
+        own = CityscapesDataset(tmp_path, data_list=tmp_path / "list.txt")
+        if expected:
+            with pytest.raises(UserError, match=expected):
+                own[0]
+        else:
+            with pytest.warns(UserWarning, match="look like train ids"):
+                own[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset[0]

@@ -1,0 +1,156 @@
+"""Scoring runs, against the official script on the written files."""
+
+import json
+
+import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from dataset.labels import ClassTable
+from networks import build_network
+from utils import checkpoint
+from utils.cli import UserError
+from utils.inference import Normalization
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory):
+    """A network that knows nothing but predicts several classes."""
+    torch.manual_seed(2)
+    shape = {"model": "acfnet_resnet", "num_classes": 19, "backbone": "eca_resnet18", "norm": "inplace_abn",
+             "activation": "leaky_relu"}
+    network = build_network(**shape)
+    torch.nn.init.normal_(network.fine.weight, std=0.3)
+    torch.nn.init.normal_(network.coarse.weight, std=0.3)
+    path = tmp_path_factory.mktemp("snapshots") / "CS_scenes_7.pth"
+    checkpoint.save(path, {"model": network.state_dict(), "optimizer": {}, "scaler": {}, "step": 7, "rng": {},
+                           "config": {"network": shape, "normalization": Normalization().as_config(),
+                                      "classes": ClassTable.read().rows, "input_size": [65, 97]}})
+    return path
+
+
+def run(streets, snapshot, folder, *words):
+    evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), "--gpu", "cpu", "--num-workers", "0",
+                   "--output-dir", str(folder), *words])
+    return json.loads((folder / "result.json").read_text())
+
+
+def official_result(truths, predictions, monkeypatch):
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)     # the script calls a name that NumPy removed
+    monkeypatch.setattr(official.args, "JSONOutput", False)
+    monkeypatch.setattr(official.args, "quiet", True)
+    return official.evaluateImgLists([str(p) for p in predictions], [str(t) for t in truths], official.args)
+
+
+def same(found, expected):
+    return found == expected or (found is None and np.isnan(expected))
+
+
+def test_scores_equal_the_official_script_on_the_written_files(streets, snapshot, tmp_path, monkeypatch, capsys):
+    result = run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip")
+    predictions = sorted((tmp_path / "r/labelIds").iterdir())
+    truths = sorted(streets.glob("gtFine/val/*/*_labelIds.png"))
+    assert [p.stem for p in predictions] == [t.name.replace("gtFine_labelIds.png", "leftImg8bit") for t in truths]
+    expected = official_result(truths, predictions, monkeypatch)
+    scores = result["single_scale"]
+    assert all(same(scores["class_iou"][name], expected["classScores"][name]) for name in ClassTable.read().names)
+    assert all(same(value, expected["categoryScores"][name]) for name, value in scores["category_iou"].items())
+    assert scores["mean_iou"] == expected["averageScoreClasses"] == result["mean_iou"]
+    assert scores["mean_category_iou"] == expected["averageScoreCategories"]
+    predicted = np.unique([np.unique(np.asarray(Image.open(p))) for p in predictions][0])
+    assert len(predicted) > 1 and set(predicted) <= set(ClassTable.read().ids)
+    assert result["num_images"] == 5 and result["protocol"]["scales"] == [1.0] and "multi_scale" not in result
+    assert set(result["coarse"]) == {"single_scale"}
+    shown = capsys.readouterr().out
+    assert "single coarse" in shown and "mean IoU" in shown and f"{100 * scores['mean_iou']:.2f}" in shown
+
+
+def test_absent_classes_and_void_predictions(streets, tmp_path, monkeypatch):
+    """Maps made by hand through the scoring part alone: absent from truth, from prediction, from both; void."""
+    classes = ClassTable.read()
+    truths = sorted(streets.glob("gtFine/val/*/*_labelIds.png"))[:2]
+    predictions, images = [], []
+    rng = np.random.default_rng(0)
+    for number, path in enumerate(truths):
+        truth = np.asarray(Image.open(path))
+        predicted = np.where(rng.uniform(size=truth.shape) < 0.7, truth, 31)       # train in the prediction
+        predicted = np.where(rng.uniform(size=truth.shape) < 0.1, 0, predicted)    # void
+        predicted[predicted == 26] = 7                                             # no car in the prediction
+        file = tmp_path / f"{number}.png"
+        Image.fromarray(predicted.astype(np.uint8)).save(file)
+        predictions.append(file)
+        images.append((classes.encode(np.where(np.isin(predicted, classes.ids), predicted, 0)), classes.encode(truth)))
+    from utils.metrics import ConfusionMatrix
+
+    matrix = ConfusionMatrix(19)
+    for predicted, truth in images:
+        matrix.update(predicted, truth)
+    assert matrix.matrix[:, 19].sum() > 0
+    expected = official_result(truths, predictions, monkeypatch)
+    scores = matrix.scores(classes.names, classes.categories)
+    assert all(same(scores["class_iou"][name], expected["classScores"][name]) for name in classes.names)
+    assert scores["class_iou"]["car"] == 0 and scores["mean_iou"] == expected["averageScoreClasses"]
+
+
+def test_one_run_reports_single_and_multi_scale(streets, snapshot, tmp_path):
+    both = run(streets, snapshot, tmp_path / "both", "--scales", "1.0", "1.25", "--save", "none")
+    single = run(streets, snapshot, tmp_path / "one", "--scales", "1.0", "--no-flip", "--save", "none")
+    assert both["single_scale"] == single["single_scale"]
+    assert both["coarse"]["single_scale"] == single["coarse"]["single_scale"]
+    assert both["mean_iou"] == both["multi_scale"]["mean_iou"] != single["mean_iou"]
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"result.json", "iou.png", "confusion.png"}
+
+
+def test_pictures_have_the_size_and_the_colours(streets, snapshot, tmp_path):
+    run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip", "--whole")
+    classes = ClassTable.read()
+    for path in (tmp_path / "r/labelIds").iterdir():
+        ids = np.asarray(Image.open(path))
+        color = np.asarray(Image.open(tmp_path / "r/color" / path.name))
+        assert ids.shape == (128, 256) and np.array_equal(color, classes.palette[classes.encode(ids)])
+        assert np.asarray(Image.open(tmp_path / "r/overlay" / path.name)).shape == (128, 256, 3)
+
+
+def test_results_are_not_replaced_unasked(streets, snapshot, tmp_path):
+    words = ("--scales", "1.0", "--no-flip", "--save", "labelIds")
+    run(streets, snapshot, tmp_path / "r", *words)
+    (tmp_path / "r/labelIds/of another run.png").write_bytes(b"")
+    before = (tmp_path / "r/result.json").read_bytes()
+    with pytest.raises(UserError, match="--output-dir .*expected a folder without results .or --overwrite., found"):
+        run(streets, snapshot, tmp_path / "r", *words)
+    assert (tmp_path / "r/result.json").read_bytes() == before
+    run(streets, snapshot, tmp_path / "r", *words, "--overwrite")
+    assert len(list((tmp_path / "r/labelIds").iterdir())) == 5
+
+
+def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys):
+    run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip", "--input-size", "64,100", "--save", "none")
+    assert "windows of 64×100 are rounded up to 65×105" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--split", "nowhere"], "expected <city>"),
+    (["--overlap", "1"], "--overlap: expected a share below 1"),
+    (["--restore-from", "a.pth", "b.pth"], "expected one snapshot, found 2"),
+    (["--restore-from", "none.pth"], "none.pth: expected a file of weights, found no such file"),
+])
+def test_bad_input_is_one_sentence(streets, snapshot, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(streets, snapshot, tmp_path / "r", *words)
+
+
+def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pth")
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    for name, message in (("plain.pth", "expected a snapshot that train.py wrote, found a file without config, model"),
+                          ("text.pth", "expected a file of tensors written by torch.save")):
+        with pytest.raises(UserError, match=message):
+            run(streets, tmp_path / name, tmp_path / "r")
+    content = checkpoint.load(snapshot)
+    del content["model"]["fine.weight"]
+    checkpoint.save(tmp_path / "short.pth", content)
+    with pytest.raises(UserError, match="expected the weights its config describes, found: .*fine.weight"):
+        run(streets, tmp_path / "short.pth", tmp_path / "r")

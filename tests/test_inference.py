@@ -1,0 +1,162 @@
+"""Sliding windows, scales and mirror."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.inference import Normalization, SlidingPredictor, round_window, window_starts
+
+PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 1000), st.floats(0, 0.95))
+def test_windows_cover_exactly(length, window, overlap):
+    starts = window_starts(length, window, overlap)
+    if length <= window:
+        assert starts == [0]
+        return
+    assert starts[0] == 0 and starts[-1] + window == length
+    gaps = np.diff(starts)
+    assert (gaps > 0).all() and (gaps <= max(1, window * (1 - overlap))).all()
+
+
+def test_window_sizes_are_rounded_up():
+    assert round_window((769, 770)) == (769, 777) and round_window((256, 512)) == (257, 513)
+
+
+def where_network(images):
+    """Logits (x, 0) at stride 8, from images whose pixels hold their own x and y: the position comes back."""
+    cells = images[:, :, ::8, ::8]
+    return {"fine": torch.stack([cells[:, 0] / 40, cells[:, 1] / 40, torch.zeros_like(cells[:, 0])], dim=1)}
+
+
+def positions(probabilities):
+    """Undo the softmax of `where_network` → x, y."""
+    logits = probabilities.log()
+    return (logits[0] - logits[2]) * 40, (logits[1] - logits[2]) * 40
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.75,), (1.5,), (2.0,), (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)])
+@pytest.mark.parametrize("window", [(65, 81), None])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(120, 200), (200, 120), (40, 60)])
+def test_coordinates_come_back(scales, window, flip, size):
+    """To a tenth of a pixel: half a pixel of shift per scale, or aligned corners off the 8k + 1 grid, would show.
+
+    Within half a cell of the border interpolation has nothing to lean on, so the border is left out.
+    """
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([x, y, 0 * x], axis=2).astype(np.uint8)
+    predictor = SlidingPredictor(where_network, window, scales=scales, flip=flip, normalization=PLAIN)
+    probabilities = predictor(image)
+    assert probabilities.shape == (3, height, width)
+    found_x, found_y = positions(probabilities)
+    inner = (slice(12, -12), slice(12, -12))
+    assert (found_x[inner] - torch.tensor(x)[inner]).abs().max() < 0.1
+    assert (found_y[inner] - torch.tensor(y)[inner]).abs().max() < 0.1
+
+
+def local_network(images):
+    """A network that looks at one cell only, so that windows cannot differ: stride 8, five classes."""
+    torch.manual_seed(1)
+    weight = torch.randn(5, 3, dtype=images.dtype) / 60
+    cells = torch.einsum("nc,bchw->bnhw", weight, images[:, :, ::8, ::8])
+    return {"fine": cells, "coarse": -cells}
+
+
+def numpy_reference(image, window, overlap):
+    """One window at a time, float64, no torch: upsample each cell grid by hand, softmax, sum, divide."""
+    height, width, _ = image.shape
+    padded = np.zeros((max(height, window[0]), max(width, window[1]), 3))
+    padded[:height, :width] = image
+    torch.manual_seed(1)
+    weight = torch.randn(5, 3).numpy().astype(np.float64) / 60
+    total, count = np.zeros((5, *padded.shape[:2])), np.zeros(padded.shape[:2])
+
+    def lines(n):       # interpolation matrix from (n - 1) / 8 + 1 cells to n pixels, corners aligned
+        place = np.arange(n) / 8
+        low = np.minimum(place.astype(int), (n - 1) // 8 - 1)
+        matrix = np.zeros((n, (n - 1) // 8 + 1))
+        matrix[np.arange(n), low] = 1 - (place - low)
+        matrix[np.arange(n), low + 1] += place - low
+        return matrix
+
+    def starts(length, size):
+        step, out = int(size * (1 - overlap)), [0]
+        while out[-1] + size < length:
+            out.append(min(out[-1] + step, length - size))
+        return out
+
+    for top in starts(height, window[0]):
+        for left in starts(width, window[1]):
+            area = (slice(top, top + window[0]), slice(left, left + window[1]))
+            cells = np.einsum("nc,hwc->nhw", weight, padded[area][::8, ::8])
+            logits = lines(window[0]) @ cells @ lines(window[1]).T
+            p = np.exp(logits - logits.max(0))
+            total[(slice(None), *area)] += p / p.sum(0)
+            count[area] += 1
+    return (total / count)[:, :height, :width]
+
+
+@pytest.mark.parametrize("size", [(90, 150), (150, 90), (30, 40), (66, 200), (65, 73)])
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_equals_the_slow_reference(rng, size, batch):
+    image = rng.integers(256, size=(*size, 3)).astype(np.uint8)
+    predictor = SlidingPredictor(local_network, (65, 73), batch_size=batch, normalization=PLAIN)
+    expected = numpy_reference(image.astype(np.float64), (65, 73), 1 / 3)
+    assert np.abs(predictor(image).numpy() - expected).max() < 1e-5
+
+
+def test_probabilities_are_averaged_at_image_size(rng):
+    """Multi-scale is the mean of its passes; single-scale is one of them."""
+    image = rng.integers(256, size=(50, 70, 3)).astype(np.uint8)
+    make = dict(window=(33, 33), normalization=PLAIN)
+    both = SlidingPredictor(local_network, scales=(0.5, 1.0), flip=True, **make).predict(image)
+    passes = [SlidingPredictor(local_network, scales=(s,), **make)(image) for s in (0.5, 1.0)]
+    mirrored = [SlidingPredictor(local_network, scales=(s,), **make)(image[:, ::-1].copy()).flip(-1)
+                for s in (0.5, 1.0)]
+    torch.testing.assert_close(both["single_scale"]["fine"], passes[1])
+    torch.testing.assert_close(both["multi_scale"]["fine"], torch.stack(passes + mirrored).mean(0))
+    assert set(both["multi_scale"]) == {"fine", "coarse"}
+    torch.testing.assert_close(both["multi_scale"]["fine"].sum(0), torch.ones(50, 70))
+
+
+def test_padding_never_enters_a_score():
+    """The same small image gives the same result however large the window: a network of one cell's view."""
+    image = np.full((20, 24, 3), 90, np.uint8)
+    small, large = (SlidingPredictor(local_network, w, normalization=PLAIN)(image) for w in ((25, 25), (97, 97)))
+    torch.testing.assert_close(small[:, :16, :16], large[:, :16, :16])
+
+
+def test_normalisation_is_the_documented_one(rng):
+    image = torch.from_numpy(rng.integers(256, size=(1, 3, 4, 5)).astype(np.uint8))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (image / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(Normalization()(image), expected)
+    bgr = Normalization("BGR", (103.0, 116.0, 123.0), (1.0, 1.0, 1.0))
+    torch.testing.assert_close(bgr(image), image.float().flip(1) - torch.tensor([103.0, 116, 123]).view(3, 1, 1))
+    assert Normalization.from_config(bgr.as_config()) == bgr
+
+
+def test_labels_and_tensors(rng):
+    image = rng.integers(256, size=(40, 40, 3)).astype(np.uint8)
+    predictor = SlidingPredictor(local_network, (33, 33), normalization=PLAIN)
+    assert torch.equal(predictor.labels(image).long(), predictor(torch.from_numpy(image)).argmax(0))
+
+
+@pytest.mark.parametrize("wrong", [{"overlap": 1.0}, {"scales": ()}, {"scales": (1.0, 0.0)}])
+def test_impossible_protocols_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        SlidingPredictor(local_network, **wrong)
+
+
+def test_interpolation_of_windows_matches_torch():
+    """The reference's hand-made interpolation is torch's, so the comparison above means something."""
+    cells = torch.arange(9.0).view(1, 1, 3, 3)
+    large = F.interpolate(cells, size=(17, 17), mode="bilinear", align_corners=True)
+    assert torch.equal(large[0, 0, ::8, ::8], cells[0, 0])

@@ -1,0 +1,94 @@
+"""Class tables, against cityscapesScripts' own."""
+
+import numpy as np
+import pytest
+from cityscapesscripts.helpers.labels import labels as official
+
+from dataset.labels import ClassTable
+from utils.cli import UserError
+
+TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
+
+
+@pytest.fixture
+def table(tmp_path):
+    def make(text=TABLE):
+        path = tmp_path / "classes.csv"
+        path.write_text(text, encoding="utf-8")
+        return ClassTable.read(path)
+    return make
+
+
+def test_cityscapes_table_is_the_official_one():
+    classes = ClassTable.read()
+    found = [(r["name"], r["id"], r["train_id"], r["category"], (r["red"], r["green"], r["blue"]))
+             for r in classes.rows]
+    assert found == [(x.name, x.id, x.trainId, x.category, x.color) for x in official]
+    evaluated = [x for x in official if not x.ignoreInEval]
+    assert classes.names == [x.name for x in evaluated]
+    assert classes.categories == [x.category for x in evaluated]
+    assert classes.ids.tolist() == [x.id for x in evaluated]
+    assert classes.palette[:19].tolist() == [list(x.color) for x in evaluated]
+
+
+def test_ids_become_train_ids_and_back():
+    classes = ClassTable.read()
+    ids = np.array([[x.id for x in official if x.id >= 0]], np.uint8)
+    train_ids = classes.encode(ids)
+    assert train_ids.dtype == np.uint8
+    assert train_ids[0].tolist() == [x.trainId for x in official if x.id >= 0]
+    evaluated = train_ids != 255
+    assert (classes.decode(train_ids)[evaluated] == ids[evaluated]).all()
+    assert (classes.decode(train_ids)[~evaluated] == 0).all()
+
+
+def test_several_ids_may_share_a_class(table):
+    classes = table("name,id,train_id,red,green,blue,category\na,300,0,1,1,1,x\nb,7,0,2,2,2,x\nc,9,1,3,3,3,\n")
+    assert classes.names == ["a", "c"] and classes.categories == ["x", "c"]
+    assert classes.encode(np.array([[300, 7, 9]], np.uint16)).tolist() == [[0, 0, 1]]
+    assert classes.decode(np.array([[0, 1]])).tolist() == [[300, 9]]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("name,id,train_id,red,green,blue\nroad,1,0,1,2\n", "line 2: expected a whole number for blue, found None"),
+    ("name,id,train_id,red,green,blue\nroad,x,0,1,2,3\n", "line 2: expected a whole number for id, found 'x'"),
+    ("name,id,train_id,red,green,blue\nroad,1,0,1,2,300\n", "line 2: expected blue from 0 to 255, found 300"),
+    ("name,id,train_id,red,green,blue\nroad,70000,0,1,2,3\n", "line 2: expected id from 0 to 65535, found 70000"),
+    ("name,id\nroad,1\n", "found no train_id, red, green, blue"),
+    ("name,id,train_id,red,green,blue\na,1,0,0,0,0\nb,2,2,0,0,0\n", r"expected train ids 0 to N-1 .* found \[0, 2\]"),
+    ("name,id,train_id,red,green,blue\na,1,0,0,0,0\nb,1,1,0,0,0\n", r"expected every id once, found \[1\]"),
+    ("name,id,train_id,red,green,blue\n", r"found \[\]"),
+])
+def test_a_broken_table_is_one_sentence(table, text, message):
+    with pytest.raises(UserError, match="classes.csv.*" + message):
+        table(text)
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.csv: expected a class table"):
+        ClassTable.read(tmp_path / "nowhere.csv")
+
+
+def test_unknown_values_are_named():
+    with pytest.raises(UserError, match=r"map.png: expected ids that .*classes.csv knows, found 77, 200$"):
+        ClassTable.read().encode(np.array([[7, 77, 200]]), "map.png")
+
+
+def test_train_ids_in_place_of_ids_are_recognised():
+    with pytest.raises(UserError, match="look like train ids"):
+        ClassTable.read().encode(np.array([[0, 1, 13, 255]], np.uint8))
+
+
+def test_ids_in_place_of_train_ids_are_recognised(table):
+    rows = "".join(f"c{i},{i},{i},0,0,{i}\n" for i in range(19))
+    classes = table("name,id,train_id,red,green,blue\n" + rows + "void,255,255,0,0,0\n")
+    assert classes.is_identity
+    with pytest.raises(UserError, match="look like Cityscapes ids"):
+        classes.encode(np.array([[7, 26, 33]], np.uint8))
+
+
+def test_a_map_that_reads_as_mostly_void_is_suspected():
+    classes = ClassTable.read()
+    assert classes.looks_like_train_ids(np.array([[0, 0, 2, 2, 13]]))
+    assert not classes.looks_like_train_ids(np.array([[0, 0, 2, 2, 26]]))
+    assert not classes.looks_like_train_ids(np.array([[7, 7, 8, 11, 1]]))

@@ -1,0 +1,80 @@
+"""Scores against cityscapesScripts' pixel-level evaluation."""
+
+import math
+
+import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official
+import numpy as np
+import pytest
+import torch
+from cityscapesscripts.helpers.labels import id2label, trainId2label
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.labels import ClassTable
+from utils.metrics import ConfusionMatrix
+
+
+def official_scores(predictions, truths):
+    """Maps of label ids through the official functions. Returns ({class: IoU}, {category: IoU})."""
+    args = official.args
+    matrix = official.generateMatrix(args)
+    for prediction, truth in zip(predictions, truths, strict=True):
+        np.add.at(matrix, (truth.ravel(), prediction.ravel()), 1)
+    classes = {id2label[i].name: official.getIouScoreForLabel(i, matrix, args) for i in args.evalLabels
+               if not id2label[i].ignoreInEval}
+    categories = {name: official.getIouScoreForCategory(name, matrix, args) for name in official.category2labels
+                  if name != "void"}
+    return classes, categories, official.getScoreAverage(classes, args), official.getScoreAverage(categories, args)
+
+
+def equal(found, expected):
+    return (found is None and math.isnan(expected)) or found == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 19), st.integers(0, 19))
+def test_equal_to_the_last_digit(seed, true_kinds, predicted_kinds):
+    """Random maps in which some classes are absent from truth, prediction or both; void in either."""
+    rng = np.random.default_rng(seed)
+    classes = ClassTable.read()
+    true_values = [0, 1, 4, 9, *rng.choice(classes.ids, true_kinds, replace=False)]
+    predicted_values = [0, *rng.choice(classes.ids, predicted_kinds, replace=False)]
+    truth_ids, predicted_ids = (rng.choice(values, (3, 9, 11)).astype(np.uint8)
+                                for values in (true_values, predicted_values))
+    matrix = ConfusionMatrix(19)
+    for prediction, truth in zip(predicted_ids, truth_ids, strict=True):
+        matrix.update(classes.encode(prediction), torch.from_numpy(classes.encode(truth)))
+    scores = matrix.scores(classes.names, classes.categories)
+    class_iou, category_iou, mean, category_mean = official_scores(predicted_ids, truth_ids)
+    assert scores["class_iou"].keys() == class_iou.keys() and scores["category_iou"].keys() == category_iou.keys()
+    assert all(equal(scores["class_iou"][name], iou) for name, iou in class_iou.items())
+    assert all(equal(scores["category_iou"][name], iou) for name, iou in category_iou.items())
+    assert equal(scores["mean_iou"], mean) and equal(scores["mean_category_iou"], category_mean)
+    assert scores["classes_averaged"] == sum(not math.isnan(iou) for iou in class_iou.values())
+
+
+def test_absent_classes_are_not_a_number_only_without_any_pixel():
+    matrix = ConfusionMatrix(4)
+    matrix.update(torch.tensor([0, 1, 1, 255, 9]), torch.tensor([0, 0, 255, 3, 3]))
+    assert matrix.matrix.tolist() == [[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0, 0, 0, 0, 2]]
+    iou = matrix.class_iou()
+    assert iou[:2].tolist() == [0.5, 0.0]       # class 1 is only predicted: 0, and it counts
+    assert math.isnan(iou[2]) and iou[3] == 0   # void predictions are misses
+    assert matrix.mean_iou() == pytest.approx(0.5 / 3)
+    assert matrix.pixel_accuracy() == 0.25
+
+
+def test_nothing_seen_is_not_a_number():
+    matrix = ConfusionMatrix(2)
+    matrix.update(np.array([0]), np.array([255]))
+    assert math.isnan(matrix.mean_iou()) and math.isnan(matrix.pixel_accuracy())
+    assert matrix.scores(["a", "b"], ["a", "b"])["mean_iou"] is None
+
+
+def test_a_label_beyond_the_classes_is_refused():
+    with pytest.raises(ValueError, match="expected train ids 0 to 1 or 255, found 2"):
+        ConfusionMatrix(2).update(np.array([0]), np.array([2]))
+
+
+def test_table_order_is_the_official_train_id_order():
+    assert ClassTable.read().names == [trainId2label[i].name for i in range(19)]

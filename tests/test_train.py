@@ -1,0 +1,164 @@
+"""Training runs, small but whole."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import train
+from dataset.labels import ClassTable
+from loss.criterion import SegmentationCriterion
+from networks import build_network
+from utils import checkpoint
+from utils.cli import UserError
+from utils.inference import Normalization
+
+
+def run(streets, folder, *words, steps=3):
+    train.main(["--data-dir", str(streets), "--snapshot-dir", str(folder), "--gpu", "cpu", "--backbone", "eca_resnet18",
+                "--model", "acfnet_resnet", "--input-size", "49,65", "--batch-size", "2", "--num-workers", "0",
+                "--num-steps", str(steps), "--log-every", "1", "--random-mirror", "--random-scale", *words])
+    return checkpoint.load_snapshot(f"{folder}/CS_scenes_{steps}.pth")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
+    content = run(streets, tmp_path / "s", "--save-pred-every", "2", "--panel-every", "2")
+    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [2, 3]
+    assert set(content) == {"model", "optimizer", "scaler", "step", "rng", "config"} and content["step"] == 3
+    assert content["config"]["network"]["backbone"] == "eca_resnet18"
+    build_network(**content["config"]["network"]).load_state_dict(content["model"])
+    assert ClassTable(content["config"]["classes"]).names == ClassTable.read().names
+    logged = lines(tmp_path / "s")
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    expected = {"step", "lr", "loss", "loss_fine", "loss_coarse", "loss_aux", "images_per_second", "seconds_data",
+                "memory_bytes"}
+    assert all(set(line) == expected for line in logged)
+    for line in logged:
+        total = 0.7 * line["loss_fine"] + 0.6 * line["loss_coarse"] + 0.4 * line["loss_aux"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+    assert [line["lr"] for line in logged] == pytest.approx([1e-2 * (1 - k / 3) ** 0.9 for k in range(3)])
+    events = list((tmp_path / "s/tensorboard").iterdir())
+    text = events[0].read_bytes()
+    assert b"loss_fine" in text and b"image_truth_coarse_fine" in text and b"\x89PNG" in text
+    shown = capsys.readouterr().out
+    assert "the network starts from random weights" in shown and "step 3/3" in shown
+
+
+def test_a_seed_gives_the_same_run_twice(streets, tmp_path):
+    a, b, c = (run(streets, tmp_path / name, "--random-seed", seed, "--num-workers", workers)
+               for name, seed, workers in (("a", "5", "0"), ("b", "5", "2"), ("c", "6", "0")))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert not torch.equal(a["model"]["fine.weight"], c["model"]["fine.weight"])
+
+
+def test_resume_goes_on_where_the_run_was(streets, tmp_path, capsys):
+    whole = run(streets, tmp_path / "whole", "--save-pred-every", "2", steps=4)
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "CS_scenes_2.pth").write_bytes((tmp_path / "whole/CS_scenes_2.pth").read_bytes())
+    resumed = run(streets, part, "--resume", steps=4)
+    assert "2 steps done" in capsys.readouterr().out
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    assert [line["step"] for line in lines(part)] == [3, 4]
+
+
+def test_resume_in_an_empty_folder_starts_and_says_so(streets, tmp_path, capsys):
+    run(streets, tmp_path / "s", "--resume", steps=1)
+    assert "starts from the beginning" in capsys.readouterr().out
+
+
+def test_a_run_never_touches_the_snapshots_of_another(streets, tmp_path):
+    run(streets, tmp_path / "s", steps=1)
+    before = (tmp_path / "s/CS_scenes_1.pth").read_bytes()
+    with pytest.raises(UserError, match="--snapshot-dir .*: expected a folder without snapshots, or --resume"):
+        run(streets, tmp_path / "s", steps=1)
+    with pytest.raises(UserError, match="--resume .*: expected a run with the same network, found another model"):
+        run(streets, tmp_path / "s", "--resume", "--model", "base", steps=2)
+    assert (tmp_path / "s/CS_scenes_1.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--restore-from", "a.pth", "b.pth"], "--restore-from: expected one file, found 2 .did the shell expand"),
+    (["--restore-from", "dataset/***.pth"], r"dataset/\*\*\*.pth: expected a file of weights, found no such file"),
+    (["--num-classes", "20"], "--num-classes 20: expected the 19 classes of"),
+    (["--activation", "relu"], "--activation relu: expected --norm bn with it, found --norm inplace_abn"),
+    (["--split", "nowhere"], "nowhere: expected <city>"),
+])
+def test_bad_input_is_one_sentence_and_nothing_is_written(streets, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(streets, tmp_path / "s", *words)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_batch_the_devices_cannot_share_is_an_error(streets, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "select_devices", lambda gpu: [torch.device("cpu")] * 3)
+    with pytest.raises(UserError, match="--batch-size 2: expected a multiple of the 3 devices"):
+        run(streets, tmp_path / "s")
+
+
+def test_weights_go_from_one_run_into_another(streets, tmp_path, capsys):
+    first = run(streets, tmp_path / "a", steps=1)
+    second = run(streets, tmp_path / "b", "--restore-from", str(tmp_path / "a/CS_scenes_1.pth"),
+                 "--learning-rate", "1e-30", "--random-seed", "9", steps=1)
+    key = "backbone.layer3.0.conv1.weight"
+    assert torch.equal(first["model"][key], second["model"][key])
+    assert "(100.0% of the backbone); 0 keep" in capsys.readouterr().out
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth: expected weights of this network or its backbone, found 0 fitting"):
+        run(streets, tmp_path / "c", "--restore-from", str(tmp_path / "other.pth"))
+
+
+def test_a_file_that_would_run_code_is_refused(streets, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save({"model": Attack(), "config": {}, "step": 0}, tmp_path / "attack.pth")
+    for words in (["--restore-from", str(tmp_path / "attack.pth")], ["--resume", str(tmp_path / "attack.pth")]):
+        with pytest.raises(UserError, match="attack.pth: expected a file of tensors"):
+            run(streets, tmp_path / "s", *words)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_loss_falls(streets, tmp_path):
+    run(streets, tmp_path / "s", "--learning-rate", "0.03", "--amp", "bf16", "--batch-size", "6", steps=40)
+    losses = [line["loss"] for line in lines(tmp_path / "s")]
+    assert sum(losses[-10:]) / 10 < 0.75 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(streets, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: expected a finite loss, found .*drawn_00"):
+        run(streets, tmp_path / "s", "--learning-rate", "1e30", steps=9)
+
+
+def test_what_devices_hand_out_adds_up_to_the_whole_batch():
+    """The module that nn.DataParallel replicates, applied to parts: sums and counts of the batch."""
+    network = build_network("acfnet_resnet", 5, "resnet18").eval()
+    module = train.NetworkWithLoss(network, SegmentationCriterion(), Normalization(), None)
+    images = torch.randint(256, (4, 3, 33, 33), dtype=torch.uint8)
+    labels = torch.randint(5, (4, 33, 33), dtype=torch.uint8)
+    labels[0, :20] = 255
+    with torch.no_grad():
+        sums, counts = module(images, labels)
+        parts = [module(images[i:i + 2], labels[i:i + 2]) for i in (0, 2)]
+    assert sums.shape == counts.shape == (1, 2)
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]).sum(0, keepdim=True), sums)
+    assert torch.equal(torch.cat([p[1] for p in parts]).sum(0, keepdim=True), counts)
+
+
+def test_snapshots_are_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "CS_scenes_1.pth"
+    checkpoint.save(target, {"a": torch.ones(3)})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(UserError, match="CS_scenes_1.pth: expected to write a file there, found: No space left"):
+        checkpoint.write_atomically(target, fail)
+    assert torch.equal(checkpoint.load(target)["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1

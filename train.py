@@ -21,13 +21,15 @@ from torch.utils.data import DataLoader
 from dataset.cityscapes import CityscapesDataset, EpochSampler
 from dataset.labels import ClassTable
 from dataset.transforms import train_transform
-from libs.abn import NORMS
+from libs import backend
+from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import SegmentationCriterion, upsample
 from networks import ACTIVATIONS, BACKBONES, MODELS, build_network
 from networks.pretrained import load_weights
+from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
-from utils.distributed import select_devices
+from utils.distributed import DataParallel, select_devices
 from utils.inference import Normalization
 from utils.logger import RunLog
 
@@ -60,6 +62,11 @@ def get_parser():
     net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="relu needs --norm bn (leaky_relu)")
+    net.add_argument("--abn-backend", choices=backend.CHOICES, default="auto",
+                     help="kernels of the in-place norms: PyTorch's, those of the package inplace_abn, or what fits (auto)")
+    net.add_argument("--checkpoint", choices=CHECKPOINTS, default="none",
+                     help="memory for time: light recomputes the expansion of each bottleneck, full groups of blocks "
+                     "(none)")
     net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from; without it, random ones")
 
     optim = parser.add_argument_group("optimisation")
@@ -195,7 +202,13 @@ def main(argv=None):
     normalization = Normalization()
     config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
               "input_size": list(args.input_size), "arguments": vars(args) | {"input_size": list(args.input_size)}}
-    network = build_network(**shape).to(device)
+    if args.norm == "inplace_abn":
+        try:
+            backend.choose(args.abn_backend)
+        except RuntimeError as error:
+            raise UserError(f"--abn-backend: {error}") from None
+        print(backend.describe())
+    network = build_network(**shape, recompute=args.checkpoint).to(device)
     criterion = SegmentationCriterion(ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
@@ -207,8 +220,8 @@ def main(argv=None):
 
     module = NetworkWithLoss(network, criterion, normalization, AMP[args.amp])
     if len(devices) > 1:
-        print(f"{len(devices)} GPUs share each batch; batch norm uses the statistics of each part alone")
-        module = nn.DataParallel(module, device_ids=devices)
+        print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
+        module = DataParallel(module, device_ids=devices)
     sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size)
     loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
@@ -241,6 +254,10 @@ def train(module, network, criterion, optimizer, loader, device, start, config, 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if step == start + 1:
+            keeping, norms = layers_that_keep_their_input(network)
+            if keeping:
+                log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
         images_done += len(batch["image"])
         log.step()
 

@@ -4,10 +4,21 @@ Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimiz
 CVPR 2018. A layer is a batch norm and the activation after it.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import backend, functions, recompute
+from .synchronise import Replicas, combine, find_exchange
+
+HALF = (torch.float16, torch.bfloat16)
+# Rounding y to half precision shifts the recovered x̂ by about ε · sqrt(x̂² + r²), r = |bias| / (|weight| + eps);
+# rounding x, which no norm escapes, by ε · |x̂|. So over a layer, where x̂ is about one, the error is at most twice
+# that of a norm that keeps its input while the root mean square of r is at most the square root of two.
+LARGEST_RATIO = 2 ** 0.5
+CHECK_EVERY = 256       # forward passes
 ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity")
 
 
@@ -110,14 +121,156 @@ class ABN(nn.Module):
 
 
 class InPlaceABN(ABN):
-    """y = act(x̂ · (|weight| + eps) + bias), the scale of the `inplace_abn` package.
+    """ABN with y = act(x̂ · (|weight| + eps) + bias) that overwrites its input with its output.
 
-    It computes what the in-place layer computes and keeps its state-dict keys; it does not yet overwrite
-    its input.
+    For the backward pass x̂ is found again from the output, so one buffer is kept for norm, activation and
+    the convolution that follows. In half precision this division by |weight| + eps loses x̂ where |bias| is
+    many times larger; a layer where that matters keeps its input instead (`keeps_input`).
+
+    Arguments as in `ABN`; `leaky_relu` with a slope above zero, `elu` or `identity`.
     """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
+                 activation="leaky_relu", activation_param=0.01):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, activation_param)
+        if activation == "relu" or (activation in ("leaky_relu", "elu") and activation_param <= 0):
+            raise ValueError("InPlaceABN: expected an activation that can be undone (identity, leaky_relu or elu with "
+                             f"a parameter above zero), found {activation} with {activation_param}")
+        self.keeps_input = False
+        self._forwards = 0
 
     def scale(self):
         return None if self.weight is None else self.weight.abs() + self.eps
 
+    @torch.compiler.disable
+    def forward(self, x):
+        """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value a channel."""
+        with without_autocast(x):
+            settings = self._settings(x)
+            shared = settings.training and self._exchange(x) is not None
+            if backend.takes_package(x, settings, shared, recompute.active()):
+                return self._run_package(x)
+            return self._run(x, settings)
 
-NORMS = {"bn": ABN, "inplace_abn": InPlaceABN}
+    def _run_package(self, x):
+        momentum, training = self._momentum_and_training()
+        return backend.package()(x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum,
+                                 self.eps, self.activation, self.activation_param)
+
+    def _exchange(self, x):
+        return None
+
+    def _settings(self, x):
+        training = self.training or self.running_mean is None
+        keep = x.dtype in HALF and training and self._is_ill_conditioned()
+        return functions.Settings(self.eps, self.activation, self.activation_param, training, True, keep)
+
+    @torch.no_grad()
+    def _is_ill_conditioned(self):
+        """Looked at now and then: on a GPU the answer waits for everything before it."""
+        if not recompute.replaying() and self.weight is not None:
+            if self._forwards % CHECK_EVERY == 0:
+                ratio = self.bias.abs() / (self.weight.abs() + self.eps)
+                self.keeps_input = bool(ratio.square().mean().sqrt() > LARGEST_RATIO)
+            self._forwards += 1
+        return self.keeps_input
+
+    def _run(self, x, settings):
+        if settings.training:
+            mean, invstd, count, exchange = recompute.remembered(lambda: self._batch_statistics(x))
+        else:
+            dtype = functions.statistics_dtype(x)
+            mean, invstd, count = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt(), None
+            exchange = None     # nothing to share
+        if not isinstance(exchange, Replicas):
+            return functions.Normalise.apply(x, self.weight, self.bias, mean, invstd, count, settings, exchange)
+        kept = x if settings.keep_input else None
+        y, token = functions.NormaliseReplica.apply(x, self.weight, self.bias, mean, invstd, count, settings)
+        if not recompute.replaying():
+            token = functions.Gather.apply(exchange.rank, *exchange.share(token))
+        return functions.MeasureReplica.apply(y, token, kept, self.weight, self.bias, mean, invstd, settings)
+
+    @torch.no_grad()
+    def _batch_statistics(self, x):
+        """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values a channel, and with whom it is shared.
+
+        Updates the running statistics.
+        """
+        exchange = self._exchange(x)
+        count, mean, moment = functions.local_statistics(x)
+        if exchange is not None:
+            packed = torch.cat([mean.new_tensor([count]).double(), mean.double(), moment.double()])   # (1 + 2C,)
+            parts = exchange.statistics(packed)                                                       # (P, 1 + 2C)
+            c = self.num_features
+            total, mean, moment = (v.to(mean.dtype) for v in combine(parts[:, 0], parts[:, 1:c + 1], parts[:, c + 1:]))
+            count = total if x.is_cuda else int(total)
+        if exchange is None and count <= 1:
+            raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
+                             f"input of shape {tuple(x.shape)}")
+        var = moment / count
+        if self.training and self.track_running_stats and getattr(exchange, "rank", 0) == 0:
+            momentum, _ = self._momentum_and_training()
+            self.running_mean.mul_(1 - momentum).add_(momentum * mean)
+            self.running_var.mul_(1 - momentum).add_(momentum * var * (count / (count - 1)))
+        return mean, (var + self.eps).rsqrt(), count, exchange
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._forwards = 0
+
+
+class InPlaceABNSync(InPlaceABN):
+    """InPlaceABN with the statistics of the whole batch, over all processes or replicas that share it.
+
+    Alone it is `InPlaceABN`. Args as there; group: process group, None for the default one, looked up in each
+    forward pass. Raises RuntimeError where parts of a batch cannot reach each other.
+    """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
+                 activation="leaky_relu", activation_param=0.01, group=None):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, activation_param)
+        self.group = group
+
+    def set_group(self, group):
+        """Synchronise with another process group from now on; not between forward and backward."""
+        self.group = group
+
+    def _exchange(self, x):
+        return find_exchange(x, self.group, getattr(self, "_is_replica", False))
+
+
+class ABNSync(InPlaceABNSync):
+    """`ABN` (signed weight, any activation, input kept) with the statistics of the whole batch."""
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
+                 activation="leaky_relu", activation_param=0.01, group=None):
+        ABN.__init__(self, num_features, eps, momentum, affine, track_running_stats, activation, activation_param)
+        self.group = group
+
+    def scale(self):
+        return self.weight
+
+    def _settings(self, x):
+        return functions.Settings(self.eps, self.activation, self.activation_param, True, False, True)
+
+    def forward(self, x):
+        """x (B, C, ...) → (B, C, ...), same dtype."""
+        training = self.training or self.running_mean is None
+        if training and (recompute.active() or self._exchange(x) is not None):
+            return InPlaceABN.forward(self, x)
+        return ABN.forward(self, x)
+
+
+def layers_that_keep_their_input(module):
+    """(number of in-place norms that keep their input because of half precision, number of in-place norms)."""
+    norms = [m for m in module.modules() if isinstance(m, InPlaceABN) and not isinstance(m, ABNSync)]
+    return sum(norm.keeps_input for norm in norms), len(norms)
+
+
+NORMS = {"bn": ABNSync, "inplace_abn": InPlaceABNSync}
+
+
+def without_autocast(x):
+    """A context in which operations on the device of `x` keep their dtype."""
+    kind = x.device.type        # "meta" tensors have sizes alone, and no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -31,7 +31,7 @@ MODELS = {
 
 
 def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="7x7",
-                   average_downsample=False, eca_kernels=None, output_stride=8):
+                   average_downsample=False, eca_kernels=None, output_stride=8, recompute="none"):
     """The `ResNet` of that name. `eca_kernels`: k of stages 1 to 4, instead of the released ones."""
     if activation == "relu" and norm != "bn":
         raise ValueError("activation relu: expected norm bn, found "
@@ -42,7 +42,7 @@ def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="
     kernels = eca_kernels or released
     attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
     return ResNet(block, depths, norm_maker(norm, activation), ACTIVATIONS[activation], attention,
-                  STEMS[stem], average_downsample, output_stride)
+                  STEMS[stem], average_downsample, output_stride, recompute)
 
 
 def norm_maker(norm, activation):
@@ -52,7 +52,7 @@ def norm_maker(norm, activation):
 
 def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
-                  output_stride=8):
+                  output_stride=8, recompute="none"):
     """Build a network by name.
 
     Args:
@@ -65,12 +65,14 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
         average_downsample: average pooling in the shortcuts that stride.
         eca_kernels: k of stages 1 to 4; None for the released ones.
         output_stride: 8 or 16.
+        recompute: `none`, `light` or `full`: memory for time, see `networks.resnet.ResNet`.
 
     Returns:
         nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
         h = ceil(H / output_stride). Evaluation: {"fine", "coarse"}. `base` has no "coarse".
     """
-    trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride)
+    trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
+                           recompute)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels = stage4 // 4          # 512 for a ResNet-101, as in the paper; 128 for a ResNet-18

@@ -13,11 +13,11 @@ So the order may be exchanged exactly: pool first and convolve N centers instead
 never exist.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from libs.abn import without_autocast
 
 
 class ClassCenterBlock(nn.Module):
@@ -96,9 +96,3 @@ def conv1x1_on_vectors(conv, vectors):
 
 def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def without_autocast(x):
-    """A context in which operations on the device of `x` keep their dtype."""
-    kind = x.device.type        # "meta" tensors have sizes alone, and no autocast
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

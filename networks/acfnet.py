@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import nn
 
-from .acf import ACFModule, at_least_float32, mix, without_autocast
+from libs.abn import without_autocast
+
+from .acf import ACFModule, at_least_float32, mix
 
 DROPOUT = 0.1  # whole channels, before each classifier (ours: the paper does not say)
 

@@ -19,6 +19,10 @@ class ECA(nn.Module):
 
     def forward(self, x):
         """x (B, C, H, W) → (B, C, H, W)."""
-        y = x.mean(dim=(2, 3))                               # (B, C)
-        weights = torch.sigmoid(self.conv(y[:, None])[:, 0])   # (B, C)
-        return x * weights[:, :, None, None]
+        return x * self.weights(x)
+
+    def weights(self, x):
+        """x (B, C, H, W) → ω (B, C, 1, 1)."""
+        y = x.mean(dim=(2, 3))                              # (B, C)
+        omega = torch.sigmoid(self.conv(y[:, None])[:, 0])   # (B, C)
+        return omega[:, :, None, None].to(x.dtype)

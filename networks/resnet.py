@@ -5,7 +5,13 @@ figure 2 (deep stem, average-pool downsampling). Norm, activation and attention 
 Names of sub-modules follow torchvision, so that its files load without renaming.
 """
 
+import torch
 from torch import nn
+
+from libs.recompute import checkpoint
+
+CHECKPOINTS = ("none", "light", "full")
+
 
 
 def conv3x3(in_channels, out_channels, stride=1, dilation=1):
@@ -42,17 +48,29 @@ class BasicBlock(nn.Module):
         self.eca = attention(width) if attention else None
         self.downsample = downsample
         self.activation = activation()
-
-    def branch(self, x):
-        x = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(x))
+        self.light = False
 
     def forward(self, x):
         """x (B, in_channels, H, W) → (B, width · expansion, ceil(H/stride), ceil(W/stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.branch(x)
+        x = self.reduce(x)
+        if self.light and torch.is_grad_enabled():
+            return checkpoint(self.expand, x, shortcut)
+        return self.expand(x, shortcut)
+
+    def reduce(self, x):
+        """What comes before the last convolution."""
+        return self.bn1(self.conv1(x))
+
+    def expand(self, x, shortcut):
+        """The last convolution and its norm, the attention, the addition, the activation."""
+        return self.add(self.bn2(self.conv2(x)), shortcut)
+
+    def add(self, x, shortcut):
+        # One addition that keeps nothing of its own; the activation, in place, keeps its output, which the
+        # next block's convolution keeps anyway.
         if self.eca is not None:
-            x = self.eca(x)
+            return self.activation(torch.addcmul(shortcut, x, self.eca.weights(x)))
         return self.activation(x + shortcut)
 
 
@@ -77,11 +95,14 @@ class Bottleneck(BasicBlock):
         self.eca = attention(width * self.expansion) if attention else None
         self.downsample = downsample
         self.activation = activation()
+        self.light = False
 
-    def branch(self, x):
+    def reduce(self, x):
         x = self.bn1(self.conv1(x))
-        x = self.bn2(self.conv2(x))
-        return self.bn3(self.conv3(x))
+        return self.bn2(self.conv2(x))
+
+    def expand(self, x, shortcut):
+        return self.add(self.bn3(self.conv3(x)), shortcut)
 
 
 class ResNet(nn.Module):
@@ -96,11 +117,17 @@ class ResNet(nn.Module):
             (64, 64, 128) in the CSAIL files, (32, 32, 64) in timm's "d" networks.
         average_downsample: 2×2 average pooling and a 1×1 convolution in shortcuts that stride.
         output_stride: 8 or 16, or 32 for no dilation: input size over size of the last stage.
+        recompute: what is dropped in the forward pass and computed again in the backward pass: `none`;
+            `light`, the expansion of each bottleneck with its norm (8 % more work in a training step);
+            `full`, groups of blocks (a third more).
     """
 
     def __init__(self, block, depths, norm, activation, attention=None, stem_widths=None,
-                 average_downsample=False, output_stride=8):
+                 average_downsample=False, output_stride=8, recompute="none"):
         super().__init__()
+        if recompute not in CHECKPOINTS:
+            raise ValueError(f"recompute: expected one of {', '.join(CHECKPOINTS)}, found {recompute!r}")
+        self.groups = recompute == "full"
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output stride: expected 8, 16 or 32, found {output_stride}")
         self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
@@ -135,6 +162,7 @@ class ResNet(nn.Module):
                 blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm, activation,
                                     attend, downsample))
                 in_channels = out_channels
+                blocks[-1].light = recompute == "light" and block is Bottleneck
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         _initialise(self)
 
@@ -146,9 +174,17 @@ class ResNet(nn.Module):
         x = self.maxpool(self.bn1(self.conv1(images)))
         stages = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+            for group in self.group(layer):
+                x = checkpoint(group, x) if self.groups and torch.is_grad_enabled() else group(x)
             stages.append(x)
         return stages
+
+    @staticmethod
+    def group(stage):
+        """A stage as groups of about the square root of its blocks: where kept inputs and one group's inner
+        buffers together are fewest."""
+        length = max(1, round(len(stage) ** 0.5))
+        return [stage[first:first + length] for first in range(0, len(stage), length)]
 
 
 def _downsample(in_channels, out_channels, stride, norm, average):

@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 . utils/environment.sh
 choose_python requirements.txt tests/requirements.txt
+install_inplace_abn     # what libs/abn.py is compared with
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest --durations=12 "$@"

@@ -46,3 +46,20 @@ choose_python() {    # FILE...
     fi
     echo "Python: $PYTHON"
 }
+
+install_inplace_abn() {    # into $PYTHON, if it is our .venv; without it the tests that compare with it are skipped
+    "$PYTHON" -c "import inplace_abn" 2>/dev/null && return
+    if [ "$PYTHON" != "$PWD/.venv/bin/python" ]; then
+        echo "inplace-abn is not installed: comparisons with it will be skipped"
+        return
+    fi
+    echo "building inplace-abn for comparisons (two minutes)"
+    local nvcc toolkit=
+    nvcc=$(command -v nvcc || true)
+    [ -z "$nvcc" ] || toolkit=$(dirname "$(dirname "$(realpath "$nvcc")")")
+    "$PYTHON" -m pip install --quiet setuptools setuptools_scm ninja wheel
+    PATH="$PWD/.venv/bin:$PATH" TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" \
+        LIBRARY_PATH="${toolkit:+$toolkit/lib64:}${LIBRARY_PATH:-}" \
+        "$PYTHON" -m pip install --quiet --no-build-isolation -r libs/requirements-extensions.txt ||
+        echo "inplace-abn did not build: comparisons with it will be skipped"
+}

@@ -1,0 +1,96 @@
+"""Weights of an ordinary batch norm for the in-place layer, and the other way round.
+
+The ordinary layer scales by the signed weight, the in-place layer by |weight| + eps. A negative scale moves
+into the convolution before the norm: negating a filter negates x̂, once the running mean is negated too.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from .abn import ABN
+
+
+def to_plain(state, norms, eps=1e-5):
+    """A copy of a state dict of in-place norms for ordinary ones: weight becomes |weight| + eps, exactly.
+
+    norms: names of the norms, as modules.
+    """
+    state = dict(state)
+    for name in norms:
+        key = f"{name}.weight"
+        if key in state:
+            state[key] = state[key].abs() + eps
+    return state
+
+
+def to_in_place(state, pairs, eps=1e-5):
+    """A copy of a state dict of ordinary norms for in-place ones.
+
+    Args:
+        state: names → tensors.
+        pairs: {norm: the convolution whose output it takes}, by module name.
+        eps: of the in-place layer.
+
+    Returns:
+        (state, inexact): channels whose |weight| is below eps, which the in-place layer cannot represent, or
+        whose weight is negative with no convolution at hand to take the sign.
+    """
+    state = dict(state)
+    inexact = 0
+    for norm, convolution in pairs.items():
+        key = f"{norm}.weight"
+        if key not in state:
+            continue
+        weight = state[key]
+        negative = weight < 0
+        filters = state.get(f"{convolution}.weight")
+        lost = weight.abs() < eps
+        if filters is None:
+            lost = lost | negative
+        else:
+            sign = torch.where(negative, -1, 1).to(filters.dtype)
+            state[f"{convolution}.weight"] = filters * sign.view(-1, *[1] * (filters.ndim - 1))
+            for other in (f"{convolution}.bias", f"{norm}.running_mean"):
+                if other in state:
+                    state[other] = state[other] * sign.to(state[other].dtype)
+        state[key] = (weight.abs() - eps).clamp(min=0)
+        inexact += int(lost.sum())
+    return state, inexact
+
+
+def norms_and_convolutions(network, example):
+    """{name of each norm: name of the convolution before it}, found by running a copy on the meta device.
+
+    example: an input, of which the shape matters alone; the copy is in training mode, so that all heads run.
+    """
+    network = copy.deepcopy(network).to("meta").float().train()
+    outputs, pairs = [], {}
+
+    def convolved(name):
+        return lambda module, args, output: outputs.append((name, output))
+
+    def normed(name):
+        def hook(module, args):
+            for convolution, output in outputs:
+                if output is args[0]:
+                    pairs[name] = convolution
+        return hook
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(convolved(name))
+        elif isinstance(module, ABN):
+            module.register_forward_pre_hook(normed(name))
+    with torch.no_grad():
+        network(example.to("meta").float())
+    return pairs
+
+
+def norm_kind(network):
+    """"inplace_abn" or "bn": which scale the network's norms use."""
+    kinds = {"inplace_abn" if type(m).__name__.startswith("InPlace") else "bn"
+             for m in network.modules() if isinstance(m, ABN)}
+    return kinds.pop() if len(kinds) == 1 else "bn"
+

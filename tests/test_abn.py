@@ -1,0 +1,480 @@
+"""Activated batch norms: the `inplace_abn` package, nn.BatchNorm2d and finite differences as oracles."""
+
+import copy
+import math
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from libs import abn, backend, functions, kernels, recompute
+from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync
+from libs.synchronise import combine
+from tests.conftest import SHARED
+from utils.distributed import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
+
+CLASSES = [InPlaceABN, InPlaceABNSync]
+SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 7), (2, 3, 4, 5, 3)]
+
+
+def randomised(layer):
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if name == "running_var":
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point():
+                tensor.normal_()
+        if layer.weight is not None:
+            layer.weight[0] = -0.7
+    return layer
+
+
+def gradients(layer, x, dy):
+    """Output and gradients of input, weight and bias."""
+    x = x.clone().requires_grad_()
+    y = layer(x.clone())
+    watched = [x] + ([layer.weight, layer.bias] if layer.weight is not None else [])
+    return [y.detach().clone(), *torch.autograd.grad((y * dy).sum(), watched)]
+
+
+def reference(layer, x):
+    """The package's meaning with ordinary operations, differentiable by autograd itself."""
+    dims = [0, *range(2, x.ndim)]
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    if layer.training or layer.running_mean is None:
+        mean, var = x.mean(dims), x.var(dims, correction=0)
+    else:
+        mean, var = layer.running_mean, layer.running_var
+    z = (x - mean.view(shape)) / (var.view(shape) + layer.eps).sqrt()
+    if layer.weight is not None:
+        z = z * (layer.weight.abs() + layer.eps).view(shape) + layer.bias.view(shape)
+    return {"identity": lambda: z, "leaky_relu": lambda: F.leaky_relu(z, layer.activation_param),
+            "elu": lambda: F.elu(z, layer.activation_param)}[layer.activation]()
+
+
+# ---- against the real package ----
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation, param", [("leaky_relu", 0.01), ("elu", 1.0), ("identity", 0.01)])
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_package(dtype, tolerance, shape, activation, param, training):
+    package = pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
+    theirs = randomised(package.InPlaceABN(3, activation=activation, activation_param=param).to(dtype)).train(training)
+    x, dy = torch.randn(shape, dtype=dtype) * 2 + 1, torch.randn(shape, dtype=dtype)
+    for kind in CLASSES:
+        ours = kind(3, activation=activation, activation_param=param).to(dtype).train(training)
+        ours.load_state_dict(copy.deepcopy(theirs).state_dict())
+        fresh = copy.deepcopy(theirs)
+        for a, b in zip(gradients(ours, x, dy), gradients(fresh, x, dy), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        for name, value in fresh.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert ours._version == theirs._version
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3}, {"affine": False},
+                                     {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("kind", ["ABN", "InPlaceABN"])
+def test_options_equal_the_package(options, kind):
+    package = pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
+    theirs, ours = getattr(package, kind)(3, **options), getattr(abn, kind)(3, **options)
+    for _ in range(3):
+        x, dy = torch.randn(4, 3, 5, 5) + 2, torch.randn(4, 3, 5, 5)
+        for a, b in zip(gradients(ours, x, dy), gradients(theirs, x, dy), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    for layer in (ours, theirs):
+        layer.eval()
+    torch.testing.assert_close(ours(x.clone()), theirs(x.clone()), rtol=1e-4, atol=1e-4)
+    assert repr(ours) == repr(theirs)
+
+
+def test_files_of_the_package_load_also_those_that_count_no_batches():
+    package = pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
+    state = randomised(package.InPlaceABN(3)).state_dict()
+    assert InPlaceABNSync(3).load_state_dict(state) is not None
+    old = {key: value for key, value in state.items() if key != "num_batches_tracked"}
+    InPlaceABN(3).load_state_dict(old)      # version 1: plain dicts carry no version
+
+
+def test_the_package_is_a_backend(monkeypatch):
+    """The same layer on the package's kernels; what they cannot do is refused, and auto leaves it to PyTorch."""
+    pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
+    layer = randomised(InPlaceABNSync(5))
+    x, dy = torch.randn(4, 5, 6, 7), torch.randn(4, 5, 6, 7)
+    expected = gradients(copy.deepcopy(layer), x, dy)
+    monkeypatch.setattr(backend, "_choice", "package")
+    calls = []
+    package = backend.package()
+    monkeypatch.setattr(backend, "_package", lambda *args: calls.append(1) or package(*args))
+    for a, b in zip(gradients(layer, x, dy), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert calls == [1]
+    with pytest.raises(RuntimeError, match="found torch.bfloat16 on cpu; the backend torch does this"):
+        layer(x.bfloat16())
+    monkeypatch.setattr(backend, "_choice", "auto")
+    gradients(layer, x, dy)
+    assert calls == [1]
+
+
+def test_a_missing_package_is_said(monkeypatch):
+    monkeypatch.setattr(backend, "_package", False)
+    monkeypatch.setattr(backend, "_choice", "auto")
+    assert "not installed; not needed" in backend.describe()
+    with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found none that imports"):
+        backend.choose("package")
+    with pytest.raises(ValueError, match="expected one of auto, torch, package"):
+        backend.choose("other")
+
+
+# ---- on its own ----
+
+@pytest.mark.parametrize("activation, param", [("leaky_relu", 0.01), ("leaky_relu", 0.3), ("elu", 0.7),
+                                               ("identity", 1)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_ordinary_operations(activation, param, training, shape):
+    layer = randomised(InPlaceABN(3, activation=activation, activation_param=param).double()).train(training)
+    x, dy = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    found = gradients(copy.deepcopy(layer), x, dy)
+    x = x.requires_grad_()
+    y = reference(layer, x)
+    expected = [y, *torch.autograd.grad((y * dy).sum(), [x, layer.weight, layer.bias])]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind, activation", [(InPlaceABN, "leaky_relu"), (InPlaceABN, "elu"), (InPlaceABN, "identity"),
+                                              (ABNSync, "relu")])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(kind, activation, training):
+    layer = randomised(kind(3, activation=activation, activation_param=0.2, momentum=0.0).double()).train(training)
+    x = torch.randn(4, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x.clone(),))
+
+    assert torch.autograd.gradcheck(function, (x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_overwrites_its_input_and_keeps_format_and_dtype(kind, memory_format, dtype):
+    layer = kind(4)
+    if dtype == torch.float64:
+        layer.double()
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    z = x.to(dtype).to(memory_format=memory_format) * 1
+    y = layer(z)
+    assert y.data_ptr() == z.data_ptr() and y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), z)
+    assert gradient.is_contiguous(memory_format=memory_format) and gradient.dtype == dtype
+
+
+def test_one_buffer_is_kept():
+    kept = []
+    layer = InPlaceABN(4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(torch.randn(2, 4, 5, 6, requires_grad=True) * 1)
+    large = {t.untyped_storage().data_ptr() for t in kept if t.numel() > 4}
+    assert large == {y.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_parameters_in_float32(dtype):
+    """Statistics, x̂ and sums are formed in float32: only input, output and gradient are rounded."""
+    layer = randomised(InPlaceABN(8))
+    layer.bias.data.clamp_(-0.5, 0.5)
+    layer.weight.data.abs_().clamp_(min=0.5)
+    x, dy = (torch.randn(4, 8, 9, 9) + 3).to(dtype), torch.randn(4, 8, 9, 9).to(dtype)
+    exact = gradients(copy.deepcopy(layer).double(), x.double(), dy.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(layer, x, dy)
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double() - b).norm() < 1.5 * eps * b.norm()
+    assert not layer.keeps_input
+    torch.testing.assert_close(layer.running_var, layer.running_var.to(dtype).float(), rtol=eps, atol=0)
+
+
+def test_extremes_stay_finite():
+    """Zero variance; ELU so far below zero that it has no digits left; a weight of zero. The package returns
+    gradients that are not numbers for the second; here they are zero."""
+    layer = InPlaceABN(3, activation="elu", activation_param=1.0)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([-300.0, 0.0, 0.0]))
+        layer.weight[1] = 0
+    x = torch.randn(4, 3, 5, 5)
+    x[:, 2] = 7.0
+    found = gradients(layer, x, torch.randn(4, 3, 5, 5))
+    assert all(value.isfinite().all() for value in found)
+    assert (found[1][:, 0] == 0).all()
+
+
+def test_what_cannot_be_undone_is_refused():
+    for options in ({"activation": "relu"}, {"activation_param": 0.0}, {"activation": "elu", "activation_param": -1}):
+        with pytest.raises(ValueError, match="activation that can be undone"):
+            InPlaceABN(3, **options)
+    with pytest.raises(ValueError, match="expected one of leaky_relu, relu, elu, identity, found 'gelu'"):
+        ABN(3, activation="gelu")
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, ABN])
+def test_one_value_a_channel_is_an_error(kind):
+    with pytest.raises(ValueError, match="more than one? value|more than 1 value"):
+        kind(3)(torch.randn(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [InPlaceABNSync, ABNSync])
+def test_compiled_network_falls_back_cleanly(kind):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4), nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 3, 8, 8)
+    expected = copy.deepcopy(network)(x)
+    compiled = torch.compile(network, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    assert network[0].weight.grad is not None
+
+
+# ---- on CUDA's kernels, by their formulas: the kernels themselves exist on GPUs alone ----
+
+def test_algebra_of_the_cuda_path(monkeypatch):
+    """ATen's five kernels written out (aten/src/ATen/native/cuda/Normalization.cuh), so that what is passed to
+    them and made of what they return is checked here."""
+    def along(v, x):
+        return v.view(1, -1, *[1] * (x.ndim - 2))
+
+    def dims(x):
+        return [0, *range(2, x.ndim)]
+
+    def stats(x, eps):
+        var, mean = torch.var_mean(x.float(), dims(x), correction=0)
+        return mean, torch.where((var == 0) & (eps == 0), 0, (var + eps).rsqrt())
+
+    def elemt(x, weight, bias, mean, invstd, eps, out):
+        y = (x.float() - along(mean, x)) * along(invstd * weight, x) + along(bias, x)
+        return out.copy_(y)
+
+    def reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
+        dy, x = dy.float(), x.float()
+        return dy.sum(dims(x)), (dy * (x - along(mean, x))).sum(dims(x)), None, None
+
+    def backward(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+        norm = 1 / count.sum()
+        factor = invstd * invstd * sum_dy_xmu * norm
+        dx = (dy - along(sum_dy * norm, x) - (x - along(mean, x)) * along(factor, x)) * along(invstd * weight, x)
+        return dx.to(dy.dtype)
+
+    for name, function in (("stats", stats), ("elemt", elemt), ("backward_reduce", reduce),
+                           ("backward_elemt", backward)):
+        monkeypatch.setattr(torch, f"batch_norm_{name}", function)
+    x, dy = torch.randn(4, 5, 6, 7) + 2, torch.randn(4, 5, 6, 7)
+    layer = randomised(InPlaceABN(5))
+    expected = gradients(copy.deepcopy(layer), x, dy)
+    monkeypatch.setattr(kernels, "fits_backward", lambda y, settings: settings.training and not settings.keep_input)
+    monkeypatch.setattr(functions, "local_statistics", lambda x: (
+        x.numel() // x.shape[1], kernels.statistics(x)[0], kernels.statistics(x)[1] * (x.numel() // x.shape[1])))
+    monkeypatch.setattr(functions, "normalise", lambda x, mean, invstd, weight, bias, s: functions.activate_(
+        kernels.transform(x, *functions.factors(weight, bias, s, invstd), mean, invstd, x), s))
+    for a, b in zip(gradients(layer, x, dy), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- replicas in threads ----
+
+def parts_network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), randomised(InPlaceABNSync(5)),
+                         nn.Conv2d(5, 4, 1, bias=False), randomised(InPlaceABNSync(4, activation="identity")),
+                         nn.Conv2d(4, 4, 1, bias=False), randomised(ABNSync(4, activation="relu"))).double()
+
+
+def whole_batch(network, x, dy):
+    x = x.clone().requires_grad_()
+    y = network(x)
+    grads = torch.autograd.grad((y * dy).sum(), [x, *network.parameters()])
+    return [y, *grads, *(b for b in network.buffers())]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("batch", [4, 7])
+def test_thread_replicas_are_one_batch(size, batch):
+    """Outputs, gradients of input and parameters, running statistics; parts of unequal size."""
+    network = parts_network()
+    x, dy = torch.randn(batch, 3, 9, 8).double(), torch.randn(batch, 4, 7, 6).double()
+    expected = whole_batch(copy.deepcopy(network), x, dy)
+    found = whole_batch(ThreadReplicas(network, size), x, dy)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_whole_batch_means_batch_norm_of_torch():
+    """The oracle of the oracle: nn.BatchNorm2d and the activation."""
+    layer = InPlaceABNSync(3).double()
+    plain = nn.BatchNorm2d(3).double()
+    x, dy = torch.randn(6, 3, 4, 4).double(), torch.randn(6, 3, 4, 4).double()
+    plain.weight.data.add_(layer.eps)
+    replicas = ThreadReplicas(nn.Sequential(_Copy(), layer), 3)
+    found, expected = whole_batch(replicas, x, dy), whole_batch(nn.Sequential(plain, nn.LeakyReLU(0.01)), x, dy)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class _Copy(nn.Module):
+    def forward(self, x):
+        return x * 1
+
+
+def test_a_replica_that_fails_ends_the_others():
+    layer = InPlaceABNSync(3)
+
+    def work(fail):
+        def run():
+            if fail:
+                raise KeyError("the real reason")
+            return layer(torch.randn(2, 3, 4, 4))
+        return run
+
+    with pytest.raises(KeyError, match="the real reason"):
+        run_replicas([work(False), work(True), work(False)])
+    with pytest.raises(ReplicaStopped, match="replica 1 ended before the others"):
+        run_replicas([work(False), lambda: None])
+    assert current_replica() is None
+
+
+def test_exchange_keeps_order_over_many_rounds():
+    group = ReplicaGroup(3)
+    seen = [[] for _ in range(3)]
+
+    def work(rank):
+        for turn in range(50):
+            seen[rank].append(group.exchange(rank, (turn, rank)))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert seen[0] == seen[1] == seen[2] == [[(turn, rank) for rank in range(3)] for turn in range(50)]
+
+
+def test_plain_data_parallel_is_refused():
+    layer = InPlaceABNSync(3)
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight, layer.bias
+    with pytest.raises(RuntimeError, match="expected utils.distributed.DataParallel around the module"):
+        replica(torch.randn(2, 3, 4, 4))
+
+
+def test_a_group_without_processes_is_refused():
+    with pytest.raises(RuntimeError, match="expected torch.distributed to be initialised"):
+        InPlaceABNSync(3, group="some group")(torch.randn(2, 3, 4, 4))
+
+
+# ---- real weights in half precision ----
+
+def real_norms():
+    path = SHARED / "weights/resnet50_imagenet_rgb.pth"
+    if not path.is_file():
+        pytest.skip("needs the shared ResNet-50 weights, which are not part of the project")
+    state = torch.load(path, weights_only=True)
+    names = [key.removesuffix(".weight") for key in state if key.endswith(".weight") and state[key].ndim == 1]
+    return [(name, state[f"{name}.weight"].float(), state[f"{name}.bias"].float()) for name in names]
+
+
+def half_errors(weight, bias):
+    """Relative errors of the bf16 gradients (input, weight, bias) against float64 without any rounding: ours, and
+    those of a norm that saves its input."""
+    c = len(weight)
+    torch.manual_seed(c)
+    x, dy = torch.randn(2, c, 14, 14), torch.randn(2, c, 14, 14)
+    layer = InPlaceABN(c)
+    layer.weight.data.copy_((weight.abs() - layer.eps).clamp(min=0))
+    layer.bias.data.copy_(bias)
+    plain = nn.Sequential(nn.BatchNorm2d(c), nn.LeakyReLU(0.01))
+    plain[0].weight.data.copy_(layer.weight + layer.eps)
+    plain[0].bias.data.copy_(bias)
+
+    def grads(module, parameters, x, dy):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad((module(x * 1) * dy).sum(), [x, *parameters])
+
+    exact_module = copy.deepcopy(plain).double()
+    exact = grads(exact_module, exact_module.parameters(), x.double(), dy.double())
+    errors = []
+    for module, parameters in ((layer, [layer.weight, layer.bias]), (plain, list(plain.parameters()))):
+        found = grads(module, parameters, x.bfloat16(), dy.bfloat16())
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    return errors, layer.keeps_input
+
+
+def test_gradients_on_real_weights_are_at_most_twice_as_rough():
+    """Layer by layer; and without the rule some layer would break the bound."""
+    keeping = 0
+    for name, weight, bias in real_norms():
+        (ours, plain), kept = half_errors(weight, bias)
+        keeping += kept
+        assert all(a <= 2 * b for a, b in zip(ours, plain, strict=True)), (name, ours, plain)
+    assert 0 < keeping < 20
+
+
+def test_the_rule_is_needed(monkeypatch):
+    monkeypatch.setattr(abn, "LARGEST_RATIO", math.inf)
+    ratios = [ours[1] / plain[1] for (ours, plain), _ in (half_errors(w, b) for _, w, b in real_norms())]
+    assert max(ratios) > 10
+
+
+# ---- recomputation ----
+
+@pytest.mark.parametrize("norm", [InPlaceABNSync, ABNSync])
+def test_recomputation_reuses_statistics(norm):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.Conv2d(6, 4, 1), norm(4, activation="identity"))
+    second = copy.deepcopy(first)
+    x = torch.randn(3, 3, 7, 7, requires_grad=True)
+    dy = torch.randn(3, 4, 5, 5)
+    (first(x) * dy).sum().backward()
+    expected = x.grad.clone()
+    x.grad = None
+    (recompute.checkpoint(second, x) * dy).sum().backward()
+    exact = norm is InPlaceABNSync      # an ordinary norm takes ATen's kernel outside of a checkpoint
+    compare = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert compare(x.grad, expected)
+    for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert compare(a.grad, b.grad), name
+    for (name, a), (_, b) in zip(first.named_buffers(), second.named_buffers(), strict=True):
+        assert compare(a.float(), b.float()), name
+    assert int(second[1].num_batches_tracked) == 1
+
+
+def test_recomputation_in_replicas_exchanges_once():
+    network = parts_network()
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return recompute.checkpoint(self.inner, x)
+
+    x, dy = torch.randn(5, 3, 9, 8).double(), torch.randn(5, 4, 7, 6).double()
+    expected = whole_batch(copy.deepcopy(network), x, dy)
+    found = whole_batch(ThreadReplicas(Checkpointed(network), 2), x, dy)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_sizes_of_statistics_are_combined_exactly():
+    parts = [torch.randn(n, 4).double() + k for k, n in enumerate((3, 10, 1))]
+    stats = [functions.local_statistics(p) for p in parts]
+    count, mean, moment = combine(torch.tensor([float(s[0]) for s in stats]).double(),
+                                  torch.stack([s[1] for s in stats]), torch.stack([s[2] for s in stats]))
+    whole = torch.cat(parts)
+    assert int(count) == 14 and not math.isnan(float(count))
+    torch.testing.assert_close(mean, whole.mean(0))
+    torch.testing.assert_close(moment, 14 * whole.var(0, correction=0))

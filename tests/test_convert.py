@@ -1,0 +1,73 @@
+"""Weights of one kind of norm in a network with the other."""
+
+import pytest
+import torch
+
+from libs.convert import norms_and_convolutions, to_in_place, to_plain
+from networks import build_network
+from tests.conftest import randomise
+
+BACKBONES = {"eca_resnet18": {}, "resnet50": {"stem": "64-64-128", "average_downsample": True}}
+
+
+def networks(backbone):
+    options = {"num_classes": 4, "backbone": backbone, **BACKBONES[backbone]}
+    pair = [build_network(norm=norm, **options).double().eval() for norm in ("bn", "inplace_abn")]
+    randomise(pair[0])
+    with torch.no_grad():       # half of the scales negative, as trained ones may be
+        for name, p in pair[0].named_parameters():
+            if p.ndim == 1 and name.endswith("weight") and "eca" not in name:
+                p.mul_(torch.where(torch.rand(len(p)) < 0.5, -1, 1))
+    return pair
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_norm_has_its_convolution(backbone):
+    network, _ = networks(backbone)
+    pairs = norms_and_convolutions(network, torch.empty(2, 3, 33, 33))
+    norms = [name for name, module in network.named_modules()
+             if type(module).__name__ == "ABNSync"]
+    assert set(pairs) == set(norms) and len(set(pairs.values())) == len(norms)
+    assert pairs["backbone.layer2.0.bn2"] == "backbone.layer2.0.conv2"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_plain_weights_in_an_in_place_network_compute_the_same(backbone):
+    plain, in_place = networks(backbone)
+    pairs = norms_and_convolutions(plain, torch.empty(2, 3, 33, 33))
+    state, inexact = to_in_place(plain.state_dict(), pairs)
+    assert inexact == 0
+    in_place.load_state_dict(state)
+    images = torch.randn(1, 3, 33, 41, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = plain(images), in_place(images)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_in_place_weights_in_a_plain_network_compute_the_same():
+    plain, in_place = networks("eca_resnet18")
+    randomise(in_place)
+    with torch.no_grad():
+        for name, p in in_place.named_parameters():
+            if p.ndim == 1 and name.endswith("weight"):
+                p.mul_(torch.where(torch.rand(len(p)) < 0.5, -1, 1))
+    norms = [name for name, module in in_place.named_modules() if type(module).__name__ == "InPlaceABNSync"]
+    plain.load_state_dict(to_plain(in_place.state_dict(), norms))
+    images = torch.randn(1, 3, 33, 41, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = in_place(images), plain(images)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_scales_too_small_are_counted():
+    state = {"bn.weight": torch.tensor([1.0, -1.0, 1e-6, -1e-7]), "bn.running_mean": torch.ones(4),
+             "conv.weight": torch.ones(4, 2, 1, 1)}
+    converted, inexact = to_in_place(state, {"bn": "conv"})
+    assert inexact == 2
+    assert converted["conv.weight"][:, 0, 0, 0].tolist() == [1, -1, 1, -1]
+    assert converted["bn.running_mean"].tolist() == [1, -1, 1, -1]
+    assert (converted["bn.weight"] >= 0).all() and state["bn.weight"][1] == -1
+    without = {key: value for key, value in state.items() if key != "conv.weight"}
+    assert to_in_place(without, {"bn": "conv"})[1] == 3

@@ -1,0 +1,65 @@
+"""What a network keeps for its backward pass, and that recomputation changes nothing else."""
+
+import pytest
+import torch
+
+from networks import build_network
+from networks.resnet import CHECKPOINTS
+from tests.benchmarks.memory import kept_bytes, measure
+
+BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
+          (torch.bfloat16, "full"): 900}
+
+
+@pytest.mark.parametrize("autocast, recompute", BOUNDS)
+def test_bytes_a_pixel_of_the_whole_network(autocast, recompute):
+    parts, pixels = measure("eca_resnet101", autocast, recompute, (257, 257))
+    kept = sum(parts.values()) / pixels
+    assert 0.5 * BOUNDS[autocast, recompute] < kept <= BOUNDS[autocast, recompute], parts
+    assert parts["outside"] < 0.01 * sum(parts.values())
+
+
+def test_the_measure_sees_a_second_copy():
+    """A ReLU after each norm, out of place, must show."""
+    network = build_network("acfnet_resnet", 3, "resnet18")
+    images = torch.randn(2, 3, 65, 65)
+    lean = sum(kept_bytes(network, images)[0].values())
+    plain = sum(kept_bytes(build_network("acfnet_resnet", 3, "resnet18", norm="bn"), images)[0].values())
+    assert plain > 1.3 * lean
+
+
+def run(recompute, norm, autocast):
+    torch.manual_seed(3)
+    network = build_network("acfnet_resnet", num_classes=3, backbone="eca_resnet50", norm=norm, recompute=recompute)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    torch.manual_seed(4)
+    images = torch.randn(2, 3, 49, 49)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        outputs = network(images)
+    sum(logits.float().square().mean() for logits in outputs.values()).backward()
+    return {**{name: p.grad for name, p in network.named_parameters()}, **dict(network.named_buffers()),
+            **{f"output {name}": logits for name, logits in outputs.items()}}
+
+
+@pytest.mark.parametrize("recompute", CHECKPOINTS[1:])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputation_is_bit_equal(recompute, autocast):
+    """Gradients, running statistics and outputs; statistics are updated once."""
+    expected, found = run("none", "inplace_abn", autocast), run(recompute, "inplace_abn", autocast)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_light_costs_at_most_8_per_cent_more_multiplications():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    macs = {}
+    for recompute in ("none", "light"):
+        network = build_network(num_classes=19, backbone="eca_resnet101", recompute=recompute)
+        with FlopCounterMode(display=False) as counter:
+            outputs = network(torch.randn(1, 3, 33, 33))
+            sum(logits.sum() for logits in outputs.values()).backward()
+        macs[recompute] = counter.get_total_flops()
+    assert 1 < macs["light"] / macs["none"] <= 1.08

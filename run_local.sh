@@ -27,8 +27,9 @@ demonstrate() {
         mv demo/streets.part demo/streets
     fi
     "$PYTHON" train.py --data-dir demo/streets --snapshot-dir "$run" --backbone eca_resnet18 \
-        --random-mirror --random-scale --input-size 129,257 --batch-size 4 --num-steps 1500 --learning-rate 4e-2 \
-        --ohem 1 --ohem-keep 10000 --amp bf16 --log-every 50 "$@"
+        --random-mirror --input-size 129,257 --batch-size 4 --num-steps 1500 --learning-rate 4e-2 \
+        --ohem 1 --ohem-keep 10000 --amp bf16 --log-every 50
+    [ -f "$run/CS_scenes_1500.pth" ] || { echo "stopped before the end; what there is lies in $run"; exit 1; }
     "$PYTHON" evaluate.py --data-dir demo/streets --restore-from "$run/CS_scenes_1500.pth" \
         --input-size 257,513 --scales 1.0 --no-flip --amp bf16
     "$PYTHON" - "$run/CS_scenes_1500_val" <<'EOF'

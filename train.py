@@ -63,7 +63,7 @@ def get_parser():
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="relu needs --norm bn (leaky_relu)")
     net.add_argument("--abn-backend", choices=backend.CHOICES, default="auto",
-                     help="kernels of the in-place norms: PyTorch's, those of the package inplace_abn, or what fits (auto)")
+                     help="kernels of the in-place norms: PyTorch's, the package's, or whichever fits (auto)")
     net.add_argument("--checkpoint", choices=CHECKPOINTS, default="none",
                      help="memory for time: light recomputes the expansion of each bottleneck, full groups of blocks "
                      "(none)")
@@ -225,7 +225,8 @@ def main(argv=None):
     sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size)
     loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
-                        generator=torch.Generator())    # a generator of its own: dropout's stays what was resumed
+                        worker_init_fn=cli.leave_ctrl_c_to_the_parent,
+                        generator=torch.Generator())    # its own: dropout goes on with what was resumed
     train(module, network, criterion, optimizer, loader, device, start, config, args.num_steps, args.learning_rate,
           args.power, args.snapshot_dir, args.save_pred_every, args.log_every, args.panel_every,
           lambda: draw_panel(network, normalization, dataset[0], classes, device))
@@ -239,45 +240,49 @@ def train(module, network, criterion, optimizer, loader, device, start, config, 
     names = [name for name in criterion.weights if hasattr(network, name)]
     window, waited, images_done = time.monotonic(), 0.0, 0
     batches = iter(loader)
-    for step in range(start + 1, num_steps + 1):
-        asked = time.monotonic()
-        batch = next(batches)
-        waited += time.monotonic() - asked
+    with cli.StopRequest() as stop:
+        for step in range(start + 1, num_steps + 1):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
 
-        rate = poly_rate(learning_rate, step - 1, num_steps, power)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums, counts = module(batch["image"].to(device, non_blocking=True),
-                              batch["label"].to(device, non_blocking=True))
-        terms = dict(zip(names, sums.sum(0) / counts.sum(0).clamp(min=1), strict=True))
-        loss = criterion.total(terms)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step == start + 1:
-            keeping, norms = layers_that_keep_their_input(network)
-            if keeping:
-                log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
-        images_done += len(batch["image"])
-        log.step()
+            rate = poly_rate(learning_rate, step - 1, num_steps, power)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums, counts = module(batch["image"].to(device, non_blocking=True),
+                                  batch["label"].to(device, non_blocking=True))
+            terms = dict(zip(names, sums.sum(0) / counts.sum(0).clamp(min=1), strict=True))
+            loss = criterion.total(terms)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            images_done += len(batch["image"])
+            log.step()
 
-        if step % log_every == 0 or step == num_steps:
-            values = {"lr": rate, "loss": loss.item()} | {f"loss_{name}": term.item() for name, term in terms.items()}
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"step {step}: expected a finite loss, found {values}; images: "
-                                f"{', '.join(batch['name'])}; a lower --learning-rate may help")
-            now = time.monotonic()
-            values["images_per_second"] = images_done / (now - window)
-            values["seconds_data"] = waited
-            values["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            log.metric(step, values)
-            window, waited, images_done = now, 0.0, 0
-        if step % panel_every == 0 or step == num_steps:
-            log.picture("image_truth_coarse_fine", panel(), step)
-        if step % save_every == 0 or step == num_steps:
-            path = f"{folder}/{checkpoint.NAME.format(step=step)}"
-            checkpoint.save(path, snapshot(network, optimizer, step, config))
-            log.say(f"saved {path}")
+            if step == start + 1:
+                keeping, norms = layers_that_keep_their_input(network)
+                if keeping:
+                    log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
+            if step % log_every == 0 or step == num_steps:
+                values = {"lr": rate, "loss": loss.item()} | {f"loss_{n}": term.item() for n, term in terms.items()}
+                if not math.isfinite(values["loss"]):
+                    raise UserError(f"step {step}: expected a finite loss, found {values}; images: "
+                                    f"{', '.join(batch['name'])}; a lower --learning-rate may help")
+                now = time.monotonic()
+                values["images_per_second"] = images_done / (now - window)
+                values["seconds_data"] = waited
+                values["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+                log.metric(step, values)
+                window, waited, images_done = now, 0.0, 0
+            if step % panel_every == 0 or step == num_steps:
+                log.picture("image_truth_coarse_fine", panel(), step)
+            if step % save_every == 0 or step == num_steps or stop.asked:
+                path = f"{folder}/{checkpoint.NAME.format(step=step)}"
+                checkpoint.save(path, snapshot(network, optimizer, step, config))
+                log.say(f"saved {path}")
+            if stop.asked:
+                log.say(f"stopped after step {step}; the same command with --resume goes on")
+                break
     log.close()
 
 

@@ -47,7 +47,10 @@ class CityscapesDataset(Dataset):
             raise UserError(f"--data-dir {root}: expected a folder, found "
                             f"{'a file' if self.root.exists() else 'nothing there'}")
         self.scanned = not data_list
-        self.pairs = _scan(self.root, split) if self.scanned else _read_list(self.root, Path(data_list))
+        if self.scanned:
+            self.pairs, self.places = _scan(self.root, split), None
+        else:
+            self.pairs, self.places = _read_list(self.root, Path(data_list))
         self.names = _names([image for image, _ in self.pairs], self.root)
 
     def __len__(self):
@@ -55,16 +58,23 @@ class CityscapesDataset(Dataset):
 
     def __getitem__(self, index):
         index, entry = index if isinstance(index, tuple) else (index, index)
-        image_path, label_path = self.pairs[index]
-        image = read_image(image_path)
-        label = read_label(label_path, self.classes)
-        if image.shape[:2] != label.shape:
-            raise UserError(f"{label_path}: expected the size of {image_path}, {_size(image)}, found {_size(label)}")
+        try:
+            image, label = self._read(*self.pairs[index])
+        except UserError as error:
+            if self.scanned:
+                raise
+            raise UserError(f"{self.places[index]}: {error}") from None
         if self.transform is not None:
             image, label = self.transform(image, label, np.random.default_rng((self.seed, entry)))
         return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
                 "label": torch.from_numpy(np.ascontiguousarray(label)),
                 "name": self.names[index]}
+
+    def _read(self, image_path, label_path):
+        image, label = read_image(image_path), read_label(label_path, self.classes)
+        if image.shape[:2] != label.shape:
+            raise UserError(f"{label_path}: expected the size of {image_path}, {_size(image)}, found {_size(label)}")
+        return image, label
 
     def describe(self):
         """One line: how many images, and whether that differs from the official split."""
@@ -157,7 +167,7 @@ def _read_list(root, path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
-    pairs = []
+    pairs, places = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -169,9 +179,10 @@ def _read_list(root, path):
             if not file.is_file():
                 raise UserError(f"{path}, line {number}: expected the file {file}, found no such file")
         pairs.append(pair)
+        places.append(f"{path}, line {number}")
     if not pairs:
         raise UserError(f"--data-list {path}: expected lines \"image label\", found an empty list")
-    return pairs
+    return pairs, places
 
 
 def _names(images, root):

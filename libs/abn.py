@@ -22,22 +22,6 @@ CHECK_EVERY = 256       # forward passes
 ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity")
 
 
-def activate_(x, activation, activation_param):
-    """Apply the named activation to `x` in place and return it.
-
-    `activation_param` is the slope of `leaky_relu` below zero or the alpha of `elu`.
-    """
-    if activation == "leaky_relu":
-        return F.leaky_relu(x, activation_param, inplace=True)
-    if activation == "relu":
-        return F.relu(x, inplace=True)
-    if activation == "elu":
-        return F.elu(x, activation_param, inplace=True)
-    if activation == "identity":
-        return x
-    raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, found {activation!r}")
-
-
 class ABN(nn.Module):
     """Batch normalisation followed by an activation: y = act(x̂ · weight + bias).
 
@@ -94,18 +78,71 @@ class ABN(nn.Module):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return momentum, self.training or self.running_mean is None
-
-    def scale(self):
-        """(C,) factor of x̂, or None without affine parameters."""
-        return self.weight
+        return momentum, self._uses_batch()
 
     def forward(self, x):
         """x (B, C, ...) → (B, C, ...), same dtype."""
+        if self._uses_batch() and (recompute.active() or self._exchange(x) is not None):
+            return self._forward_in_parts(x)
         momentum, training = self._momentum_and_training()
-        x = F.batch_norm(x, self.running_mean, self.running_var, self.scale(), self.bias, training, momentum,
-                         self.eps)
-        return activate_(x, self.activation, self.activation_param)
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps)
+        return functions.activate_(x, self._settings(x))
+
+    @torch.compiler.disable
+    def _forward_in_parts(self, x):
+        with without_autocast(x):
+            return self._run(x, self._settings(x))
+
+    def _settings(self, x):
+        return functions.Settings(self.eps, self.activation, self.activation_param, self._uses_batch(),
+                                  absolute=False, keep_input=True)
+
+    def _uses_batch(self):
+        """Whether the statistics are those of the batch."""
+        return self.training or self.running_mean is None
+
+    def _exchange(self, x):
+        """How to reach the other parts of the batch (`libs.synchronise`); None: there are none."""
+        return None
+
+    def _run(self, x, settings):
+        if settings.training:
+            mean, invstd, count, exchange = recompute.remembered(lambda: self._batch_statistics(x))
+        else:
+            dtype = functions.statistics_dtype(x)
+            mean, invstd, count = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt(), None
+            exchange = None     # nothing to share
+        if not isinstance(exchange, Replicas):
+            return functions.Normalise.apply(x, self.weight, self.bias, mean, invstd, count, settings, exchange)
+        kept = x if settings.keep_input else None
+        y, token = functions.NormaliseReplica.apply(x, self.weight, self.bias, mean, invstd, count, settings)
+        if not recompute.replaying():
+            token = functions.Gather.apply(exchange.rank, *exchange.share(token))
+        return functions.MeasureReplica.apply(y, token, kept, self.weight, self.bias, mean, invstd, settings)
+
+    @torch.no_grad()
+    def _batch_statistics(self, x):
+        """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values a channel, and with whom it is shared.
+
+        Updates the running statistics.
+        """
+        exchange = self._exchange(x)
+        count, mean, moment = functions.local_statistics(x)
+        if exchange is not None:
+            packed = torch.cat([mean.new_tensor([count]).double(), mean.double(), moment.double()])   # (1 + 2C,)
+            parts = exchange.statistics(packed)                                                       # (P, 1 + 2C)
+            c = self.num_features
+            total, mean, moment = (v.to(mean.dtype) for v in combine(parts[:, 0], parts[:, 1:c + 1], parts[:, c + 1:]))
+            count = total if x.is_cuda else int(total)
+        if not isinstance(count, torch.Tensor) and count <= 1:
+            raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
+                             f"input of shape {tuple(x.shape)}")
+        var = moment / count
+        if self.training and self.track_running_stats and getattr(exchange, "rank", 0) == 0:
+            momentum, _ = self._momentum_and_training()
+            self.running_mean.mul_(1 - momentum).add_(momentum * mean)
+            self.running_var.mul_(1 - momentum).add_(momentum * var * (count / (count - 1)))
+        return mean, (var + self.eps).rsqrt(), count, exchange
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # Version 1 files, of the first `inplace_abn` releases, do not count batches.
@@ -139,16 +176,14 @@ class InPlaceABN(ABN):
         self.keeps_input = False
         self._forwards = 0
 
-    def scale(self):
-        return None if self.weight is None else self.weight.abs() + self.eps
-
     @torch.compiler.disable
     def forward(self, x):
         """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value a channel."""
         with without_autocast(x):
             settings = self._settings(x)
-            shared = settings.training and self._exchange(x) is not None
-            if backend.takes_package(x, settings, shared, recompute.active()):
+            recomputed = recompute.active()
+            shared = settings.training and not recomputed and self._exchange(x) is not None
+            if backend.takes_package(x, settings, shared, recomputed):
                 return self._run_package(x)
             return self._run(x, settings)
 
@@ -157,13 +192,10 @@ class InPlaceABN(ABN):
         return backend.package()(x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum,
                                  self.eps, self.activation, self.activation_param)
 
-    def _exchange(self, x):
-        return None
-
     def _settings(self, x):
-        training = self.training or self.running_mean is None
-        keep = x.dtype in HALF and training and self._is_ill_conditioned()
-        return functions.Settings(self.eps, self.activation, self.activation_param, training, True, keep)
+        keep = x.dtype in HALF and self._uses_batch() and self._is_ill_conditioned()
+        return functions.Settings(self.eps, self.activation, self.activation_param, self._uses_batch(),
+                                  absolute=True, keep_input=keep)
 
     @torch.no_grad()
     def _is_ill_conditioned(self):
@@ -175,55 +207,15 @@ class InPlaceABN(ABN):
             self._forwards += 1
         return self.keeps_input
 
-    def _run(self, x, settings):
-        if settings.training:
-            mean, invstd, count, exchange = recompute.remembered(lambda: self._batch_statistics(x))
-        else:
-            dtype = functions.statistics_dtype(x)
-            mean, invstd, count = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt(), None
-            exchange = None     # nothing to share
-        if not isinstance(exchange, Replicas):
-            return functions.Normalise.apply(x, self.weight, self.bias, mean, invstd, count, settings, exchange)
-        kept = x if settings.keep_input else None
-        y, token = functions.NormaliseReplica.apply(x, self.weight, self.bias, mean, invstd, count, settings)
-        if not recompute.replaying():
-            token = functions.Gather.apply(exchange.rank, *exchange.share(token))
-        return functions.MeasureReplica.apply(y, token, kept, self.weight, self.bias, mean, invstd, settings)
-
-    @torch.no_grad()
-    def _batch_statistics(self, x):
-        """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values a channel, and with whom it is shared.
-
-        Updates the running statistics.
-        """
-        exchange = self._exchange(x)
-        count, mean, moment = functions.local_statistics(x)
-        if exchange is not None:
-            packed = torch.cat([mean.new_tensor([count]).double(), mean.double(), moment.double()])   # (1 + 2C,)
-            parts = exchange.statistics(packed)                                                       # (P, 1 + 2C)
-            c = self.num_features
-            total, mean, moment = (v.to(mean.dtype) for v in combine(parts[:, 0], parts[:, 1:c + 1], parts[:, c + 1:]))
-            count = total if x.is_cuda else int(total)
-        if exchange is None and count <= 1:
-            raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
-                             f"input of shape {tuple(x.shape)}")
-        var = moment / count
-        if self.training and self.track_running_stats and getattr(exchange, "rank", 0) == 0:
-            momentum, _ = self._momentum_and_training()
-            self.running_mean.mul_(1 - momentum).add_(momentum * mean)
-            self.running_var.mul_(1 - momentum).add_(momentum * var * (count / (count - 1)))
-        return mean, (var + self.eps).rsqrt(), count, exchange
-
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self._forwards = 0
 
 
-class InPlaceABNSync(InPlaceABN):
-    """InPlaceABN with the statistics of the whole batch, over all processes or replicas that share it.
+class _Synchronised:
+    """Mixed into a norm: the statistics of the whole batch, over all processes or replicas that share it.
 
-    Alone it is `InPlaceABN`. Args as there; group: process group, None for the default one, looked up in each
-    forward pass. Raises RuntimeError where parts of a batch cannot reach each other.
+    Alone the norm is what it is without. Raises RuntimeError where parts of a batch cannot reach each other.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
@@ -239,31 +231,20 @@ class InPlaceABNSync(InPlaceABN):
         return find_exchange(x, self.group, getattr(self, "_is_replica", False))
 
 
-class ABNSync(InPlaceABNSync):
-    """`ABN` (signed weight, any activation, input kept) with the statistics of the whole batch."""
+class InPlaceABNSync(_Synchronised, InPlaceABN):
+    """`InPlaceABN` with the statistics of the whole batch.
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
-                 activation="leaky_relu", activation_param=0.01, group=None):
-        ABN.__init__(self, num_features, eps, momentum, affine, track_running_stats, activation, activation_param)
-        self.group = group
+    Args as there; group: process group, None for the default one, looked up in each forward pass.
+    """
 
-    def scale(self):
-        return self.weight
 
-    def _settings(self, x):
-        return functions.Settings(self.eps, self.activation, self.activation_param, True, False, True)
-
-    def forward(self, x):
-        """x (B, C, ...) → (B, C, ...), same dtype."""
-        training = self.training or self.running_mean is None
-        if training and (recompute.active() or self._exchange(x) is not None):
-            return InPlaceABN.forward(self, x)
-        return ABN.forward(self, x)
+class ABNSync(_Synchronised, ABN):
+    """`ABN` with the statistics of the whole batch. Args as in `InPlaceABNSync`."""
 
 
 def layers_that_keep_their_input(module):
     """(number of in-place norms that keep their input because of half precision, number of in-place norms)."""
-    norms = [m for m in module.modules() if isinstance(m, InPlaceABN) and not isinstance(m, ABNSync)]
+    norms = [m for m in module.modules() if isinstance(m, InPlaceABN)]
     return sum(norm.keeps_input for norm in norms), len(norms)
 
 

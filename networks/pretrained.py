@@ -1,5 +1,7 @@
 """Weights from files into a network, with an account of every tensor."""
 
+import re
+
 import torch
 
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
@@ -11,7 +13,7 @@ def load_weights(network, content, name):
 
     Accepted: a snapshot of ours, or a state dict (also under `state_dict`, also with the prefix `module.`)
     of a whole network or of a ResNet with torchvision's names. Tensors whose name or shape has no
-    counterpart are left out.
+    counterpart are left out; a convolution of a stage without one means another depth, and is refused.
 
     Norms of the other kind are converted (`libs.convert`): weights are taken as signed scales unless the file
     is a snapshot whose network has in-place norms.
@@ -29,6 +31,10 @@ def load_weights(network, content, name):
     target = network.state_dict()
     renamed = {key if key in target else f"backbone.{key}": value for key, value in found.items()}
     fitting = {key: value for key, value in renamed.items() if key in target and value.shape == target[key].shape}
+    misfits = [key for key in renamed if re.search(r"layer\d\.\d+\.conv\d\.weight$", key) and key not in fitting]
+    if misfits:
+        raise UserError(f"{name}: expected the backbone of this network, found convolutions of another one: "
+                        f"{misfits[0].removeprefix('backbone.')} {tuple(renamed[misfits[0]].shape)}{_some(misfits)}")
     counted = {key: value for key, value in target.items() if not key.endswith("num_batches_tracked")}
     backbone = [key for key in counted if key.startswith("backbone.")]
     values = sum(counted[key].numel() for key in backbone)

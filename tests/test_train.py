@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +127,27 @@ def test_a_file_that_would_run_code_is_refused(streets, tmp_path):
         with pytest.raises(UserError, match="attack.pth: expected a file of tensors"):
             run(streets, tmp_path / "s", *words)
     assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path, number):
+    command = [sys.executable, "train.py", "--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), "--gpu",
+               "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size",
+               "2", "--num-workers", "1", "--num-steps", "100000", "--log-every", "1"]
+    process = subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            if number == signal.SIGINT:     # as a terminal does: to the worker processes too
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 0, rest
+    (step, path), = checkpoint.snapshots(tmp_path / "s")
+    assert f"stopped after step {step}; the same command with --resume goes on" in rest
+    assert checkpoint.load_snapshot(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
 
 
 def test_loss_falls(streets, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 import sys
 
 
@@ -16,12 +17,41 @@ def run(main):
     except UserError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def sentence(error):
     """The message of a `UserError`, also where a worker process of a DataLoader wrapped it in its traceback."""
     *_, last = re.split(r"UserError: ", str(error))
     return last.strip()
+
+
+class StopRequest:
+    """Inside this context Ctrl-C and SIGTERM are noted in `asked` instead of ending the process; a second one
+    ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def leave_ctrl_c_to_the_parent(worker):
+    """Worker processes of a DataLoader: a terminal sends Ctrl-C to them too, but the parent decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def size(text):

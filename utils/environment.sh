@@ -54,12 +54,12 @@ install_inplace_abn() {    # into $PYTHON, if it is our .venv; without it the te
         return
     fi
     echo "building inplace-abn for comparisons (two minutes)"
-    local nvcc toolkit=
-    nvcc=$(command -v nvcc || true)
-    [ -z "$nvcc" ] || toolkit=$(dirname "$(dirname "$(realpath "$nvcc")")")
+    local libraries     # where nvcc's own libraries lie: the linker is not told by everyone
+    libraries=$(nvcc --dryrun -x cu /dev/null 2>&1 | grep LIBRARIES= | grep -o '"-L[^"]*"' | tr -d '"' | cut -c3- |
+        paste -sd: || true)
     "$PYTHON" -m pip install --quiet setuptools setuptools_scm ninja wheel
     PATH="$PWD/.venv/bin:$PATH" TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" \
-        LIBRARY_PATH="${toolkit:+$toolkit/lib64:}${LIBRARY_PATH:-}" \
+        LIBRARY_PATH="$libraries:${LIBRARY_PATH:-}" \
         "$PYTHON" -m pip install --quiet --no-build-isolation -r libs/requirements-extensions.txt ||
         echo "inplace-abn did not build: comparisons with it will be skipped"
 }

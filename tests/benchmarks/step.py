@@ -42,8 +42,8 @@ def main():
     forward = memory("VmRSS")
     criterion.total(criterion(outputs, labels)).backward()
     optimizer.step()
-    print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, norm {args.norm}, amp {args.amp}, "
-          f"checkpoint {args.checkpoint}: peak growth {(memory('VmHWM') - before) / 1e9:.2f} GB, "
+    print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, norm {args.norm}, "
+          f"amp {args.amp}, checkpoint {args.checkpoint}: peak growth {(memory('VmHWM') - before) / 1e9:.2f} GB, "
           f"after the forward pass {(forward - before) / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s")
 
 

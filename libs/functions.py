@@ -35,10 +35,10 @@ def statistics_dtype(x):
 def local_statistics(x):
     """x (B, C, ...) → number of values a channel, mean (C,), centred second moment (C,)."""
     count = x.numel() // max(x.shape[1], 1)
-    if x.is_cuda and x.dtype != torch.float64:
-        mean, var = kernels.statistics(x)
-        return count, mean, var * count
-    var, mean = torch.var_mean(x.to(statistics_dtype(x)), dim=[0, *range(2, x.ndim)], correction=0)
+    # The kernel below updates running statistics too, and from their dtype takes that of its results.
+    mean, var = (x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) for _ in range(2))
+    if not x.is_meta:
+        mean, var = torch.ops.aten.batch_norm_update_stats(x, mean, var, 0.0)
     return count, mean, var * count
 
 
@@ -98,9 +98,9 @@ def normalise(x, mean, invstd, weight, bias, settings):
     scale = gamma * invstd
     shift = along(beta - mean * scale, x)
     if x.dtype == invstd.dtype and not settings.keep_input:
-        return activate_(torch.addcmul(shift, x, along(scale, x), out=x), settings)
+        return activate_(x.mul_(along(scale, x)).add_(shift), settings)
     # Half precision rounds once, at the end.
-    z = activate_(torch.addcmul(shift, x, along(scale, x)), settings)
+    z = activate_((x * along(scale, x)).add_(shift), settings)
     return z.to(x.dtype) if settings.keep_input else x.copy_(z)
 
 
@@ -142,6 +142,25 @@ def parameter_gradients(sums, weight, settings):
     return d_gamma.to(weight.dtype), sums[0].to(weight.dtype)
 
 
+def gradients_alone(buffer, dy, mean, invstd, weight, bias, settings):
+    """dL/dx and the (2, C) sums in training without other parts: one call of ATen's kernel.
+
+    In place, the kernel is given z for its input, β for its mean and 1/γ for its inverse deviation: its x̂ is
+    ours, and its gradient of x̂ · γ² / sqrt(var + eps) with regard to z is that of z with regard to x.
+    """
+    gamma, beta = factors(weight, bias, settings, invstd)
+    buffer, dy = buffer.to(invstd.dtype), dy.to(invstd.dtype)
+    if settings.keep_input:
+        z = (buffer - along(mean, buffer)).mul_(along(gamma * invstd, buffer)).add_(along(beta, buffer))
+        source, dz, factor = buffer, through_activation(z, dy, settings), gamma
+    else:
+        source, dz = undo_activation(buffer, dy, settings)
+        mean, invstd, factor = beta, 1 / gamma, gamma ** 2 * invstd
+    dx, sum_normal_dz, sum_dz = torch.ops.aten.native_batch_norm_backward(
+        dz, source, factor, None, None, mean, invstd, True, settings.eps, [True, True, True])
+    return dx, torch.stack([sum_dz, sum_normal_dz])
+
+
 class Normalise(torch.autograd.Function):
     """The layer alone, or one of several processes: backward sums over them with `processes.total`."""
 
@@ -158,7 +177,10 @@ class Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         buffer, mean, invstd, weight, bias = ctx.saved_tensors
-        if kernels.fits_backward(buffer, ctx.settings):
+        if ctx.settings.training and not ctx.processes:
+            dx, sums = gradients_alone(buffer, dy, mean, invstd, weight, bias, ctx.settings)
+            return dx.to(dy.dtype), *parameter_gradients(sums, weight, ctx.settings), None, None, None, None, None
+        if kernels.fit(buffer, ctx.settings):
             return _cuda_backward(ctx, buffer, dy, invstd, weight, bias)
         normal, dz = recover(buffer, dy, mean, invstd, weight, bias, ctx.settings)
         sums = channel_sums(normal, dz)
@@ -177,7 +199,7 @@ def _cuda_backward(ctx, y, dy, invstd, weight, bias):
                             else dy.contiguous(), settings)
     gamma, beta = factors(weight, bias, settings, invstd)
     sums = kernels.backward_sums(dz, z, gamma, beta)
-    totals = ctx.processes.total(sums) if ctx.processes else sums
+    totals = ctx.processes.total(sums)
     dx = kernels.backward_elements(dz, z, gamma, beta, invstd, totals, ctx.count) if ctx.needs_input_grad[0] else None
     return dx, *parameter_gradients(sums, weight, settings), None, None, None, None, None
 

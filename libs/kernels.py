@@ -1,4 +1,4 @@
-"""ATen's batch-norm kernels, which exist on CUDA alone, under the names that `libs.functions` uses.
+"""Those of ATen's batch-norm kernels that exist on CUDA alone, under the names that `libs.functions` uses.
 
 They take half precision with float32 parameters, contiguous and channels-last.
 """
@@ -6,19 +6,12 @@ They take half precision with float32 parameters, contiguous and channels-last.
 import torch
 
 
-def statistics(x):
-    """x (B, C, ...) → mean (C,), biased variance (C,), float32."""
-    # With an epsilon of zero the kernel returns 1 / sqrt(var), or zero where the variance is zero.
-    mean, invstd = torch.batch_norm_stats(x, 0.0)
-    return mean, torch.where(invstd > 0, invstd ** -2, 0)
-
-
 def transform(x, gamma, beta, mean, invstd, out):
     """x̂ · γ + β into `out`, which may be x."""
     return torch.batch_norm_elemt(x, gamma, beta, mean, invstd, 0.0, out=out)
 
 
-def fits_backward(y, settings):
+def fit(y, settings):
     """Whether `backward_sums` and `backward_elements` may serve: in place, in training."""
     return y.is_cuda and y.dtype != torch.float64 and settings.training and not settings.keep_input
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,9 +25,16 @@ def keep_hardest(pixel_losses, valid, thres, min_kept):
     if min_kept > 0:
         ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
         k = min(min_kept, len(ranked))
-        limit = torch.minimum(limit, ranked.kthvalue(len(ranked) - k + 1).values)
+        limit = torch.minimum(limit, kth_smallest(ranked, len(ranked) - k + 1))
     # Not "≥": a loss that is not a number must reach the sum and be seen.
     return ~(pixel_losses < limit) & valid
+
+
+def kth_smallest(values, k):
+    """The k-th smallest of values (P,), k from 1, as a scalar tensor on their device."""
+    if values.is_cpu:       # NumPy reads the same memory and selects ten times faster than kthvalue
+        return values.new_tensor(np.partition(values.numpy(), k - 1)[k - 1])
+    return values.kthvalue(k).values
 
 
 class OhemCrossEntropy(nn.Module):
@@ -66,9 +74,10 @@ def masked_cross_entropy(logits, labels, ignore_index, select=None):
         select: (losses (P,), valid (P,)) → (P,) bool, the pixels to count; None for every valid one.
 
     Returns:
-        (scalar of the logits' dtype, scalar int64), both on the device of the logits.
+        (scalar of the logits' dtype, at least float32; scalar int64), both on the device of the logits.
     """
     labels = labels.long()
+    logits = logits if logits.element_size() >= 4 else logits.float()
     losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").flatten()
     valid = (labels != ignore_index).flatten()
     kept = valid if select is None else select(losses, valid)

@@ -245,41 +245,39 @@ def test_compiled_network_falls_back_cleanly(kind):
 # ---- on CUDA's kernels, by their formulas: the kernels themselves exist on GPUs alone ----
 
 def test_algebra_of_the_cuda_path(monkeypatch):
-    """ATen's five kernels written out (aten/src/ATen/native/cuda/Normalization.cuh), so that what is passed to
-    them and made of what they return is checked here."""
+    """ATen's kernels written out (aten/src/ATen/native/cuda/Normalization.cuh), so that what is passed to them and
+    made of what they return is checked here. They serve one of several processes."""
     def along(v, x):
         return v.view(1, -1, *[1] * (x.ndim - 2))
-
-    def dims(x):
-        return [0, *range(2, x.ndim)]
-
-    def stats(x, eps):
-        var, mean = torch.var_mean(x.float(), dims(x), correction=0)
-        return mean, torch.where((var == 0) & (eps == 0), 0, (var + eps).rsqrt())
 
     def elemt(x, weight, bias, mean, invstd, eps, out):
         y = (x.float() - along(mean, x)) * along(invstd * weight, x) + along(bias, x)
         return out.copy_(y)
 
     def reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
-        dy, x = dy.float(), x.float()
-        return dy.sum(dims(x)), (dy * (x - along(mean, x))).sum(dims(x)), None, None
+        dims = [0, *range(2, x.ndim)]
+        return dy.sum(dims), (dy * (x - along(mean, x))).sum(dims), None, None
 
     def backward(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
         norm = 1 / count.sum()
         factor = invstd * invstd * sum_dy_xmu * norm
-        dx = (dy - along(sum_dy * norm, x) - (x - along(mean, x)) * along(factor, x)) * along(invstd * weight, x)
-        return dx.to(dy.dtype)
+        return (dy - along(sum_dy * norm, x) - (x - along(mean, x)) * along(factor, x)) * along(invstd * weight, x)
 
-    for name, function in (("stats", stats), ("elemt", elemt), ("backward_reduce", reduce),
-                           ("backward_elemt", backward)):
+    for name, function in (("elemt", elemt), ("backward_reduce", reduce), ("backward_elemt", backward)):
         monkeypatch.setattr(torch, f"batch_norm_{name}", function)
+
+    class Alone:        # a group of one process: what is summed is its own
+        def statistics(self, packed):
+            return packed[None]
+
+        def total(self, sums):
+            return sums
+
     x, dy = torch.randn(4, 5, 6, 7) + 2, torch.randn(4, 5, 6, 7)
     layer = randomised(InPlaceABN(5))
     expected = gradients(copy.deepcopy(layer), x, dy)
-    monkeypatch.setattr(kernels, "fits_backward", lambda y, settings: settings.training and not settings.keep_input)
-    monkeypatch.setattr(functions, "local_statistics", lambda x: (
-        x.numel() // x.shape[1], kernels.statistics(x)[0], kernels.statistics(x)[1] * (x.numel() // x.shape[1])))
+    monkeypatch.setattr(layer, "_exchange", lambda x: Alone(), raising=False)
+    monkeypatch.setattr(kernels, "fit", lambda y, settings: settings.training and not settings.keep_input)
     monkeypatch.setattr(functions, "normalise", lambda x, mean, invstd, weight, bias, s: functions.activate_(
         kernels.transform(x, *functions.factors(weight, bias, s, invstd), mean, invstd, x), s))
     for a, b in zip(gradients(layer, x, dy), expected, strict=True):

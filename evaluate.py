@@ -35,8 +35,8 @@ SAVED = ("labelIds", "color", "overlay")
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description="Score a snapshot.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description="Score a snapshot.", epilog=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", required=True,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
@@ -181,7 +181,9 @@ def main(argv=None):
     if args.overlap >= 1:
         raise UserError("--overlap: expected a share below 1, found 1")
     path = Path(args.restore_from[0])
-    device = select_devices(args.gpu)[0]
+    device, *others = select_devices(args.gpu)
+    if others:
+        print(f"evaluation uses one GPU, {device}")
     network, config = load_network(path, device)
     classes = ClassTable.read(args.classes) if args.classes else ClassTable(config["classes"], f"classes of {path}")
     if classes.num_classes != config["network"]["num_classes"]:

@@ -37,8 +37,8 @@ AMP = {"off": None, "bf16": torch.bfloat16}
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(description="Train ACFNet.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description="Train ACFNet.", epilog=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", required=True,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
@@ -221,6 +221,8 @@ def main(argv=None):
     module = NetworkWithLoss(network, criterion, normalization, AMP[args.amp])
     if len(devices) > 1:
         print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
+        if args.ohem:
+            print("OHEM looks for hard pixels within each GPU's part of the batch")
         module = DataParallel(module, device_ids=devices)
     sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size)
     loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers,

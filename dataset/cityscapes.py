@@ -1,6 +1,5 @@
 """Cityscapes, and every data set that a list of files and a class table describe."""
 
-import argparse
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -200,7 +199,7 @@ def _size(array):
 
 def main():
     """What lies in a folder: counts of each split, and whether its first pair can be read."""
-    parser = argparse.ArgumentParser(description="Say what a Cityscapes folder holds.")
+    parser = cli.Parser(description="Say what a Cityscapes folder holds.")
     parser.add_argument("data_dir", help="folder with leftImg8bit/ and gtFine/")
     for split in ("train", "val"):
         dataset = CityscapesDataset(parser.parse_args().data_dir, split)

@@ -8,7 +8,6 @@ random within each class, so that shape, place and texture have to tell what som
 The same seed gives the same files, byte for byte.
 """
 
-import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -864,7 +863,7 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw labelled street scenes in the layout of Cityscapes.")
+    parser = cli.Parser(description="Draw labelled street scenes in the layout of Cityscapes.")
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--train", type=cli.not_negative(int), default=200, help="training scenes (200)")
     parser.add_argument("--val", type=cli.not_negative(int), default=50, help="validation scenes (50)")

@@ -13,7 +13,6 @@ from libs.recompute import checkpoint
 CHECKPOINTS = ("none", "light", "full")
 
 
-
 def conv3x3(in_channels, out_channels, stride=1, dilation=1):
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
@@ -22,87 +21,90 @@ def conv1x1(in_channels, out_channels, stride=1):
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+    """What all residual blocks share: branch and shortcut meet in an addition.
+
+    Args:
+        channels: of the output.
+        activation: makes the module that follows the addition.
+        attention: `attention(channels)` makes what scales the branch before the addition, or None.
+        downsample: module of the shortcut, or None for the identity.
+    """
+
+    def __init__(self, channels, activation, attention, downsample):
+        super().__init__()
+        self.eca = attention(channels) if attention else None
+        self.downsample = downsample
+        self.activation = activation()
+        self.light = False      # recompute `expand` in the backward pass
+
+    def forward(self, x):
+        """x (B, in_channels, H, W) → (B, channels, ceil(H/stride), ceil(W/stride))."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.reduce(x)
+        if self.light and torch.is_grad_enabled():
+            return checkpoint(self.join, x, shortcut)
+        return self.join(x, shortcut)
+
+    def join(self, x, shortcut):
+        """The last convolution with its norm, the attention, the addition, the activation."""
+        x = self.expand(x)
+        # One addition that keeps nothing of its own; the activation, in place, keeps its output, which the
+        # next block's convolution keeps anyway.
+        total = x + shortcut if self.eca is None else torch.addcmul(shortcut, x, self.eca.weights(x))
+        return self.activation(total)
+
+
+class BasicBlock(Block):
     """Two 3×3 convolutions and the shortcut (He et al. 2016, figure 5 left).
 
     Args:
         in_channels, width: channels of the input and of the convolutions; the output has width channels.
         stride: of the first convolution.
         first_dilation, dilation: of the first and the second 3×3 convolution.
-        norm: `norm(channels, activation=None)` makes a norm followed by the network's activation, or by
+        norm: `norm(channels, activation=...)` makes a norm followed by the network's activation, or by
             the one that is named.
-        activation: makes the module that follows the addition.
-        attention: `attention(channels)` makes what scales the branch before the addition, or None.
-        downsample: module of the shortcut, or None for the identity.
+        others: activation, attention and downsample as in `Block`.
     """
 
     expansion = 1
 
-    def __init__(self, in_channels, width, stride, first_dilation, dilation, norm, activation, attention,
-                 downsample):
-        super().__init__()
+    def __init__(self, in_channels, width, stride, first_dilation, dilation, norm, **others):
+        super().__init__(width, **others)
         self.conv1 = conv3x3(in_channels, width, stride, first_dilation)
         self.bn1 = norm(width)
         self.conv2 = conv3x3(width, width, dilation=dilation)
         self.bn2 = norm(width, activation="identity")
-        self.eca = attention(width) if attention else None
-        self.downsample = downsample
-        self.activation = activation()
-        self.light = False
-
-    def forward(self, x):
-        """x (B, in_channels, H, W) → (B, width · expansion, ceil(H/stride), ceil(W/stride))."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.reduce(x)
-        if self.light and torch.is_grad_enabled():
-            return checkpoint(self.expand, x, shortcut)
-        return self.expand(x, shortcut)
 
     def reduce(self, x):
-        """What comes before the last convolution."""
         return self.bn1(self.conv1(x))
 
-    def expand(self, x, shortcut):
-        """The last convolution and its norm, the attention, the addition, the activation."""
-        return self.add(self.bn2(self.conv2(x)), shortcut)
-
-    def add(self, x, shortcut):
-        # One addition that keeps nothing of its own; the activation, in place, keeps its output, which the
-        # next block's convolution keeps anyway.
-        if self.eca is not None:
-            return self.activation(torch.addcmul(shortcut, x, self.eca.weights(x)))
-        return self.activation(x + shortcut)
+    def expand(self, x):
+        return self.bn2(self.conv2(x))
 
 
-class Bottleneck(BasicBlock):
+class Bottleneck(Block):
     """1×1, 3×3 and 1×1 convolution and the shortcut (He et al. 2016, figure 5 right); stride in the 3×3.
 
-    Arguments as in `BasicBlock`; `first_dilation` is that of the 3×3 convolution and `dilation` is unused
-    here, because the block has no second one. The output has 4 · width channels.
+    Arguments as in `BasicBlock`; the only 3×3 convolution has first_dilation. The output has 4 · width channels.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels, width, stride, first_dilation, dilation, norm, activation, attention,
-                 downsample):
-        nn.Module.__init__(self)
+    def __init__(self, in_channels, width, stride, first_dilation, dilation, norm, **others):
+        super().__init__(width * self.expansion, **others)
         self.conv1 = conv1x1(in_channels, width)
         self.bn1 = norm(width)
         self.conv2 = conv3x3(width, width, stride, first_dilation)
         self.bn2 = norm(width)
         self.conv3 = conv1x1(width, width * self.expansion)
         self.bn3 = norm(width * self.expansion, activation="identity")
-        self.eca = attention(width * self.expansion) if attention else None
-        self.downsample = downsample
-        self.activation = activation()
-        self.light = False
 
     def reduce(self, x):
-        x = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(x))
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))))
 
-    def expand(self, x, shortcut):
-        return self.add(self.bn3(self.conv3(x)), shortcut)
+    def expand(self, x):
+        return self.bn3(self.conv3(x))
 
 
 class ResNet(nn.Module):
@@ -111,7 +113,7 @@ class ResNet(nn.Module):
     Args:
         block: `BasicBlock` or `Bottleneck`.
         depths: blocks of stages 1 to 4.
-        norm, activation: as in `BasicBlock`.
+        norm, activation: as in `BasicBlock` and `Block`.
         attention: `attention(channels, stage)` makes the attention of a block of stage 0 to 3, or None.
         stem_widths: None for one 7×7 convolution, else the channels of three 3×3 convolutions:
             (64, 64, 128) in the CSAIL files, (32, 32, 64) in timm's "d" networks.
@@ -159,8 +161,8 @@ class ResNet(nn.Module):
                 if stride != 1 or in_channels != out_channels:
                     downsample = _downsample(in_channels, out_channels, stride, norm, average_downsample)
                 attend = (lambda channels, stage=stage: attention(channels, stage)) if attention else None
-                blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm, activation,
-                                    attend, downsample))
+                blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm,
+                                    activation=activation, attention=attend, downsample=downsample))
                 in_channels = out_channels
                 blocks[-1].light = recompute == "light" and block is Bottleneck
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))

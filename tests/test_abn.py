@@ -12,6 +12,7 @@ from torch import nn
 from libs import abn, backend, functions, kernels, recompute
 from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync
 from libs.synchronise import combine
+from networks import build_network
 from tests.conftest import SHARED
 from utils.distributed import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
 
@@ -358,6 +359,47 @@ def test_exchange_keeps_order_over_many_rounds():
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert seen[0] == seen[1] == seen[2] == [[(turn, rank) for rank in range(3)] for turn in range(50)]
+
+
+def replicate(network, size):
+    """What torch.nn.parallel.replicate makes of a network for its devices, on the CPU: copies of the modules whose
+    parameters are results of a broadcast, and whose buffers, for the first device, are the network's own."""
+    modules = dict(network.named_modules())
+    broadcast = {name: [p * 1 for _ in range(size)] for name, p in network.named_parameters()}
+    copies = []
+    for rank in range(size):
+        made = {name: module._replicate_for_data_parallel() for name, module in modules.items()}
+        for name, module in modules.items():
+            for key in module._modules:
+                setattr(made[name], key, made[f"{name}.{key}".removeprefix(".")])
+            for key, value in module._parameters.items():
+                copied = None if value is None else broadcast[f"{name}.{key}".removeprefix(".")][rank]
+                setattr(made[name], key, copied)
+            for key, value in module._buffers.items():
+                made[name]._buffers[key] = value if rank == 0 or value is None else value.clone()
+        copies.append(made[""])
+    return copies
+
+
+@pytest.mark.parametrize("recompute_mode", ["none", "light"])
+def test_replicas_of_data_parallel_train_like_one_batch(recompute_mode):
+    """The whole training module, as `utils.distributed.DataParallel` runs it, against one pass over the batch."""
+    torch.manual_seed(0)
+    network = build_network("acfnet_resnet", 3, "eca_resnet50", recompute=recompute_mode).double()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    images = torch.randn(3, 3, 33, 33).double()
+    twin = copy.deepcopy(network)
+    sum(logits.square().sum() for logits in twin(images).values()).backward()
+
+    copies = replicate(network, 2)
+    parts = run_replicas([lambda m=m, x=x: m(x) for m, x in zip(copies, images.split([2, 1]), strict=True)])
+    sum(logits.square().sum() for part in parts for logits in part.values()).backward()
+    for (name, a), (_, b) in zip(network.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8 * float(b.grad.abs().max() + 1), msg=name)
+    for (name, a), (_, b) in zip(network.named_buffers(), twin.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
 
 
 def test_plain_data_parallel_is_refused():

@@ -93,7 +93,7 @@ def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
     with pytest.raises(SystemExit) as caught:
         train.get_parser().parse_args(["--data-dir", "x", *words])
     assert caught.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert words[0] in error and message in error
 
 

@@ -10,6 +10,13 @@ class UserError(Exception):
     """The user's input is at fault. The message is one sentence naming file or flag, expected and found."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without the list of all flags before it."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
 def run(main):
     """Call `main()`; a `UserError` is printed as one sentence and ends the process with status 2."""
     try:

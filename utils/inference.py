@@ -154,7 +154,7 @@ class SlidingPredictor:
                     total[name][:, y:y + window[0], x:x + window[1]] += p
             for y, x in batch:
                 count[y:y + window[0], x:x + window[1]] += 1
-        return {name: (p / count)[:, :height, :width] for name, p in total.items()}
+        return {name: p.div_(count)[:, :height, :width] for name, p in total.items()}
 
     def _forward(self, crops):
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):

@@ -8,14 +8,18 @@ The paper's setting, four GPUs:
 
 With OHEM add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
 Go on after an interruption: the same command and --resume
+A process for each GPU: the same command with torchrun --nproc_per_node 4 in place of python, or --parallel ddp
 """
 
 import argparse
 import math
+import os
+import sys
 import time
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset, EpochSampler
@@ -29,9 +33,17 @@ from networks.pretrained import load_weights
 from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
-from utils.distributed import DataParallel, select_devices
+from utils.distributed import (
+    DataParallel,
+    join_processes,
+    leave_processes,
+    own_device,
+    select_devices,
+    start_processes,
+    started_by_torchrun,
+)
 from utils.inference import Normalization
-from utils.logger import RunLog
+from utils.logger import NoLog, RunLog
 
 AMP = {"off": None, "bf16": torch.bfloat16}
 
@@ -84,8 +96,9 @@ def get_parser():
 
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1,2,3, or cpu; default: all visible GPUs, else the CPU")
-    run.add_argument("--parallel", choices=("dp", "none"), default="dp",
-                     help="dp: nn.DataParallel over --gpu; none: the first of them only (dp)")
+    run.add_argument("--parallel", choices=("dp", "ddp", "none"), default="dp",
+                     help="dp: threads of this process share the GPUs; ddp: a process for each, which torchrun starts "
+                     "too; none: the first GPU only (dp)")
     run.add_argument("--amp", choices=AMP, default="off", help="mixed precision (off)")
 
     out = parser.add_argument_group("results")
@@ -118,6 +131,24 @@ class NetworkWithLoss(nn.Module):
         sums = self.criterion.sums(outputs, labels)
         return (torch.stack([total for total, _ in sums.values()])[None],
                 torch.stack([count for _, count in sums.values()])[None])
+
+
+def step_loss(module, criterion, images, labels, processes=None):
+    """Run the module on this process's images and labels.
+
+    Returns (loss, terms): the loss to differentiate, and {name: scalar} of the whole batch over all processes.
+    Each term is divided by the pixels of the whole batch. `DistributedDataParallel` averages gradients where their
+    sum is meant, hence the factor.
+    """
+    sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
+    world = 1
+    if processes is not None:
+        counts, world = processes.total(counts), processes.size
+    terms = sums / counts.clamp(min=1)
+    names = [name for name in criterion.weights if name != "coarse" or len(terms) == len(criterion.weights)]
+    loss = criterion.total(dict(zip(names, terms, strict=True))) * world
+    shown = terms.detach() if processes is None else processes.total(terms.detach())
+    return loss, dict(zip(names, shown, strict=True))
 
 
 def poly_rate(base, step, num_steps, power):
@@ -164,11 +195,10 @@ def resume(path, folder, network, optimizer, config):
     return content["step"]
 
 
-def check(args, devices, classes):
-    """Refuse what cannot work, before anything is read or written. Raises `UserError`."""
-    if args.batch_size % len(devices):
-        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {len(devices)} devices "
-                        "that share it")
+def check(args, sharing, classes):
+    """Refuse what cannot work, before anything is read or written; sharing: devices a batch is shared by."""
+    if args.batch_size % sharing:
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {sharing} devices that share it")
     if args.num_classes not in (None, classes.num_classes):
         raise UserError(f"--num-classes {args.num_classes}: expected the {classes.num_classes} classes of "
                         f"{classes.source}")
@@ -181,15 +211,52 @@ def check(args, devices, classes):
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
                         f"go on, found {existing[-1][1]}")
+    try:
+        backend.choose(args.abn_backend)
+    except RuntimeError as error:
+        raise UserError(f"--abn-backend: {error}") from None
+
+
+def prepare_network(args, shape, config, device):
+    """Build network and optimiser, restore what is asked for. Returns (network, optimizer, steps done)."""
+    network = build_network(**shape, recompute=args.checkpoint).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
+                                weight_decay=args.weight_decay)
+    if args.norm == "inplace_abn":
+        print(backend.describe())
+    if args.restore_from:
+        print(load_weights(network, checkpoint.load(args.restore_from[0]), args.restore_from[0]))
+    elif not args.resume:
+        print("no --restore-from: the network starts from random weights")
+    start = resume(args.resume, args.snapshot_dir, network, optimizer, config) if args.resume else 0
+    return network, optimizer, start
+
+
+def share_batches(module, devices, processes):
+    """Wrap the module so that several devices share each batch."""
+    if processes is not None:
+        print(f"{processes.size} processes share each batch, and the statistics of its norms")
+        return DistributedDataParallel(module, broadcast_buffers=False)     # norms keep the same ones in all
+    if len(devices) > 1:
+        print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
+        return DataParallel(module, device_ids=devices)
+    return module
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
     devices = select_devices(args.gpu)
-    devices = devices if args.parallel == "dp" else devices[:1]
+    if args.parallel == "ddp" and len(devices) > 1 and not started_by_torchrun():
+        start_processes(len(devices), argv)
+    if started_by_torchrun() or args.parallel == "none":
+        devices = [own_device(devices)]
     device = devices[0]
     classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
-    check(args, devices, classes)
+    check(args, max(len(devices), int(os.environ.get("WORLD_SIZE", 1))), classes)
+    processes = join_processes(device)
+    rank, world = (processes.rank, processes.size) if processes else (0, 1)
+    if rank:
+        sys.stdout = open(os.devnull, "w")      # noqa: SIM115, the first process speaks for all
     torch.manual_seed(args.random_seed)
 
     scale_range = (0.5, 2.0) if args.random_scale else None
@@ -202,44 +269,32 @@ def main(argv=None):
     normalization = Normalization()
     config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
               "input_size": list(args.input_size), "arguments": vars(args) | {"input_size": list(args.input_size)}}
-    if args.norm == "inplace_abn":
-        try:
-            backend.choose(args.abn_backend)
-        except RuntimeError as error:
-            raise UserError(f"--abn-backend: {error}") from None
-        print(backend.describe())
-    network = build_network(**shape, recompute=args.checkpoint).to(device)
+    network, optimizer, start = prepare_network(args, shape, config, device)
+    if rank:
+        torch.manual_seed(args.random_seed + rank)      # dropout differs from process to process
     criterion = SegmentationCriterion(ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep)
-    optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
-                                weight_decay=args.weight_decay)
-    if args.restore_from:
-        print(load_weights(network, checkpoint.load(args.restore_from[0]), args.restore_from[0]))
-    elif not args.resume:
-        print("no --restore-from: the network starts from random weights")
-    start = resume(args.resume, args.snapshot_dir, network, optimizer, config) if args.resume else 0
-
-    module = NetworkWithLoss(network, criterion, normalization, AMP[args.amp])
-    if len(devices) > 1:
-        print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
-        if args.ohem:
-            print("OHEM looks for hard pixels within each GPU's part of the batch")
-        module = DataParallel(module, device_ids=devices)
-    sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size)
-    loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers,
+    module = share_batches(NetworkWithLoss(network, criterion, normalization, AMP[args.amp]), devices, processes)
+    sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size,
+                           args.batch_size, rank, world)
+    loader = DataLoader(dataset, args.batch_size // world, sampler=sampler, num_workers=args.num_workers,
                         pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
                         worker_init_fn=cli.leave_ctrl_c_to_the_parent,
                         generator=torch.Generator())    # its own: dropout goes on with what was resumed
-    train(module, network, criterion, optimizer, loader, device, start, config, args.num_steps, args.learning_rate,
-          args.power, args.snapshot_dir, args.save_pred_every, args.log_every, args.panel_every,
-          lambda: draw_panel(network, normalization, dataset[0], classes, device))
+    log = NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start)
+    train(module, network, criterion, optimizer, loader, device, processes, start, args.num_steps, args.learning_rate,
+          args.power, args.save_pred_every, args.log_every, args.panel_every, log,
+          panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
+          save=lambda step: checkpoint.save(f"{args.snapshot_dir}/{checkpoint.NAME.format(step=step)}",
+                                            snapshot(network, optimizer, step, config)))
+    log.close()
+    leave_processes()
 
 
-def train(module, network, criterion, optimizer, loader, device, start, config, num_steps, learning_rate, power,
-          folder, save_every, log_every, panel_every, panel):
+def train(module, network, criterion, optimizer, loader, device, processes, start, num_steps, learning_rate, power,
+          save_every, log_every, panel_every, log, panel, save):
     """The loop. Steps count from 1; the snapshot of step t holds what t steps made."""
-    log = RunLog(folder, num_steps, start)
     network.train()
-    names = [name for name in criterion.weights if hasattr(network, name)]
+    first = processes is None or processes.rank == 0
     window, waited, images_done = time.monotonic(), 0.0, 0
     batches = iter(loader)
     with cli.StopRequest() as stop:
@@ -251,22 +306,22 @@ def train(module, network, criterion, optimizer, loader, device, start, config, 
             rate = poly_rate(learning_rate, step - 1, num_steps, power)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            sums, counts = module(batch["image"].to(device, non_blocking=True),
-                                  batch["label"].to(device, non_blocking=True))
-            terms = dict(zip(names, sums.sum(0) / counts.sum(0).clamp(min=1), strict=True))
-            loss = criterion.total(terms)
+            loss, terms = step_loss(module, criterion, batch["image"].to(device, non_blocking=True),
+                                    batch["label"].to(device, non_blocking=True), processes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            images_done += len(batch["image"])
+            images_done += len(batch["image"]) * (processes.size if processes else 1)
             log.step()
 
             if step == start + 1:
                 keeping, norms = layers_that_keep_their_input(network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
-            if step % log_every == 0 or step == num_steps:
-                values = {"lr": rate, "loss": loss.item()} | {f"loss_{n}": term.item() for n, term in terms.items()}
+            logged = step % log_every == 0 or step == num_steps
+            if logged:
+                values = {"lr": rate, "loss": criterion.total(terms).item()}
+                values |= {f"loss_{name}": term.item() for name, term in terms.items()}
                 if not math.isfinite(values["loss"]):
                     raise UserError(f"step {step}: expected a finite loss, found {values}; images: "
                                     f"{', '.join(batch['name'])}; a lower --learning-rate may help")
@@ -276,16 +331,17 @@ def train(module, network, criterion, optimizer, loader, device, start, config, 
                 values["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
                 log.metric(step, values)
                 window, waited, images_done = now, 0.0, 0
-            if step % panel_every == 0 or step == num_steps:
+            stopping = stop.asked
+            if processes is not None:       # all stop at the same step; asking each time would cost an exchange
+                stopping = logged and bool(processes.total(torch.tensor([int(stop.asked)], device=device)))
+            if first and (step % panel_every == 0 or step == num_steps):
                 log.picture("image_truth_coarse_fine", panel(), step)
-            if step % save_every == 0 or step == num_steps or stop.asked:
-                path = f"{folder}/{checkpoint.NAME.format(step=step)}"
-                checkpoint.save(path, snapshot(network, optimizer, step, config))
-                log.say(f"saved {path}")
-            if stop.asked:
+            if first and (step % save_every == 0 or step == num_steps or stopping):
+                save(step)
+                log.say(f"saved the snapshot of step {step}")
+            if stopping:
                 log.say(f"stopped after step {step}; the same command with --resume goes on")
                 break
-    log.close()
 
 
 if __name__ == "__main__":

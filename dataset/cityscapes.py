@@ -92,18 +92,23 @@ class EpochSampler(Sampler):
     Args:
         length: entries of an epoch.
         seed: of the permutations.
-        start, stop: first entry, and the one to stop before.
+        start, stop: first entry, and the one to stop before; whole batches.
+        batch_size: entries of a batch, over all processes.
+        rank, world: this process, and their number: it gets the rank-th slice of every batch.
     """
 
-    def __init__(self, length, seed, start, stop):
+    def __init__(self, length, seed, start, stop, batch_size=1, rank=0, world=1):
         self.length, self.seed, self.start, self.stop = length, seed, start, stop
+        self.batch_size, self.rank, self.share = batch_size, rank, batch_size // world
 
     def __len__(self):
-        return self.stop - self.start
+        return (self.stop - self.start) // self.batch_size * self.share
 
     def __iter__(self):
         epoch, order = None, None
         for entry in range(self.start, self.stop):
+            if entry % self.batch_size // self.share != self.rank:
+                continue
             if entry // self.length != epoch:
                 epoch = entry // self.length
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.length)

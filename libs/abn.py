@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.distributed import Replicas
+
 from . import backend, functions, recompute
-from .synchronise import Replicas, combine, find_exchange
+from .synchronise import combine, find_exchange
 
 HALF = (torch.float16, torch.bfloat16)
 # Rounding y to half precision shifts the recovered x̂ by about ε · sqrt(x̂² + r²), r = |bias| / (|weight| + eps);
@@ -130,7 +132,7 @@ class ABN(nn.Module):
         count, mean, moment = functions.local_statistics(x)
         if exchange is not None:
             packed = torch.cat([mean.new_tensor([count]).double(), mean.double(), moment.double()])   # (1 + 2C,)
-            parts = exchange.statistics(packed)                                                       # (P, 1 + 2C)
+            parts = torch.stack(exchange.gather(packed))                                              # (P, 1 + 2C)
             c = self.num_features
             total, mean, moment = (v.to(mean.dtype) for v in combine(parts[:, 0], parts[:, 1:c + 1], parts[:, c + 1:]))
             count = total if x.is_cuda else int(total)
@@ -138,7 +140,7 @@ class ABN(nn.Module):
             raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
                              f"input of shape {tuple(x.shape)}")
         var = moment / count
-        if self.training and self.track_running_stats and getattr(exchange, "rank", 0) == 0:
+        if self.training and self.track_running_stats and not (isinstance(exchange, Replicas) and exchange.rank):
             momentum, _ = self._momentum_and_training()
             self.running_mean.mul_(1 - momentum).add_(momentum * mean)
             self.running_var.mul_(1 - momentum).add_(momentum * var * (count / (count - 1)))

@@ -1,7 +1,10 @@
 """The training loss: 0.7 · fine + 0.6 · coarse + 0.4 · aux, each a cross-entropy over the labelled pixels."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils.distributed import find_parts
 
 from .ohem import keep_hardest, masked_cross_entropy
 
@@ -31,9 +34,16 @@ class SegmentationCriterion(nn.Module):
         self.ohem_keep = ohem_keep
 
     def sums(self, outputs, labels):
-        """Logits by name (each (B, N, h, w)), labels (B, H, W) → {name: (sum of losses, pixels counted)}."""
+        """Logits by name (each (B, N, h, w)), labels (B, H, W) → {name: (sum of losses, pixels counted)}.
+
+        With OHEM, processes or replicas that share a batch agree which of its pixels are the hardest.
+        """
         def hardest(losses, valid):
-            return keep_hardest(losses, valid, self.ohem_thres, self.ohem_keep * len(labels) // 2)
+            parts = find_parts()
+            images = len(labels)
+            if parts is not None:
+                images = sum(map(int, parts.gather(torch.tensor([images], device=labels.device))))
+            return keep_hardest(losses, valid, self.ohem_thres, self.ohem_keep * images // 2, parts)
 
         return {name: masked_cross_entropy(upsample(outputs[name], labels.shape[-2:]), labels,
                                            self.ignore_index,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def keep_hardest(pixel_losses, valid, thres, min_kept):
+def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
     """Which pixels count: those with p ≤ max(thres, k-th smallest p), p the probability of the true class.
 
     Args:
@@ -16,6 +16,8 @@ def keep_hardest(pixel_losses, valid, thres, min_kept):
         valid: (P,) bool, False where the label is to be ignored.
         thres: probability.
         min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
+        parts: `utils.distributed.Processes` or `Replicas` with other pixels of the batch, among which the k-th
+            smallest is found; None if these are all.
 
     Returns:
         (P,) bool.
@@ -24,6 +26,11 @@ def keep_hardest(pixel_losses, valid, thres, min_kept):
     limit = pixel_losses.new_tensor(-math.log(thres) if thres > 0 else math.inf)
     if min_kept > 0:
         ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
+        if parts is not None:       # the k hardest of all are among the k hardest of each part
+            longest = max(map(int, parts.gather(torch.tensor([len(ranked)], device=ranked.device))))
+            hardest = ranked.topk(min(min_kept, len(ranked))).values
+            room = min(min_kept, longest) - len(hardest)
+            ranked = torch.cat(parts.gather(F.pad(hardest, (0, room), value=-math.inf)))
         k = min(min_kept, len(ranked))
         limit = torch.minimum(limit, kth_smallest(ranked, len(ranked) - k + 1))
     # Not "≥": a loss that is not a number must reach the sum and be seen.

@@ -1,9 +1,12 @@
 """Which devices to use, and replicas of a module that work on parts of a batch."""
 
 import functools
+import os
+import sys
 import threading
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .cli import UserError
@@ -67,6 +70,90 @@ class ReplicaGroup:
         with self.changed:
             self.stopped = self.stopped or f"replica {rank} {'failed' if failed else 'ended'} before the others"
             self.changed.notify_all()
+
+
+class Processes:
+    """The processes of a torch.distributed group, each with a part of the batch."""
+
+    def __init__(self, group=None):
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def gather(self, tensor):
+        """A tensor of the same shape from each process → all of them, in order of rank."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.group)
+        return gathered
+
+    def total(self, tensor):
+        """Sum a tensor over all processes."""
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+class Replicas:
+    """The threads of a `ReplicaGroup`, each with a part of the batch. Values only: no gradient flows."""
+
+    def __init__(self, group, rank):
+        self.group, self.rank, self.size = group, rank, group.size
+
+    def gather(self, tensor):
+        return [other.to(tensor.device) for other in self.share(tensor.detach())]
+
+    def share(self, tensor):
+        """A tensor of each replica → all of them as they are, with their place in the graph."""
+        return self.group.exchange(self.rank, tensor)
+
+
+def find_parts(group=None):
+    """`Replicas` or `Processes` that share a batch with the caller; None if it is alone.
+
+    group: process group, None for the default one.
+    """
+    replica = current_replica()
+    if replica is not None:
+        return Replicas(*replica) if replica[0].size > 1 else None
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        return Processes(group)
+    return None
+
+
+def started_by_torchrun():
+    return "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
+
+
+def start_processes(count, argv=None):
+    """Replace this process by torchrun with `count` processes of the same command. Does not return."""
+    words = sys.argv[1:] if argv is None else argv
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                              str(count), sys.argv[0], *words])
+
+
+def own_device(devices):
+    """The device of this process among those of the machine. Raises `UserError` if there is none left for it."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if devices[0].type == "cpu":
+        return devices[0]
+    if local >= len(devices):
+        raise UserError(f"--gpu: expected a GPU for each of the processes, found {len(devices)} for process {local}")
+    torch.cuda.set_device(devices[local])
+    return devices[local]
+
+
+def join_processes(device):
+    """Join the processes that torchrun started. Returns `Processes`, or None if this one is alone."""
+    if not started_by_torchrun():
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes() if dist.get_world_size() > 1 else None
+
+
+def leave_processes():
+    """End what `join_processes` began."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 _thread = threading.local()

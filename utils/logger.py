@@ -65,6 +65,22 @@ class RunLog:
         self.board.close()
 
 
+class NoLog:
+    """A `RunLog` of which nothing is seen, for all processes but the first."""
+
+    def step(self):
+        pass
+
+    def metric(self, step, values):
+        pass
+
+    def say(self, text):
+        pass
+
+    def close(self):
+        pass
+
+
 def progress(iterable, what, unit, total=None, every=10.0):
     """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds."""
     total = len(iterable) if total is None else total

@@ -1,0 +1,114 @@
+"""One step means the same however the batch is shared: one process, gloo processes, replicas in threads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset.cityscapes import EpochSampler
+from loss.criterion import SegmentationCriterion
+from networks import build_network
+from train import NetworkWithLoss, step_loss
+from utils.distributed import Processes, ThreadReplicas
+from utils.inference import Normalization
+
+STEPS = 20
+
+
+def batch():
+    """Six images of one colour a class, so that there is something to learn; the parts differ in labelled pixels."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(4, (6, 5, 5), generator=generator).repeat_interleave(7, 1).repeat_interleave(7, 2)
+    colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200], [120, 120, 120]])
+    images = colors[labels].permute(0, 3, 1, 2) + torch.randint(-25, 25, (6, 3, 35, 35), generator=generator)
+    labels[0], labels[1, :30], labels[3, :, :9] = 255, 255, 255
+    return images.to(torch.uint8), labels.to(torch.uint8)
+
+
+def train(share, dtype, ohem, rank=0, world=1):
+    """Train a small network for some steps; `share(module)` → (module, processes). Returns loss of every step."""
+    torch.manual_seed(0)
+    network = build_network("acfnet_resnet", 4, "eca_resnet18").to(dtype)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0      # its masks depend on how the batch is shared
+    criterion = SegmentationCriterion(ohem=ohem, ohem_thres=0.3, ohem_keep=500)
+    normalize = Normalization()
+    module = NetworkWithLoss(network, criterion, lambda images: normalize(images).to(dtype), None)
+    module, processes = share(module)
+    optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9)
+    images, labels = (t.split(6 // world)[rank] for t in batch())
+    losses = []
+    for _ in range(STEPS):
+        loss, terms = step_loss(module, criterion, images, labels, processes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(criterion.total(terms)))
+    return losses
+
+
+def work(rank, world, folder, dtype, ohem):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    losses = train(lambda module: (DistributedDataParallel(module, broadcast_buffers=False), Processes()), dtype, ohem,
+                   rank, world)
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def shared(way, folder, dtype, ohem):
+    if way == "2 threads":
+        return train(lambda module: (ThreadReplicas(module, 2), None), dtype, ohem)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    world = int(way.split()[0])
+    mp.spawn(work, (world, str(folder), dtype, ohem), nprocs=world)
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("way, ohem", [("2 processes", True), ("3 processes", False), ("2 threads", False),
+                                       ("2 threads", True)])
+def test_every_way_of_sharing_trains_alike(way, ohem, tmp_path):
+    expected = train(lambda module: (module, None), torch.float64, ohem)
+    found = shared(way, tmp_path, torch.float64, ohem)
+    assert expected[-1] < 0.8 * expected[0]
+    assert max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) < 1e-8
+
+
+def test_float32_stays_close(tmp_path):
+    expected = train(lambda module: (module, None), torch.float32, True)
+    found = shared("2 processes", tmp_path, torch.float32, True)
+    assert abs(found[0] - expected[0]) / expected[0] < 1e-5
+    assert abs(found[-1] - expected[-1]) / expected[-1] < 1e-3
+
+
+def test_processes_take_their_slices_of_every_batch():
+    whole = list(EpochSampler(7, 3, 12, 36, 6))
+    parts = [list(EpochSampler(7, 3, 12, 36, 6, rank, 3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [8, 8, 8]
+    assert len(EpochSampler(7, 3, 12, 36, 6, 2, 3)) == 8
+    for t in range(4):
+        assert whole[6 * t:6 * t + 6] == [entry for part in parts for entry in part[2 * t:2 * t + 2]]
+
+
+def test_torchrun_trains_and_one_process_speaks(streets, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+               "--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), "--gpu", "cpu",
+               "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size", "4", "--num-workers", "0",
+               "--num-steps", "3", "--log-every", "1", "--ohem", "1", "--ohem-keep", "300"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes share each batch" in done.stdout
+    assert done.stdout.count("step 3/3") == 1 and done.stdout.count("saved the snapshot of step 3") == 1
+    logged = [json.loads(line) for line in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3]

@@ -30,7 +30,7 @@ from utils.logger import progress
 from utils.metrics import ConfusionMatrix
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-AMP = {"off": None, "bf16": torch.bfloat16}
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVED = ("labelIds", "color", "overlay")
 
 

@@ -44,8 +44,7 @@ from utils.distributed import (
 )
 from utils.inference import Normalization
 from utils.logger import NoLog, RunLog
-
-AMP = {"off": None, "bf16": torch.bfloat16}
+from utils.precision import CHOICES, OPT_LEVELS, Precision
 
 
 def get_parser():
@@ -99,7 +98,9 @@ def get_parser():
     run.add_argument("--parallel", choices=("dp", "ddp", "none"), default="dp",
                      help="dp: threads of this process share the GPUs; ddp: a process for each, which torchrun starts "
                      "too; none: the first GPU only (dp)")
-    run.add_argument("--amp", choices=AMP, default="off", help="mixed precision (off)")
+    run.add_argument("--amp", choices=CHOICES, default="off", help="mixed precision: autocast to bf16, or fp16 with a "
+                     "gradient scaler; apex: NVIDIA's apex.amp of tag 25.04 or older (off)")
+    run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex (O1)")
 
     out = parser.add_argument_group("results")
     out.add_argument("--snapshot-dir", default="snapshots", help="(snapshots)")
@@ -156,10 +157,10 @@ def poly_rate(base, step, num_steps, power):
     return base * (1 - step / num_steps) ** power
 
 
-def snapshot(network, optimizer, step, config):
+def snapshot(network, optimizer, precision, step, config):
     """What a snapshot holds: tensors and plain values only, so that it loads with `weights_only=True`."""
-    return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}, "step": step,
-            "rng": {"torch": torch.get_rng_state()}, "config": config}
+    return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": precision.state_dict(),
+            "step": step, "rng": {"torch": torch.get_rng_state()}, "config": config}
 
 
 def draw_panel(network, normalization, sample, classes, device):
@@ -175,7 +176,7 @@ def draw_panel(network, normalization, sample, classes, device):
     return visualize.panel([image, classes.color(truth), *(classes.color(m) for m in maps)])
 
 
-def resume(path, folder, network, optimizer, config):
+def resume(path, folder, network, optimizer, precision, config):
     """Restore a run; returns the number of steps done. `path` is a file, or "newest" for that of the folder."""
     if path == "newest":
         found = checkpoint.snapshots(folder)
@@ -190,6 +191,7 @@ def resume(path, folder, network, optimizer, config):
                         f"{', '.join(different)}: {[content['config']['network'].get(key) for key in different]}")
     network.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
+    precision.load_state_dict(content.get("scaler"))
     torch.set_rng_state(content["rng"]["torch"])
     print(f"resumed {path}, {content['step']} steps done")
     return content["step"]
@@ -217,7 +219,7 @@ def check(args, sharing, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def prepare_network(args, shape, config, device):
+def prepare_network(args, shape, config, precision, device):
     """Build network and optimiser, restore what is asked for. Returns (network, optimizer, steps done)."""
     network = build_network(**shape, recompute=args.checkpoint).to(device)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
@@ -228,7 +230,10 @@ def prepare_network(args, shape, config, device):
         print(load_weights(network, checkpoint.load(args.restore_from[0]), args.restore_from[0]))
     elif not args.resume:
         print("no --restore-from: the network starts from random weights")
-    start = resume(args.resume, args.snapshot_dir, network, optimizer, config) if args.resume else 0
+    network, optimizer = precision.prepare(network, optimizer)
+    start = 0
+    if args.resume:
+        start = resume(args.resume, args.snapshot_dir, network, optimizer, precision, config)
     return network, optimizer, start
 
 
@@ -253,6 +258,7 @@ def main(argv=None):
     device = devices[0]
     classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
     check(args, max(len(devices), int(os.environ.get("WORLD_SIZE", 1))), classes)
+    precision = Precision(args.amp, device, args.opt_level)
     processes = join_processes(device)
     rank, world = (processes.rank, processes.size) if processes else (0, 1)
     if rank:
@@ -269,11 +275,11 @@ def main(argv=None):
     normalization = Normalization()
     config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
               "input_size": list(args.input_size), "arguments": vars(args) | {"input_size": list(args.input_size)}}
-    network, optimizer, start = prepare_network(args, shape, config, device)
+    network, optimizer, start = prepare_network(args, shape, config, precision, device)
     if rank:
         torch.manual_seed(args.random_seed + rank)      # dropout differs from process to process
     criterion = SegmentationCriterion(ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep)
-    module = share_batches(NetworkWithLoss(network, criterion, normalization, AMP[args.amp]), devices, processes)
+    module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
     sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size,
                            args.batch_size, rank, world)
     loader = DataLoader(dataset, args.batch_size // world, sampler=sampler, num_workers=args.num_workers,
@@ -281,17 +287,17 @@ def main(argv=None):
                         worker_init_fn=cli.leave_ctrl_c_to_the_parent,
                         generator=torch.Generator())    # its own: dropout goes on with what was resumed
     log = NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start)
-    train(module, network, criterion, optimizer, loader, device, processes, start, args.num_steps, args.learning_rate,
-          args.power, args.save_pred_every, args.log_every, args.panel_every, log,
+    train(module, network, criterion, optimizer, precision, loader, device, processes, start, args.num_steps,
+          args.learning_rate, args.power, args.save_pred_every, args.log_every, args.panel_every, log,
           panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
           save=lambda step: checkpoint.save(f"{args.snapshot_dir}/{checkpoint.NAME.format(step=step)}",
-                                            snapshot(network, optimizer, step, config)))
+                                            snapshot(network, optimizer, precision, step, config)))
     log.close()
     leave_processes()
 
 
-def train(module, network, criterion, optimizer, loader, device, processes, start, num_steps, learning_rate, power,
-          save_every, log_every, panel_every, log, panel, save):
+def train(module, network, criterion, optimizer, precision, loader, device, processes, start, num_steps,
+          learning_rate, power, save_every, log_every, panel_every, log, panel, save):
     """The loop. Steps count from 1; the snapshot of step t holds what t steps made."""
     network.train()
     first = processes is None or processes.rank == 0
@@ -308,9 +314,7 @@ def train(module, network, criterion, optimizer, loader, device, processes, star
                 group["lr"] = rate
             loss, terms = step_loss(module, criterion, batch["image"].to(device, non_blocking=True),
                                     batch["label"].to(device, non_blocking=True), processes)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            precision.step(loss, optimizer)
             images_done += len(batch["image"]) * (processes.size if processes else 1)
             log.step()
 

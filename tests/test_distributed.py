@@ -103,7 +103,8 @@ def test_processes_take_their_slices_of_every_batch():
 def test_torchrun_trains_and_one_process_speaks(streets, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
                "--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), "--gpu", "cpu",
-               "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size", "4", "--num-workers", "0",
+               "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size", "4",
+               "--num-workers", "0",
                "--num-steps", "3", "--log-every", "1", "--ohem", "1", "--ohem-keep", "300"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment)

@@ -1,0 +1,67 @@
+"""Mixed precision: PyTorch's autocast, or NVIDIA apex where somebody still has it."""
+
+import torch
+
+from .cli import UserError
+
+CHOICES = ("off", "bf16", "fp16", "apex")
+OPT_LEVELS = ("O0", "O1", "O2", "O3")
+AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": None}
+
+
+class Precision:
+    """How losses are scaled and gradients found.
+
+    Args:
+        amp: `off`; `bf16`, autocast; `fp16`, autocast with a gradient scaler; `apex`, NVIDIA's apex.amp.
+        device: where training runs.
+        opt_level: of apex, `O0` to `O3`.
+
+    Raises `UserError` where the device or an installed apex does not do it.
+    """
+
+    def __init__(self, amp, device, opt_level="O1"):
+        self.autocast = AUTOCAST[amp]
+        self.opt_level = opt_level
+        self.apex = _import_apex() if amp == "apex" else None
+        if amp == "apex" and device.type != "cuda":
+            raise UserError("--amp apex: expected a GPU, found the CPU; --amp bf16 works there")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def prepare(self, network, optimizer):
+        """Network and optimiser, as apex wants them; unchanged otherwise. To be called before they are wrapped."""
+        if self.apex is None:
+            return network, optimizer
+        return self.apex.initialize(network, optimizer, opt_level=self.opt_level)
+
+    def step(self, loss, optimizer):
+        """Differentiate the loss and take a step; with fp16 a step whose gradients overflow is left out."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.apex is not None:
+            with self.apex.scale_loss(loss, optimizer) as scaled:
+                scaled.backward()
+            optimizer.step()
+            return
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self):
+        """The state of the loss scale: plain values, empty where nothing is scaled."""
+        return self.scaler.state_dict() if self.apex is None else self.apex.state_dict()
+
+    def load_state_dict(self, state):
+        if state:
+            (self.scaler if self.apex is None else self.apex).load_state_dict(state)
+
+
+def _import_apex():
+    """apex.amp, imported only when it is asked for."""
+    try:
+        from apex import amp
+    except ImportError:
+        amp = None
+    if not hasattr(amp, "initialize"):
+        raise UserError("--amp apex: expected NVIDIA's apex with apex.amp, found none: it was removed after tag 25.05 "
+                        "(pip's package apex is another one); build apex from its tag 25.04, or use --amp bf16")
+    return amp

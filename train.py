@@ -179,12 +179,12 @@ def draw_panel(network, normalization, sample, classes, device):
 def resume(path, folder, network, optimizer, precision, config):
     """Restore a run; returns the number of steps done. `path` is a file, or "newest" for that of the folder."""
     if path == "newest":
-        found = checkpoint.snapshots(folder)
-        if not found:
+        path, content = checkpoint.newest(folder)
+        if path is None:
             print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
             return 0
-        path = found[-1][1]
-    content = checkpoint.load_snapshot(path)
+    else:
+        content = checkpoint.load_snapshot(path)
     different = [key for key in config["network"] if content["config"]["network"].get(key) != config["network"][key]]
     if different:
         raise UserError(f"--resume {path}: expected a run with the same network, found another "

@@ -71,6 +71,20 @@ def test_resume_goes_on_where_the_run_was(streets, tmp_path, capsys):
     assert [line["step"] for line in lines(part)] == [3, 4]
 
 
+def test_resume_passes_over_a_damaged_snapshot_and_repeats_no_step_in_the_log(streets, tmp_path, capsys):
+    folder = tmp_path / "s"
+    whole = run(streets, folder, "--save-pred-every", "2", steps=4)
+    log, last = folder / "metrics.jsonl", folder / "CS_scenes_4.pth"
+    expected = [(line["step"], line["loss"]) for line in lines(folder)]
+    last.write_bytes(last.read_bytes()[:-1000])
+    log.write_text(log.read_text() + '{"step": 5, "lo')
+    resumed = run(streets, folder, "--resume", steps=4)
+    shown = capsys.readouterr().out
+    assert "CS_scenes_4.pth: expected a file of tensors" in shown and "taking the snapshot before it" in shown
+    assert [(line["step"], line["loss"]) for line in lines(folder)] == expected
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+
+
 def test_resume_in_an_empty_folder_starts_and_says_so(streets, tmp_path, capsys):
     run(streets, tmp_path / "s", "--resume", steps=1)
     assert "starts from the beginning" in capsys.readouterr().out

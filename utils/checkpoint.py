@@ -60,6 +60,22 @@ def load_snapshot(path):
     return content
 
 
+def newest(folder):
+    """(path, content) of the newest snapshot in a folder that can be read; (None, None) without any.
+
+    Damaged ones are passed over and said. Raises `UserError` if all are damaged.
+    """
+    found = [path for _, path in reversed(snapshots(folder))]
+    for number, path in enumerate(found):
+        try:
+            return path, load_snapshot(path)
+        except UserError as error:
+            if number == len(found) - 1:
+                raise
+            print(f"{error}; taking the snapshot before it")
+    return None, None
+
+
 def snapshots(folder):
     """Snapshots in a folder as [(step, path)], oldest first."""
     pattern = re.compile(re.escape(NAME).replace(r"\{step\}", r"(\d+)"))

@@ -8,6 +8,8 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from . import checkpoint
+
 
 class RunLog:
     """Progress of a run of `num_steps` steps, in the console and in files below `folder`.
@@ -28,6 +30,7 @@ class RunLog:
         self.started = time.monotonic()
         self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
+        _forget_steps_after(start, self.folder / "metrics.jsonl")
         self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
@@ -95,6 +98,20 @@ def progress(iterable, what, unit, total=None, every=10.0):
             said = now
             print(f"{what}: {done}/{total} {unit}s, {_duration((now - started) / done * (total - done))} left",
                   flush=True)
+
+
+def _forget_steps_after(step, path):
+    """Drop lines of steps that will be done again, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
 def _duration(seconds):

@@ -55,13 +55,13 @@ def test_first_block_of_a_dilated_stage_keeps_the_dilation_before_it():
     assert dilations == {"layer2": [1] * 4, "layer3": [1] + [2] * 22, "layer4": [2, 4, 4]}
 
 
-@pytest.mark.parametrize("name, kernels", [("eca_resnet101", (3, 3, 5, 7)), ("eca_resnet50", (3, 5, 7, 7))])
+@pytest.mark.parametrize("name, kernels", [("eca_resnet101", (3, 3, 5, 7)), ("eca_resnet50", (3, 5, 5, 7))])
 def test_eca_kernels_per_stage(name, kernels):
     network = build_backbone(name)
     found = [{block.eca.conv.kernel_size[0] for block in getattr(network, f"layer{k}")} for k in (1, 2, 3, 4)]
     assert found == [{k} for k in kernels]
     assert network.state_dict()["layer3.5.eca.conv.weight"].shape == (1, 1, kernels[2])
-    other = build_backbone(name, eca_kernels=(5, 5, 5, 7))
+    other = build_backbone(name, eca_kernels=(5, 5, 5, 7))      # as timm's
     assert other.layer1[0].eca.conv.kernel_size == (5,)
 
 

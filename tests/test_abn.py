@@ -150,6 +150,19 @@ def test_equals_ordinary_operations(activation, param, training, shape):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("activation", ["identity", "leaky_relu", "elu"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_any_layout(activation, memory_format):
+    """One value for all (from a plain sum), and a permuted one: what reaches the backward pass need not be dense."""
+    layer = randomised(InPlaceABN(5, activation=activation, activation_param=0.3).double())
+    for weight in (torch.ones(()).double(), torch.randn(3, 6, 4, 5).double().permute(0, 3, 2, 1)):
+        x = torch.randn(3, 5, 4, 6).double().to(memory_format=memory_format).requires_grad_()
+        found = torch.autograd.grad((layer(x * 1) * weight).sum(), [x, layer.weight, layer.bias])
+        expected = torch.autograd.grad((reference(layer, x) * weight).sum(), [x, layer.weight, layer.bias])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind, activation", [(InPlaceABN, "leaky_relu"), (InPlaceABN, "elu"), (InPlaceABN, "identity"),
                                               (ABNSync, "relu")])
 @pytest.mark.parametrize("training", [True, False])

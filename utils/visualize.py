@@ -44,7 +44,7 @@ def confusion_picture(path, matrix, names):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if value > 60 else "black")
     figure.colorbar(picture, label="% of the true class's pixels", shrink=0.8)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def iou_chart(path, class_iou, palette):
@@ -74,4 +74,4 @@ def iou_chart(path, class_iou, palette):
     axes.set_xlabel("IoU, %")
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")

@@ -28,9 +28,9 @@ from utils.distributed import select_devices
 from utils.inference import Normalization, SlidingPredictor, round_window
 from utils.logger import progress
 from utils.metrics import ConfusionMatrix
+from utils.precision import AUTOCAST
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVED = ("labelIds", "color", "overlay")
 
 
@@ -57,7 +57,7 @@ def get_parser():
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="id, or cpu; default: the first visible GPU, else the CPU")
     run.add_argument("--batch-size", type=cli.positive(int), default=4, help="windows at a time (4)")
-    run.add_argument("--amp", choices=AMP, default="off", help="mixed precision (off)")
+    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (off)")
 
     out = parser.add_argument_group("results")
     out.add_argument("--output-dir", help="default: a folder named after the snapshot and the split, beside it")
@@ -96,7 +96,7 @@ def evaluate(predictor, dataset, folder, kinds, num_workers):
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
     with ThreadPoolExecutor(2) as writers:
         written = []
-        for item in progress(loader, "evaluating", "image", len(dataset)):
+        for item in progress(loader, "evaluating", "image"):
             image = item["image"].permute(1, 2, 0)
             results = predictor.predict(image)
             for protocol, heads in results.items():
@@ -199,7 +199,7 @@ def main(argv=None):
               "logits fit the pixels at 8k + 1 only")
     window = window and round_window(window)
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
-                                 Normalization.from_config(config["normalization"]), device, AMP[args.amp])
+                                 Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp])
     kinds = () if "none" in args.save else args.save
     matrices = evaluate(predictor, dataset, folder, kinds, args.num_workers)
     protocol = {"window": window and list(window), "overlap": None if args.whole else args.overlap,

@@ -27,7 +27,7 @@ from dataset.labels import ClassTable
 from dataset.transforms import train_transform
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
-from loss.criterion import SegmentationCriterion, upsample
+from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import ACTIVATIONS, BACKBONES, MODELS, build_network
 from networks.pretrained import load_weights
 from networks.resnet import CHECKPOINTS
@@ -38,6 +38,7 @@ from utils.distributed import (
     join_processes,
     leave_processes,
     own_device,
+    processes_started,
     select_devices,
     start_processes,
     started_by_torchrun,
@@ -138,18 +139,17 @@ def step_loss(module, criterion, images, labels, processes=None):
     """Run the module on this process's images and labels.
 
     Returns (loss, terms): the loss to differentiate, and {name: scalar} of the whole batch over all processes.
-    Each term is divided by the pixels of the whole batch. `DistributedDataParallel` averages gradients where their
-    sum is meant, hence the factor.
+    The criterion has a weight for each head of the network, and no other. Each term is divided by the pixels of the
+    whole batch. `DistributedDataParallel` averages gradients where their sum is meant, hence the factor.
     """
     sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
     world = 1
     if processes is not None:
         counts, world = processes.total(counts), processes.size
     terms = sums / counts.clamp(min=1)
-    names = [name for name in criterion.weights if name != "coarse" or len(terms) == len(criterion.weights)]
-    loss = criterion.total(dict(zip(names, terms, strict=True))) * world
+    loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
     shown = terms.detach() if processes is None else processes.total(terms.detach())
-    return loss, dict(zip(names, shown, strict=True))
+    return loss, dict(zip(criterion.weights, shown, strict=True))
 
 
 def poly_rate(base, step, num_steps, power):
@@ -257,7 +257,7 @@ def main(argv=None):
         devices = [own_device(devices)]
     device = devices[0]
     classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
-    check(args, max(len(devices), int(os.environ.get("WORLD_SIZE", 1))), classes)
+    check(args, max(len(devices), processes_started()), classes)
     precision = Precision(args.amp, device, args.opt_level)
     processes = join_processes(device)
     rank, world = (processes.rank, processes.size) if processes else (0, 1)
@@ -278,7 +278,9 @@ def main(argv=None):
     network, optimizer, start = prepare_network(args, shape, config, precision, device)
     if rank:
         torch.manual_seed(args.random_seed + rank)      # dropout differs from process to process
-    criterion = SegmentationCriterion(ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep)
+    weights = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
+    criterion = SegmentationCriterion(weights, ohem=bool(args.ohem), ohem_thres=args.ohem_thres,
+                                      ohem_keep=args.ohem_keep)
     module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
     sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size,
                            args.batch_size, rank, world)

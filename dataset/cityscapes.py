@@ -206,8 +206,9 @@ def main():
     """What lies in a folder: counts of each split, and whether its first pair can be read."""
     parser = cli.Parser(description="Say what a Cityscapes folder holds.")
     parser.add_argument("data_dir", help="folder with leftImg8bit/ and gtFine/")
+    data_dir = parser.parse_args().data_dir
     for split in ("train", "val"):
-        dataset = CityscapesDataset(parser.parse_args().data_dir, split)
+        dataset = CityscapesDataset(data_dir, split)
         item = dataset[0]
         print(f"{dataset.describe()}; the first is {item['label'].shape[1]}×{item['label'].shape[0]}")
 

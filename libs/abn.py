@@ -4,13 +4,12 @@ Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimiz
 CVPR 2018. A layer is a batch norm and the activation after it.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils.distributed import Replicas
+from utils.precision import without_autocast
 
 from . import backend, functions, recompute
 from .synchronise import combine, find_exchange
@@ -251,9 +250,3 @@ def layers_that_keep_their_input(module):
 
 
 NORMS = {"bn": ABNSync, "inplace_abn": InPlaceABNSync}
-
-
-def without_autocast(x):
-    """A context in which operations on the device of `x` keep their dtype."""
-    kind = x.device.type        # "meta" tensors have sizes alone, and no autocast
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

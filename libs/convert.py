@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import nn
 
-from .abn import ABN
+from .abn import ABN, InPlaceABN
 
 
 def to_plain(state, norms, eps=1e-5):
@@ -90,7 +90,6 @@ def norms_and_convolutions(network, example):
 
 def norm_kind(network):
     """"inplace_abn" or "bn": which scale the network's norms use."""
-    kinds = {"inplace_abn" if type(m).__name__.startswith("InPlace") else "bn"
+    kinds = {"inplace_abn" if isinstance(m, InPlaceABN) else "bn"
              for m in network.modules() if isinstance(m, ABN)}
     return kinds.pop() if len(kinds) == 1 else "bn"
-

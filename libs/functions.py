@@ -161,17 +161,23 @@ def gradients_alone(buffer, dy, mean, invstd, weight, bias, settings):
     return dx, torch.stack([sum_dz, sum_normal_dz])
 
 
+def normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
+    """`normalise`, and in ctx what the backward pass needs: one large buffer, x or y."""
+    y = normalise(x, mean, invstd, weight, bias, settings)
+    ctx.count, ctx.settings = count, settings
+    if not settings.keep_input:
+        ctx.mark_dirty(x)
+    ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, weight, bias)
+    return y
+
+
 class Normalise(torch.autograd.Function):
     """The layer alone, or one of several processes: backward sums over them with `processes.total`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, invstd, count, settings, processes):
-        y = normalise(x, mean, invstd, weight, bias, settings)
-        ctx.count, ctx.settings, ctx.processes = count, settings, processes
-        if not settings.keep_input:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, weight, bias)
-        return y
+        ctx.processes = processes
+        return normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
 
     @staticmethod
     @once_differentiable
@@ -217,11 +223,7 @@ class NormaliseReplica(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, invstd, count, settings):
-        y = normalise(x, mean, invstd, weight, bias, settings)
-        ctx.count, ctx.settings = count, settings
-        if not settings.keep_input:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, weight, bias)
+        y = normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
         return y, torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
 
     @staticmethod

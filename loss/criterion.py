@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.distributed import find_parts
+from utils.precision import at_least_float32
 
 from .ohem import keep_hardest, masked_cross_entropy
 
@@ -61,5 +62,4 @@ class SegmentationCriterion(nn.Module):
 
 def upsample(logits, size):
     """Logits (B, N, h, w) → (B, N, *size) in at least float32, bilinear with aligned corners."""
-    logits = logits if logits.element_size() >= 4 else logits.float()
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    return F.interpolate(at_least_float32(logits), size=size, mode="bilinear", align_corners=True)

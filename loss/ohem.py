@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.precision import at_least_float32
+
 
 def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
     """Which pixels count: those with p ≤ max(thres, k-th smallest p), p the probability of the true class.
@@ -84,8 +86,7 @@ def masked_cross_entropy(logits, labels, ignore_index, select=None):
         (scalar of the logits' dtype, at least float32; scalar int64), both on the device of the logits.
     """
     labels = labels.long()
-    logits = logits if logits.element_size() >= 4 else logits.float()
-    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").flatten()
+    losses = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none").flatten()
     valid = (labels != ignore_index).flatten()
     kept = valid if select is None else select(losses, valid)
     # where, not a product: 0 · inf would be nan.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.abn import without_autocast
+from utils.precision import at_least_float32, without_autocast
 
 
 class ClassCenterBlock(nn.Module):
@@ -92,7 +92,3 @@ def conv1x1_on_vectors(conv, vectors):
     """Apply the 1×1 convolution `conv` to vectors (B, N, C) → (B, N, C')."""
     bias = None if conv.bias is None else conv.bias.to(vectors.dtype)
     return F.linear(vectors, conv.weight[:, :, 0, 0].to(vectors.dtype), bias)
-
-
-def at_least_float32(x):
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from torch import nn
 
-from libs.abn import without_autocast
+from utils.precision import at_least_float32, without_autocast
 
-from .acf import ACFModule, at_least_float32, mix
+from .acf import ACFModule, mix
 
 DROPOUT = 0.1  # whole channels, before each classifier (ours: the paper does not say)
 

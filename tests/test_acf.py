@@ -40,6 +40,14 @@ def drawn(module, features, coarse):
                         for f, p in zip(features, probabilities, strict=True)])
 
 
+def assert_same_gradients(found, expected, watched, **tolerance):
+    """Of a random weighting of both results, with regard to the tensors watched."""
+    weight = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), watched),
+                    torch.autograd.grad((expected * weight).sum(), watched), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
 def inputs(classes=4, channels=6, size=(5, 3)):
     features = torch.randn(2, channels, *size, dtype=torch.float64, requires_grad=True)
     coarse = (3 * torch.randn(2, classes, *size, dtype=torch.float64)).requires_grad_()
@@ -53,10 +61,7 @@ def test_module_and_its_gradients_equal_the_drawn_order():
     expected, found = drawn(module, features, coarse), module(features, coarse)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(expected)
-    for a, b in zip(torch.autograd.grad((found * weight).sum(), watched),
-                    torch.autograd.grad((expected * weight).sum(), watched), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert_same_gradients(found, expected, watched, rtol=1e-10, atol=1e-12)
 
 
 def test_centers_equal_the_drawn_ones():
@@ -85,10 +90,7 @@ def test_fine_logits_equal_the_drawn_network(model, training):
     assert training == bool((dropped == 0).any())
     expected = network.fine(dropped)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    weight = torch.randn_like(expected)
-    for a, b in zip(torch.autograd.grad((found * weight).sum(), watched),
-                    torch.autograd.grad((expected * weight).sum(), watched), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert_same_gradients(found, expected, watched, rtol=1e-9, atol=1e-11)
 
 
 def test_whole_network_uses_the_module_as_drawn():

@@ -21,6 +21,15 @@ def networks(backbone):
     return pair
 
 
+def assert_same_outputs(found, expected):
+    images = torch.randn(1, 3, 33, 41, dtype=torch.float64)
+    with torch.no_grad():
+        found, expected = found(images), expected(images)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_norm_has_its_convolution(backbone):
     network, _ = networks(backbone)
@@ -38,11 +47,7 @@ def test_plain_weights_in_an_in_place_network_compute_the_same(backbone):
     state, inexact = to_in_place(plain.state_dict(), pairs)
     assert inexact == 0
     in_place.load_state_dict(state)
-    images = torch.randn(1, 3, 33, 41, dtype=torch.float64)
-    with torch.no_grad():
-        expected, found = plain(images), in_place(images)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+    assert_same_outputs(in_place, plain)
 
 
 def test_in_place_weights_in_a_plain_network_compute_the_same():
@@ -54,11 +59,7 @@ def test_in_place_weights_in_a_plain_network_compute_the_same():
                 p.mul_(torch.where(torch.rand(len(p)) < 0.5, -1, 1))
     norms = [name for name, module in in_place.named_modules() if type(module).__name__ == "InPlaceABNSync"]
     plain.load_state_dict(to_plain(in_place.state_dict(), norms))
-    images = torch.randn(1, 3, 33, 41, dtype=torch.float64)
-    with torch.no_grad():
-        expected, found = in_place(images), plain(images)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+    assert_same_outputs(plain, in_place)
 
 
 def test_scales_too_small_are_counted():

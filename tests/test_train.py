@@ -53,6 +53,13 @@ def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     assert "the network starts from random weights" in shown and "step 3/3" in shown
 
 
+def test_the_base_model_trains_without_a_coarse_term(streets, tmp_path):
+    run(streets, tmp_path / "s", "--model", "base", steps=1)
+    (line,) = lines(tmp_path / "s")
+    assert "loss_coarse" not in line
+    assert line["loss"] == pytest.approx(0.7 * line["loss_fine"] + 0.4 * line["loss_aux"], rel=1e-5)
+
+
 def test_a_seed_gives_the_same_run_twice(streets, tmp_path):
     a, b, c = (run(streets, tmp_path / name, "--random-seed", seed, "--num-workers", workers)
                for name, seed, workers in (("a", "5", "0"), ("b", "5", "2"), ("c", "6", "0")))

@@ -123,6 +123,11 @@ def started_by_torchrun():
     return "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
 
 
+def processes_started():
+    """How many processes torchrun started, over all nodes; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+
+
 def start_processes(count, argv=None):
     """Replace this process by torchrun with `count` processes of the same command. Does not return."""
     words = sys.argv[1:] if argv is None else argv

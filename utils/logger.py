@@ -84,11 +84,11 @@ class NoLog:
         pass
 
 
-def progress(iterable, what, unit, total=None, every=10.0):
+def progress(iterable, what, unit, every=10.0):
     """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds."""
-    total = len(iterable) if total is None else total
+    total = len(iterable)
     if sys.stderr.isatty():
-        yield from tqdm(iterable, desc=what, unit=unit, total=total, dynamic_ncols=True)
+        yield from tqdm(iterable, desc=what, unit=unit, dynamic_ncols=True)
         return
     started = said = time.monotonic()
     for done, item in enumerate(iterable, 1):

@@ -1,5 +1,7 @@
 """Mixed precision: PyTorch's autocast, or NVIDIA apex where somebody still has it."""
 
+from contextlib import nullcontext
+
 import torch
 
 from .cli import UserError
@@ -65,3 +67,14 @@ def _import_apex():
         raise UserError("--amp apex: expected NVIDIA's apex with apex.amp, found none: it was removed after tag 25.05 "
                         "(pip's package apex is another one); build apex from its tag 25.04, or use --amp bf16")
     return amp
+
+
+def at_least_float32(x):
+    """x, raised to float32 if it is of half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def without_autocast(x):
+    """A context in which operations on the device of `x` keep their dtype."""
+    kind = x.device.type        # "meta" tensors have sizes alone, and no autocast
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -7,6 +7,8 @@ The paper's protocol (sliding window, scales 0.75 to 2.0 by 0.25, mirror):
 The quick answer:
 
     python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --scales 1.0 --no-flip
+
+Several GPUs share the images: --gpu 0,1,2,3, or torchrun --nproc_per_node 4 in place of python.
 """
 
 import argparse
@@ -17,17 +19,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
 from networks import build_network
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
-from utils.distributed import select_devices
-from utils.inference import Normalization, SlidingPredictor, round_window
-from utils.logger import progress
-from utils.metrics import ConfusionMatrix
+from utils.distributed import (
+    join_processes,
+    leave_processes,
+    own_device,
+    select_devices,
+    share_cores,
+    start_processes,
+    started_by_torchrun,
+)
+from utils.inference import Normalization, SlidingPredictor, round_window, score
+from utils.logger import progress, speak_for_all
 from utils.precision import AUTOCAST
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -43,7 +52,8 @@ def get_parser():
     data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir")
     data.add_argument("--split", default="val", help="split to scan (val)")
     data.add_argument("--classes", help="class table (CSV); default: the one the snapshot was trained with")
-    data.add_argument("--num-workers", type=cli.not_negative(int), default=2, help="processes that read images (2)")
+    data.add_argument("--num-workers", type=cli.not_negative(int),
+                      help="processes that read images, for each that predicts; default: by the number of cores")
 
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--restore-from", nargs="+", required=True, metavar="FILE", help="snapshot of train.py")
@@ -55,7 +65,8 @@ def get_parser():
     protocol.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="run mirrored too (yes)")
 
     run = parser.add_argument_group("machine")
-    run.add_argument("--gpu", help="id, or cpu; default: the first visible GPU, else the CPU")
+    run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
+                     "else the CPU")
     run.add_argument("--batch-size", type=cli.positive(int), default=4, help="windows at a time (4)")
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (off)")
 
@@ -89,27 +100,23 @@ def save_predictions(folder, name, image, labels, classes, kinds):
         visualize.save_png(folder / "overlay" / f"{name}.png", visualize.overlay(image, classes.color(labels)))
 
 
-def evaluate(predictor, dataset, folder, kinds, num_workers):
-    """Run over a data set once. Returns {protocol: {head: ConfusionMatrix}}; writes the headline's pictures."""
+def evaluate(predictor, dataset, folder, kinds, num_workers, processes=None):
+    """Run over a data set once, this process over its share. Returns {protocol: {head: ConfusionMatrix}} of all;
+    writes the headline's pictures."""
     classes = dataset.classes
-    matrices = {}
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
+    rank, world = (processes.rank, processes.size) if processes else (0, 1)
+    mine = Subset(dataset, range(rank, len(dataset), world))        # no padding: each image counts once
+    items = progress(DataLoader(mine, batch_size=None, num_workers=num_workers), "evaluating", "image")
     with ThreadPoolExecutor(2) as writers:
         written = []
-        for item in progress(loader, "evaluating", "image"):
-            image = item["image"].permute(1, 2, 0)
-            results = predictor.predict(image)
-            for protocol, heads in results.items():
-                for head, probabilities in heads.items():
-                    matrix = matrices.setdefault(protocol, {}).setdefault(
-                        head, ConfusionMatrix(classes.num_classes, IGNORE_INDEX))
-                    labels = probabilities.argmax(0)
-                    matrix.update(labels, item["label"].to(labels.device))
-                    if head == "fine":      # the last protocol of the dict is the headline
-                        headline = labels
+
+        def keep(item, labels):
             if kinds:
-                written.append(writers.submit(save_predictions, folder, item["name"], image.numpy(),
-                                              headline.to(torch.uint8).cpu().numpy(), classes, kinds))
+                written.append(writers.submit(save_predictions, folder, item["name"],
+                                              item["image"].permute(1, 2, 0).numpy(),
+                                              labels.to(torch.uint8).cpu().numpy(), classes, kinds))
+
+        matrices = score(predictor, items, classes.num_classes, IGNORE_INDEX, processes, keep)
         for job in written:
             job.result()
     return matrices
@@ -154,9 +161,13 @@ def table(result):
     return "\n".join(lines)
 
 
+def results_folder(args, path):
+    return Path(args.output_dir or path.with_name(f"{path.stem}_{args.split}"))
+
+
 def output_folder(args, path):
-    """The folder for the results, made. Raises `UserError` if results lie there already."""
-    folder = Path(args.output_dir or path.with_name(f"{path.stem}_{args.split}"))
+    """The folder for the results, made and without old pictures. Raises `UserError` if results lie there already."""
+    folder = results_folder(args, path)
     earlier = [name for name in ("result.json", *SAVED) if (folder / name).exists()]
     if earlier and not args.overwrite:
         raise UserError(f"--output-dir {folder}: expected a folder without results (or --overwrite), found "
@@ -181,17 +192,25 @@ def main(argv=None):
     if args.overlap >= 1:
         raise UserError("--overlap: expected a share below 1, found 1")
     path = Path(args.restore_from[0])
-    device, *others = select_devices(args.gpu)
-    if others:
-        print(f"evaluation uses one GPU, {device}")
+    devices = select_devices(args.gpu)
+    if len(devices) > 1 and not started_by_torchrun():
+        start_processes(len(devices), argv)
+    device = own_device(devices) if started_by_torchrun() else devices[0]
+    processes = join_processes(device)
+    speak_for_all(processes)
+    workers, cores = share_cores([device], args.num_workers)
     network, config = load_network(path, device)
     classes = ClassTable.read(args.classes) if args.classes else ClassTable(config["classes"], f"classes of {path}")
     if classes.num_classes != config["network"]["num_classes"]:
         raise UserError(f"--classes {args.classes}: expected the {config['network']['num_classes']} classes of "
                         f"{path}, found {classes.num_classes}")
     dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes)
-    folder = output_folder(args, path)
+    first = processes is None or processes.rank == 0
+    folder = output_folder(args, path) if first else results_folder(args, path)
+    if processes is not None:
+        processes.wait()        # for the first one, which clears the folder
     print(dataset.describe())
+    print(cores)
 
     window = None if args.whole else args.input_size or tuple(config["input_size"])
     if window and round_window(window) != tuple(window):
@@ -201,12 +220,18 @@ def main(argv=None):
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
                                  Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp])
     kinds = () if "none" in args.save else args.save
-    matrices = evaluate(predictor, dataset, folder, kinds, args.num_workers)
+    matrices = evaluate(predictor, dataset, folder, kinds, workers, processes)
     protocol = {"window": window and list(window), "overlap": None if args.whole else args.overlap,
                 "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
                 "average": "probabilities"}
-    result = summarise(matrices, classes, path, len(dataset), protocol)
+    if first:
+        report(folder, matrices, classes, path, len(dataset), protocol, kinds)
+    leave_processes()
 
+
+def report(folder, matrices, classes, path, num_images, protocol, kinds):
+    """Write and print the scores."""
+    result = summarise(matrices, classes, path, num_images, protocol)
     headline = list(matrices.values())[-1]
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
     visualize.confusion_picture(folder / "confusion.png", np.asarray(headline["fine"].matrix), classes.names)

@@ -9,21 +9,19 @@ The paper's setting, four GPUs:
 With OHEM add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
 Go on after an interruption: the same command and --resume
 A process for each GPU: the same command with torchrun --nproc_per_node 4 in place of python, or --parallel ddp
+A batch too large for the memory: --accumulate 4 takes it in four parts
 """
 
 import argparse
-import math
-import os
-import sys
 import time
+from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from dataset.cityscapes import CityscapesDataset, EpochSampler
-from dataset.labels import ClassTable
+from dataset.labels import IGNORE_INDEX, ClassTable
 from dataset.transforms import train_transform
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
@@ -31,7 +29,7 @@ from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import ACTIVATIONS, BACKBONES, MODELS, build_network
 from networks.pretrained import load_weights
 from networks.resnet import CHECKPOINTS
-from utils import checkpoint, cli, visualize
+from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
 from utils.distributed import (
     DataParallel,
@@ -40,17 +38,26 @@ from utils.distributed import (
     own_device,
     processes_started,
     select_devices,
+    share_cores,
     start_processes,
     started_by_torchrun,
 )
-from utils.inference import Normalization
-from utils.logger import NoLog, RunLog
-from utils.precision import CHOICES, OPT_LEVELS, Precision
+from utils.engine import Engine, NetworkWithLoss, NotFinite
+from utils.inference import Normalization, SlidingPredictor, score
+from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
+from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
 
 
 def get_parser():
     parser = cli.Parser(description="Train ACFNet.", epilog=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_what(parser)
+    add_how(parser)
+    return parser
+
+
+def add_what(parser):
+    """Flags that say what is learnt: data, network, optimisation."""
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", required=True,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
@@ -64,7 +71,8 @@ def get_parser():
     data.add_argument("--random-scale", action="store_true", help="scale samples by 0.5 to 2.0")
     data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W", help="crop, pixels (769,769)")
     data.add_argument("--batch-size", type=cli.positive(int), default=8, help="images a step, over all devices (8)")
-    data.add_argument("--num-workers", type=cli.not_negative(int), default=2, help="processes that read samples (2)")
+    data.add_argument("--num-workers", type=cli.not_negative(int),
+                      help="processes that read samples, for each that trains; default: by the number of cores")
     data.add_argument("--random-seed", type=cli.not_negative(int), default=1234, help="of everything random (1234)")
 
     net = parser.add_argument_group("network")
@@ -87,6 +95,8 @@ def get_parser():
     optim.add_argument("--weight-decay", type=cli.not_negative(float), default=1e-4, help="(1e-4)")
     optim.add_argument("--power", type=cli.not_negative(float), default=0.9, help="of the poly rate (0.9)")
     optim.add_argument("--num-steps", type=cli.positive(int), default=60000, help="(60000)")
+    optim.add_argument("--accumulate", type=cli.positive(int), default=1, metavar="PARTS",
+                       help="take each batch in so many parts, one after the other, in the memory of one (1)")
     optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
                        help="1: only hard pixels count in the fine loss (0)")
     optim.add_argument("--ohem-thres", type=cli.probability, default=0.7,
@@ -94,62 +104,38 @@ def get_parser():
     optim.add_argument("--ohem-keep", type=cli.positive(int), default=100000,
                        help="pixels kept at least, for every two images of the batch (100000)")
 
+
+def add_how(parser):
+    """Flags that say how: on which machine, watched by what, kept where."""
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1,2,3, or cpu; default: all visible GPUs, else the CPU")
     run.add_argument("--parallel", choices=("dp", "ddp", "none"), default="dp",
                      help="dp: threads of this process share the GPUs; ddp: a process for each, which torchrun starts "
                      "too; none: the first GPU only (dp)")
-    run.add_argument("--amp", choices=CHOICES, default="off", help="mixed precision: autocast to bf16, or fp16 with a "
-                     "gradient scaler; apex: NVIDIA's apex.amp of tag 25.04 or older (off)")
+    run.add_argument("--amp", choices=CHOICES, help="mixed precision: autocast to bf16, or fp16 with a gradient "
+                     "scaler; apex: NVIDIA's apex.amp of tag 25.04 or older; default: bf16 where the device has "
+                     "instructions for it, else fp16 on a GPU and off on a CPU")
     run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex (O1)")
+    run.add_argument("--channels-last", action="store_true", help="keep feature maps with channels innermost")
+    run.add_argument("--compile", action="store_true", help="torch.compile the network; not with dp over several GPUs")
+
+    val = parser.add_argument_group("quick validation, whole images at scale 1; the official number is evaluate.py's")
+    val.add_argument("--val-every", type=cli.not_negative(int), default=0, metavar="STEPS",
+                     help="steps between quick validations; 0: none (0)")
+    val.add_argument("--val-split", default="val", help="split to scan (val)")
+    val.add_argument("--val-list", metavar="FILE", help="file of \"image label\" lines, instead of a split")
 
     out = parser.add_argument_group("results")
     out.add_argument("--snapshot-dir", default="snapshots", help="(snapshots)")
     out.add_argument("--save-pred-every", type=cli.positive(int), default=5000,
                      help="steps between snapshots (5000)")
+    out.add_argument("--keep", type=cli.positive(int), metavar="N", help="keep the newest N snapshots only; "
+                     "default: all")
     out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
     out.add_argument("--panel-every", type=cli.positive(int), default=500,
                      help="steps between TensorBoard pictures (500)")
     out.add_argument("--resume", nargs="?", const="newest", metavar="FILE",
                      help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
-    return parser
-
-
-class NetworkWithLoss(nn.Module):
-    """The part of a step that runs on every device: uint8 images and labels in, sums and counts out.
-
-    Its outputs are a row a device, so `nn.DataParallel` gathers scalars and no logits.
-    """
-
-    def __init__(self, network, criterion, normalization, autocast):
-        super().__init__()
-        self.network, self.criterion = network, criterion
-        self.normalization, self.autocast = normalization, autocast
-
-    def forward(self, images, labels):
-        """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) int64 of T terms."""
-        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            outputs = self.network(self.normalization(images))
-        sums = self.criterion.sums(outputs, labels)
-        return (torch.stack([total for total, _ in sums.values()])[None],
-                torch.stack([count for _, count in sums.values()])[None])
-
-
-def step_loss(module, criterion, images, labels, processes=None):
-    """Run the module on this process's images and labels.
-
-    Returns (loss, terms): the loss to differentiate, and {name: scalar} of the whole batch over all processes.
-    The criterion has a weight for each head of the network, and no other. Each term is divided by the pixels of the
-    whole batch. `DistributedDataParallel` averages gradients where their sum is meant, hence the factor.
-    """
-    sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
-    world = 1
-    if processes is not None:
-        counts, world = processes.total(counts), processes.size
-    terms = sums / counts.clamp(min=1)
-    loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
-    shown = terms.detach() if processes is None else processes.total(terms.detach())
-    return loss, dict(zip(criterion.weights, shown, strict=True))
 
 
 def poly_rate(base, step, num_steps, power):
@@ -157,14 +143,19 @@ def poly_rate(base, step, num_steps, power):
     return base * (1 - step / num_steps) ** power
 
 
-def snapshot(network, optimizer, precision, step, config):
-    """What a snapshot holds: tensors and plain values only, so that it loads with `weights_only=True`."""
-    return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": precision.state_dict(),
-            "step": step, "rng": {"torch": torch.get_rng_state()}, "config": config}
+def snapshot(engine, step, config):
+    """What a snapshot holds: tensors and plain values only, so that it loads with `weights_only=True`.
+
+    To be called by all processes at the same step: each has generators of its own.
+    """
+    generators = checkpoint.random_state(engine.devices)
+    rng = [generators] if engine.processes is None else engine.processes.gather_objects(generators)
+    return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
+            "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config}
 
 
 def draw_panel(network, normalization, sample, classes, device):
-    """Image, truth and the result of each head, side by side: (H, W · pictures, 3) uint8."""
+    """Image, truth, the result of each head and where they differ, side by side: (H, W · pictures, 3) uint8."""
     network.eval()
     with torch.no_grad():
         outputs = network(normalization(sample["image"][None].to(device)))
@@ -172,12 +163,23 @@ def draw_panel(network, normalization, sample, classes, device):
     truth = sample["label"].numpy()
     maps = [upsample(outputs[name], truth.shape).argmax(1)[0].cpu().numpy() for name in ("coarse", "fine")
             if name in outputs]
-    image = sample["image"].permute(1, 2, 0).numpy()
-    return visualize.panel([image, classes.color(truth), *(classes.color(m) for m in maps)])
+    pictures = [sample["image"].permute(1, 2, 0).numpy(), classes.color(truth), *(classes.color(m) for m in maps)]
+    if len(maps) == 2:
+        pictures.append(visualize.difference(truth, *maps, IGNORE_INDEX))
+    return visualize.panel(pictures)
 
 
-def resume(path, folder, network, optimizer, precision, config):
+# Flags without which a snapshot belongs to another run: the network, and the sequence of its samples.
+SAME_RUN = ("model", "backbone", "norm", "activation", "data_list", "split", "input_size", "batch_size", "random_seed",
+            "random_mirror", "random_scale")
+# Flags that change what is learnt from there on: allowed, and said.
+NEW_COURSE = ("learning_rate", "momentum", "weight_decay", "power", "num_steps", "accumulate", "ohem", "ohem_thres",
+              "ohem_keep", "amp", "opt_level", "restore_from")
+
+
+def resume(path, folder, engine, config):
     """Restore a run; returns the number of steps done. `path` is a file, or "newest" for that of the folder."""
+    existing = checkpoint.snapshots(folder)
     if path == "newest":
         path, content = checkpoint.newest(folder)
         if path is None:
@@ -185,22 +187,46 @@ def resume(path, folder, network, optimizer, precision, config):
             return 0
     else:
         content = checkpoint.load_snapshot(path)
-    different = [key for key in config["network"] if content["config"]["network"].get(key) != config["network"][key]]
-    if different:
-        raise UserError(f"--resume {path}: expected a run with the same network, found another "
-                        f"{', '.join(different)}: {[content['config']['network'].get(key) for key in different]}")
-    network.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    precision.load_state_dict(content.get("scaler"))
-    torch.set_rng_state(content["rng"]["torch"])
+        if existing and existing[-1][0] > content["step"]:
+            raise UserError(f"--resume {path}, {content['step']} steps done: expected no later snapshot in "
+                            f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
+    compare(path, content["config"], config)
+    engine.network.load_state_dict(content["model"])
+    engine.optimizer.load_state_dict(content["optimizer"])
+    engine.precision.load_state_dict(content.get("scaler"))
+    rank, world = (engine.processes.rank, engine.processes.size) if engine.processes else (0, 1)
+    rng = content["rng"]
+    if len(rng) == world and len(rng[rank]["cuda"]) == sum(device.type == "cuda" for device in engine.devices):
+        checkpoint.set_random_state(rng[rank], engine.devices)
+    else:
+        print("random generators start anew: the snapshot has those of another number of devices. "
+              "Dropout draws other channels than an undisturbed run; samples are the same")
     print(f"resumed {path}, {content['step']} steps done")
     return content["step"]
 
 
-def check(args, sharing, classes):
-    """Refuse what cannot work, before anything is read or written; sharing: devices a batch is shared by."""
+def compare(path, before, now):
+    """Refuse to go on from a snapshot of another run; say which flags take another course from here on."""
+    if before["classes"] != now["classes"]:
+        raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
+    old, new = before["arguments"], now["arguments"]
+    for name in (*SAME_RUN, *NEW_COURSE):
+        flag = f"--{name.replace('_', '-')}"
+        if old.get(name) == new[name]:
+            continue
+        if name in SAME_RUN:
+            raise UserError(f"--resume {path}: expected a run with {flag} {new[name]}, found {old.get(name)}; "
+                            "another --snapshot-dir starts another run")
+        print(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
+
+
+def check(args, devices, classes):
+    """Refuse what cannot work, before anything is read or written."""
+    sharing = max(len(devices), processes_started()) * args.accumulate
     if args.batch_size % sharing:
-        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {sharing} devices that share it")
+        of = f" times {args.accumulate} parts of --accumulate" if args.accumulate > 1 else ""
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {sharing // args.accumulate} "
+                        f"devices{of} that share it")
     if args.num_classes not in (None, classes.num_classes):
         raise UserError(f"--num-classes {args.num_classes}: expected the {classes.num_classes} classes of "
                         f"{classes.source}")
@@ -209,6 +235,11 @@ def check(args, sharing, classes):
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")
+    if args.compile and len(devices) > 1 and processes_started() == 1:
+        raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
+                        "replicas cannot share compiled code")
+    if args.val_every and args.data_list and not args.val_list:
+        raise UserError("--val-every: expected --val-list with --data-list, found none")
     existing = checkpoint.snapshots(args.snapshot_dir)
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
@@ -219,9 +250,9 @@ def check(args, sharing, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def prepare_network(args, shape, config, precision, device):
-    """Build network and optimiser, restore what is asked for. Returns (network, optimizer, steps done)."""
-    network = build_network(**shape, recompute=args.checkpoint).to(device)
+def prepare_network(args, shape, precision, device, memory_format):
+    """Build network and optimiser, and load the weights to start from."""
+    network = build_network(**shape, recompute=args.checkpoint).to(device, memory_format=memory_format)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
     if args.norm == "inplace_abn":
@@ -230,124 +261,224 @@ def prepare_network(args, shape, config, precision, device):
         print(load_weights(network, checkpoint.load(args.restore_from[0]), args.restore_from[0]))
     elif not args.resume:
         print("no --restore-from: the network starts from random weights")
-    network, optimizer = precision.prepare(network, optimizer)
-    start = 0
-    if args.resume:
-        start = resume(args.resume, args.snapshot_dir, network, optimizer, precision, config)
-    return network, optimizer, start
+    # A snapshot has the weights, their momentum, and whatever else is small.
+    checkpoint.check_room(args.snapshot_dir, 8 * sum(parameter.numel() for parameter in network.parameters()))
+    return precision.prepare(network, optimizer)
 
 
 def share_batches(module, devices, processes):
     """Wrap the module so that several devices share each batch."""
     if processes is not None:
         print(f"{processes.size} processes share each batch, and the statistics of its norms")
-        return DistributedDataParallel(module, broadcast_buffers=False)     # norms keep the same ones in all
+        return DistributedDataParallel(module, forward_sync_buffers=False)  # norms keep the same ones in all
     if len(devices) > 1:
         print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
         return DataParallel(module, device_ids=devices)
     return module
 
 
+def quick_validation(args, engine, normalization, classes, workers, log):
+    """A function of the step that scores the network on the validation images, which all processes share.
+
+    It returns the mean IoU of the fine head if it has never been better in this folder, else None. Quick: whole
+    images, scale 1, no mirror.
+    """
+    dataset = CityscapesDataset(args.data_dir, args.val_split, args.val_list, classes)
+    processes = engine.processes
+    rank, world = (processes.rank, processes.size) if processes else (0, 1)
+    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size=None, num_workers=workers,
+                        worker_init_fn=cli.leave_ctrl_c_to_the_parent)
+    # Not the network itself: compiled code would be compiled anew for every size of image.
+    predictor = SlidingPredictor(engine.network.forward, None, normalization=normalization, device=engine.devices[0],
+                                 autocast=engine.precision.autocast)
+    best = Path(args.snapshot_dir, checkpoint.BEST)
+    highest = checkpoint.load_snapshot(best)["quick_mean_iou"] if best.exists() else -1.0
+    print(f"quick validation every {args.val_every} steps: {dataset.describe()}")
+
+    def validate(step):
+        nonlocal highest
+        engine.network.eval()
+        matrices = score(predictor, loader, classes.num_classes, IGNORE_INDEX, processes)["single_scale"]
+        engine.network.train()
+        scores = {head: matrix.scores(classes.names, classes.categories) for head, matrix in matrices.items()}
+        log.quick_validation(step, scores)
+        if (scores["fine"]["mean_iou"] or 0.0) <= highest:
+            return None
+        highest = scores["fine"]["mean_iou"] or 0.0
+        return highest
+
+    return validate
+
+
+def explain(error, args, num_classes, crops):
+    """The sentence for what a user can help; None for any other error. crops: of a pass on one device."""
+    if "DataLoader worker" in error:
+        return UserError(f"a process that reads samples died, often of too little memory: expected all --num-workers "
+                         f"to live, found: {error.splitlines()[0]}; fewer workers need less, and with 0 the "
+                         "error shows here")
+    if not memory.ran_out(error):
+        return None
+    pixels = args.input_size[0] * args.input_size[1]
+
+    def kept(recompute, amp):
+        network = build_network(args.model, num_classes, args.backbone, args.norm, args.activation,
+                                recompute=recompute)
+        sizes, _ = memory.kept_bytes(network, torch.zeros(2, 3, 129, 129), AUTOCAST[amp])
+        return sum(sizes.values()) / (2 * 129 * 129) * crops * pixels / 1e9
+
+    now = kept(args.checkpoint, args.amp)
+    choices = [f"--checkpoint {recompute} {kept(recompute, args.amp):.1f} GB"
+               for recompute in CHECKPOINTS[CHECKPOINTS.index(args.checkpoint) + 1:]]
+    if args.amp == "off":
+        choices.insert(0, f"--amp bf16 {kept(args.checkpoint, 'bf16'):.1f} GB")
+    if crops > 1:
+        choices.append(f"--accumulate {2 * args.accumulate} {now / 2:.1f} GB")
+    choices.append("a smaller --input-size less in proportion to its pixels")
+    return UserError(f"out of memory: expected room for {crops} crops of {args.input_size[0]}×{args.input_size[1]} on "
+                     f"a device, which keep about {now:.1f} GB for the backward pass besides the weights, found: "
+                     f"{error.strip().splitlines()[0][:160]}; what helps, and what it would keep: {', '.join(choices)}")
+
+
 def main(argv=None):
     args = get_parser().parse_args(argv)
     devices = select_devices(args.gpu)
-    if args.parallel == "ddp" and len(devices) > 1 and not started_by_torchrun():
-        start_processes(len(devices), argv)
+    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
     device = devices[0]
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
-    check(args, max(len(devices), processes_started()), classes)
-    precision = Precision(args.amp, device, args.opt_level)
+    check(args, devices, classes)
+    amp = args.amp or best_precision(device)
+    precision = Precision(amp, device, args.opt_level)
+    if args.parallel == "ddp" and len(devices) > 1:
+        start_processes(len(devices), argv)
     processes = join_processes(device)
-    rank, world = (processes.rank, processes.size) if processes else (0, 1)
-    if rank:
-        sys.stdout = open(os.devnull, "w")      # noqa: SIM115, the first process speaks for all
-    torch.manual_seed(args.random_seed)
+    speak_for_all(processes)
+    workers, cores = share_cores(devices, args.num_workers)
+    print(cores)
+    if args.amp is None:
+        print(f"--amp {amp}: the best that the {'CPU' if device.type == 'cpu' else 'GPU'} has instructions for")
+        args.amp = amp
+    checkpoint.seed_generators(args.random_seed)
 
-    scale_range = (0.5, 2.0) if args.random_scale else None
-    transform = train_transform(args.input_size, scale_range, args.random_mirror)
+    transform = train_transform(args.input_size, (0.5, 2.0) if args.random_scale else None, args.random_mirror)
     dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, transform, args.random_seed)
     print(dataset.describe())
-
-    shape = {"model": args.model, "num_classes": classes.num_classes, "backbone": args.backbone,
-             "norm": args.norm, "activation": args.activation}
-    normalization = Normalization()
-    config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
-              "input_size": list(args.input_size), "arguments": vars(args) | {"input_size": list(args.input_size)}}
-    network, optimizer, start = prepare_network(args, shape, config, precision, device)
-    if rank:
-        torch.manual_seed(args.random_seed + rank)      # dropout differs from process to process
-    weights = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
-    criterion = SegmentationCriterion(weights, ohem=bool(args.ohem), ohem_thres=args.ohem_thres,
-                                      ohem_keep=args.ohem_keep)
-    module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
-    sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size,
-                           args.batch_size, rank, world)
-    loader = DataLoader(dataset, args.batch_size // world, sampler=sampler, num_workers=args.num_workers,
-                        pin_memory=device.type == "cuda", persistent_workers=args.num_workers > 0,
-                        worker_init_fn=cli.leave_ctrl_c_to_the_parent,
-                        generator=torch.Generator())    # its own: dropout goes on with what was resumed
-    log = NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start)
-    train(module, network, criterion, optimizer, precision, loader, device, processes, start, args.num_steps,
-          args.learning_rate, args.power, args.save_pred_every, args.log_every, args.panel_every, log,
-          panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
-          save=lambda step: checkpoint.save(f"{args.snapshot_dir}/{checkpoint.NAME.format(step=step)}",
-                                            snapshot(network, optimizer, precision, step, config)))
-    log.close()
+    dataset.check_labels()
+    failed = None
+    try:
+        run(args, devices, processes, precision, dataset, workers)
+    except (RuntimeError, MemoryError) as error:        # torch's of memory and of worker processes are RuntimeErrors
+        failed = explain(str(error) or "out of memory", args, classes.num_classes,
+                         args.batch_size // args.accumulate // max(len(devices), processes_started()))
+        if failed is None:
+            raise
+    if failed:      # outside of the block above: its traceback holds the memory that ran out
+        raise failed
     leave_processes()
 
 
-def train(module, network, criterion, optimizer, precision, loader, device, processes, start, num_steps,
-          learning_rate, power, save_every, log_every, panel_every, log, panel, save):
+def run(args, devices, processes, precision, dataset, workers):
+    """Train: this process's part of it, on these devices."""
+    device, classes = devices[0], dataset.classes
+    rank, world = (processes.rank, processes.size) if processes else (0, 1)
+    normalization = Normalization()
+    shape = {"model": args.model, "num_classes": classes.num_classes, "backbone": args.backbone,
+             "norm": args.norm, "activation": args.activation}
+    arguments = vars(args) | {"input_size": list(args.input_size)}
+    config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
+              "input_size": list(args.input_size), "arguments": arguments}
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    network, optimizer = prepare_network(args, shape, precision, device, memory_format)
+    weights = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
+    criterion = SegmentationCriterion(weights, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep)
+    if rank:
+        checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
+    if args.compile:
+        network.compile()
+    module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
+    engine = Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)
+    start = resume(args.resume, args.snapshot_dir, engine, config) if args.resume else 0
+
+    part = args.batch_size // args.accumulate       # crops of a pass, over all devices
+    sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size,
+                           part, rank, world)
+    loader = DataLoader(dataset, part // world, sampler=sampler, num_workers=workers,
+                        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                        worker_init_fn=cli.leave_ctrl_c_to_the_parent,
+                        generator=torch.Generator())    # its own: dropout goes on with what was resumed
+
+    def save(step, best=None):
+        content = snapshot(engine, step, config)
+        if rank == 0 and best is None:
+            checkpoint.save_step(args.snapshot_dir, step, content, args.keep)
+        elif rank == 0:
+            checkpoint.save(Path(args.snapshot_dir, checkpoint.BEST), content | {"quick_mean_iou": best})
+
+    about = about_this_run(arguments, devices)
+    with NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start, about) as log:
+        train(engine, loader, start, args.num_steps, args.accumulate, args.learning_rate, args.power,
+              args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
+              panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
+              validate=args.val_every and quick_validation(args, engine, normalization, classes, workers, log))
+    metrics, quick = (read_lines(Path(args.snapshot_dir, name)) for name in (METRICS, QUICK))
+    if rank == 0 and metrics:
+        visualize.training_curves(Path(args.snapshot_dir, "curves.png"), metrics, quick)
+
+
+def train(engine, loader, start, num_steps, accumulate, learning_rate, power, save_every, val_every, log_every,
+          panel_every, log, save, panel, validate):
     """The loop. Steps count from 1; the snapshot of step t holds what t steps made."""
-    network.train()
-    first = processes is None or processes.rank == 0
-    window, waited, images_done = time.monotonic(), 0.0, 0
+    if start >= num_steps:
+        log.say(f"nothing is left to do: {start} steps are done, --num-steps is {num_steps}")
+    network, device = engine.network.train(), engine.devices[0]
+    window, waited, images = time.monotonic(), 0.0, 0
     batches = iter(loader)
-    with cli.StopRequest() as stop:
+    with cli.StopRequest(deaf=1.0 if engine.processes else 0.0) as stop:
         for step in range(start + 1, num_steps + 1):
             asked = time.monotonic()
-            batch = next(batches)
+            parts = [next(batches) for _ in range(accumulate)]
             waited += time.monotonic() - asked
 
             rate = poly_rate(learning_rate, step - 1, num_steps, power)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, terms = step_loss(module, criterion, batch["image"].to(device, non_blocking=True),
-                                    batch["label"].to(device, non_blocking=True), processes)
-            precision.step(loss, optimizer)
-            images_done += len(batch["image"]) * (processes.size if processes else 1)
+            logged = step % log_every == 0 or step == num_steps
+            try:
+                terms, stopping = engine.step(parts, rate, measure=logged, asked=stop.asked)
+            except NotFinite as error:
+                names = [name for part in parts for name in part["name"]]
+                if engine.processes is not None:
+                    names = sum(engine.processes.gather_objects(names), [])
+                save(step - 1)
+                raise UserError(f"step {step}: expected a finite loss, found {error.terms} at the learning rate "
+                                f"{rate:.3g}; images: {', '.join(names)}; the state before is the snapshot of step "
+                                f"{step - 1}: a lower --learning-rate with --resume may help") from None
+            images += sum(len(part["image"]) for part in parts) * (engine.processes.size if engine.processes else 1)
             log.step()
 
             if step == start + 1:
                 keeping, norms = layers_that_keep_their_input(network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
-            logged = step % log_every == 0 or step == num_steps
             if logged:
-                values = {"lr": rate, "loss": criterion.total(terms).item()}
-                values |= {f"loss_{name}": term.item() for name, term in terms.items()}
-                if not math.isfinite(values["loss"]):
-                    raise UserError(f"step {step}: expected a finite loss, found {values}; images: "
-                                    f"{', '.join(batch['name'])}; a lower --learning-rate may help")
                 now = time.monotonic()
-                values["images_per_second"] = images_done / (now - window)
-                values["seconds_data"] = waited
-                values["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-                log.metric(step, values)
-                window, waited, images_done = now, 0.0, 0
-            stopping = stop.asked
-            if processes is not None:       # all stop at the same step; asking each time would cost an exchange
-                stopping = logged and bool(processes.total(torch.tensor([int(stop.asked)], device=device)))
-            if first and (step % panel_every == 0 or step == num_steps):
-                log.picture("image_truth_coarse_fine", panel(), step)
-            if first and (step % save_every == 0 or step == num_steps or stopping):
+                losses = {name: terms[name] for name in engine.criterion.weights}
+                log.metric(step, {"lr": rate, "loss": engine.criterion.total(losses)}
+                           | {f"loss_{name}": value for name, value in losses.items()}
+                           | {"gradient_norm": terms["gradient_norm"], "images_per_second": images / (now - window),
+                              "seconds_data": waited, "memory_bytes": memory.peak_bytes(device)}, now - window)
+            if step % panel_every == 0 or step == num_steps:
+                log.picture("image_truth_coarse_fine_difference", panel(), step)
+            if validate and (step % val_every == 0 or step == num_steps):
+                best = validate(step)
+                if best is not None:
+                    save(step, best)
+            if step % save_every == 0 or step == num_steps or stopping:
                 save(step)
                 log.say(f"saved the snapshot of step {step}")
             if stopping:
                 log.say(f"stopped after step {step}; the same command with --resume goes on")
                 break
+            if logged:      # what else was done is not the step's time
+                window, waited, images = time.monotonic(), 0.0, 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from utils import cli
 from utils.cli import UserError
 
-from .labels import ClassTable
+from .labels import IGNORE_INDEX, ClassTable
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525}
 
@@ -74,6 +74,17 @@ class CityscapesDataset(Dataset):
         if image.shape[:2] != label.shape:
             raise UserError(f"{label_path}: expected the size of {image_path}, {_size(image)}, found {_size(label)}")
         return image, label
+
+    def check_labels(self, count=8):
+        """Read some label maps, spread evenly, before a long run begins.
+
+        Raises `UserError` where one holds values that the class table does not know, as reading any does, or where
+        nothing in them is labelled.
+        """
+        chosen = sorted({len(self) * k // count for k in range(count)})
+        if all((read_label(self.pairs[index][1], self.classes) == IGNORE_INDEX).all() for index in chosen):
+            raise UserError(f"{self.pairs[chosen[0]][1]} and {len(chosen) - 1} other label maps: expected pixels of "
+                            f"the {self.classes.num_classes} classes of {self.classes.source}, found only ignored ones")
 
     def describe(self):
         """One line: how many images, and whether that differs from the official split."""

@@ -34,6 +34,10 @@ class SegmentationCriterion(nn.Module):
         self.ohem_thres = ohem_thres
         self.ohem_keep = ohem_keep
 
+    def picks(self, name):
+        """Whether only some of the labelled pixels count in a term."""
+        return self.ohem and name == "fine"
+
     def sums(self, outputs, labels):
         """Logits by name (each (B, N, h, w)), labels (B, H, W) → {name: (sum of losses, pixels counted)}.
 
@@ -48,7 +52,7 @@ class SegmentationCriterion(nn.Module):
 
         return {name: masked_cross_entropy(upsample(outputs[name], labels.shape[-2:]), labels,
                                            self.ignore_index,
-                                           hardest if self.ohem and name == "fine" else None)
+                                           hardest if self.picks(name) else None)
                 for name in self.weights if name in outputs}
 
     def forward(self, outputs, labels):

@@ -1,5 +1,8 @@
 """Fixtures that several test files share."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,38 @@ import torch
 
 from dataset.streets import write_dataset
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+# A network and crops small enough for many steps a second.
+SMALL = ["--gpu", "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--num-workers",
+         "0", "--log-every", "1", "--amp", "off", "--panel-every", "1000"]
+
+
+def start(*words, processes=1, **options):
+    """Start a script of the project with these words, under torchrun if there are several processes: `Popen`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), *map(str, words)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def finish(process, seconds=120):
+    """Wait for the end: (exit status, standard output, standard error)."""
+    try:
+        out, error = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out, error
+
+
+def read_until(process, text):
+    """Read standard output until a line begins with a text; returns the lines."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(text):
+            break
+    return lines
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from utils.distributed import select_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
-abn-backend activation amp backbone batch-size checkpoint classes data-dir data-list gpu help input-size
-learning-rate log-every model momentum norm num-classes num-steps num-workers ohem ohem-keep ohem-thres
-opt-level panel-every parallel power random-mirror random-scale random-seed restore-from resume
-save-pred-every snapshot-dir split weight-decay
+abn-backend accumulate activation amp backbone batch-size channels-last checkpoint classes compile data-dir data-list
+gpu help input-size keep learning-rate log-every model momentum norm num-classes num-steps num-workers ohem ohem-keep
+ohem-thres opt-level panel-every parallel power random-mirror random-scale random-seed restore-from resume
+save-pred-every snapshot-dir split val-every val-list val-split weight-decay
 """
 EVALUATE = """amp batch-size classes data-dir data-list flip gpu help input-size no-flip num-workers output-dir overlap
 overwrite restore-from save scales split whole"""

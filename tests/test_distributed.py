@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset.cityscapes import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks import build_network
-from train import NetworkWithLoss, step_loss
-from utils.distributed import Processes, ThreadReplicas
+from utils.distributed import Processes, ThreadReplicas, share_cores
+from utils.engine import Engine, NetworkWithLoss, step_loss
 from utils.inference import Normalization
+from utils.precision import Precision
 
 STEPS = 20
 
@@ -58,8 +59,8 @@ def train(share, dtype, ohem, rank=0, world=1):
 def work(rank, world, folder, dtype, ohem):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    losses = train(lambda module: (DistributedDataParallel(module, broadcast_buffers=False), Processes()), dtype, ohem,
-                   rank, world)
+    losses = train(lambda module: (DistributedDataParallel(module, forward_sync_buffers=False), Processes()), dtype,
+                   ohem, rank, world)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
     dist.barrier()
@@ -89,6 +90,65 @@ def test_float32_stays_close(tmp_path):
     found = shared("2 processes", tmp_path, torch.float32, True)
     assert abs(found[0] - expected[0]) / expected[0] < 1e-5
     assert abs(found[-1] - expected[-1]) / expected[-1] < 1e-3
+
+
+def untouched():
+    """A network whose norms are in evaluation and so do not mix the images of a batch."""
+    torch.manual_seed(0)
+    return build_network("acfnet_resnet", 4, "eca_resnet18").double().eval()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulated_parts_add_up_to_the_whole_batch(parts):
+    """Without OHEM, and where statistics do not depend on the batch, the gradients are those of one pass."""
+    images, labels = batch()
+    normalize = Normalization()
+    criterion = SegmentationCriterion({"fine": 0.7, "coarse": 0.6})
+    gradients, terms = [], []
+    for count in (1, parts):
+        network = untouched()
+        module = NetworkWithLoss(network, criterion, lambda x: normalize(x).double(), None)
+        optimizer = torch.optim.SGD(network.parameters(), 0.0)
+        engine = Engine(module, network, criterion, optimizer, Precision("off", torch.device("cpu")),
+                        [torch.device("cpu")])
+        slices = [{"image": i, "label": y} for i, y in zip(images.chunk(count), labels.chunk(count), strict=True)]
+        found, _ = engine.step(slices, 0.0, measure=True)
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        terms.append(found)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert terms[0] == pytest.approx(terms[1], rel=1e-9) and len(gradients[0]) > 40
+
+
+def test_accumulated_ohem_is_the_mean_of_its_parts():
+    images, labels = batch()
+    network = untouched()
+    normalize = Normalization()
+    criterion = SegmentationCriterion({"fine": 1.0, "coarse": 1.0}, ohem=True, ohem_thres=0.0, ohem_keep=300)
+    module = NetworkWithLoss(network, criterion, lambda x: normalize(x).double(), None)
+    engine = Engine(module, network, criterion, torch.optim.SGD(network.parameters(), 0.0),
+                    Precision("off", torch.device("cpu")), [torch.device("cpu")])
+    slices = [{"image": i, "label": y} for i, y in zip(images.chunk(2), labels.chunk(2), strict=True)]
+    found, _ = engine.step(slices, 0.0)
+    each = [criterion(network(normalize(part["image"]).double()), part["label"])["fine"].item() for part in slices]
+    assert found["fine"] == pytest.approx(sum(each) / 2, rel=1e-9)
+
+
+def test_cores_are_shared_and_said(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu, gpus = [torch.device("cpu")], [torch.device("cuda", k) for k in range(4)]
+    threads = torch.get_num_threads()
+    assert share_cores(cpu)[0] == 2 and share_cores(gpus)[0] == 28 and share_cores(gpus[:1])[0] == 8
+    assert share_cores(gpus, 3)[0] == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4"), monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert share_cores(gpus[:1]) == (7, "32 cores for 4 processes here: 7 --num-workers that read samples each")
+    try:
+        workers, sentence = share_cores(cpu)
+        assert workers == 2 and torch.get_num_threads() == 8 and "8 threads for computing" in sentence
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_processes_take_their_slices_of_every_batch():

@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from networks import build_network
+from tests.conftest import finish, start
 from utils import checkpoint
 from utils.cli import UserError
 from utils.inference import Normalization
@@ -154,3 +155,18 @@ def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
     checkpoint.save(tmp_path / "short.pth", content)
     with pytest.raises(UserError, match="expected the weights its config describes, found: .*fine.weight"):
         run(streets, tmp_path / "short.pth", tmp_path / "r")
+
+
+def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_path):
+    """Five images over two processes, with pictures; and over six, one of which has none."""
+    alone = run(streets, snapshot, tmp_path / "alone", "--scales", "1.0", "--no-flip", "--save", "labelIds")
+    for processes in (2, 6):
+        folder = tmp_path / f"{processes}"
+        status, out, error = finish(start(
+            "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
+            "--output-dir", folder, "--scales", "1.0", "--no-flip", "--save", "labelIds", processes=processes))
+        assert status == 0, error
+        assert json.loads((folder / "result.json").read_text()) == alone
+        assert out.count("results in") == 1
+        for path in (tmp_path / "alone/labelIds").iterdir():
+            assert (folder / "labelIds" / path.name).read_bytes() == path.read_bytes()

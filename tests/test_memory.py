@@ -5,7 +5,8 @@ import torch
 
 from networks import build_network
 from networks.resnet import CHECKPOINTS
-from tests.benchmarks.memory import kept_bytes, measure
+from tests.benchmarks.memory import measure
+from utils.memory import kept_bytes
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
           (torch.bfloat16, "full"): 900}

@@ -10,7 +10,7 @@ import torch
 
 import train
 from utils.cli import UserError
-from utils.precision import Precision
+from utils.precision import Precision, best_precision
 
 CPU = torch.device("cpu")
 
@@ -23,10 +23,38 @@ def losses(streets, folder, amp, steps):
 
 
 def test_bf16_trains_like_float32(streets, tmp_path):
-    exact, rough = (losses(streets, tmp_path / amp, amp, 60) for amp in ("off", "bf16"))
-    mean, other = (sum(values[-20:]) / 20 for values in (exact, rough))
-    assert mean < 0.8 * exact[0] and exact != rough
-    assert abs(other - mean) < 0.07 * mean
+    exact, rough = (losses(streets, tmp_path / amp, amp, 200) for amp in ("off", "bf16"))
+    mean, other = (sum(values[-50:]) / 50 for values in (exact, rough))
+    assert mean < 0.5 * exact[0] and exact != rough
+    assert abs(other - mean) < 0.05 * mean
+
+
+def test_the_default_is_what_the_device_has_instructions_for(monkeypatch):
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                                   ({"bf16": True, "neon": True}, "bf16"), ({"avx2": True}, "off")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert best_precision(CPU) == expected
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for able, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        assert best_precision(torch.device("cuda", 0)) == expected
+
+
+def test_the_norm_of_gradients_is_that_of_unscaled_ones():
+    for amp in ("off", "fp16"):
+        precision = Precision(amp, CPU)
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], 0.1)
+        precision.backward((weight * torch.tensor([3.0, 4.0])).sum(), optimizer)
+        assert precision.gradient_norm(optimizer).item() == pytest.approx(5)
+        precision.step(optimizer)
+        torch.testing.assert_close(weight.data, torch.tensor([0.7, 0.6]))
+
+
+def learn(precision, loss, optimizer):
+    optimizer.zero_grad()
+    precision.backward(loss, optimizer)
+    precision.step(optimizer)
 
 
 def test_fp16_scales_losses_and_leaves_out_steps_that_overflow():
@@ -34,10 +62,10 @@ def test_fp16_scales_losses_and_leaves_out_steps_that_overflow():
     assert precision.autocast == torch.float16
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], 0.1)
-    precision.step((weight * torch.tensor([1.0, 2.0])).sum(), optimizer)
+    learn(precision, (weight * torch.tensor([1.0, 2.0])).sum(), optimizer)
     torch.testing.assert_close(weight.data, torch.tensor([0.9, 0.8]))
     scale = precision.state_dict()["scale"]
-    precision.step((weight * float("inf")).sum(), optimizer)
+    learn(precision, (weight * float("inf")).sum(), optimizer)
     torch.testing.assert_close(weight.data, torch.tensor([0.9, 0.8]))
     assert precision.state_dict()["scale"] == scale / 2
     other = Precision("fp16", CPU)
@@ -72,7 +100,7 @@ def test_the_calls_of_apex(monkeypatch):
     network = torch.nn.Linear(1, 1)
     network, optimizer = precision.prepare(network, torch.optim.SGD(network.parameters(), 1.0))
     before = network.bias.detach().clone()
-    precision.step(network(torch.ones(1, 1)).sum(), optimizer)
+    learn(precision, network(torch.ones(1, 1)).sum(), optimizer)
     assert calls == [{"opt_level": "O2"}, "scale_loss"]
     torch.testing.assert_close(network.bias.detach(), before - 1)
     assert precision.state_dict() == {"loss_scaler0": {"loss_scale": 2.0}}

@@ -1,5 +1,6 @@
 """Training runs, small but whole."""
 
+import copy
 import json
 import os
 import signal
@@ -10,19 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train
 from dataset.labels import ClassTable
 from loss.criterion import SegmentationCriterion
 from networks import build_network
+from tests.conftest import SMALL, finish, start
 from utils import checkpoint
 from utils.cli import UserError
+from utils.engine import NetworkWithLoss
 from utils.inference import Normalization
 
 
 def run(streets, folder, *words, steps=3):
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(folder), "--gpu", "cpu", "--backbone", "eca_resnet18",
                 "--model", "acfnet_resnet", "--input-size", "49,65", "--batch-size", "2", "--num-workers", "0",
-                "--num-steps", str(steps), "--log-every", "1", "--random-mirror", "--random-scale", *words])
+                "--num-steps", str(steps), "--log-every", "1", "--random-mirror", "--random-scale", "--amp", "off",
+                *words])
     return checkpoint.load_snapshot(f"{folder}/CS_scenes_{steps}.pth")
 
 
@@ -39,8 +44,8 @@ def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     assert ClassTable(content["config"]["classes"]).names == ClassTable.read().names
     logged = lines(tmp_path / "s")
     assert [line["step"] for line in logged] == [1, 2, 3]
-    expected = {"step", "lr", "loss", "loss_fine", "loss_coarse", "loss_aux", "images_per_second", "seconds_data",
-                "memory_bytes"}
+    expected = {"step", "lr", "loss", "loss_fine", "loss_coarse", "loss_aux", "gradient_norm", "images_per_second",
+                "seconds_data", "memory_bytes"}
     assert all(set(line) == expected for line in logged)
     for line in logged:
         total = 0.7 * line["loss_fine"] + 0.6 * line["loss_coarse"] + 0.4 * line["loss_aux"]
@@ -48,7 +53,7 @@ def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     assert [line["lr"] for line in logged] == pytest.approx([1e-2 * (1 - k / 3) ** 0.9 for k in range(3)])
     events = list((tmp_path / "s/tensorboard").iterdir())
     text = events[0].read_bytes()
-    assert b"loss_fine" in text and b"image_truth_coarse_fine" in text and b"\x89PNG" in text
+    assert b"loss_fine" in text and b"image_truth_coarse_fine_difference" in text and b"\x89PNG" in text
     shown = capsys.readouterr().out
     assert "the network starts from random weights" in shown and "step 3/3" in shown
 
@@ -102,7 +107,7 @@ def test_a_run_never_touches_the_snapshots_of_another(streets, tmp_path):
     before = (tmp_path / "s/CS_scenes_1.pth").read_bytes()
     with pytest.raises(UserError, match="--snapshot-dir .*: expected a folder without snapshots, or --resume"):
         run(streets, tmp_path / "s", steps=1)
-    with pytest.raises(UserError, match="--resume .*: expected a run with the same network, found another model"):
+    with pytest.raises(UserError, match="--resume .*: expected a run with --model base, found acfnet_resnet"):
         run(streets, tmp_path / "s", "--resume", "--model", "base", steps=2)
     assert (tmp_path / "s/CS_scenes_1.pth").read_bytes() == before
 
@@ -177,15 +182,93 @@ def test_loss_falls(streets, tmp_path):
     assert sum(losses[-10:]) / 10 < 0.75 * losses[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(streets, tmp_path):
-    with pytest.raises(UserError, match=r"step \d+: expected a finite loss, found .*drawn_00"):
-        run(streets, tmp_path / "s", "--learning-rate", "1e30", steps=9)
+def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept(streets, tmp_path, capsys):
+    folder = tmp_path / "s"
+    run(streets, folder, "--val-every", "2", "--learning-rate", "0.03", steps=4)
+    lines = [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    best = max(lines, key=lambda line: line["quick_mean_iou_fine"])
+    content = checkpoint.load_snapshot(folder / "best_quick.pth")
+    assert content["step"] == best["step"] and content["quick_mean_iou"] == best["quick_mean_iou_fine"]
+    evaluate.main(["--data-dir", str(streets), "--restore-from", str(folder / "best_quick.pth"), "--gpu", "cpu",
+                   "--whole", "--scales", "1.0", "--no-flip", "--save", "none", "--num-workers", "0", "--output-dir",
+                   str(tmp_path / "r")])
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert result["single_scale"]["class_iou"] == best["quick_class_iou_fine"]
+    assert result["coarse"]["single_scale"]["mean_iou"] == best["quick_mean_iou_coarse"]
+    shown = capsys.readouterr().out
+    assert "not the official protocol): mIoU fine" in shown
+    assert all("quick" in line for line in shown.splitlines() if "mIoU" in line)
+    # Resumed from before the best, the same numbers come again and the file stays as it is.
+    (folder / "CS_scenes_4.pth").unlink(missing_ok=True)
+    (folder / "CS_scenes_2.pth").write_bytes((folder / "best_quick.pth").read_bytes())
+    if best["step"] == 2:
+        run(streets, folder, "--val-every", "2", "--learning-rate", "0.03", "--resume", steps=4)
+        assert [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()] == lines
+        assert checkpoint.load_snapshot(folder / "best_quick.pth")["step"] == 2
+
+
+def test_processes_share_the_quick_validation(streets, tmp_path):
+    words = ["train.py", "--data-dir", streets, *SMALL, "--batch-size", "2", "--num-steps", "2", "--val-every", "2",
+             "--learning-rate", "1e-9"]
+    for name, processes in (("one", 1), ("two", 2)):
+        status, _, error = finish(start(*words, "--snapshot-dir", tmp_path / name, processes=processes))
+        assert status == 0, error
+    one, two = (json.loads((tmp_path / name / "quick_validation.jsonl").read_text()) for name in ("one", "two"))
+    assert one["quick_mean_iou_fine"] == pytest.approx(two["quick_mean_iou_fine"], abs=1e-3)
+    assert (tmp_path / "two/best_quick.pth").exists()
+
+
+def test_quick_validation_of_a_list_needs_another_list(streets, tmp_path):
+    with pytest.raises(UserError, match="--val-every: expected --val-list with --data-list"):
+        run(streets, tmp_path / "s", "--val-every", "2", "--data-list", "x.lst")
+
+
+def test_channels_last_and_compile_train_alike(streets, tmp_path):
+    plain, last, compiled = (run(streets, tmp_path / name, *words, "--backbone", "resnet18", steps=2)
+                             for name, words in (("a", ()), ("b", ("--channels-last",)), ("c", ("--compile",))))
+    for key, value in plain["model"].items():
+        for other in (last, compiled):
+            assert other["model"].keys() == plain["model"].keys()
+            torch.testing.assert_close(other["model"][key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_labels_that_do_not_fit_the_classes_are_found_before_the_first_step(streets, tmp_path):
+    table = tmp_path / "classes.csv"
+    table.write_text("name,id,train_id,red,green,blue\nroad,7,0,0,0,0\ncar,26,1,0,0,0\n")
+    with pytest.raises(UserError, match="labelIds.png: expected ids that .*classes.csv knows, found"):
+        run(streets, tmp_path / "s", "--classes", str(table), "--num-classes", "2")
+    table.write_text(table.read_text() + "".join(f"x{i},{i},255,0,0,0\n" for i in range(34) if i not in (7, 26))
+                     .replace("\nroad,7,0", "\nroad,7,255"))
+    rows = [row if not row.startswith(("road", "car")) else row.replace(",0,0,0,0", ",255,0,0,0").replace(
+        ",1,0,0,0", ",255,0,0,0") for row in table.read_text().splitlines()]
+    table.write_text("\n".join([*rows, "never,60,0,0,0,0", "seen,61,1,0,0,0"]))
+    with pytest.raises(UserError, match="expected pixels of the 2 classes of .*classes.csv, found only ignored ones"):
+        run(streets, tmp_path / "s", "--classes", str(table))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_state_before(streets, tmp_path, monkeypatch):
+    taken = []
+
+    def snapshot(engine, step, config, take=train.snapshot):
+        taken.append(copy.deepcopy(take(engine, step, config)))
+        return taken[-1]
+
+    monkeypatch.setattr(train, "snapshot", snapshot)
+    with pytest.raises(UserError, match=r"step 2: expected a finite loss, found .*'fine': nan.* learning rate .*"
+                                        r"images: drawn_00.*, drawn_00.*; the state before is the snapshot of step 1"):
+        run(streets, tmp_path / "s", "--learning-rate", "1e30", "--save-pred-every", "1", steps=9)
+    regular, again = taken
+    assert again["step"] == 1 and torch.equal(regular["rng"][0]["torch"], again["rng"][0]["torch"])
+    assert all(torch.equal(regular["model"][key], again["model"][key]) for key in regular["model"])
+    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [1]
 
 
 def test_what_devices_hand_out_adds_up_to_the_whole_batch():
     """The module that nn.DataParallel replicates, applied to parts: sums and counts of the batch."""
     network = build_network("acfnet_resnet", 5, "resnet18").eval()
-    module = train.NetworkWithLoss(network, SegmentationCriterion(), Normalization(), None)
+    module = NetworkWithLoss(network, SegmentationCriterion(), Normalization(), None)
     images = torch.randint(256, (4, 3, 33, 33), dtype=torch.uint8)
     labels = torch.randint(5, (4, 33, 33), dtype=torch.uint8)
     labels[0, :20] = 255

@@ -1,14 +1,19 @@
 """Files that hold tensors: written whole or not at all, read without running any code in them."""
 
 import os
+import random
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .cli import UserError
 
 NAME = "CS_scenes_{step}.pth"
+LATEST = "latest.pth"       # a link to the newest snapshot
+BEST = "best_quick.pth"     # the snapshot with the best result of the quick validation
 
 
 def write_atomically(path, write):
@@ -27,7 +32,12 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: expected to write a file there, found: {error}") from error
+        cause = error       # torch.save hides an error of the disk behind one of its own
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        if not isinstance(cause, OSError):
+            raise cause from None
+        raise UserError(f"{path}: expected to write a file there, found: {cause}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,3 +91,59 @@ def snapshots(folder):
     pattern = re.compile(re.escape(NAME).replace(r"\{step\}", r"(\d+)"))
     found = [(pattern.fullmatch(path.name), path) for path in Path(folder).glob("*.pth")]
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def save_step(folder, step, content, keep=None):
+    """Write the snapshot of a step, let `latest.pth` point to it, and remove older ones beyond the newest `keep`."""
+    path = Path(folder) / NAME.format(step=step)
+    save(path, content)
+    link = path.with_name(f".{LATEST}.{os.getpid()}.tmp")
+    try:
+        link.symlink_to(path.name)
+        os.replace(link, path.with_name(LATEST))
+    except OSError:     # a file system without links: --resume finds the newest by its number anyway
+        link.unlink(missing_ok=True)
+    for _, old in snapshots(folder)[:-keep] if keep else ():
+        old.unlink()
+
+
+def remove_unfinished(folder):
+    """Remove what a killed run left behind of files it had begun to write."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def check_room(folder, needed):
+    """Raise `UserError` if the disk of a folder, which need not exist yet, has less than `needed` bytes free."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"--snapshot-dir {folder}: expected {needed / 1e6:.0f} MB free for a snapshot, found "
+                        f"{free / 1e6:.0f} MB")
+
+
+def seed_generators(seed):
+    """Seed all random generators of this process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+
+
+def random_state(devices=()):
+    """The states of all random generators of this process, and of those of its CUDA devices: plain values."""
+    kind, keys, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "python": random.getstate(),
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+            "cuda": [torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"]}
+
+
+def set_random_state(state, devices=()):
+    """What `random_state` gave, of the same number of devices."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    for device, one in zip((d for d in devices if d.type == "cuda"), state["cuda"], strict=True):
+        torch.cuda.set_rng_state(one, device)

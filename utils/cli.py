@@ -1,9 +1,14 @@
 """What both command lines share: errors that are one sentence, and flag types."""
 
 import argparse
+import os
 import re
 import signal
 import sys
+import time
+import traceback
+
+import torch.distributed as dist
 
 
 class UserError(Exception):
@@ -17,15 +22,40 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
+# What torch.distributed's backends say when a peer is gone.
+LOST_PEER = re.compile(r"Connection (closed|reset) by peer|gloo/transport|NCCL|Broken pipe", re.I)
+
+
 def run(main):
-    """Call `main()`; a `UserError` is printed as one sentence and ends the process with status 2."""
+    """Call `main()`; a `UserError` is printed as one sentence and ends the process with status 2.
+
+    One of several processes leaves at once, without tearing down what the others would have to agree to; those
+    that lose it end too, and say so.
+    """
     try:
         main()
+        return
     except UserError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        status, said = 2, f"error: {sentence(error)}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        status, said = 130, ""
+    except Exception as error:
+        if not _among_processes():
+            raise
+        lost = LOST_PEER.search(str(error))
+        status, said = 1, "another process of this run has ended; its own message says why" if lost else (
+            traceback.format_exc())
+    if not _among_processes():
+        print(said, file=sys.stderr, end="\n" * bool(said))
+        sys.exit(status)
+    print(f"[process {dist.get_rank()}] {said}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _among_processes():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sentence(error):
@@ -36,10 +66,15 @@ def sentence(error):
 
 class StopRequest:
     """Inside this context Ctrl-C and SIGTERM are noted in `asked` instead of ending the process; a second one
-    ends it at once."""
+    ends it at once.
 
-    def __init__(self):
-        self.asked = False
+    Args:
+        deaf: seconds after the first signal in which others do not count. A process of torchrun gets every
+            Ctrl-C twice: from the terminal, and from torchrun.
+    """
+
+    def __init__(self, deaf=0.0):
+        self.deaf, self.asked, self.when = deaf, False, 0.0
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -50,10 +85,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() - self.when >= self.deaf:
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def leave_ctrl_c_to_the_parent(worker):

@@ -1,6 +1,7 @@
 """Which devices to use, and replicas of a module that work on parts of a batch."""
 
 import functools
+import logging
 import os
 import sys
 import threading
@@ -91,6 +92,16 @@ class Processes:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def wait(self):
+        """Until all have come here."""
+        dist.barrier(self.group)
+
+    def gather_objects(self, value):
+        """A plain value from each process → all of them, in order of rank."""
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
 
 class Replicas:
     """The threads of a `ReplicaGroup`, each with a part of the batch. Values only: no gradient flows."""
@@ -129,10 +140,49 @@ def processes_started():
 
 
 def start_processes(count, argv=None):
-    """Replace this process by torchrun with `count` processes of the same command. Does not return."""
+    """Run this command in `count` processes, as torchrun would, and exit with their status. Does not return.
+
+    When one of them ends with an error, the others get ten seconds to follow.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     words = sys.argv[1:] if argv is None else argv
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                              str(count), sys.argv[0], *words])
+    # The processes speak for themselves; the launcher's own account of a failure would bury what they said.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          max_restarts=0, shutdown_timeout=10)
+    try:
+        elastic_launch(config, sys.executable)("-u", sys.argv[0], *words)
+    except ChildFailedError as error:
+        found = {failure.exitcode for failure in error.failures.values()}
+        # 2 is that of a process which found the user's input at fault; the others then lost it.
+        first = 2 if 2 in found else error.get_first_failure()[1].exitcode
+        sys.exit(first if first > 0 else 128 - first)
+    except SignalException:
+        sys.exit(0)     # the processes were told, have saved and ended
+    sys.exit(0)
+
+
+def share_cores(devices, workers=None):
+    """How this process uses the cores of the machine, which it may share with others of the same run.
+
+    Without a GPU each process computes on its share of the cores. Returns (worker processes that read samples,
+    a sentence about it): as many as asked for, else what the share allows, at most 8, and on the CPU, where
+    they take turns with the network, at most 2.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if started_by_torchrun() else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = max(1, cores // local)
+    on_cpu = devices[0].type == "cpu"
+    if on_cpu and local > 1:        # torchrun itself allows one thread, whatever there is
+        torch.set_num_threads(share)
+    if workers is None:
+        workers = min(2, share) if on_cpu else max(1, min(8 * len(devices), share - len(devices)))
+    computing = f"{torch.get_num_threads()} threads for computing and " if on_cpu else ""
+    return workers, (f"{cores} cores for {local} process{'es' * (local > 1)} here: {computing}{workers} --num-workers "
+                     f"that read samples{' each' * (local > 1)}")
 
 
 def own_device(devices):
@@ -156,7 +206,7 @@ def join_processes(device):
 
 
 def leave_processes():
-    """End what `join_processes` began."""
+    """End what `join_processes` began, when all are done."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

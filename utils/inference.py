@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from .metrics import ConfusionMatrix
+
 
 @dataclass(frozen=True)
 class Normalization:
@@ -160,3 +162,37 @@ class SlidingPredictor:
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             outputs = self.network(crops)
         return {name: outputs[name].float() for name in ("fine", "coarse") if name in outputs}
+
+
+def score(predictor, items, num_classes, ignore_index, processes=None, seen=None):
+    """Predict and count.
+
+    Args:
+        predictor: `SlidingPredictor`.
+        items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}; with processes, those of this one.
+        processes: `Processes` that share the data set; the counts of all are added up.
+        seen: called with (item, (H, W) train ids of the richest protocol's fine head) for every item, or None.
+
+    Returns:
+        {protocol: {head: ConfusionMatrix}}, the richest protocol last.
+    """
+    matrices = {}
+    for item in items:
+        for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
+            for head, probabilities in heads.items():
+                labels = probabilities.argmax(0)
+                matrices.setdefault(protocol, {}).setdefault(
+                    head, ConfusionMatrix(num_classes, ignore_index)).update(labels, item["label"].to(labels.device))
+                if head == "fine":
+                    headline = labels
+        if seen is not None:
+            seen(item, headline)
+    if processes is None:
+        return matrices
+    total = {}      # one without images knows neither protocols nor heads, so they travel as plain values
+    for part in processes.gather_objects(matrices):
+        for protocol, heads in part.items():
+            for head, matrix in heads.items():
+                total.setdefault(protocol, {}).setdefault(
+                    head, ConfusionMatrix(num_classes, ignore_index)).matrix += matrix.matrix
+    return total

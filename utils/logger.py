@@ -1,51 +1,80 @@
 """What a training run tells: a progress line, `metrics.jsonl`, TensorBoard."""
 
 import json
+import os
+import platform
+import shlex
+import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
+import torch
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint
+from .cli import UserError
+
+try:
+    import fcntl
+except ImportError:     # not on Windows: nothing keeps two runs out of one folder there
+    fcntl = None
+
+METRICS = "metrics.jsonl"
+QUICK = "quick_validation.jsonl"
 
 
 class RunLog:
     """Progress of a run of `num_steps` steps, in the console and in files below `folder`.
 
-    On a terminal progress is a bar; elsewhere it is one plain line each time something is logged.
+    On a terminal progress is a bar; elsewhere it is one plain line each time something is logged. To be used in
+    `with`: no other run can write to the folder meanwhile. Raises `UserError` where the folder cannot be written
+    or another run writes there.
 
     Args:
-        folder: where `metrics.jsonl` and `tensorboard/` go.
+        folder: where `metrics.jsonl`, `quick_validation.jsonl`, `runs.json` and `tensorboard/` go.
         num_steps: steps in all.
-        start: steps done before.
+        start: steps done before; lines of later ones, which will be done again, are dropped.
+        about: plain values that describe this start of the run, for `runs.json`.
     """
 
-    def __init__(self, folder, num_steps, start=0):
+    def __init__(self, folder, num_steps, start=0, about=None):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _lock(self.folder)
+        checkpoint.remove_unfinished(self.folder)
         self.num_steps = num_steps
         self.first = start
         self.started = time.monotonic()
         self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
-        _forget_steps_after(start, self.folder / "metrics.jsonl")
-        self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close
+        self.files = {name: _continued(self.folder / name, start) for name in (METRICS, QUICK)}
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
+        _remember(self.folder / "runs.json", about or {})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        for file in (*self.files.values(), self.board, self.lock):
+            file.close()
 
     def step(self):
         self.bar.update()
 
-    def metric(self, step, values):
-        """values: {name: number}, with loss, lr, images_per_second among them."""
-        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self.metrics.flush()
+    def metric(self, step, values, seconds):
+        """values: {name: number}, with loss, lr, images_per_second, seconds_data among them; seconds: since the
+        last time."""
+        self._write(METRICS, {"step": step, **values})
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            if value is not None:
+                self.board.add_scalar(name, value, step)
         terms = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
                           if name.startswith("loss"))
-        speed = f"{values['images_per_second']:.1f} images/s"
+        speed = (f"{values['images_per_second']:.1f} images/s, {100 * values['seconds_data'] / seconds:.0f} % of the "
+                 "time waiting for data")
         if self.bar.disable:
             done = step - self.first
             left = (time.monotonic() - self.started) / done * (self.num_steps - step)
@@ -53,6 +82,20 @@ class RunLog:
                   f"{_duration(left)} left", flush=True)
         else:
             self.bar.set_postfix_str(f"{terms}  lr {values['lr']:.2e}  {speed}")
+
+    def quick_validation(self, step, scores):
+        """scores: {head: `ConfusionMatrix.scores`}. Named quick everywhere: it is not the official protocol."""
+        values = {"step": step}
+        for head, score in scores.items():
+            values[f"quick_mean_iou_{head}"] = score["mean_iou"]
+            values[f"quick_class_iou_{head}"] = score["class_iou"]
+            self.board.add_scalar(f"quick_mean_iou/{head}", score["mean_iou"] or 0, step)
+            for name, iou in score["class_iou"].items():
+                if iou is not None:
+                    self.board.add_scalar(f"quick_class_iou_{head}/{name}", iou, step)
+        self._write(QUICK, values)
+        self.say(f"quick validation after step {step} (whole images at scale 1, not the official protocol): mIoU "
+                 + ", ".join(f"{head} {100 * (score['mean_iou'] or 0):.2f} %" for head, score in scores.items()))
 
     def picture(self, name, image, step):
         """image (H, W, 3) uint8."""
@@ -62,26 +105,56 @@ class RunLog:
         """A line that stays, above the bar."""
         tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
-    def close(self):
-        self.bar.close()
-        self.metrics.close()
-        self.board.close()
+    def _write(self, name, values):
+        self.files[name].write(json.dumps(values) + "\n")
+        self.files[name].flush()
 
 
 class NoLog:
     """A `RunLog` of which nothing is seen, for all processes but the first."""
 
-    def step(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         pass
 
-    def metric(self, step, values):
+    def _nothing(self, *args):
         pass
 
-    def say(self, text):
-        pass
+    step = metric = quick_validation = picture = say = _nothing
 
-    def close(self):
-        pass
+
+def speak_for_all(processes):
+    """Silence the standard output of all processes but the first."""
+    if processes is not None and processes.rank:
+        sys.stdout = open(os.devnull, "w")      # noqa: SIM115, for as long as the process lives
+
+
+def about_this_run(arguments, devices):
+    """What one would need to know to repeat a run: command, flags, versions, code, machine; plain values."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("torchvision", "numpy", "opencv-python", "Pillow", "inplace-abn", "apex"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": shlex.join([sys.executable, *sys.argv]),
+            "arguments": arguments, "versions": versions, "cuda": torch.version.cuda,
+            "devices": [torch.cuda.get_device_name(d) if d.type == "cuda" else "CPU" for d in devices],
+            "git_commit": _git("rev-parse", "HEAD"), "git_changed_files": _git("status", "--porcelain"),
+            "host": platform.node()}
+
+
+def read_lines(path):
+    """The objects of a file of JSON lines, without a last one that was cut off; none without the file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def progress(iterable, what, unit, every=10.0):
@@ -100,18 +173,50 @@ def progress(iterable, what, unit, every=10.0):
                   flush=True)
 
 
-def _forget_steps_after(step, path):
-    """Drop lines of steps that will be done again, and a last line that was cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    checkpoint.write_atomically(path, lambda file: file.write("".join(kept).encode()))
+def _continued(path, step):
+    """A file of JSON lines opened to go on after a step, without lines of later steps."""
+    if path.exists():
+        kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
+        checkpoint.write_atomically(path, lambda file: file.write(kept.encode()))
+    return open(path, "a", encoding="utf-8")
+
+
+def _lock(folder):
+    """The folder's lock file, held until it is closed or the process ends. The folder is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115, open as long as the run
+    except OSError as error:
+        raise UserError(f"--snapshot-dir {folder}: expected a folder to write to, found: {error}") from None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"--snapshot-dir {folder}: expected a folder to which no other run is writing, found one "
+                        "in use") from None
+    except OSError:
+        pass        # a file system without locks
+    return file
+
+
+def _remember(path, about):
+    """Add one start of a run to the list in `runs.json`."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = []
+    text = json.dumps([*before, about], indent=2) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _git(*words):
+    """The output of a git command on this code; None outside a checkout."""
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _duration(seconds):

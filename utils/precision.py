@@ -8,6 +8,8 @@ from .cli import UserError
 
 CHOICES = ("off", "bf16", "fp16", "apex")
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
+# Instructions by which a CPU computes in bf16, as torch.cpu.get_capabilities names them; without them it is slower.
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")      # the last one is ARM's
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": None}
 
 
@@ -36,17 +38,28 @@ class Precision:
             return network, optimizer
         return self.apex.initialize(network, optimizer, opt_level=self.opt_level)
 
-    def step(self, loss, optimizer):
-        """Differentiate the loss and take a step; with fp16 a step whose gradients overflow is left out."""
-        optimizer.zero_grad(set_to_none=True)
+    def backward(self, loss, optimizer):
+        """Add the gradients of a loss, times the scale, to those there are."""
         if self.apex is not None:
             with self.apex.scale_loss(loss, optimizer) as scaled:
                 scaled.backward()
+        else:
+            self.scaler.scale(loss).backward()
+
+    def gradient_norm(self, optimizer):
+        """The Euclidean norm of all gradients, unscaled: scalar tensor."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def step(self, optimizer):
+        """Take a step; with fp16 one whose gradients overflow is left out."""
+        if self.apex is not None:
             optimizer.step()
-            return
-        self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
 
     def state_dict(self):
         """The state of the loss scale: plain values, empty where nothing is scaled."""
@@ -55,6 +68,15 @@ class Precision:
     def load_state_dict(self, state):
         if state:
             (self.scaler if self.apex is None else self.apex).load_state_dict(state)
+
+
+def best_precision(device):
+    """What a device computes in fastest without harm: `bf16` where it has it, `fp16` on older GPUs, else `off`."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if device.type == "cpu" and any(able.get(name) for name in CPU_BF16) else "off"
 
 
 def _import_apex():

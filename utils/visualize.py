@@ -14,6 +14,18 @@ def panel(pictures):
     return np.concatenate(list(pictures), axis=1)
 
 
+def difference(truth, coarse, fine, ignore_index=255):
+    """Where two label maps (H, W) differ → (H, W, 3) uint8: green where the fine one alone is right, red where the
+    coarse one alone is, yellow where both are wrong in different ways, dark grey where the truth is unknown."""
+    picture = np.full((*truth.shape, 3), 235, np.uint8)
+    picture[truth == ignore_index] = 60
+    differ = (coarse != fine) & (truth != ignore_index)
+    picture[differ] = (230, 190, 40)
+    picture[differ & (fine == truth)] = (30, 150, 60)
+    picture[differ & (coarse == truth)] = (200, 40, 40)
+    return picture
+
+
 def save_png(path, array):
     """Write (H, W) uint8 or uint16, or (H, W, 3) uint8, as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,3 +87,47 @@ def iou_chart(path, class_iou, palette):
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, bbox_inches="tight")
+
+
+def training_curves(path, metrics, quick):
+    """Losses, learning rate and quick validation over the steps → PNG at `path`.
+
+    metrics, quick: the lines of `metrics.jsonl` and `quick_validation.jsonl`.
+    """
+    heads = [name.removeprefix("quick_mean_iou_") for name in (quick[0] if quick else ())
+             if name.startswith("quick_mean_iou_")]
+    figure = _figure(8, 7.2 if heads else 5)
+    losses, rate, *scores = figure.subplots(3 if heads else 2, 1, sharex=True,
+                                            height_ratios=[3, 1, 2] if heads else [3, 1])
+    steps = [line["step"] for line in metrics]
+    terms = [name for name in metrics[0] if name.startswith("loss")]
+    for name, color in zip(terms, ("#222222", "#1f5f99", "#d1791e", "#7a9a3a"), strict=False):
+        values = np.array([line[name] for line in metrics], float)
+        losses.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        losses.plot(steps, _smooth(values), color=color, label=name.removeprefix("loss_") if "_" in name else "total")
+    losses.set_ylabel("loss")
+    losses.set_ylim(bottom=0)
+    losses.legend(ncols=len(terms), frameon=False)
+    rate.plot(steps, [line["lr"] for line in metrics], color="#222222")
+    rate.set_ylabel("learning rate")
+    rate.set_ylim(bottom=0)
+    for head, color in zip(heads, ("#1f5f99", "#d1791e"), strict=False):
+        values = [100 * (line[f"quick_mean_iou_{head}"] or 0) for line in quick]
+        scores[0].plot([line["step"] for line in quick], values, "o-", markersize=3, color=color, label=head)
+    if heads:
+        scores[0].set_ylabel("quick mIoU, %")
+        scores[0].legend(ncols=len(heads), frameon=False)
+    for axes in (losses, rate, *scores):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    (scores or [rate])[0].set_xlabel("step")
+    figure.savefig(path)
+
+
+def _smooth(values):
+    """Running mean over a twentieth of the values, ending at each."""
+    width = max(1, len(values) // 20)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)

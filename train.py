@@ -177,24 +177,33 @@ NEW_COURSE = ("learning_rate", "momentum", "weight_decay", "power", "num_steps",
               "ohem_keep", "amp", "opt_level", "restore_from")
 
 
-def resume(path, folder, engine, config):
-    """Restore a run; returns the number of steps done. `path` is a file, or "newest" for that of the folder."""
-    existing = checkpoint.snapshots(folder)
+def find_snapshot(path, folder):
+    """(path, content) of the snapshot to go on from; (None, None) without any. `path` is a file, or "newest"."""
     if path == "newest":
-        path, content = checkpoint.newest(folder)
-        if path is None:
-            print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
-            return 0
-    else:
-        content = checkpoint.load_snapshot(path)
-        if existing and existing[-1][0] > content["step"]:
-            raise UserError(f"--resume {path}, {content['step']} steps done: expected no later snapshot in "
-                            f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
+        return checkpoint.newest(folder)
+    content = checkpoint.load_snapshot(path)
+    existing = checkpoint.snapshots(folder)
+    if existing and existing[-1][0] > content["step"]:
+        raise UserError(f"--resume {path}, {content['step']} steps done: expected no later snapshot in "
+                        f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
+    return path, content
+
+
+def resume(path, folder, engine, config):
+    """Restore a run; returns the number of steps done. The first process reads for all: hosts may share no disk."""
+    processes = engine.processes
+    first = processes is None or processes.rank == 0
+    path, content = find_snapshot(path, folder) if first else (None, None)
+    if processes is not None:
+        path, content = processes.first((path, content))
+    if content is None:
+        print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
+        return 0
     compare(path, content["config"], config)
     engine.network.load_state_dict(content["model"])
     engine.optimizer.load_state_dict(content["optimizer"])
     engine.precision.load_state_dict(content.get("scaler"))
-    rank, world = (engine.processes.rank, engine.processes.size) if engine.processes else (0, 1)
+    rank, world = (processes.rank, processes.size) if processes else (0, 1)
     rng = content["rng"]
     if len(rng) == world and len(rng[rank]["cuda"]) == sum(device.type == "cuda" for device in engine.devices):
         checkpoint.set_random_state(rng[rank], engine.devices)
@@ -293,6 +302,8 @@ def quick_validation(args, engine, normalization, classes, workers, log):
                                  autocast=engine.precision.autocast)
     best = Path(args.snapshot_dir, checkpoint.BEST)
     highest = checkpoint.load_snapshot(best)["quick_mean_iou"] if best.exists() else -1.0
+    if processes is not None:
+        highest = processes.first(highest)      # all must agree when to save
     print(f"quick validation every {args.val_every} steps: {dataset.describe()}")
 
     def validate(step):

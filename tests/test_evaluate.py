@@ -158,15 +158,18 @@ def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
 
 
 def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_path):
-    """Five images over two processes, with pictures; and over six, one of which has none."""
-    alone = run(streets, snapshot, tmp_path / "alone", "--scales", "1.0", "--no-flip", "--save", "labelIds")
-    for processes in (2, 6):
-        folder = tmp_path / f"{processes}"
+    """Five images over two processes, with pictures; and one, which leaves the second process without any."""
+    image = next(streets.glob("leftImg8bit/val/*/*.png"))
+    label = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+    (tmp_path / "one.lst").write_text(f"{image} {label}\n")
+    for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
+        words = ["--scales", "1.0", "--no-flip", "--save", "labelIds", *map(str, words)]
+        alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
         status, out, error = finish(start(
             "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
-            "--output-dir", folder, "--scales", "1.0", "--no-flip", "--save", "labelIds", processes=processes))
+            "--output-dir", tmp_path / name, *words, processes=2))
         assert status == 0, error
-        assert json.loads((folder / "result.json").read_text()) == alone
+        assert json.loads((tmp_path / name / "result.json").read_text()) == alone
         assert out.count("results in") == 1
-        for path in (tmp_path / "alone/labelIds").iterdir():
-            assert (folder / "labelIds" / path.name).read_bytes() == path.read_bytes()
+        for path in (tmp_path / "alone" / name / "labelIds").iterdir():
+            assert (tmp_path / name / "labelIds" / path.name).read_bytes() == path.read_bytes()

@@ -96,6 +96,12 @@ class Processes:
         """Until all have come here."""
         dist.barrier(self.group)
 
+    def first(self, value):
+        """A plain value of the first process, for all."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
     def gather_objects(self, value):
         """A plain value from each process → all of them, in order of rank."""
         gathered = [None] * self.size

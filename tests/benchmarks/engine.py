@@ -119,7 +119,7 @@ def main():
                 if run >= 2:
                     times.setdefault(variant, []).append(seconds)
     products = ", ".join(f"{amp} {rate / 1e12:.2f} TFLOP/s" for amp, rate in rates.items())
-    print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, {flops / 1e12:.2f} TFLOP a step; "
+    print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, {flops / 1e12:.2f} TFLOP; "
           f"matrix products: {products}")
     base = median(next(iter(times.values())))
     for variant, values in times.items():

@@ -1,4 +1,4 @@
-"""Score a snapshot of train.py.
+"""Score a snapshot of train.py, or use it.
 
 The paper's protocol (sliding window, scales 0.75 to 2.0 by 0.25, mirror):
 
@@ -8,12 +8,27 @@ The quick answer:
 
     python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --scales 1.0 --no-flip
 
-Several GPUs share the images: --gpu 0,1,2,3, or torchrun --nproc_per_node 4 in place of python.
+Several snapshots, as one table: --restore-from snapshots/CS_scenes_*.pth
+Several GPUs share the images: --gpu 0,1,2,3, or torchrun --nproc_per_node 4 in place of python
+Any images, without truth:
+
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images holiday/ 'more/*.jpg'
+
+What the Cityscapes server takes:
+
+    python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --split test \
+        --submission FOLDER
+
+For other runtimes:
+
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export acfnet.onnx
 """
 
 import argparse
 import json
 import os
+import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +37,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from dataset.cityscapes import CityscapesDataset
+from dataset.images import ImageFiles, find_images, test_images, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
+from libs.convert import fold_norms
 from networks import build_network
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
@@ -35,28 +52,39 @@ from utils.distributed import (
     start_processes,
     started_by_torchrun,
 )
-from utils.inference import Normalization, SlidingPredictor, round_window, score
+from utils.export import export_onnx
+from utils.inference import Normalization, SlidingPredictor, most_probable, round_window, score
 from utils.logger import progress, speak_for_all
-from utils.precision import AUTOCAST
+from utils.metrics import InstanceIoU
+from utils.precision import AUTOCAST, best_precision
+from utils.report import WorstImages, score_columns, write_report
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-SAVED = ("labelIds", "color", "overlay")
+FOLDERS = {"labels": "labelIds", "color": "color", "overlay": "overlay"}
+WRITERS = 2         # threads that encode pictures beside the network
+WAITING = 8         # images they may be behind, so that memory does not grow with the data set
 
 
 def get_parser():
-    parser = cli.Parser(description="Score a snapshot.", epilog=__doc__,
+    parser = cli.Parser(description="Score a snapshot, or use it.", epilog=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--restore-from", nargs="+", required=True, metavar="FILE",
+                        help="snapshot of train.py; several are scored one after the other")
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", required=True,
-                      help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    data.add_argument("--data-dir", help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir")
     data.add_argument("--split", default="val", help="split to scan (val)")
     data.add_argument("--classes", help="class table (CSV); default: the one the snapshot was trained with")
     data.add_argument("--num-workers", type=cli.not_negative(int),
                       help="processes that read images, for each that predicts; default: by the number of cores")
 
+    tasks = parser.add_argument_group("instead of scoring")
+    tasks.add_argument("--images", nargs="+", metavar="PATH", help="predict images: files, folders, patterns")
+    tasks.add_argument("--submission", metavar="FOLDER",
+                       help="predict the images of --split for the Cityscapes server: label ids, and FOLDER.zip")
+    tasks.add_argument("--export", metavar="FILE.onnx", help="write the network as ONNX, for images of any size")
+
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--restore-from", nargs="+", required=True, metavar="FILE", help="snapshot of train.py")
     protocol.add_argument("--input-size", type=cli.size, metavar="H,W", help="window; default: the training crop")
     protocol.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
     protocol.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
@@ -68,18 +96,19 @@ def get_parser():
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
                      "else the CPU")
     run.add_argument("--batch-size", type=cli.positive(int), default=4, help="windows at a time (4)")
-    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (off)")
+    run.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; default: bf16 where the device "
+                     "has instructions for it, else fp16 on a GPU and off on a CPU")
 
     out = parser.add_argument_group("results")
     out.add_argument("--output-dir", help="default: a folder named after the snapshot and the split, beside it")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there")
-    out.add_argument("--save", nargs="+", choices=(*SAVED, "none"), default=SAVED,
+    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=tuple(FOLDERS),
                      help="pictures of each image: label ids, colours, colours over the image (all)")
     return parser
 
 
 def load_network(path, device):
-    """Snapshot file → (network in evaluation mode, its config)."""
+    """Snapshot file → (network prepared for evaluation, its config)."""
     content = checkpoint.load_snapshot(path)
     network = build_network(**content["config"]["network"])
     try:
@@ -87,46 +116,87 @@ def load_network(path, device):
     except RuntimeError as error:
         raise UserError(f"{path}: expected the weights its config describes, found: "
                         f"{str(error).splitlines()[1].strip()}") from None
-    return network.to(device).eval(), content["config"]
+    return fold_norms(network).to(device).eval(), content["config"]
 
 
-def save_predictions(folder, name, image, labels, classes, kinds):
-    """Write the pictures of one image. image (H, W, 3) uint8, labels (H, W) train ids."""
-    if "labelIds" in kinds:
-        visualize.save_png(folder / "labelIds" / f"{name}.png", classes.decode(labels))
-    if "color" in kinds:
-        visualize.save_png(folder / "color" / f"{name}.png", classes.color(labels))
-    if "overlay" in kinds:
-        visualize.save_png(folder / "overlay" / f"{name}.png", visualize.overlay(image, classes.color(labels)))
+class Pictures:
+    """Writes the pictures of predictions beside the network's work, a bounded number of images behind it.
+
+    Args:
+        folder: of the results.
+        kinds: of `FOLDERS`.
+        classes: `ClassTable`.
+    """
+
+    def __init__(self, folder, kinds, classes):
+        self.folder, self.kinds, self.classes = folder, kinds, classes
+        self.writers, self.waiting = ThreadPoolExecutor(WRITERS), deque()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.writers.shutdown(cancel_futures=error[0] is not None)
+        while self.waiting and error[0] is None:
+            self.waiting.popleft().result()
+
+    def add(self, name, image, labels):
+        """image (H, W, 3) uint8, labels (H, W) train ids; both tensors."""
+        if not self.kinds:
+            return
+        while len(self.waiting) >= WAITING:
+            self.waiting.popleft().result()
+        self.waiting.append(self.writers.submit(self._write, name, image.numpy(), labels.to(torch.uint8).cpu().numpy()))
+
+    def _write(self, name, image, labels):
+        pictures = {"labels": lambda: self.classes.decode(labels), "color": lambda: self.classes.color(labels),
+                    "overlay": lambda: visualize.overlay(image, self.classes.color(labels))}
+        for kind in self.kinds:
+            visualize.save_png(self.folder / FOLDERS[kind] / f"{name}.png", pictures[kind]())
 
 
-def evaluate(predictor, dataset, folder, kinds, num_workers, processes=None):
-    """Run over a data set once, this process over its share. Returns {protocol: {head: ConfusionMatrix}} of all;
-    writes the headline's pictures."""
-    classes = dataset.classes
+def load_items(dataset, workers, processes, what):
+    """This process's share of a data set, with progress. No padding: each image counts once."""
     rank, world = (processes.rank, processes.size) if processes else (0, 1)
-    mine = Subset(dataset, range(rank, len(dataset), world))        # no padding: each image counts once
-    items = progress(DataLoader(mine, batch_size=None, num_workers=num_workers), "evaluating", "image")
-    with ThreadPoolExecutor(2) as writers:
-        written = []
-
-        def keep(item, labels):
-            if kinds:
-                written.append(writers.submit(save_predictions, folder, item["name"],
-                                              item["image"].permute(1, 2, 0).numpy(),
-                                              labels.to(torch.uint8).cpu().numpy(), classes, kinds))
-
-        matrices = score(predictor, items, classes.num_classes, IGNORE_INDEX, processes, keep)
-        for job in written:
-            job.result()
-    return matrices
+    mine = Subset(dataset, range(rank, len(dataset), world))
+    return progress(DataLoader(mine, batch_size=None, num_workers=workers), what, "image")
 
 
-def summarise(matrices, classes, checkpoint_path, num_images, protocol):
+def evaluate(predictor, dataset, pictures, workers, processes=None):
+    """Run over a data set once, this process over its share.
+
+    Returns {protocol: {head: ConfusionMatrix}}, `WorstImages` and `InstanceIoU` of all processes; the latter is None
+    without instances.
+    """
+    classes = dataset.classes
+    worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
+    sizes = classes.instance_sizes
+    instances = InstanceIoU(sizes, classes.train_ids, classes.categories, classes.whole_categories)
+
+    def seen(item, heads):
+        image, labels = item["image"].permute(1, 2, 0), most_probable(heads["fine"])
+        pictures.add(item["name"], image, labels)
+        worst.add(item["name"], image.numpy(), item["label"].numpy(), heads)
+        if "instances" in item:
+            instances.update(item["index"], item["instances"].numpy(), labels.cpu().numpy())
+
+    matrices = score(predictor, load_items(dataset, workers, processes, "evaluating"), classes.num_classes,
+                     IGNORE_INDEX, processes, seen)
+    if processes is not None:
+        worst.merge(processes.gather_objects(worst.kept))
+        for terms in processes.gather_objects(instances.terms):
+            instances.terms |= terms
+    return matrices, worst, instances if len(instances.terms) == len(dataset) else None
+
+
+def summarise(matrices, instances, classes, checkpoint_path, num_images, protocol):
     """What `result.json` holds. The headline is the fine head's, of the richest protocol that was run."""
     scores = {name: {head: matrix.scores(classes.names, classes.categories) for head, matrix in heads.items()}
               for name, heads in matrices.items()}
-    headline = scores.get("multi_scale") or scores["single_scale"]
+    *_, richest = scores
+    if instances is not None:
+        scores[richest]["fine"] |= instances.scores(matrices[richest]["fine"], classes.names)
+    headline = scores[richest]
     return {
         "mean_iou": headline["fine"]["mean_iou"],
         **{name: heads["fine"] for name, heads in scores.items()},
@@ -137,12 +207,7 @@ def summarise(matrices, classes, checkpoint_path, num_images, protocol):
 
 def table(result):
     """The scores as lines of text: a column for each protocol and head."""
-    columns = {}
-    for name in ("single_scale", "multi_scale"):
-        if name in result:
-            if "coarse" in result:
-                columns[f"{name[:-6]} coarse"] = result["coarse"][name]
-            columns[f"{name[:-6]} fine"] = result[name]
+    columns = score_columns(result)
     first = next(iter(columns.values()))
     wide = max(map(len, [*first["class_iou"], "mean IoU (categories)"]))
     lines = [" " * wide + "".join(f"{name:>15}" for name in columns)]
@@ -154,64 +219,72 @@ def table(result):
     for name in first["class_iou"]:
         add(name, [scores["class_iou"][name] for scores in columns.values()])
     lines.append("-" * len(lines[0]))
-    add("mean IoU", [scores["mean_iou"] for scores in columns.values()])
-    add("mean IoU (categories)", [scores["mean_category_iou"] for scores in columns.values()])
-    add("pixel accuracy", [scores["pixel_accuracy"] for scores in columns.values()])
+    for label, key in (("mean IoU", "mean_iou"), ("mean IoU (categories)", "mean_category_iou"),
+                       ("pixel accuracy", "pixel_accuracy")):
+        add(label, [scores[key] for scores in columns.values()])
+    for protocol in ("multi_scale", "single_scale"):
+        if "mean_iiou" in result.get(protocol, {}):
+            score = result[protocol]
+            lines.append(f"mean iIoU {100 * (score['mean_iiou'] or 0):.2f}, of categories "
+                         f"{100 * (score['mean_category_iiou'] or 0):.2f} ({protocol.replace('_', '-')}, fine)")
     lines.append(f"IoU in per cent; mean over {first['classes_averaged']} of {len(first['class_iou'])} classes")
     return "\n".join(lines)
 
 
+def comparison(results):
+    """One line a snapshot: mean IoU in per cent of each protocol and head."""
+    headings = list(score_columns(results[0]))
+    wide = max(len(result["checkpoint"]) for result in results)
+    lines = [f"{'mean IoU, %':<{wide}}" + "".join(f"{name:>15}" for name in headings)]
+    for result in results:
+        values = score_columns(result)
+        lines.append(f"{result['checkpoint']:<{wide}}" + "".join(
+            f"{100 * (values[name]['mean_iou'] or 0):>15.2f}" if name in values else f"{'':>15}" for name in headings))
+    return "\n".join(lines)
+
+
 def results_folder(args, path):
-    return Path(args.output_dir or path.with_name(f"{path.stem}_{args.split}"))
+    """Where the results for a snapshot go."""
+    default = f"{path.stem}_{'images' if args.images else args.split}"
+    if args.output_dir is None:
+        return path.with_name(default)
+    return Path(args.output_dir) / path.stem if len(args.restore_from) > 1 else Path(args.output_dir)
 
 
-def output_folder(args, path):
-    """The folder for the results, made and without old pictures. Raises `UserError` if results lie there already."""
-    folder = results_folder(args, path)
-    earlier = [name for name in ("result.json", *SAVED) if (folder / name).exists()]
-    if earlier and not args.overwrite:
-        raise UserError(f"--output-dir {folder}: expected a folder without results (or --overwrite), found "
+def make_folder(flag, folder, names, overwrite):
+    """Make a folder for results, without old pictures. Raises `UserError` if results of these names lie there."""
+    earlier = [name for name in names if (folder / name).exists()]
+    if earlier and not overwrite:
+        raise UserError(f"{flag} {folder}: expected a folder without results (or --overwrite), found "
                         f"{', '.join(earlier)}")
-    for name in SAVED:      # pictures of other images must not stay among the new ones
+    for name in names:      # pictures of other images must not stay among the new ones
         for file in (folder / name).glob("*.png"):
             file.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {folder}: expected a folder, found: {error}") from None
+        raise UserError(f"{flag} {folder}: expected a folder, found: {error}") from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--output-dir {folder}: expected a folder that can be written, found one that cannot")
-    return folder
+        raise UserError(f"{flag} {folder}: expected a folder that can be written, found one that cannot")
 
 
-def main(argv=None):
-    args = get_parser().parse_args(argv)
-    if len(args.restore_from) > 1:
-        raise UserError(f"--restore-from: expected one snapshot, found {len(args.restore_from)}: "
-                        f"{' '.join(args.restore_from)}")
+def check(args):
+    """Refuse what cannot work, before anything is read."""
     if args.overlap >= 1:
         raise UserError("--overlap: expected a share below 1, found 1")
-    path = Path(args.restore_from[0])
-    devices = select_devices(args.gpu)
-    if len(devices) > 1 and not started_by_torchrun():
-        start_processes(len(devices), argv)
-    device = own_device(devices) if started_by_torchrun() else devices[0]
-    processes = join_processes(device)
-    speak_for_all(processes)
-    workers, cores = share_cores([device], args.num_workers)
-    network, config = load_network(path, device)
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable(config["classes"], f"classes of {path}")
-    if classes.num_classes != config["network"]["num_classes"]:
-        raise UserError(f"--classes {args.classes}: expected the {config['network']['num_classes']} classes of "
-                        f"{path}, found {classes.num_classes}")
-    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes)
-    first = processes is None or processes.rank == 0
-    folder = output_folder(args, path) if first else results_folder(args, path)
-    if processes is not None:
-        processes.wait()        # for the first one, which clears the folder
-    print(dataset.describe())
-    print(cores)
+    tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
+    if len(tasks) > 1:
+        raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
+    if tasks and len(args.restore_from) > 1:
+        raise UserError(f"--restore-from: expected one snapshot with {tasks[0]}, found {len(args.restore_from)}")
+    if not args.data_dir and not args.images and not args.export:
+        raise UserError("--data-dir: expected the folder of the data set, found none")
+    if args.submission and args.data_list:
+        raise UserError("--submission: expected a Cityscapes folder in --data-dir, found --data-list")
 
+
+def make_predictor(args, network, config, device):
+    """The `SlidingPredictor` that the flags describe, and the protocol in words."""
     window = None if args.whole else args.input_size or tuple(config["input_size"])
     if window and round_window(window) != tuple(window):
         print(f"windows of {window[0]}×{window[1]} are rounded up to {'×'.join(map(str, round_window(window)))}: "
@@ -219,27 +292,122 @@ def main(argv=None):
     window = window and round_window(window)
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
                                  Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp])
-    kinds = () if "none" in args.save else args.save
-    matrices = evaluate(predictor, dataset, folder, kinds, workers, processes)
-    protocol = {"window": window and list(window), "overlap": None if args.whole else args.overlap,
-                "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
-                "average": "probabilities"}
-    if first:
-        report(folder, matrices, classes, path, len(dataset), protocol, kinds)
+    return predictor, {"window": window and list(window), "overlap": None if args.whole else args.overlap,
+                       "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
+                       "average": "probabilities"}
+
+
+def class_table(args, config, path):
+    """The classes of a snapshot, or the table that is asked for if it fits."""
+    classes = ClassTable.read(args.classes) if args.classes else ClassTable(config["classes"], f"classes of {path}")
+    if classes.num_classes != config["network"]["num_classes"]:
+        raise UserError(f"--classes {args.classes}: expected the {config['network']['num_classes']} classes of "
+                        f"{path}, found {classes.num_classes}")
+    return classes
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    check(args)
+    paths = [Path(name) for name in args.restore_from]
+    if args.export:
+        network, config = load_network(paths[0], torch.device("cpu"))
+        heads = export_onnx(network, Normalization.from_config(config["normalization"]), args.export)
+        print(f"{args.export}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
+              f"{config['network']['num_classes']}, H, W); whole images, no windows")
+        return
+    devices = select_devices(args.gpu)
+    if len(devices) > 1 and not started_by_torchrun():
+        start_processes(len(devices), argv)
+    device = own_device(devices) if started_by_torchrun() else devices[0]
+    processes = join_processes(device)
+    speak_for_all(processes)
+    workers, cores = share_cores([device], args.num_workers)
+    args.amp = args.amp or best_precision(device)
+    print(f"{cores}; --amp {args.amp}")
+    if args.images or args.submission:
+        broken = predict(args, paths[0], device, workers, processes)
+        leave_processes()
+        if broken:
+            sys.exit(1)
+        return
+    results = [run(args, path, device, workers, processes) for path in paths]
+    if len(results) > 1 and results[0]:
+        print(comparison(results))
     leave_processes()
 
 
-def report(folder, matrices, classes, path, num_images, protocol, kinds):
-    """Write and print the scores."""
-    result = summarise(matrices, classes, path, num_images, protocol)
+def run(args, path, device, workers, processes):
+    """Score one snapshot. Returns what `result.json` holds; None in all processes but the first."""
+    network, config = load_network(path, device)
+    classes = class_table(args, config, path)
+    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
+    folder, first = results_folder(args, path), processes is None or processes.rank == 0
+    if first:
+        make_folder("--output-dir", folder, ("result.json", *FOLDERS.values()), args.overwrite)
+    if processes is not None:
+        processes.wait()        # for the first one, which clears the folder
+    print(f"{path}; {dataset.describe()}")
+    predictor, protocol = make_predictor(args, network, config, device)
+    kinds = () if "none" in args.save else tuple(args.save)
+    with Pictures(folder, kinds, classes) as pictures:
+        matrices, worst, instances = evaluate(predictor, dataset, pictures, workers, processes)
     headline = list(matrices.values())[-1]
+    if not headline["fine"].matrix.any():
+        raise UserError(f"--split {args.split}: expected labelled pixels to score, found none; predictions for the "
+                        "Cityscapes server are made by --submission FOLDER")
+    if not first:
+        return None
+    result = summarise(matrices, instances, classes, path, len(dataset), protocol)
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
-    visualize.confusion_picture(folder / "confusion.png", np.asarray(headline["fine"].matrix), classes.names)
+    matrix = np.asarray(headline["fine"].matrix)
+    visualize.confusion_picture(folder / "confusion.png", matrix, classes.names)
     visualize.iou_chart(folder / "iou.png", heads, classes.palette)
+    write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
+                 worst.entries())
     checkpoint.write_atomically(folder / "result.json",
                                 lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(table(result))
-    print(f"results in {folder}: result.json, iou.png, confusion.png{''.join(f', {kind}/' for kind in kinds)}")
+    print(f"results in {folder}: report.html, result.json, iou.png, confusion.png"
+          f"{''.join(f', {FOLDERS[kind]}/' for kind in kinds)}")
+    return result
+
+
+def predict(args, path, device, workers, processes):
+    """Predict images without truth. Returns the number of images that could not be read."""
+    network, config = load_network(path, device)
+    classes = class_table(args, config, path)
+    first = processes is None or processes.rank == 0
+    if args.images:
+        folder, kinds = results_folder(args, path), () if "none" in args.save else tuple(args.save)
+        dataset = ImageFiles(find_images(args.images))
+    else:
+        folder, kinds = Path(args.submission), ("labels",)
+        dataset = ImageFiles(test_images(args.data_dir, args.split))
+    if first:
+        make_folder("--output-dir" if args.images else "--submission", folder, tuple(FOLDERS.values()), args.overwrite)
+    if processes is not None:
+        processes.wait()
+    print(f"{path}; {len(dataset)} images")
+    predictor, _ = make_predictor(args, network, config, device)
+    broken = []
+    with Pictures(folder, kinds, classes) as pictures:
+        for item in load_items(dataset, workers, processes, "predicting"):
+            if "error" in item:
+                broken.append(item["error"])
+                print(f"skipped: {item['error']}", file=sys.stderr)
+            else:
+                image = item["image"].permute(1, 2, 0)
+                pictures.add(item["name"], image, predictor.labels(image))
+    count = len(broken) if processes is None else sum(processes.gather_objects(len(broken)))
+    if args.submission and count:
+        raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
+    if first and args.submission:
+        print(write_submission(folder / FOLDERS["labels"], dataset, classes))
+    elif first:
+        print(f"{len(dataset) - count} images predicted, {count} skipped; results in {folder}: "
+              f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+    return count
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from utils import cli
@@ -30,18 +30,22 @@ class CityscapesDataset(Dataset):
         classes: `ClassTable`, or the CSV file of one; None for Cityscapes.
         transform: (image (H, W, 3) uint8, label (H, W) uint8, NumPy Generator) → image, label.
         seed: of the draws of `transform`.
+        instances: also read *_instanceIds.png beside *_labelIds.png, where there is one.
 
-    An item is {"image": uint8 (3, H, W) RGB, "label": uint8 (H, W) train ids, "name": str}. An index may be
+    An item is {"image": uint8 (3, H, W) RGB, "label": uint8 (H, W) train ids, "name": str}, with instances also
+    {"instances": int32 (H, W), "index": int}. An index may be
     a pair (index, entry): the draws of `transform` are a function of (seed, entry) alone, so it does not
     matter which worker makes the sample. Raises `UserError` where a file or the list is at fault.
     """
 
-    def __init__(self, root, split="train", data_list=None, classes=None, transform=None, seed=0):
+    def __init__(self, root, split="train", data_list=None, classes=None, transform=None, seed=0,
+                 instances=False):
         self.root = Path(root)
         self.split = split
         self.classes = classes if isinstance(classes, ClassTable) else ClassTable.read(*([classes] * bool(classes)))
         self.transform = transform
         self.seed = seed
+        self.instances = instances
         if not self.root.is_dir():
             raise UserError(f"--data-dir {root}: expected a folder, found "
                             f"{'a file' if self.root.exists() else 'nothing there'}")
@@ -50,7 +54,7 @@ class CityscapesDataset(Dataset):
             self.pairs, self.places = _scan(self.root, split), None
         else:
             self.pairs, self.places = _read_list(self.root, Path(data_list))
-        self.names = _names([image for image, _ in self.pairs], self.root)
+        self.names = unique_names([image for image, _ in self.pairs], self.root)
 
     def __len__(self):
         return len(self.pairs)
@@ -65,9 +69,15 @@ class CityscapesDataset(Dataset):
             raise UserError(f"{self.places[index]}: {error}") from None
         if self.transform is not None:
             image, label = self.transform(image, label, np.random.default_rng((self.seed, entry)))
-        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        item = {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
                 "label": torch.from_numpy(np.ascontiguousarray(label)),
                 "name": self.names[index]}
+        if self.instances:
+            path = self.pairs[index][1]
+            path = path.with_name(path.name.replace("labelIds", "instanceIds"))
+            if path != self.pairs[index][1] and path.is_file():
+                item |= {"instances": torch.from_numpy(np.asarray(_open(path)).astype(np.int32)), "index": index}
+        return item
 
     def _read(self, image_path, label_path):
         image, label = read_image(image_path), read_label(label_path, self.classes)
@@ -126,9 +136,17 @@ class EpochSampler(Sampler):
             yield int(order[entry % self.length]), entry
 
 
-def read_image(path):
-    """File → RGB (H, W, 3) uint8. Raises `UserError`."""
-    return np.asarray(_open(path).convert("RGB"))
+def read_image(path, upright=False):
+    """File → RGB (H, W, 3) uint8: grey, palettes, 16 bits and transparency become RGB. Raises `UserError`.
+
+    upright: turn it as its EXIF orientation says.
+    """
+    image = _open(path)
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):      # 16 bits: Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def read_label(path, classes):
@@ -200,7 +218,7 @@ def _read_list(root, path):
     return pairs, places
 
 
-def _names(images, root):
+def unique_names(images, root):
     """File stems; with the folders before them where two images share one."""
     stems = [image.stem for image in images]
     if max(Counter(stems).values()) == 1:

@@ -6,6 +6,7 @@ The Cityscapes table is that of cityscapesScripts, helpers/labels.py.
 """
 
 import csv
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,24 @@ class ClassTable:
         return counts[self.lookup[values] == IGNORE_INDEX].sum() > ids.size / 2
 
     @property
+    def instance_sizes(self):
+        """{id: pixels of an average instance} of the scored classes that have instances in Cityscapes."""
+        known = _average_sizes()
+        return {row["id"]: known[row["name"]] for row in self.rows if row["name"] in known and row["id"] >= 0}
+
+    @property
+    def train_ids(self):
+        """{id: train id} of the scored classes."""
+        return {row["id"]: row["train_id"] for row in self.rows if row["train_id"] not in (-1, IGNORE_INDEX)}
+
+    @property
+    def whole_categories(self):
+        """Categories all of whose classes have instances."""
+        sizes = self.instance_sizes
+        without = {row["category"] or row["name"] for row in self.rows if row["id"] >= 0 and row["id"] not in sizes}
+        return set(self.categories) - without
+
+    @property
     def is_identity(self):
         """Whether every evaluated id is its own train id."""
         return np.array_equal(self.ids, np.arange(self.num_classes))
@@ -120,6 +139,13 @@ class ClassTable:
             hint = "; these look like Cityscapes ids: use its class table, or the map of train ids"
         raise UserError(f"{name}: expected ids that {self.source} knows, "
                         f"found {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''}{hint}")
+
+
+@functools.cache
+def _average_sizes():
+    """Facts of cityscapesScripts, evalPixelLevelSemanticLabeling.py: {class name: pixels}."""
+    with open(CITYSCAPES.with_name("instance_sizes.csv"), newline="", encoding="utf-8") as file:
+        return {row["name"]: float(row["pixels"]) for row in csv.DictReader(file)}
 
 
 def _parse(row, where):

@@ -83,6 +83,7 @@ def norms_and_convolutions(network, example):
             module.register_forward_hook(convolved(name))
         elif isinstance(module, ABN):
             module.register_forward_pre_hook(normed(name))
+            module.forward = torch.clone        # shapes are enough; statistics might be asked of other processes
     with torch.no_grad():
         network(example.to("meta").float())
     return pairs
@@ -93,3 +94,38 @@ def norm_kind(network):
     kinds = {"inplace_abn" if isinstance(m, InPlaceABN) else "bn"
              for m in network.modules() if isinstance(m, ABN)}
     return kinds.pop() if len(kinds) == 1 else "bn"
+
+
+@torch.no_grad()
+def fold_norms(network):
+    """A copy of a network for evaluation, its norms folded into the convolutions before them.
+
+    With running statistics a norm is y = x · a + b in each channel, which the convolution can do itself; the
+    activation stays. Norms without a convolution before them stay as they are.
+    """
+    pairs = norms_and_convolutions(network, torch.empty(2, 3, 65, 65))
+    network = copy.deepcopy(network).eval()
+    for norm_name, convolution_name in pairs.items():
+        norm, convolution = network.get_submodule(norm_name), network.get_submodule(convolution_name)
+        if norm.running_mean is None:
+            continue
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
+        if norm.affine:
+            scale = norm.weight.double()
+            scale = scale.abs() + norm.eps if isinstance(norm, InPlaceABN) else scale
+            shift = norm.bias.double()
+        factor = scale / torch.sqrt(variance + norm.eps)                              # (C,)
+        bias = 0 if convolution.bias is None else convolution.bias.double()
+        filters = convolution.weight.double() * factor.view(-1, *[1] * (convolution.weight.ndim - 1))
+        convolution.weight = nn.Parameter(filters.to(convolution.weight.dtype))
+        convolution.bias = nn.Parameter(((bias - mean) * factor + shift).to(convolution.weight.dtype))
+        network.set_submodule(norm_name, activation_module(norm))
+    return network
+
+
+def activation_module(norm):
+    """The activation of a norm as a module of its own, in place."""
+    slope = norm.activation_param
+    return {"leaky_relu": lambda: nn.LeakyReLU(slope, inplace=True), "relu": lambda: nn.ReLU(inplace=True),
+            "elu": lambda: nn.ELU(slope, inplace=True), "identity": nn.Identity}[norm.activation]()

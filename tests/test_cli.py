@@ -21,8 +21,8 @@ gpu help input-size keep learning-rate log-every model momentum norm num-classes
 ohem-thres opt-level panel-every parallel power random-mirror random-scale random-seed restore-from resume
 save-pred-every snapshot-dir split val-every val-list val-split weight-decay
 """
-EVALUATE = """amp batch-size classes data-dir data-list flip gpu help input-size no-flip num-workers output-dir overlap
-overwrite restore-from save scales split whole"""
+EVALUATE = """amp batch-size classes data-dir data-list export flip gpu help images input-size no-flip num-workers
+output-dir overlap overwrite restore-from save scales split submission whole"""
 
 
 def flags(parser):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from libs.convert import norms_and_convolutions, to_in_place, to_plain
+from libs.abn import ABN
+from libs.convert import fold_norms, norms_and_convolutions, to_in_place, to_plain
 from networks import build_network
 from tests.conftest import randomise
 
@@ -72,3 +73,33 @@ def test_scales_too_small_are_counted():
     assert (converted["bn.weight"] >= 0).all() and state["bn.weight"][1] == -1
     without = {key: value for key, value in state.items() if key != "conv.weight"}
     assert to_in_place(without, {"bn": "conv"})[1] == 3
+
+
+@pytest.mark.parametrize("norm, activation", [("inplace_abn", "leaky_relu"), ("bn", "leaky_relu"), ("bn", "relu")])
+@pytest.mark.parametrize("model, backbone", [("acfnet", "eca_resnet50"), ("base", "resnet18")])
+def test_folded_norms_change_no_logit(norm, activation, model, backbone):
+    network = build_network(model, 5, backbone, norm, activation)
+    randomise(network)
+    network.double().eval()
+    images = torch.randn(2, 3, 65, 81)
+    with torch.no_grad():
+        expected, found = network(images.double()), fold_norms(network)(images.double())
+    assert expected.keys() == found.keys()
+    for name, logits in expected.items():
+        assert logits.std() > 0.05
+        torch.testing.assert_close(found[name], logits, rtol=1e-9, atol=1e-9 * float(logits.abs().max()))
+    assert not [m for m in fold_norms(network).modules() if isinstance(m, ABN)]
+
+
+def test_folded_norms_in_float32():
+    """Of a network as it is after some training: statistics that fit, logits within 1e-4."""
+    network = build_network("acfnet", 5, "eca_resnet50")
+    torch.nn.init.normal_(network.fine.weight, std=0.1)
+    images = torch.randn(4, 3, 65, 81)
+    with torch.no_grad():
+        for _ in range(30):
+            network(images)
+        network.eval()
+        expected, found = network(images), fold_norms(network)(images)
+    for name, logits in expected.items():
+        torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-4 * max(1.0, float(logits.abs().max())))

@@ -35,7 +35,7 @@ def snapshot(tmp_path_factory):
 
 def run(streets, snapshot, folder, *words):
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), "--gpu", "cpu", "--num-workers", "0",
-                   "--output-dir", str(folder), *words])
+                   "--amp", "off", "--output-dir", str(folder), *words])
     return json.loads((folder / "result.json").read_text())
 
 
@@ -43,6 +43,7 @@ def official_result(truths, predictions, monkeypatch):
     monkeypatch.setattr(np, "in1d", np.isin, raising=False)     # the script calls a name that NumPy removed
     monkeypatch.setattr(official.args, "JSONOutput", False)
     monkeypatch.setattr(official.args, "quiet", True)
+    monkeypatch.setattr(official.args, "evalInstLevelScore", True)
     return official.evaluateImgLists([str(p) for p in predictions], [str(t) for t in truths], official.args)
 
 
@@ -57,6 +58,10 @@ def test_scores_equal_the_official_script_on_the_written_files(streets, snapshot
     assert [p.stem for p in predictions] == [t.name.replace("gtFine_labelIds.png", "leftImg8bit") for t in truths]
     expected = official_result(truths, predictions, monkeypatch)
     scores = result["single_scale"]
+    assert all(same(value, expected["classInstScores"][name]) for name, value in scores["class_iiou"].items())
+    assert all(same(value, expected["categoryInstScores"][name]) for name, value in scores["category_iiou"].items())
+    assert scores["mean_iiou"] == expected["averageScoreInstClasses"]
+    assert scores["mean_category_iiou"] == expected["averageScoreInstCategories"]
     assert all(same(scores["class_iou"][name], expected["classScores"][name]) for name in ClassTable.read().names)
     assert all(same(value, expected["categoryScores"][name]) for name, value in scores["category_iou"].items())
     assert scores["mean_iou"] == expected["averageScoreClasses"] == result["mean_iou"]
@@ -99,10 +104,11 @@ def test_absent_classes_and_void_predictions(streets, tmp_path, monkeypatch):
 def test_one_run_reports_single_and_multi_scale(streets, snapshot, tmp_path):
     both = run(streets, snapshot, tmp_path / "both", "--scales", "1.0", "1.25", "--save", "none")
     single = run(streets, snapshot, tmp_path / "one", "--scales", "1.0", "--no-flip", "--save", "none")
-    assert both["single_scale"] == single["single_scale"]
+    assert both["single_scale"].items() <= single["single_scale"].items()       # iIoU is the headline's
+    assert "mean_iiou" in both["multi_scale"] and "mean_iiou" in single["single_scale"]
     assert both["coarse"]["single_scale"] == single["coarse"]["single_scale"]
     assert both["mean_iou"] == both["multi_scale"]["mean_iou"] != single["mean_iou"]
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {"result.json", "iou.png", "confusion.png"}
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"result.json", "iou.png", "confusion.png", "report.html"}
 
 
 def test_pictures_have_the_size_and_the_colours(streets, snapshot, tmp_path):
@@ -116,7 +122,7 @@ def test_pictures_have_the_size_and_the_colours(streets, snapshot, tmp_path):
 
 
 def test_results_are_not_replaced_unasked(streets, snapshot, tmp_path):
-    words = ("--scales", "1.0", "--no-flip", "--save", "labelIds")
+    words = ("--scales", "1.0", "--no-flip", "--save", "labels")
     run(streets, snapshot, tmp_path / "r", *words)
     (tmp_path / "r/labelIds/of another run.png").write_bytes(b"")
     before = (tmp_path / "r/result.json").read_bytes()
@@ -135,10 +141,17 @@ def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys)
 @pytest.mark.parametrize("words, message", [
     (["--split", "nowhere"], "expected <city>"),
     (["--overlap", "1"], "--overlap: expected a share below 1"),
-    (["--restore-from", "a.pth", "b.pth"], "expected one snapshot, found 2"),
+    (["--restore-from", "a.pth", "b.pth", "--images", "x"], "expected one snapshot with --images, found 2"),
+    (["--images", "nowhere/*.jpg"], r"--images nowhere/\*.jpg: expected an image, a folder or a pattern"),
+    (["--images", "x", "--submission", "y"], "expected one task at a time, found --images and --submission"),
+    (["--submission", "y", "--data-list", "z"], "expected a Cityscapes folder"),
+    (["--classes", "CAMVID"], "expected the 19 classes of .*, found 2"),
     (["--restore-from", "none.pth"], "none.pth: expected a file of weights, found no such file"),
 ])
 def test_bad_input_is_one_sentence(streets, snapshot, tmp_path, words, message):
+    table = tmp_path / "classes.csv"
+    table.write_text("name,id,train_id,red,green,blue\nroad,0,0,0,0,0\ncar,1,1,0,0,0\n")
+    words = [str(table) if word == "CAMVID" else word for word in words]
     with pytest.raises(UserError, match=message):
         run(streets, snapshot, tmp_path / "r", *words)
 
@@ -163,13 +176,47 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
     label = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine_labelIds.png")
     (tmp_path / "one.lst").write_text(f"{image} {label}\n")
     for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
-        words = ["--scales", "1.0", "--no-flip", "--save", "labelIds", *map(str, words)]
+        words = ["--scales", "1.0", "--no-flip", "--save", "labels", *map(str, words)]
         alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
         status, out, error = finish(start(
             "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
-            "--output-dir", tmp_path / name, *words, processes=2))
+            "--amp", "off", "--output-dir", tmp_path / name, *words, processes=2))
         assert status == 0, error
         assert json.loads((tmp_path / name / "result.json").read_text()) == alone
         assert out.count("results in") == 1
         for path in (tmp_path / "alone" / name / "labelIds").iterdir():
             assert (tmp_path / name / "labelIds" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_several_snapshots_make_one_table(streets, snapshot, tmp_path, capsys):
+    content = checkpoint.load(snapshot)
+    content["model"]["fine.weight"] = content["model"]["fine.weight"].flip(0)
+    checkpoint.save(tmp_path / "CS_scenes_9.pth", content)
+    evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), str(tmp_path / "CS_scenes_9.pth"),
+                   "--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--save", "none",
+                   "--output-dir", str(tmp_path / "r")])
+    results = [json.loads((tmp_path / f"r/CS_scenes_{step}/result.json").read_text()) for step in (7, 9)]
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0].split()[-2:] == ["single", "fine"]
+    for line, result in zip(lines[1:], results, strict=True):
+        assert line.startswith(result["checkpoint"]) and line.endswith(f"{100 * result['mean_iou']:.2f}")
+    assert results[0]["mean_iou"] != results[1]["mean_iou"]
+
+
+def test_a_split_without_truth_is_a_sentence(streets, snapshot, tmp_path):
+    for path in streets.glob("gtFine/val/*/*_labelIds.png"):
+        target = tmp_path / path.relative_to(streets)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((128, 256), np.uint8)).save(target)
+    (tmp_path / "leftImg8bit").symlink_to(streets / "leftImg8bit")
+    with pytest.raises(UserError, match="--split val: expected labelled pixels to score, found none; .*--submission"):
+        run(tmp_path, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip")
+
+
+def test_scores_do_not_depend_on_workers_or_the_batch_of_windows(streets, snapshot, tmp_path):
+    one, other = (run(streets, snapshot, tmp_path / name, "--save", "none", "--scales", "1.0", "1.25", *words)
+                  for name, words in (("a", ("--batch-size", "1")), ("b", ("--num-workers", "2", "--batch-size", "7"))))
+    assert one["mean_iou"] == pytest.approx(other["mean_iou"], abs=1e-4)
+    again = run(streets, snapshot, tmp_path / "c", "--save", "none", "--scales", "1.0", "1.25", "--num-workers", "2",
+                "--batch-size", "1")
+    assert again == one

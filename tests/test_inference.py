@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.inference import Normalization, SlidingPredictor, round_window, window_starts
+from networks import build_network
+from utils.inference import Normalization, SlidingPredictor, add_probabilities, round_window, window_starts
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -160,3 +161,44 @@ def test_interpolation_of_windows_matches_torch():
     cells = torch.arange(9.0).view(1, 1, 3, 3)
     large = F.interpolate(cells, size=(17, 17), mode="bilinear", align_corners=True)
     assert torch.equal(large[0, 0, ::8, ::8], cells[0, 0])
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 3000.0])
+@pytest.mark.parametrize("shape, size", [((19, 97, 97), (769, 769)), ((3, 5, 7), (33, 49)), ((2, 1, 1), (8, 9)),
+                                         ((4, 9, 6), (100, 37)), ((5, 3, 3), (3, 3))])
+def test_strips_equal_upsampling_and_softmax_of_the_whole_map(shape, size, spread):
+    """Also where classes lie thousands apart, so that without care all of them would vanish between two cells."""
+    logits = torch.randn(shape) * spread
+    total = torch.zeros(shape[0], *size)
+    rows, columns = torch.rand(size[0]), torch.rand(size[1])
+    add_probabilities(total, logits, rows, columns)
+    up = F.interpolate(logits.double()[None], size=size, mode="bilinear", align_corners=True)[0]
+    expected = (up.softmax(0) * rows[:, None] * columns).float()
+    # Interpolation itself rounds logits to float32, which moves probabilities by their size times 1e-7.
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-6 * max(1, spread))
+
+
+@pytest.mark.parametrize("window", [(33, 49), None])
+def test_the_batch_of_windows_does_not_matter(window):
+    """Windows of different scales and sides share a batch."""
+    image = np.random.default_rng(2).integers(0, 256, (70, 110, 3), dtype=np.uint8)
+    torch.manual_seed(3)
+    network = build_network("acfnet_resnet", 5, "resnet18").eval()
+    results = [SlidingPredictor(network, window, scales=(0.75, 1.0, 1.3), flip=True, batch_size=size).predict(image)
+               for size in (1, 3, 16)]
+    for other in results[1:]:
+        for protocol, heads in results[0].items():
+            for head, probabilities in heads.items():
+                torch.testing.assert_close(other[protocol][head], probabilities, rtol=0, atol=1e-5)
+
+
+def test_calls_of_the_network_are_as_few_as_its_batch_allows():
+    calls = []
+
+    def network(crops):
+        calls.append(len(crops))
+        return local_network(crops)
+
+    SlidingPredictor(network, (33, 49), scales=(1.0, 1.5), flip=True, batch_size=5)(np.zeros((70, 110, 3), np.uint8))
+    windows = 2 * (3 * 3 + 5 * 5)
+    assert sum(calls) == windows and len(calls) == -(-windows // 5)

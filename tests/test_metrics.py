@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from cityscapesscripts.helpers.labels import id2label, trainId2label
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dataset.labels import ClassTable
-from utils.metrics import ConfusionMatrix
+from utils.metrics import ConfusionMatrix, InstanceIoU
 
 
 def official_scores(predictions, truths):
@@ -78,3 +79,58 @@ def test_a_label_beyond_the_classes_is_refused():
 
 def test_table_order_is_the_official_train_id_order():
     assert ClassTable.read().names == [trainId2label[i].name for i in range(19)]
+
+
+def official_instance_scores(truths, instances, predictions, folder):
+    """The package's own pair evaluation on files."""
+    args = official.args
+    matrix, statistics = official.generateMatrix(args), official.generateInstanceStats(args)
+    for number, maps in enumerate(zip(truths, instances, predictions, strict=True)):
+        names = [folder / f"{number}_{name}.png" for name in ("labelIds", "instanceIds", "prediction")]
+        for name, values in zip(names, maps, strict=True):
+            Image.fromarray(values).save(name)
+        official.evaluatePair(str(names[2]), str(names[0]), matrix, statistics, {}, args)
+    classes = {id2label[i].name: official.getInstanceIouScoreForLabel(i, matrix, statistics, args)
+               for i in args.evalLabels if not id2label[i].ignoreInEval}
+    categories = {name: official.getInstanceIouScoreForCategory(name, matrix, statistics, args)
+                  for name in official.category2labels if name != "void"}
+    return classes, categories, official.getScoreAverage(classes, args), official.getScoreAverage(categories, args)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_instance_scores_equal_the_official_ones(tmp_path, monkeypatch, seed, images):
+    """Random regions: instances of every kind, crowds (ids below 1000), ignored classes with instances."""
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)     # the package calls a name that NumPy removed
+    rng = np.random.default_rng(seed)
+    classes = ClassTable.read()
+    truths, instances, predictions = [], [], []
+    for _ in range(images):
+        regions = rng.integers(0, 25, (13, 17))
+        ids = rng.choice([7, 11, 24, 25, 26, 27, 28, 29, 31, 32, 33], 25)
+        truth = ids[regions].astype(np.uint8)
+        counted = np.where((ids >= 24) & (rng.uniform(size=25) < 0.8), ids * 1000 + np.arange(25), ids)
+        instances.append(counted[regions].astype(np.uint16))
+        noise = rng.choice([0, *classes.ids], truth.shape)
+        predictions.append(np.where(np.isin(truth, classes.ids) & (rng.uniform(size=truth.shape) < 0.7), truth,
+                                    noise).astype(np.uint8))
+        truths.append(truth)
+    matrix = ConfusionMatrix(19)
+    ours = InstanceIoU(classes.instance_sizes, classes.train_ids, classes.categories, classes.whole_categories)
+    for number in rng.permutation(images):      # the order in which processes come to them must not matter
+        predicted = classes.encode(predictions[number])
+        matrix.update(predicted, classes.encode(truths[number]))
+        ours.update(int(number), instances[number], predicted)
+    scores = ours.scores(matrix, classes.names)
+    class_iiou, category_iiou, mean, category_mean = official_instance_scores(truths, instances, predictions, tmp_path)
+    assert scores["class_iiou"].keys() == class_iiou.keys()
+    assert all(equal(scores["class_iiou"][name], value) for name, value in class_iiou.items())
+    assert all(equal(scores["category_iiou"][name], value) for name, value in category_iiou.items())
+    assert equal(scores["mean_iiou"], mean) and equal(scores["mean_category_iiou"], category_mean)
+    assert not math.isnan(mean)
+
+
+def test_sizes_of_instances_are_the_official_ones():
+    classes = ClassTable.read()
+    assert {id2label[i].name: size for i, size in classes.instance_sizes.items()} == official.args.avgClassSize
+    assert classes.whole_categories == {"human", "vehicle"}

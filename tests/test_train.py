@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import evaluate
 import train
@@ -191,11 +192,12 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
     content = checkpoint.load_snapshot(folder / "best_quick.pth")
     assert content["step"] == best["step"] and content["quick_mean_iou"] == best["quick_mean_iou_fine"]
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(folder / "best_quick.pth"), "--gpu", "cpu",
-                   "--whole", "--scales", "1.0", "--no-flip", "--save", "none", "--num-workers", "0", "--output-dir",
-                   str(tmp_path / "r")])
+                   "--whole", "--scales", "1.0", "--no-flip", "--save", "none", "--num-workers", "0", "--amp", "off",
+                   "--output-dir", str(tmp_path / "r")])
     result = json.loads((tmp_path / "r/result.json").read_text())
-    assert result["single_scale"]["class_iou"] == best["quick_class_iou_fine"]
-    assert result["coarse"]["single_scale"]["mean_iou"] == best["quick_mean_iou_coarse"]
+    # Nearly: evaluate.py folds norms into convolutions, and a pixel between two classes may then fall to the other.
+    assert result["mean_iou"] == pytest.approx(best["quick_mean_iou_fine"], abs=2e-3)
+    assert result["coarse"]["single_scale"]["mean_iou"] == pytest.approx(best["quick_mean_iou_coarse"], abs=2e-3)
     shown = capsys.readouterr().out
     assert "not the official protocol): mIoU fine" in shown
     assert all("quick" in line for line in shown.splitlines() if "mIoU" in line)
@@ -209,8 +211,10 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
 
 
 def test_processes_share_the_quick_validation(streets, tmp_path):
+    """Beginning with weights of ordinary norms, which are converted in each process."""
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     words = ["train.py", "--data-dir", streets, *SMALL, "--batch-size", "2", "--num-steps", "2", "--val-every", "2",
-             "--learning-rate", "1e-9"]
+             "--learning-rate", "1e-9", "--restore-from", tmp_path / "resnet18.pth"]
     for name, processes in (("one", 1), ("two", 2)):
         status, _, error = finish(start(*words, "--snapshot-dir", tmp_path / name, processes=processes))
         assert status == 0, error

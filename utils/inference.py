@@ -1,5 +1,6 @@
 """From an image to class probabilities: input normalisation, sliding windows, several scales, mirror."""
 
+import functools
 import itertools
 import math
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ class SlidingPredictor:
     """Class probabilities of whole images, from windows of a fixed size.
 
     Probabilities of overlapping windows, of scales and of mirrored passes are averaged, the latter at the
-    size of the image.
+    size of the image. Everything happens on the device, in float32 where probabilities are concerned.
 
     Args:
         network: images (B, 3, h, w) → {"fine": logits[, "coarse": logits]}, in evaluation mode, at stride 8.
@@ -63,18 +64,21 @@ class SlidingPredictor:
         overlap: of neighbouring windows, as a share of the window.
         scales: factors by which the image is resized (bilinear, half-pixel centres).
         flip: run each scale mirrored too.
-        batch_size: windows a forward pass.
+        batch_size: windows a forward pass, of any scale and side.
         normalization: of the network's input.
         device: where to compute; None for the device of the network's parameters.
         autocast: dtype of mixed precision, or None.
+        memory_format: of the network's input.
     """
 
     def __init__(self, network, window=(769, 769), overlap=1 / 3, scales=(1.0,), flip=False, batch_size=4,
-                 normalization=None, device=None, autocast=None):
+                 normalization=None, device=None, autocast=None, memory_format=torch.contiguous_format):
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: expected a share from 0 up to but not 1, found {overlap}")
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales: expected numbers above 0, found {scales}")
+        if window is not None and min(window) < 1:
+            raise ValueError(f"window: expected at least one pixel, found {window}")
         self.network = network
         self.window = None if window is None else round_window(window)
         self.overlap = overlap
@@ -85,6 +89,7 @@ class SlidingPredictor:
         parameters = network.parameters() if isinstance(network, torch.nn.Module) else iter(())
         self.device = device or getattr(next(parameters, None), "device", torch.device("cpu"))
         self.autocast = autocast
+        self.memory_format = memory_format
 
     def __call__(self, image):
         """image (H, W, 3) uint8 RGB, array or tensor → fine probabilities (N, H, W) float32."""
@@ -93,7 +98,7 @@ class SlidingPredictor:
 
     def labels(self, image):
         """image (H, W, 3) uint8 RGB → train ids (H, W) uint8, the most probable class."""
-        return self(image).argmax(0).to(torch.uint8)
+        return most_probable(self(image)).to(torch.uint8)
 
     @torch.inference_mode()
     def predict(self, image):
@@ -104,64 +109,183 @@ class SlidingPredictor:
         """
         image = torch.as_tensor(image).to(self.device).permute(2, 0, 1)[None]     # (1, 3, H, W)
         size = image.shape[-2:]
-        pixels = self.normalization(image)
-        total, results = None, {}
-        passes = list(itertools.product(self.scales, (False, True) if self.flip else (False,)))
-        for scale, mirrored in passes:
-            heads = self._one_pass(pixels, size, scale, mirrored)
-            if not mirrored and (scale == 1 or len(self.scales) == 1):
-                results["single_scale"] = heads
-            if total is None:
-                total = {name: p.clone() for name, p in heads.items()}
-            else:
-                for name, p in heads.items():
-                    total[name] += p
-        if len(passes) > 1:
+        sides = (False, True) if self.flip else (False,)
+        passes = [_Pass(scale, mirrored, size, self.window, self.overlap)
+                  for scale, mirrored in itertools.product(self.scales, sides)]
+        total, results = {}, {}
+        for done in self._run(passes, self.normalization(image)):
+            if not done.mirrored and (done.scale == 1 or len(self.scales) == 1):
+                results["single_scale"] = done.result()
+            if len(passes) > 1:
+                for name, probabilities in done.result().items():
+                    if name in total:
+                        total[name] += probabilities
+                    else:
+                        total[name] = probabilities.clone()
+            done.totals.clear()
+        if total:
             results["multi_scale"] = {name: p.div_(len(passes)) for name, p in total.items()}
         return results
 
-    def _one_pass(self, pixels, size, scale, mirrored):
-        """Normalised pixels (1, 3, H, W) → {head: probabilities (N, H, W)} of one scale and side."""
-        if scale != 1:
-            scaled = [max(1, round(length * scale)) for length in size]
-            pixels = F.interpolate(pixels, size=scaled, mode="bilinear", align_corners=False)
-        if mirrored:
-            pixels = pixels.flip(-1)
-        heads = self._windows(pixels)
-        for name, p in heads.items():
-            p = p.flip(-1) if mirrored else p
-            if p.shape[-2:] != size:
-                p = F.interpolate(p[None], size=size, mode="bilinear", align_corners=False)[0]
-            heads[name] = p
-        return heads
+    def _run(self, passes, pixels):
+        """Run the network over the windows of all passes, several a time; yields each pass when it is complete."""
+        waiting = []        # (pass, place, crop), of one size
 
-    def _windows(self, pixels):
-        """Pixels (1, 3, h, w) → {head: probabilities (N, h, w)}, the mean over the windows on each pixel."""
-        height, width = pixels.shape[-2:]
-        window = self.window or round_window((height, width))
-        # The padding is the mean colour, which normalisation takes to zero. It never enters a score.
-        pixels = F.pad(pixels, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
-        places = list(itertools.product(window_starts(height, window[0], self.overlap),
-                                        window_starts(width, window[1], self.overlap)))
-        total = {}
-        count = pixels.new_zeros(pixels.shape[-2:])
-        for first in range(0, len(places), self.batch_size):
-            batch = places[first:first + self.batch_size]
-            crops = torch.cat([pixels[..., y:y + window[0], x:x + window[1]] for y, x in batch])
+        def flush():
+            if not waiting:
+                return
+            crops = torch.cat([crop for _, _, crop in waiting]).contiguous(memory_format=self.memory_format)
             for name, logits in self._forward(crops).items():
-                if name not in total:
-                    total[name] = pixels.new_zeros(logits.shape[1], *pixels.shape[-2:])
-                for (y, x), one in zip(batch, logits, strict=True):
-                    p = F.interpolate(one[None], size=window, mode="bilinear", align_corners=True)[0].softmax(0)
-                    total[name][:, y:y + window[0], x:x + window[1]] += p
-            for y, x in batch:
-                count[y:y + window[0], x:x + window[1]] += 1
-        return {name: p.div_(count)[:, :height, :width] for name, p in total.items()}
+                for (one, place, _), window_logits in zip(waiting, logits, strict=True):
+                    one.add(name, window_logits, place)
+            for one, _, _ in waiting:
+                one.left -= 1
+            waiting.clear()
+
+        running = []
+        for one in passes:
+            running.append(one)
+            for place, crop in one.crops(pixels):
+                if waiting and waiting[0][2].shape != crop.shape:
+                    flush()
+                waiting.append((one, place, crop))
+                if len(waiting) == self.batch_size:
+                    flush()
+            while running and not running[0].left:
+                yield running.pop(0)
+        flush()
+        yield from running
 
     def _forward(self, crops):
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             outputs = self.network(crops)
         return {name: outputs[name].float() for name in ("fine", "coarse") if name in outputs}
+
+
+class _Pass:
+    """One scale and side of an image: where its windows lie, and the probabilities they add up to.
+
+    Args:
+        scale, mirrored: of this pass.
+        size: (height, width) of the image.
+        window: (height, width) at most; None for the whole scaled image.
+        overlap: of neighbouring windows.
+    """
+
+    def __init__(self, scale, mirrored, size, window, overlap):
+        self.scale, self.mirrored, self.size = scale, mirrored, size
+        self.scaled = size if scale == 1 else tuple(max(1, round(length * scale)) for length in size)
+        self.window = window or round_window(self.scaled)
+        self.padded = tuple(max(pair) for pair in zip(self.scaled, self.window, strict=True))
+        starts = [window_starts(length, side, overlap)
+                  for length, side in zip(self.scaled, self.window, strict=True)]
+        self.places = list(itertools.product(*starts))
+        self.left = len(self.places)
+        # 1 / the number of windows on each row and column: their product is that of a pixel.
+        self.weights = [_inverse_counts(length, side, first)
+                        for length, side, first in zip(self.padded, self.window, starts, strict=True)]
+        self.totals = {}
+
+    def crops(self, pixels):
+        """Normalised pixels (1, 3, H, W) → ((top, left), (1, 3, h, w)) of each window."""
+        if self.scaled != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size=self.scaled, mode="bilinear", align_corners=False)
+        if self.mirrored:
+            pixels = pixels.flip(-1)
+        # The padding is the mean colour, which normalisation takes to zero. It never enters a score.
+        pixels = F.pad(pixels, (0, self.padded[1] - self.scaled[1], 0, self.padded[0] - self.scaled[0]))
+        height, width = self.window
+        for top, left in self.places:
+            yield (top, left), pixels[..., top:top + height, left:left + width]
+
+    def add(self, name, logits, place):
+        """Add a window's probabilities; logits (N, h, w) at any stride, place (top, left)."""
+        if name not in self.totals:
+            self.totals[name] = logits.new_zeros(len(logits), *self.padded)
+        top, left = place
+        rows, columns = (slice(first, first + length) for first, length in zip(place, self.window, strict=True))
+        add_probabilities(self.totals[name][:, rows, columns], logits,
+                          self.weights[0][rows].to(logits.device), self.weights[1][columns].to(logits.device))
+
+    def result(self):
+        """{head: probabilities (N, H, W)} at the size of the image, not mirrored."""
+        results = {}
+        for name, total in self.totals.items():
+            total = total[:, :self.scaled[0], :self.scaled[1]]
+            total = total.flip(-1) if self.mirrored else total
+            if self.scaled != tuple(self.size):
+                total = F.interpolate(total[None], size=self.size, mode="bilinear", align_corners=False)[0]
+            results[name] = total
+        return results
+
+
+def _inverse_counts(length, window, starts):
+    """1 / the number of windows that cover each place of an axis: (length,)."""
+    counts = torch.zeros(length)
+    for start in starts:
+        counts[start:start + window] += 1
+    return 1 / counts
+
+
+STRIP = 1 << 18         # values a CPU computes on at a time: a megabyte stays in its second-level cache
+LARGEST_GAP = 80.0      # exp(-80) is above the smallest float32
+
+
+def add_probabilities(total, logits, row_weights, column_weights):
+    """total += softmax(upsampled logits) · weights, without a map of full size in between.
+
+    Bilinear upsampling with aligned corners is a matrix from each side: the columns once, then the rows strip by
+    strip, so that on a CPU everything after the first product stays in the cache.
+
+    Args:
+        total: (N, H, W) float32, changed in place; may be a view.
+        logits: (N, h, w) float32.
+        row_weights, column_weights: (H,) and (W,).
+    """
+    _, height, width = total.shape
+    # Shifted so that the largest of each pixel is 0: interpolated values then stay below 0, and exp below 1. Where
+    # classes lie so far apart that all could vanish between two pixels, the shift is found again after upsampling.
+    logits = logits - logits.amax(0)
+    shift_again = total.is_cuda or bool(logits.amin() < -LARGEST_GAP)     # on a GPU asking costs more
+    from_rows, from_columns = (_upsampling(length, source, logits.device) for length, source
+                               in zip((height, width), logits.shape[1:], strict=True))
+    wide = logits @ from_columns.T                                                  # (N, h, W)
+    rows = height if total.is_cuda else max(1, STRIP // (len(total) * width))
+    for top in range(0, height, rows):
+        strip = slice(top, min(top + rows, height))
+        matrix = from_rows[strip]                                                   # (rows, h)
+        first, last = _span(top, strip.stop - 1, height, logits.shape[1])
+        values = matrix[:, first:last] @ wide[:, first:last]                        # (N, rows, W)
+        if shift_again:
+            values -= values.amax(0)
+        values.exp_()
+        factor = row_weights[strip, None] * column_weights / values.sum(0)          # (rows, W)
+        total[:, strip] += values.mul_(factor)
+
+
+@functools.lru_cache(maxsize=64)
+def _upsampling(length, source, device):
+    """The matrix (length, source) of linear interpolation with aligned corners."""
+    places = torch.arange(length, dtype=torch.float64) * ((source - 1) / max(1, length - 1))
+    low = places.floor().clamp(max=max(0, source - 2)).long()
+    weight = places - low
+    matrix = torch.zeros(length, source, dtype=torch.float64)
+    index = torch.arange(length)
+    matrix[index, low] = 1 - weight
+    if source > 1:
+        matrix[index, low + 1] += weight
+    return matrix.float().to(device)
+
+
+def _span(top, bottom, length, source):
+    """First source row that rows top to bottom read, and the one after the last."""
+    ratio = (source - 1) / max(1, length - 1)
+    return min(int(top * ratio), max(0, source - 2)), min(int(bottom * ratio) + 2, source)
+
+
+def most_probable(probabilities):
+    """(N, H, W) → class (H, W) int64. On a CPU `argmax` over the first dimension takes five times as long."""
+    return probabilities.max(0).indices
 
 
 def score(predictor, items, num_classes, ignore_index, processes=None, seen=None):
@@ -171,25 +295,24 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
         predictor: `SlidingPredictor`.
         items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}; with processes, those of this one.
         processes: `Processes` that share the data set; the counts of all are added up.
-        seen: called with (item, (H, W) train ids of the richest protocol's fine head) for every item, or None.
+        seen: called with (item, {head: probabilities (N, H, W)} of the richest protocol) for every item, or None.
 
     Returns:
         {protocol: {head: ConfusionMatrix}}, the richest protocol last.
     """
     matrices = {}
     for item in items:
-        for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
+        results = predictor.predict(item["image"].permute(1, 2, 0))
+        for protocol, heads in results.items():
             for head, probabilities in heads.items():
-                labels = probabilities.argmax(0)
-                matrices.setdefault(protocol, {}).setdefault(
-                    head, ConfusionMatrix(num_classes, ignore_index)).update(labels, item["label"].to(labels.device))
-                if head == "fine":
-                    headline = labels
+                label = item["label"].to(probabilities.device)
+                matrices.setdefault(protocol, {}).setdefault(head, ConfusionMatrix(num_classes, ignore_index)).update(
+                    most_probable(probabilities), label)
         if seen is not None:
-            seen(item, headline)
+            seen(item, heads)
     if processes is None:
         return matrices
-    total = {}      # one without images knows neither protocols nor heads, so they travel as plain values
+    total = {}      # one without images knows neither protocols nor heads
     for part in processes.gather_objects(matrices):
         for protocol, heads in part.items():
             for head, matrix in heads.items():

@@ -78,6 +78,77 @@ class ConfusionMatrix:
         }
 
 
+class InstanceIoU:
+    """Instance-weighted IoU (iIoU), as cityscapesScripts computes it: every instance counts as one of average size.
+
+    Each image gives terms, which are added up one after the other in the order of the images, so that the last
+    digit does not depend on how many processes share them.
+
+    Args:
+        average_sizes: {label id: pixels of an average instance}, of the classes that have instances.
+        train_ids: {label id: train id}, of the classes that are scored.
+        categories: N names, by train id.
+        whole_categories: names of the categories all of whose classes have instances.
+
+    Attributes:
+        terms: {number of the image: [(train id, pixels found, of them or their category, size in pixels), ...]}.
+    """
+
+    def __init__(self, average_sizes, train_ids, categories, whole_categories):
+        self.average_sizes, self.train_ids = average_sizes, train_ids
+        self.categories, self.whole_categories = list(categories), set(whole_categories)
+        self.terms = {}
+
+    def update(self, number, instances, prediction):
+        """Add an image: its number in the data set, instance ids (H, W) as label id · 1000 + count, and predicted
+        train ids (H, W), both NumPy arrays."""
+        category = np.array([*map(self.categories.index, self.categories), -1])
+        prediction = np.where(prediction < len(self.categories), prediction, len(self.categories))
+        found, places = np.unique(instances, return_inverse=True)
+        places = places.reshape(instances.shape)
+        terms = self.terms[number] = []
+        for index in np.flatnonzero(found > 1000):
+            train_id = self.train_ids.get(int(found[index]) // 1000)
+            if train_id is None:
+                continue
+            inside = prediction[places == index]
+            terms.append((train_id, int((inside == train_id).sum()),
+                          int((category[inside] == category[train_id]).sum()), inside.size))
+
+    def scores(self, matrix, names):
+        """Class and category iIoU and their means, given the `ConfusionMatrix` of the same images; None for NaN."""
+        n = len(names)
+        ids = {train_id: label for label, train_id in self.train_ids.items()}
+        hit, missed = [0.0] * n, [0.0] * n
+        group_hit, group_missed = dict.fromkeys(self.categories, 0.0), dict.fromkeys(self.categories, 0.0)
+        for number in sorted(self.terms):
+            for train_id, pixels, group_pixels, size in self.terms[number]:
+                weight = self.average_sizes[ids[train_id]] / float(size)
+                hit[train_id] += float(pixels) * weight
+                missed[train_id] += float(size - pixels) * weight
+                group_hit[self.categories[train_id]] += float(group_pixels) * weight
+                group_missed[self.categories[train_id]] += float(size - group_pixels) * weight
+        counts = matrix.matrix.cpu().numpy()[:, :n]
+        member = {name: np.array([category == name for category in self.categories]) for name in group_hit}
+        class_iiou = {
+            name: _ratio(hit[i], int(counts[:, i].sum() - counts[i, i]), missed[i])
+            if ids.get(i) in self.average_sizes else None for i, name in enumerate(names)}
+        category_iiou = {
+            name: _ratio(group_hit[name], int(counts[~inside][:, inside].sum()), group_missed[name])
+            if name in self.whole_categories else None for name, inside in member.items()}
+        return {"class_iiou": class_iiou, "mean_iiou": _mean_of_scores(class_iiou),
+                "category_iiou": category_iiou, "mean_category_iiou": _mean_of_scores(category_iiou)}
+
+
+def _ratio(true, false_positive, false_negative):
+    total = true + false_positive + false_negative
+    return true / total if total else None
+
+
+def _mean_of_scores(scores):
+    return none_if_nan(mean_of_known([value for value in scores.values() if value is not None]))
+
+
 def mean_of_known(values):
     """Mean of the values that are not NaN, summed in order as the official script does; NaN without any."""
     known = [float(value) for value in values if value == value]

@@ -26,6 +26,14 @@ def difference(truth, coarse, fine, ignore_index=255):
     return picture
 
 
+def error_map(image, truth, predicted, ignored):
+    """The image in grey, wrong pixels red, ignored ones dark: (H, W, 3) uint8. All maps (H, W), ignored bool."""
+    grey = np.repeat(image.mean(2, keepdims=True) * 0.6 + 90, 3, 2).astype(np.uint8)
+    grey[(predicted != truth) & ~ignored] = (200, 40, 40)
+    grey[ignored] = (60, 60, 60)
+    return grey
+
+
 def save_png(path, array):
     """Write (H, W) uint8 or uint16, or (H, W, 3) uint8, as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

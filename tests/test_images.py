@@ -1,0 +1,138 @@
+"""Images without truth, submissions, and the exported network."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from dataset.images import find_images
+from dataset.labels import ClassTable
+from tests.test_evaluate import snapshot  # noqa: F401, a fixture
+from utils.cli import UserError
+from utils.export import ImagesToLogits
+from utils.inference import Normalization
+
+QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
+
+
+def picture(height=40, width=70):
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """Images of all kinds, and two broken files."""
+    folder = tmp_path / "zoo"
+    (folder / "inner folder").mkdir(parents=True)
+    rgb = Image.fromarray(picture())
+    rgb.save(folder / "plain.png")
+    rgb.convert("L").save(folder / "grey.png")
+    rgb.convert("RGBA").save(folder / "transparent.png")
+    rgb.quantize(16).save(folder / "palette.png")
+    rgb.save(folder / "inner folder" / "plain.png")
+    rgb.save(folder / "ünïcode.webp", lossless=True)
+    Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6        # to be turned by 90 degrees
+    rgb.save(folder / "turned.jpg", exif=exif, quality=95)
+    (folder / "broken.png").write_bytes((folder / "plain.png").read_bytes()[:300])
+    (folder / "text.jpg").write_text("<html>")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_any_images_are_predicted_and_broken_ones_are_named(zoo, snapshot, tmp_path, capsys):  # noqa: F811
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--restore-from", str(snapshot), "--images", str(zoo), "--output-dir", str(tmp_path / "r"),
+                       *QUICK, "--save", "labels", "overlay"])
+    assert caught.value.code == 1
+    shown = capsys.readouterr()
+    assert "8 images predicted, 2 skipped" in shown.out
+    for name in ("broken.png", "text.jpg"):
+        assert sum(name in line for line in shown.err.splitlines() if line.startswith("skipped: ")) == 1
+    written = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "r/labelIds").iterdir()}
+    plain = next(name for name in written if name.endswith("plain") and "inner" not in name)
+    assert {name.split("_")[-1] for name in written} == {"plain", "grey", "transparent", "palette", "deep", "turned",
+                                                         "ünïcode"}
+    assert len(written) == 8 and set(np.unique(written[plain])) <= set(ClassTable.read().ids)
+    turned = next(values for name, values in written.items() if name.endswith("turned"))
+    assert turned.shape == (70, 40) and written[plain].shape == (40, 70)
+    same = [values for name, values in written.items() if name.split("_")[-1] in ("plain", "transparent", "ünïcode")]
+    assert len(same) == 4 and all(np.array_equal(values, same[0]) for values in same)
+    grey, deep = (next(v for n, v in written.items() if n.endswith(kind)) for kind in ("grey", "deep"))
+    assert np.array_equal(grey, deep)
+    assert len(list((tmp_path / "r/overlay").iterdir())) == 8 and not (tmp_path / "r/color").exists()
+
+
+def test_files_folders_and_patterns(zoo):
+    assert find_images([zoo / "plain.png"]) == [zoo / "plain.png"]
+    assert {path.name for path in find_images([f"{zoo}/*.jpg", zoo / "turned.jpg"])} == {"turned.jpg", "text.jpg"}
+    assert len(find_images([zoo])) == 10
+    (zoo / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: expected images .* in it, found none"):
+        find_images([zoo / "empty"])
+
+
+def test_a_submission_is_checked_and_packed_flat(streets, snapshot, tmp_path, capsys):  # noqa: F811
+    words = ["--data-dir", str(streets), "--restore-from", str(snapshot), "--split", "val", "--submission",
+             str(tmp_path / "s"), *QUICK]
+    evaluate.main(words)
+    assert "5 label maps checked (the official test split has 1525)" in capsys.readouterr().out
+    stems = sorted(path.stem for path in streets.glob("leftImg8bit/val/*/*.png"))
+    with zipfile.ZipFile(tmp_path / "s/submission.zip") as archive:
+        assert sorted(archive.namelist()) == [f"{stem}.png" for stem in stems] and archive.testzip() is None
+        for name in archive.namelist():
+            labels = np.asarray(Image.open(archive.open(name)))
+            assert labels.shape == (128, 256) and labels.dtype == np.uint8
+            assert set(np.unique(labels)) <= set(ClassTable.read().ids)
+    with pytest.raises(UserError, match="--submission .*: expected a folder without results"):
+        evaluate.main(words)
+
+
+def test_a_submission_with_a_wrong_file_is_refused(streets, tmp_path):
+    from dataset.images import ImageFiles, test_images, write_submission
+
+    dataset, classes = ImageFiles(test_images(streets, "val")), ClassTable.read()
+    (tmp_path / "labelIds").mkdir()
+    for name in dataset.names:
+        Image.fromarray(np.full((128, 256), 7, np.uint8)).save(tmp_path / f"labelIds/{name}.png")
+    write_submission(tmp_path / "labelIds", dataset, classes)
+    (tmp_path / "submission.zip").unlink()
+    victim = tmp_path / f"labelIds/{dataset.names[2]}.png"
+    for values, message in ((np.full((128, 256), 3), r"values \[3\]"), (np.full((64, 256), 7), "256×64")):
+        Image.fromarray(values.astype(np.uint8)).save(victim)
+        with pytest.raises(UserError, match=f"{victim.name}: expected 8-bit label ids of 256×128 pixels, .*{message}"):
+            write_submission(tmp_path / "labelIds", dataset, classes)
+    victim.unlink()
+    with pytest.raises(UserError, match="expected the prediction for"):
+        write_submission(tmp_path / "labelIds", dataset, classes)
+    assert not (tmp_path / "submission.zip").exists()
+
+
+def test_the_exported_network_computes_the_same(snapshot, tmp_path, capsys):  # noqa: F811
+    onnxruntime = pytest.importorskip("onnxruntime")
+    target = tmp_path / "acfnet.onnx"
+    evaluate.main(["--restore-from", str(snapshot), "--export", str(target)])
+    assert "fine, coarse logits" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    network, config = evaluate.load_network(snapshot, torch.device("cpu"))
+    model = ImagesToLogits(network, Normalization.from_config(config["normalization"]))
+    for batch, height, width in ((1, 65, 97), (2, 128, 256), (3, 71, 40)):
+        images = torch.randint(256, (batch, 3, height, width)).float()
+        with torch.no_grad():
+            expected = model(images)
+        found = session.run(None, {"images": images.numpy()})
+        for ours, theirs in zip(expected, found, strict=True):
+            assert theirs.shape == (batch, 19, height, width)
+            np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+
+
+def test_export_without_its_packages_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(UserError, match="expected the packages onnx and onnxscript, found no onnx"):
+        evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "x.onnx")])
+    assert not Path(tmp_path / "x.onnx").exists()

@@ -1,0 +1,56 @@
+"""A network as an ONNX file, for other runtimes."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checkpoint
+from .cli import UserError
+
+OPSET = 18
+
+
+class ImagesToLogits(nn.Module):
+    """What the file computes: pixels in, logits at their size out.
+
+    Args:
+        network: in evaluation mode, with norms folded into convolutions.
+        normalization: of its input.
+    """
+
+    def __init__(self, network, normalization):
+        super().__init__()
+        self.network, self.normalization = network, normalization
+
+    def forward(self, images):
+        """images (B, 3, H, W) float32 RGB, 0 to 255 → fine logits (B, N, H, W), and coarse ones if there are."""
+        outputs = self.network(self.normalization(images))
+        return tuple(F.interpolate(outputs[name], size=images.shape[-2:], mode="bilinear", align_corners=True)
+                     for name in head_names(outputs))
+
+
+def head_names(outputs):
+    return [name for name in ("fine", "coarse") if name in outputs]
+
+
+def export_onnx(network, normalization, path, size=(257, 321)):
+    """Write an ONNX file with any batch size, height and width. Raises `UserError` without the packages it needs.
+
+    network: in evaluation mode, with norms folded; on the CPU. size: of the example that is traced.
+    """
+    try:
+        import onnx  # noqa: F401, the exporter imports it
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--export {path}: expected the packages onnx and onnxscript, found no {error.name}; "
+                        "pip install onnx onnxscript") from None
+    model = ImagesToLogits(network, normalization).eval()
+    example = torch.randint(256, (2, 3, *size)).float()
+    with torch.no_grad():
+        names = head_names(network(normalization(example)))
+        axes = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=16),
+                3: torch.export.Dim("width", min=16)}
+        program = torch.onnx.export(model, (example,), input_names=["images"], output_names=names, dynamo=True,
+                                    dynamic_shapes=(axes,), opset_version=OPSET, verbose=False)
+    checkpoint.write_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))
+    return names

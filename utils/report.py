@@ -1,0 +1,152 @@
+"""`report.html`: scores and the images that went worst, in one file that needs nothing else."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import checkpoint
+from .inference import most_probable
+from .metrics import ConfusionMatrix, none_if_nan
+from .visualize import difference, error_map
+
+OVERALL = 10        # images shown of the whole data set
+EACH_CLASS = 2      # and of every class
+WIDTH = 640         # pixels of a picture in the report
+LEAST_MASS = 1e-3   # share of an image's coarse probability from which a class's attention is shown
+
+
+class WorstImages:
+    """Keeps the images with the lowest IoU, overall and by class, as small encoded pictures.
+
+    Memory grows with the number of classes, not with the data set.
+
+    Args:
+        names: of the N classes.
+        color: train ids (H, W) → RGB (H, W, 3) uint8.
+        ignore_index: truth that does not count.
+    """
+
+    def __init__(self, names, color, ignore_index=255):
+        self.names, self.color, self.ignore_index = names, color, ignore_index
+        self.kept = {}      # name → entry
+
+    def add(self, name, image, truth, heads):
+        """Look at an image; image (H, W, 3) uint8, truth (H, W) train ids, heads {name: probabilities (N, H, W)}."""
+        labels = {head: most_probable(probabilities).cpu().numpy() for head, probabilities in heads.items()}
+        class_iou = {}
+        for head, predicted in labels.items():
+            matrix = ConfusionMatrix(len(self.names), self.ignore_index)
+            matrix.update(predicted, truth)
+            class_iou[head] = [none_if_nan(iou) for iou in matrix.class_iou().tolist()]
+        entry = {"name": name, "class_iou": class_iou,
+                 "mean_iou": {head: _mean(values) for head, values in class_iou.items()},
+                 "true_classes": np.setdiff1d(truth, [self.ignore_index]).tolist()}
+        self.kept[name] = entry
+        if name in self._prune():
+            entry["pictures"] = self._pictures(image, truth, labels)
+            entry["attention"] = self._attention(heads)
+
+    def merge(self, others):
+        """Add what other processes kept."""
+        for other in others:
+            self.kept |= other
+        self._prune()
+
+    def entries(self):
+        """The images kept, worst first; `overall` tells those that are worst regardless of class."""
+        ranked = sorted(self.kept.values(), key=_badness)
+        return [entry | {"overall": number < OVERALL} for number, entry in enumerate(ranked)]
+
+    def _prune(self):
+        """Drop what is not among the worst; returns the names that stay."""
+        entries = sorted(self.kept.values(), key=_badness)
+        stay = {entry["name"] for entry in entries[:OVERALL]}
+        for index in range(len(self.names)):
+            having = [entry for entry in entries if index in entry["true_classes"]]
+            having.sort(key=lambda entry: (entry["class_iou"]["fine"][index], entry["name"]))
+            stay |= {entry["name"] for entry in having[:EACH_CLASS]}
+        self.kept = {name: entry for name, entry in self.kept.items() if name in stay}
+        return stay
+
+    def _pictures(self, image, truth, labels):
+        ignored = truth == self.ignore_index
+        shown = {"image": _encode(image, "JPEG"), "truth": _encode(self.color(truth))}
+        for head, predicted in labels.items():
+            shown[head] = _encode(self.color(predicted))
+        shown["errors"] = _encode(error_map(image, truth, labels["fine"], ignored), "JPEG")
+        if "coarse" in labels:
+            shown["coarse against fine"] = _encode(difference(truth, labels["coarse"], labels["fine"],
+                                                              self.ignore_index))
+        return shown
+
+    def _attention(self, heads):
+        """{class: picture} of the coarse probability P, the weight with which pixels make and take each center."""
+        if "coarse" not in heads:
+            return {}
+        mass = heads["coarse"].flatten(1).mean(1)
+        return {self.names[i]: _encode((255 * heads["coarse"][i]).byte().cpu().numpy(), "JPEG")
+                for i in mass.argsort(descending=True).tolist() if mass[i] >= LEAST_MASS}
+
+
+def write_report(path, result, matrix, classes, palette, entries):
+    """Write the report.
+
+    Args:
+        path: of the file, which is replaced whole.
+        result: what `result.json` holds.
+        matrix: (N, N + 1) pixel counts of the headline, rows the truth.
+        classes: N names.
+        palette: (N, 3) uint8 RGB.
+        entries: of `WorstImages`.
+    """
+    import jinja2  # drawn once at the end; training and scoring do without
+
+    matrix = np.asarray(matrix, float)
+    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    columns = score_columns(result)
+    page = template.render(
+        result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,
+        colors=["#{:02x}{:02x}{:02x}".format(*color) for color in np.asarray(palette).tolist()],
+        rows=[(name, [column["class_iou"][name] for column in columns.values()]) for name in classes],
+        void=bool(matrix[:, -1].any()))
+    checkpoint.write_atomically(path, lambda file: file.write(page.encode()))
+
+
+def score_columns(result):
+    """{heading: scores} of a result: each protocol, coarse and fine side by side."""
+    columns = {}
+    for protocol in ("single_scale", "multi_scale"):
+        if protocol in result:
+            short = protocol.removesuffix("_scale")
+            if "coarse" in result:
+                columns[f"{short} coarse"] = result["coarse"][protocol]
+            columns[f"{short} fine"] = result[protocol]
+    return columns
+
+
+def _badness(entry):
+    mean = entry["mean_iou"]["fine"]
+    return (2.0 if mean is None else mean, entry["name"])
+
+
+def _mean(values):
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _encode(array, kind="PNG"):
+    """A picture as a data URL, at most `WIDTH` wide; label colours are not mixed."""
+    picture = Image.fromarray(array)
+    if picture.width > WIDTH:
+        size = (WIDTH, max(1, round(picture.height * WIDTH / picture.width)))
+        picture = picture.resize(size, Image.Resampling.BILINEAR if kind == "JPEG" else Image.Resampling.NEAREST)
+    if kind == "PNG":
+        picture = picture.quantize(64, dither=Image.Dither.NONE) if picture.mode == "RGB" else picture
+    file = io.BytesIO()
+    picture.save(file, kind, **({"quality": 80} if kind == "JPEG" else {"optimize": True}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -116,7 +116,7 @@ def load_network(path, device):
     except RuntimeError as error:
         raise UserError(f"{path}: expected the weights its config describes, found: "
                         f"{str(error).splitlines()[1].strip()}") from None
-    return fold_norms(network).to(device).eval(), content["config"]
+    return fold_norms(network).to(device, memory_format=torch.channels_last).eval(), content["config"]
 
 
 class Pictures:
@@ -291,7 +291,8 @@ def make_predictor(args, network, config, device):
               "logits fit the pixels at 8k + 1 only")
     window = window and round_window(window)
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
-                                 Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp])
+                                 Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp],
+                                 torch.channels_last)
     return predictor, {"window": window and list(window), "overlap": None if args.whole else args.overlap,
                        "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
                        "average": "probabilities"}

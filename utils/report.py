@@ -15,7 +15,7 @@ from .visualize import difference, error_map
 OVERALL = 10        # images shown of the whole data set
 EACH_CLASS = 2      # and of every class
 WIDTH = 640         # pixels of a picture in the report
-LEAST_MASS = 1e-3   # share of an image's coarse probability from which a class's attention is shown
+LEAST_MASS = 5e-3   # share of an image's coarse probability from which a class's attention is shown
 
 
 class WorstImages:
@@ -108,7 +108,7 @@ def write_report(path, result, matrix, classes, palette, entries):
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    columns = score_columns(result)
+    columns = dict(reversed(score_columns(result).items()))       # the headline first: phones are narrow
     page = template.render(
         result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,
         colors=["#{:02x}{:02x}{:02x}".format(*color) for color in np.asarray(palette).tolist()],

@@ -37,7 +37,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from dataset.cityscapes import CityscapesDataset
-from dataset.images import ImageFiles, find_images, test_images, write_submission
+from dataset.images import ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
 from libs.convert import fold_norms
 from networks import build_network
@@ -53,7 +53,7 @@ from utils.distributed import (
     started_by_torchrun,
 )
 from utils.export import export_onnx
-from utils.inference import Normalization, SlidingPredictor, most_probable, round_window, score
+from utils.inference import Normalization, SlidingPredictor, round_window, score
 from utils.logger import progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import AUTOCAST, best_precision
@@ -173,12 +173,12 @@ def evaluate(predictor, dataset, pictures, workers, processes=None):
     sizes = classes.instance_sizes
     instances = InstanceIoU(sizes, classes.train_ids, classes.categories, classes.whole_categories)
 
-    def seen(item, heads):
-        image, labels = item["image"].permute(1, 2, 0), most_probable(heads["fine"])
-        pictures.add(item["name"], image, labels)
-        worst.add(item["name"], image.numpy(), item["label"].numpy(), heads)
+    def seen(item, heads, labels, counts):
+        image, labels = item["image"].permute(1, 2, 0), {head: values.cpu() for head, values in labels.items()}
+        pictures.add(item["name"], image, labels["fine"])
+        worst.add(item["name"], image.numpy(), item["label"].numpy(), labels, counts, heads.get("coarse"))
         if "instances" in item:
-            instances.update(item["index"], item["instances"].numpy(), labels.cpu().numpy())
+            instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
 
     matrices = score(predictor, load_items(dataset, workers, processes, "evaluating"), classes.num_classes,
                      IGNORE_INDEX, processes, seen)
@@ -384,7 +384,7 @@ def predict(args, path, device, workers, processes):
         dataset = ImageFiles(find_images(args.images))
     else:
         folder, kinds = Path(args.submission), ("labels",)
-        dataset = ImageFiles(test_images(args.data_dir, args.split))
+        dataset = ImageFiles(images_of_split(args.data_dir, args.split))
     if first:
         make_folder("--output-dir" if args.images else "--submission", folder, tuple(FOLDERS.values()), args.overwrite)
     if processes is not None:

@@ -62,7 +62,7 @@ def find_images(places):
     return list(dict.fromkeys(found))
 
 
-def test_images(root, split):
+def images_of_split(root, split):
     """The images of a Cityscapes split, whose truth may be missing. Raises `UserError`."""
     folder = Path(root) / "leftImg8bit" / split
     found = sorted(folder.glob("*/*_leftImg8bit.png"))

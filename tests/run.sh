@@ -5,5 +5,6 @@ cd "$(dirname "$(realpath "$0")")/.."
 . utils/environment.sh
 choose_python requirements.txt tests/requirements.txt
 install_inplace_abn     # what libs/abn.py is compared with
+install_chromium        # what report.html is opened in
 "$PYTHON" -m ruff check .
 "$PYTHON" -m pytest --durations=12 "$@"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from dataset.images import find_images
+from dataset.images import ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.cli import UserError
@@ -94,9 +94,7 @@ def test_a_submission_is_checked_and_packed_flat(streets, snapshot, tmp_path, ca
 
 
 def test_a_submission_with_a_wrong_file_is_refused(streets, tmp_path):
-    from dataset.images import ImageFiles, test_images, write_submission
-
-    dataset, classes = ImageFiles(test_images(streets, "val")), ClassTable.read()
+    dataset, classes = ImageFiles(images_of_split(streets, "val")), ClassTable.read()
     (tmp_path / "labelIds").mkdir()
     for name in dataset.names:
         Image.fromarray(np.full((128, 256), 7, np.uint8)).save(tmp_path / f"labelIds/{name}.png")

@@ -11,9 +11,17 @@ import pytest
 import torch
 
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
+from utils.metrics import ConfusionMatrix
 from utils.report import EACH_CLASS, OVERALL, WorstImages
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def add(worst, name, truth, probabilities):
+    counts = ConfusionMatrix(3)
+    counts.update(probabilities.argmax(0), truth)
+    worst.add(name, np.zeros((8, 9, 3), np.uint8), truth, {"fine": probabilities.argmax(0)}, {"fine": counts},
+              torch.from_numpy(probabilities))
 
 
 def test_the_worst_images_of_all_and_of_each_class_are_kept():
@@ -42,13 +50,13 @@ def test_the_worst_images_of_all_and_of_each_class_are_kept():
         worst = WorstImages(names, lambda m: np.zeros((*m.shape, 3), np.uint8))
         for number in order:
             name, truth, p = scenes[number]
-            worst.add(name, np.zeros((8, 9, 3), np.uint8), truth, {"fine": torch.from_numpy(p)})
+            add(worst, name, truth, p)
         assert set(worst.kept) == expected
         assert all("pictures" in entry for entry in worst.entries())
         assert [entry["name"] for entry in worst.entries()][:3] == sorted(means, key=means.get)[:3]
     halves = [WorstImages(names, lambda m: np.zeros((*m.shape, 3), np.uint8)) for _ in range(2)]
     for number, (name, truth, p) in enumerate(scenes):
-        halves[number % 2].add(name, np.zeros((8, 9, 3), np.uint8), truth, {"fine": torch.from_numpy(p)})
+        add(halves[number % 2], name, truth, p)
     merged = WorstImages(names, None)
     merged.merge([half.kept for half in halves])
     assert set(merged.kept) == expected

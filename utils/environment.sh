@@ -63,3 +63,12 @@ install_inplace_abn() {    # into $PYTHON, if it is our .venv; without it the te
         "$PYTHON" -m pip install --quiet --no-build-isolation -r libs/requirements-extensions.txt ||
         echo "inplace-abn did not build: comparisons with it will be skipped"
 }
+
+install_chromium() {    # with Debian's packages, where that is possible; without it the test of report.html is skipped
+    ! command -v chromium >/dev/null || return 0
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing chromium to look at a report (a minute)"
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 ||
+            echo "chromium could not be installed: a test that opens report.html will be skipped"
+    fi
+}

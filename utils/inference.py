@@ -295,21 +295,24 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
         predictor: `SlidingPredictor`.
         items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}; with processes, those of this one.
         processes: `Processes` that share the data set; the counts of all are added up.
-        seen: called with (item, {head: probabilities (N, H, W)} of the richest protocol) for every item, or None.
+        seen: called for every item with (item, probabilities (N, H, W), labels (H, W), ConfusionMatrix of this item),
+            each but the first by head and of the richest protocol; or None.
 
     Returns:
         {protocol: {head: ConfusionMatrix}}, the richest protocol last.
     """
     matrices = {}
     for item in items:
-        results = predictor.predict(item["image"].permute(1, 2, 0))
-        for protocol, heads in results.items():
-            for head, probabilities in heads.items():
-                label = item["label"].to(probabilities.device)
-                matrices.setdefault(protocol, {}).setdefault(head, ConfusionMatrix(num_classes, ignore_index)).update(
-                    most_probable(probabilities), label)
+        for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
+            labels = {head: most_probable(probabilities) for head, probabilities in heads.items()}
+            counts = {}
+            for head, predicted in labels.items():
+                counts[head] = ConfusionMatrix(num_classes, ignore_index)
+                counts[head].update(predicted, item["label"].to(predicted.device))
+                matrices.setdefault(protocol, {}).setdefault(
+                    head, ConfusionMatrix(num_classes, ignore_index)).matrix += counts[head].matrix
         if seen is not None:
-            seen(item, heads)
+            seen(item, heads, labels, counts)
     if processes is None:
         return matrices
     total = {}      # one without images knows neither protocols nor heads

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from . import checkpoint
-from .inference import most_probable
-from .metrics import ConfusionMatrix, none_if_nan
+from .metrics import none_if_nan
 from .visualize import difference, error_map
 
 OVERALL = 10        # images shown of the whole data set
@@ -33,21 +32,23 @@ class WorstImages:
         self.names, self.color, self.ignore_index = names, color, ignore_index
         self.kept = {}      # name → entry
 
-    def add(self, name, image, truth, heads):
-        """Look at an image; image (H, W, 3) uint8, truth (H, W) train ids, heads {name: probabilities (N, H, W)}."""
-        labels = {head: most_probable(probabilities).cpu().numpy() for head, probabilities in heads.items()}
-        class_iou = {}
-        for head, predicted in labels.items():
-            matrix = ConfusionMatrix(len(self.names), self.ignore_index)
-            matrix.update(predicted, truth)
-            class_iou[head] = [none_if_nan(iou) for iou in matrix.class_iou().tolist()]
+    def add(self, name, image, truth, labels, counts, attention=None):
+        """Look at an image.
+
+        Args:
+            image, truth: (H, W, 3) uint8 and (H, W) train ids, arrays.
+            labels, counts: {head: train ids (H, W)} and {head: ConfusionMatrix} of its prediction.
+            attention: coarse probabilities (N, H, W), or None.
+        """
+        class_iou = {head: [none_if_nan(iou) for iou in matrix.class_iou().tolist()]
+                     for head, matrix in counts.items()}
         entry = {"name": name, "class_iou": class_iou,
                  "mean_iou": {head: _mean(values) for head, values in class_iou.items()},
                  "true_classes": np.setdiff1d(truth, [self.ignore_index]).tolist()}
         self.kept[name] = entry
         if name in self._prune():
-            entry["pictures"] = self._pictures(image, truth, labels)
-            entry["attention"] = self._attention(heads)
+            entry["pictures"] = self._pictures(image, truth, {head: np.asarray(one) for head, one in labels.items()})
+            entry["attention"] = {} if attention is None else self._attention(attention)
 
     def merge(self, others):
         """Add what other processes kept."""
@@ -82,12 +83,10 @@ class WorstImages:
                                                               self.ignore_index))
         return shown
 
-    def _attention(self, heads):
+    def _attention(self, probabilities):
         """{class: picture} of the coarse probability P, the weight with which pixels make and take each center."""
-        if "coarse" not in heads:
-            return {}
-        mass = heads["coarse"].flatten(1).mean(1)
-        return {self.names[i]: _encode((255 * heads["coarse"][i]).byte().cpu().numpy(), "JPEG")
+        mass = probabilities.flatten(1).mean(1)
+        return {self.names[i]: _encode((255 * probabilities[i]).byte().cpu().numpy(), "JPEG")
                 for i in mass.argsort(descending=True).tolist() if mass[i] >= LEAST_MASS}
 
 

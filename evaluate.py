@@ -72,7 +72,8 @@ def get_parser():
                         help="snapshot of train.py; several are scored one after the other")
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir")
+    data.add_argument("--data-list", nargs="+", metavar="FILE", help="files of \"image label\" lines, paths relative "
+                      "to --data-dir or to the list")
     data.add_argument("--split", default="val", help="split to scan (val)")
     data.add_argument("--classes", help="class table (CSV); default: the one the snapshot was trained with")
     data.add_argument("--num-workers", type=cli.not_negative(int),

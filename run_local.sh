@@ -68,7 +68,8 @@ run_for_real() {    # CITYSCAPES [words for train.py]
         previous=$word
     done
     [ -z "$choose" ] || find_weights
-    "$PYTHON" -m dataset.cityscapes "$data"
+    "$PYTHON" -m dataset.check "$data" --fast || { [ $? = 1 ] && echo "error: $data: mend what is WRONG above, or run" \
+        "train.py and evaluate.py yourself" >&2; exit 2; }
     "$PYTHON" train.py --data-dir "$data" --random-mirror --random-scale "${WEIGHTS[@]}" --learning-rate 1e-2 \
         --input-size 769,769 --weight-decay 1e-4 --batch-size 8 --num-steps 60000 --resume "${words[@]}"
     local last

@@ -13,16 +13,20 @@ A batch too large for the memory: --accumulate 4 takes it in four parts
 """
 
 import argparse
+import hashlib
+import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
-from dataset.cityscapes import CityscapesDataset, EpochSampler
+from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
-from dataset.transforms import train_transform
+from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler
+from dataset.transforms import one_thread, train_transform
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
@@ -44,7 +48,7 @@ from utils.distributed import (
 )
 from utils.engine import Engine, NetworkWithLoss, NotFinite
 from utils.inference import Normalization, SlidingPredictor, score
-from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
+from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, progress, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
 
 
@@ -61,14 +65,22 @@ def add_what(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", required=True,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    data.add_argument("--data-list", help="file of \"image label\" lines, paths relative to --data-dir; "
-                      "without it the folder is scanned")
-    data.add_argument("--split", default="train", help="split to scan (train)")
+    data.add_argument("--data-list", nargs="+", metavar="FILE", help="files of \"image label\" lines, paths relative "
+                      "to --data-dir or to the list; without it the folder is scanned")
+    data.add_argument("--split", default="train", help="split to scan, or several with weights if wanted: train+val, "
+                      "train:2+train_extra:1 (train)")
+    data.add_argument("--cache", metavar="DIR", help="decode images once, into arrays in this folder")
+    data.add_argument("--sampling", choices=("uniform", "class"), default="uniform",
+                      help="class: each crop holds a pixel of a class drawn uniformly, so that rare ones are seen "
+                      "(uniform)")
     data.add_argument("--classes",
                       help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
     data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
     data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
-    data.add_argument("--random-scale", action="store_true", help="scale samples by 0.5 to 2.0")
+    data.add_argument("--random-scale", type=cli.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
+                      help="scale samples by factors of this range; without numbers 0.5,2.0")
+    data.add_argument("--jitter", type=cli.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
+                      "by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
     data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W", help="crop, pixels (769,769)")
     data.add_argument("--batch-size", type=cli.positive(int), default=8, help="images a step, over all devices (8)")
     data.add_argument("--num-workers", type=cli.not_negative(int),
@@ -171,7 +183,7 @@ def draw_panel(network, normalization, sample, classes, device):
 
 # Flags without which a snapshot belongs to another run: the network, and the sequence of its samples.
 SAME_RUN = ("model", "backbone", "norm", "activation", "data_list", "split", "input_size", "batch_size", "random_seed",
-            "random_mirror", "random_scale")
+            "random_mirror", "random_scale", "sampling", "jitter")
 # Flags that change what is learnt from there on: allowed, and said.
 NEW_COURSE = ("learning_rate", "momentum", "weight_decay", "power", "num_steps", "accumulate", "ohem", "ohem_thres",
               "ohem_keep", "amp", "opt_level", "restore_from")
@@ -247,6 +259,8 @@ def check(args, devices, classes):
     if args.compile and len(devices) > 1 and processes_started() == 1:
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")
+    if args.sampling == "class" and args.data_list is None and ":" in args.split:
+        raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
     if args.val_every and args.data_list and not args.val_list:
         raise UserError("--val-every: expected --val-list with --data-list, found none")
     existing = checkpoint.snapshots(args.snapshot_dir)
@@ -284,6 +298,50 @@ def share_batches(module, devices, processes):
         print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
         return DataParallel(module, device_ids=devices)
     return module
+
+
+def start_worker(worker):
+    """A process that reads samples: it leaves Ctrl-C to the parent, and other cores to other workers."""
+    cli.leave_ctrl_c_to_the_parent(worker)
+    one_thread()
+
+
+def fill_cache(dataset, workers):
+    """Decode what is not in the cache yet, with progress."""
+    missing, needed = dataset.cache.missing([path for pair in dataset.pairs for path in pair])
+    if not missing:
+        return
+    print(f"--cache {dataset.cache.folder}: {len(missing)} files to decode, {needed / 1e9:.2f} GB")
+    dataset.cache.check_room(needed)
+    missing = set(missing)
+    todo = [index for index, pair in enumerate(dataset.pairs) if not missing.isdisjoint(pair)]
+    for _ in progress(DataLoader(Jobs(dataset.fill_cache, todo), None, num_workers=workers), "decoding", "image"):
+        pass
+
+
+def class_index(dataset, workers, folder):
+    """Where the classes are in the label maps: (M, 4) rows of image, class, row, column. Built once, and kept."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for _, path in dataset.pairs]
+    key = hashlib.sha256(repr((files, dataset.classes.rows, dataset.seed)).encode()).hexdigest()[:16]
+    path = Path(folder, f"class_index_{key}.npy")
+    if not path.exists():
+        rows = []
+        for found in progress(DataLoader(Jobs(dataset.positions, range(len(dataset))), None, num_workers=workers),
+                              "finding classes", "label map"):
+            rows += found
+        checkpoint.write_atomically(path, lambda file: np.save(file, np.array(rows, np.int64)))
+    return np.load(path)
+
+
+def make_sampler(args, dataset, shares, workers, processes):
+    """Which sample comes when; shares: seed, first and last entry, and which of them are this process's."""
+    if args.sampling == "class":
+        first = processes is None or processes.rank == 0
+        index = class_index(dataset, workers, args.cache or args.snapshot_dir) if first else None
+        return ClassSampler(index if processes is None else processes.first(index), *shares)
+    if dataset.weights:
+        return WeightedSampler(dataset.parts, dataset.weights, *shares)
+    return EpochSampler(len(dataset), *shares)
 
 
 def quick_validation(args, engine, normalization, classes, workers, log):
@@ -371,10 +429,16 @@ def main(argv=None):
         args.amp = amp
     checkpoint.seed_generators(args.random_seed)
 
-    transform = train_transform(args.input_size, (0.5, 2.0) if args.random_scale else None, args.random_mirror)
-    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, transform, args.random_seed)
+    transform = train_transform(args.input_size, args.random_scale, args.random_mirror)
+    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, transform, args.random_seed,
+                                cache=args.cache, jitter=args.jitter)
     print(dataset.describe())
     dataset.check_labels()
+    if args.cache:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:       # one process of each host
+            fill_cache(dataset, workers)
+        if processes is not None:
+            processes.wait()
     failed = None
     try:
         run(args, devices, processes, precision, dataset, workers)
@@ -395,7 +459,7 @@ def run(args, devices, processes, precision, dataset, workers):
     normalization = Normalization()
     shape = {"model": args.model, "num_classes": classes.num_classes, "backbone": args.backbone,
              "norm": args.norm, "activation": args.activation}
-    arguments = vars(args) | {"input_size": list(args.input_size)}
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
     config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
               "input_size": list(args.input_size), "arguments": arguments}
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -411,11 +475,10 @@ def run(args, devices, processes, precision, dataset, workers):
     start = resume(args.resume, args.snapshot_dir, engine, config) if args.resume else 0
 
     part = args.batch_size // args.accumulate       # crops of a pass, over all devices
-    sampler = EpochSampler(len(dataset), args.random_seed, start * args.batch_size, args.num_steps * args.batch_size,
-                           part, rank, world)
-    loader = DataLoader(dataset, part // world, sampler=sampler, num_workers=workers,
-                        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                        worker_init_fn=cli.leave_ctrl_c_to_the_parent,
+    shares = (args.random_seed, start * args.batch_size, args.num_steps * args.batch_size, part, rank, world)
+    loader = DataLoader(dataset, part // world, sampler=make_sampler(args, dataset, shares, workers, processes),
+                        num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                        prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
                         generator=torch.Generator())    # its own: dropout goes on with what was resumed
 
     def save(step, best=None):

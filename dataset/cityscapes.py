@@ -1,194 +1,211 @@
 """Cityscapes, and every data set that a list of files and a class table describe."""
 
+import os
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from utils import cli
 from utils.cli import UserError
 
 from .labels import IGNORE_INDEX, ClassTable
+from .reading import DecodedCache, read_ids, read_image
+from .sampling import class_positions
 
-OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525}
+OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
+COARSE = "train_extra"      # the split whose truth is in gtCoarse
+JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 class CityscapesDataset(Dataset):
     """Images with label maps.
 
     Without a list, `root/leftImg8bit/<split>/<city>/*_leftImg8bit.png` and
-    `root/gtFine/<split>/<city>/*_gtFine_labelIds.png` are scanned.
+    `root/gtFine/<split>/<city>/*_gtFine_labelIds.png` are scanned (gtCoarse for `train_extra`).
 
     Args:
         root: folder of the data set.
-        split: `train`, `val` or `test`.
-        data_list: text file of "image label" lines, paths relative to root.
+        split: `train`, `val`, `test` or `train_extra`; several joined by +, with weights if wanted:
+            `train:2+train_extra:1`.
+        data_list: text file of "image label" lines, paths relative to root or to the list; or several of them.
         classes: `ClassTable`, or the CSV file of one; None for Cityscapes.
-        transform: (image (H, W, 3) uint8, label (H, W) uint8, NumPy Generator) → image, label.
+        transform: (image (H, W, 3) uint8, label (H, W), NumPy Generator) → image, label.
         seed: of the draws of `transform`.
         instances: also read *_instanceIds.png beside *_labelIds.png, where there is one.
+        cache: folder for decoded arrays (`dataset.reading.DecodedCache`), or None.
+        jitter: largest change of brightness, contrast, saturation (factors 1 ± that) and hue (turns), or None.
 
     An item is {"image": uint8 (3, H, W) RGB, "label": uint8 (H, W) train ids, "name": str}, with instances also
-    {"instances": int32 (H, W), "index": int}. An index may be
-    a pair (index, entry): the draws of `transform` are a function of (seed, entry) alone, so it does not
-    matter which worker makes the sample. Raises `UserError` where a file or the list is at fault.
+    {"instances": int32 (H, W), "index": int}, with jitter also {"jitter": (4,) float32}, factors that the device is
+    to apply. An index may be (index, entry): the draws are a function of (seed, entry) alone, so it does not matter
+    which worker makes the sample; or (index, entry, (row, column)) for a window that holds this pixel. Raises
+    `UserError` where a file or the list is at fault.
+
+    Attributes:
+        parts, weights: images of each split or list, in order, and their weights or None.
     """
 
     def __init__(self, root, split="train", data_list=None, classes=None, transform=None, seed=0,
-                 instances=False):
+                 instances=False, cache=None, jitter=None):
         self.root = Path(root)
         self.split = split
         self.classes = classes if isinstance(classes, ClassTable) else ClassTable.read(*([classes] * bool(classes)))
-        self.transform = transform
-        self.seed = seed
-        self.instances = instances
+        self.transform, self.seed = transform, seed
+        self.instances, self.jitter = instances, jitter
+        self.cache = DecodedCache(cache) if cache else None
         if not self.root.is_dir():
             raise UserError(f"--data-dir {root}: expected a folder, found "
                             f"{'a file' if self.root.exists() else 'nothing there'}")
         self.scanned = not data_list
         if self.scanned:
-            self.pairs, self.places = _scan(self.root, split), None
+            names, self.weights = parse_split(split)
+            found = [_scan(self.root, name) for name in names]
+            self.places = None
         else:
-            self.pairs, self.places = _read_list(self.root, Path(data_list))
+            lists = [data_list] if isinstance(data_list, str | Path) else data_list
+            read = [_read_list(self.root, Path(one)) for one in lists]
+            found, self.weights = [pairs for pairs, _ in read], None
+            self.places = [place for _, places in read for place in places]
+        self.parts = [len(pairs) for pairs in found]
+        self.pairs = [pair for pairs in found for pair in pairs]
         self.names = unique_names([image for image, _ in self.pairs], self.root)
 
     def __len__(self):
         return len(self.pairs)
 
     def __getitem__(self, index):
-        index, entry = index if isinstance(index, tuple) else (index, index)
+        index, entry, focus = (*index, None)[:3] if isinstance(index, tuple) else (index, index, None)
         try:
-            image, label = self._read(*self.pairs[index])
+            return self._item(index, np.random.default_rng((self.seed, entry)), focus)
         except UserError as error:
-            if self.scanned:
-                raise
-            raise UserError(f"{self.places[index]}: {error}") from None
-        if self.transform is not None:
-            image, label = self.transform(image, label, np.random.default_rng((self.seed, entry)))
-        item = {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-                "label": torch.from_numpy(np.ascontiguousarray(label)),
-                "name": self.names[index]}
-        if self.instances:
-            path = self.pairs[index][1]
-            path = path.with_name(path.name.replace("labelIds", "instanceIds"))
-            if path != self.pairs[index][1] and path.is_file():
-                item |= {"instances": torch.from_numpy(np.asarray(_open(path)).astype(np.int32)), "index": index}
+            raise self._placed(index, error) from None
+
+    def _item(self, index, rng, focus):
+        path, label_path = self.pairs[index]
+        image, ids = self._decode(path, read_image), self._decode(label_path, read_ids)
+        if image.shape[:2] != ids.shape[:2]:
+            raise UserError(f"{label_path}: expected the size of {path}, {_size(image)}, found {_size(ids)}")
+        check_name(label_path, self.classes)
+        choose = getattr(self.transform, "choose", None)
+        if choose is not None:      # ids become train ids in the window alone
+            window = choose(ids.shape, rng, focus)
+            image, label = window.image(image), self.classes.encode(window.label(ids), label_path)
+            label = window.ignore_outside(label, ids.shape, self.transform.ignore_index)
+        else:
+            label = self.classes.encode(ids, label_path)
+            if self.transform is not None:
+                image, label = self.transform(image, label, rng)
+        item = {"image": _tensor(image.transpose(2, 0, 1)), "label": _tensor(label), "name": self.names[index]}
+        if self.jitter is not None:
+            item["jitter"] = torch.tensor(draw_jitter(self.jitter, rng))
+        instances = label_path.with_name(label_path.name.replace("labelIds", "instanceIds"))
+        if self.instances and instances != label_path and instances.is_file():
+            item |= {"instances": torch.from_numpy(read_ids(instances).astype(np.int32)), "index": index}
         return item
 
-    def _read(self, image_path, label_path):
-        image, label = read_image(image_path), read_label(label_path, self.classes)
-        if image.shape[:2] != label.shape:
-            raise UserError(f"{label_path}: expected the size of {image_path}, {_size(image)}, found {_size(label)}")
-        return image, label
+    def _decode(self, path, decode):
+        return decode(path) if self.cache is None else self.cache.read(path, decode)
+
+    def _placed(self, index, error):
+        """An error of a sample, with the line of the list that names it."""
+        return error if self.scanned else UserError(f"{self.places[index]}: {error}")
+
+    def fill_cache(self, index):
+        """Decode a pair into the cache, without looking at it further. Returns its number."""
+        for path, decode in zip(self.pairs[index], (read_image, read_ids), strict=True):
+            try:
+                self.cache.read(path, decode)
+            except UserError as error:
+                raise self._placed(index, error) from None
+        return index
+
+    def positions(self, index):
+        """Rows (index, class, row, column) of some pixels of each class in a label map: `class_positions`."""
+        try:
+            train_ids = self.classes.encode(self._decode(self.pairs[index][1], read_ids), self.pairs[index][1])
+        except UserError as error:
+            raise self._placed(index, error) from None
+        return [(index, *row) for row in class_positions(train_ids, (self.seed, index), IGNORE_INDEX)]
 
     def check_labels(self, count=8):
         """Read some label maps, spread evenly, before a long run begins.
 
         Raises `UserError` where one holds values that the class table does not know, as reading any does, or where
-        nothing in them is labelled.
+        nothing in them is labelled. Warns of maps that look like train ids.
         """
         chosen = sorted({len(self) * k // count for k in range(count)})
-        if all((read_label(self.pairs[index][1], self.classes) == IGNORE_INDEX).all() for index in chosen):
+        labelled = False
+        for index in chosen:
+            path = self.pairs[index][1]
+            try:
+                ids = read_ids(path)
+                labelled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
+            except UserError as error:
+                raise self._placed(index, error) from None
+            if ids.ndim == 2 and self.classes.looks_like_train_ids(ids):
+                warnings.warn(f"{path}: its values look like train ids, but are read as ids ({self.classes.source}); "
+                              "as ids the map is mostly void", stacklevel=2)
+        if not labelled:
             raise UserError(f"{self.pairs[chosen[0]][1]} and {len(chosen) - 1} other label maps: expected pixels of "
                             f"the {self.classes.num_classes} classes of {self.classes.source}, found only ignored ones")
 
     def describe(self):
         """One line: how many images, and whether that differs from the official split."""
         text = f"{self.split if self.scanned else 'list'}: {len(self)} images, {self.classes.num_classes} classes"
-        official = OFFICIAL_COUNTS.get(self.split)
-        if self.scanned and official and len(self) != official:
-            text += f" (the official Cityscapes {self.split} split has {official})"
+        for name, found in zip(parse_split(self.split)[0] if self.scanned else (), self.parts, strict=False):
+            official = OFFICIAL_COUNTS.get(name)
+            if official and found != official:
+                text += f" (the official Cityscapes {name} split has {official})"
         return text
 
 
-class EpochSampler(Sampler):
-    """Endless permutations of a data set, one after the other: yields (index, entry) from `start` on.
-
-    Entry e lies in epoch e // length, whose permutation is a function of (seed, epoch).
-
-    Args:
-        length: entries of an epoch.
-        seed: of the permutations.
-        start, stop: first entry, and the one to stop before; whole batches.
-        batch_size: entries of a batch, over all processes.
-        rank, world: this process, and their number: it gets the rank-th slice of every batch.
-    """
-
-    def __init__(self, length, seed, start, stop, batch_size=1, rank=0, world=1):
-        self.length, self.seed, self.start, self.stop = length, seed, start, stop
-        self.batch_size, self.rank, self.share = batch_size, rank, batch_size // world
-
-    def __len__(self):
-        return (self.stop - self.start) // self.batch_size * self.share
-
-    def __iter__(self):
-        epoch, order = None, None
-        for entry in range(self.start, self.stop):
-            if entry % self.batch_size // self.share != self.rank:
-                continue
-            if entry // self.length != epoch:
-                epoch = entry // self.length
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            yield int(order[entry % self.length]), entry
+def parse_split(text):
+    """"train:2+train_extra:1" → (["train", "train_extra"], [2.0, 1.0]); without weights ([...], None)."""
+    names, weights = [], []
+    for part in text.split("+"):
+        name, colon, weight = part.partition(":")
+        try:
+            weights.append(float(weight) if colon else None)
+        except ValueError:
+            weights.append(-1.0)
+        names.append(name)
+        if not name or (weights[-1] is not None and not 0 < weights[-1] < float("inf")):
+            raise UserError(f"--split {text}: expected names joined by +, such as train+val or train:2+train_extra:1, "
+                            f"found {part!r}")
+    if None in weights:
+        if set(weights) != {None}:
+            raise UserError(f"--split {text}: expected a weight for every split or for none, found some")
+        return names, None
+    return names, weights
 
 
-def read_image(path, upright=False):
-    """File → RGB (H, W, 3) uint8: grey, palettes, 16 bits and transparency become RGB. Raises `UserError`.
-
-    upright: turn it as its EXIF orientation says.
-    """
-    image = _open(path)
-    if upright:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):      # 16 bits: Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
+def draw_jitter(amounts, rng):
+    """Factors of brightness, contrast and saturation, and a shift of hue: 4 floats."""
+    return [*(rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts[:3]),
+            rng.uniform(-amounts[3], amounts[3])]
 
 
-def read_label(path, classes):
-    """File → train ids (H, W) uint8 by the class table. Raises `UserError`."""
-    ids = np.asarray(_open(path))
-    if ids.ndim != 2:
-        raise UserError(f"{path}: expected a label map with one channel of ids, found {ids.shape[2]} channels")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{path}: expected whole numbers, found {ids.dtype}")
+def check_name(path, classes):
+    """Raise `UserError` where a file's name says that it holds train ids, and the table wants ids."""
     if not classes.is_identity and "labelTrainIds" in Path(path).name:
         raise UserError(f"{path}: expected ids ({classes.source}), found a file of train ids by its name: "
                         "use *_labelIds.png")
-    train_ids = classes.encode(ids, path)
-    if classes.looks_like_train_ids(ids):
-        warnings.warn(f"{path}: its values look like train ids, but are read as ids ({classes.source}); "
-                      "as ids the map is mostly void", stacklevel=2)
-    return train_ids
-
-
-def _open(path):
-    try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected an image, found no such file") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: expected an image, found a file that is none") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
 
 
 def _scan(root, split):
     folder = root / "leftImg8bit" / split
+    truth = "gtCoarse" if split == COARSE else "gtFine"
     images = sorted(folder.glob("*/*_leftImg8bit.png"))
     if not images:
         raise UserError(f"{folder}: expected <city>/*_leftImg8bit.png in it, found none "
                         "(--data-list reads other layouts)")
     pairs = []
     for image in images:
-        name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-        label = root / "gtFine" / split / image.parent.name / name
+        name = image.name.replace("_leftImg8bit.png", f"_{truth}_labelIds.png")
+        label = root / truth / split / image.parent.name / name
         if not label.is_file():
             raise UserError(f"{label}: expected the label map of {image}, found no such file")
         pairs.append((image, label))
@@ -202,20 +219,27 @@ def _read_list(root, path):
         raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
     pairs, places = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        line = line.strip()
+        if not line or line.startswith("#"):
             continue
         parts = line.split("\t") if "\t" in line else line.split()
         if len(parts) != 2:
-            raise UserError(f"{path}, line {number}: expected \"image label\", found {line.strip()!r}")
-        pair = tuple(root / part.strip() for part in parts)
-        for file in pair:
-            if not file.is_file():
-                raise UserError(f"{path}, line {number}: expected the file {file}, found no such file")
-        pairs.append(pair)
+            raise UserError(f"{path}, line {number}: expected \"image label\" (a tab between names with spaces), found "
+                            f"{line!r}")
+        pairs.append(tuple(_find(part.strip(), root, path, number) for part in parts))
         places.append(f"{path}, line {number}")
     if not pairs:
         raise UserError(f"--data-list {path}: expected lines \"image label\", found an empty list")
     return pairs, places
+
+
+def _find(name, root, path, number):
+    """A file of a list: relative to the root, else to the list. Raises `UserError`."""
+    for folder in (root, path.parent):
+        if os.path.isfile(folder / name):       # false, not an error, for a name too long or a loop of links
+            return folder / name
+    what = "a folder" if os.path.isdir(root / name) else "no such file"
+    raise UserError(f"{path}, line {number}: expected the file {root / name}, found {what}")
 
 
 def unique_names(images, root):
@@ -227,20 +251,10 @@ def unique_names(images, root):
     return ["_".join(path.with_suffix("").parts).strip("/") for path in relative]
 
 
+def _tensor(array):
+    """An array as a tensor of its own; what is mapped from the cache is copied."""
+    return torch.from_numpy(np.require(array, requirements="CW"))
+
+
 def _size(array):
     return f"{array.shape[1]}×{array.shape[0]}"
-
-
-def main():
-    """What lies in a folder: counts of each split, and whether its first pair can be read."""
-    parser = cli.Parser(description="Say what a Cityscapes folder holds.")
-    parser.add_argument("data_dir", help="folder with leftImg8bit/ and gtFine/")
-    data_dir = parser.parse_args().data_dir
-    for split in ("train", "val"):
-        dataset = CityscapesDataset(data_dir, split)
-        item = dataset[0]
-        print(f"{dataset.describe()}; the first is {item['label'].shape[1]}×{item['label'].shape[0]}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from utils import checkpoint
 from utils.cli import UserError
 
-from .cityscapes import OFFICIAL_COUNTS, read_image, unique_names
+from .cityscapes import OFFICIAL_COUNTS, unique_names
+from .reading import read_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
 SUBMISSION = "submission.zip"

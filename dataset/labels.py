@@ -16,7 +16,7 @@ from utils.cli import UserError
 IGNORE_INDEX = 255
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
 COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
-UNKNOWN = -1
+UNKNOWN = 254       # train ids end at 253
 
 
 class ClassTable:
@@ -27,7 +27,8 @@ class ClassTable:
         categories: N category names, by train id; the class's own name where the table has none.
         ids: (N,) the id that stands for each train id in written label maps (the first of the table).
         palette: (256, 3) uint8 RGB by train id; black for what is ignored.
-        lookup: id → train id, `IGNORE_INDEX` or `UNKNOWN`; int16.
+        lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
+        color_lookup: {red · 65536 + green · 256 + blue: the train ids, or `IGNORE_INDEX`, of that colour}.
     """
 
     def __init__(self, rows, source="class table"):
@@ -36,7 +37,7 @@ class ClassTable:
         self.rows = rows
         evaluated = [row for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)]
         found = sorted({row["train_id"] for row in evaluated})
-        if not found or found != list(range(len(found))) or len(found) >= IGNORE_INDEX:
+        if not found or found != list(range(len(found))) or len(found) > UNKNOWN:
             raise UserError(f"{source}: expected train ids 0 to N-1 without a gap (-1 or 255 to ignore), "
                             f"N at most 254, found {found}")
         ids = [row["id"] for row in rows]
@@ -50,11 +51,16 @@ class ClassTable:
         self.ids = np.array([row["id"] for row in classes])
         self.palette = np.zeros((256, 3), np.uint8)
         self.palette[:len(classes)] = [[row["red"], row["green"], row["blue"]] for row in classes]
-        self.lookup = np.full(max(ids) + 1, UNKNOWN, np.int16)
+        # A negative id (license plate) never stands in a label map.
+        trained = {row["id"]: IGNORE_INDEX if row["train_id"] == -1 else row["train_id"] for row in rows
+                   if row["id"] >= 0}
+        self.lookup = np.full(1 << 16, UNKNOWN, np.uint8)
+        self.lookup[list(trained)] = list(trained.values())
+        self.color_lookup = {}
         for row in rows:
-            if row["id"] >= 0:      # a negative id (license plate) never stands in a label map
-                ignored = row["train_id"] == -1
-                self.lookup[row["id"]] = IGNORE_INDEX if ignored else row["train_id"]
+            if row["id"] >= 0:
+                color = row["red"] << 16 | row["green"] << 8 | row["blue"]
+                self.color_lookup.setdefault(color, set()).add(trained[row["id"]])
 
     @classmethod
     def read(cls, path=CITYSCAPES):
@@ -77,16 +83,37 @@ class ClassTable:
         return len(self.names)
 
     def encode(self, ids, name="label map"):
-        """Ids (H, W), any integer dtype → train ids (H, W) uint8.
+        """Ids (H, W), any integer dtype, or colours (H, W, 3) uint8 → train ids (H, W) uint8.
 
         Raises `UserError` naming `name` where the table does not know a value.
         """
-        known = (ids >= 0) & (ids < len(self.lookup))
-        train_ids = self.lookup[np.where(known, ids, 0)]
-        train_ids = np.where(known, train_ids, UNKNOWN)
-        if (train_ids == UNKNOWN).any():
-            self._complain(ids, train_ids, name)
-        return train_ids.astype(np.uint8)
+        if ids.ndim == 3:
+            return self._encode_colors(ids, name)
+        if ids.dtype not in (np.uint8, np.uint16):
+            outside = (ids < 0) | (ids >= len(self.lookup))
+            if outside.any():
+                self._complain(ids, outside, name)
+        train_ids = self.lookup[ids]
+        unknown = train_ids == UNKNOWN
+        if unknown.any():
+            self._complain(ids, unknown, name)
+        return train_ids
+
+    def _encode_colors(self, colors, name):
+        packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)       # (H, W)
+        train_ids = np.full(packed.shape, UNKNOWN, np.uint8)
+        for color in np.unique(packed).tolist():
+            found = self.color_lookup.get(color, set())
+            shown = f"({color >> 16}, {color >> 8 & 255}, {color & 255})"
+            if not found:
+                same = "; red, green and blue are equal, as if ids were saved in three channels: save one" * (
+                    len({color >> 16, color >> 8 & 255, color & 255}) == 1)
+                raise UserError(f"{name}: expected the colours of {self.source}, found {shown}{same}")
+            if len(found) > 1:
+                raise UserError(f"{name}: expected a colour for each class, found {shown}, which {self.source} gives "
+                                f"to the train ids {sorted(found)}; use a map of ids")
+            train_ids[packed == color] = next(iter(found))
+        return train_ids
 
     def decode(self, train_ids):
         """Train ids (H, W) → ids (H, W), uint8 or, where ids go beyond 255, uint16; ignored ones become 0."""
@@ -102,7 +129,7 @@ class ClassTable:
         """Whether a map that passes as ids is rather one of train ids: its values all are train ids, no
         value is an id beyond them, and read as ids it is mostly void."""
         values, counts = np.unique(ids, return_counts=True)
-        if self.is_identity or values.max() >= self.num_classes:
+        if self.is_identity or not 0 <= values.min() <= values.max() < self.num_classes:
             return False
         return counts[self.lookup[values] == IGNORE_INDEX].sum() > ids.size / 2
 
@@ -129,8 +156,8 @@ class ClassTable:
         """Whether every evaluated id is its own train id."""
         return np.array_equal(self.ids, np.arange(self.num_classes))
 
-    def _complain(self, ids, train_ids, name):
-        unknown = np.unique(ids[train_ids == UNKNOWN])
+    def _complain(self, ids, wrong, name):
+        unknown = np.unique(ids[wrong])
         everything = np.unique(ids)
         hint = ""
         if not self.is_identity and np.isin(everything, [*range(self.num_classes), IGNORE_INDEX]).all():

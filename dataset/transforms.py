@@ -1,4 +1,7 @@
-"""Training transforms. Image and label always go through the same geometry, in one step."""
+"""Training transforms. Image and label always go through the same geometry, in one step.
+
+What to cut out is chosen first, then only the pixels of that window are touched.
+"""
 
 from dataclasses import dataclass
 
@@ -10,12 +13,59 @@ PADDING_COLOR = (124, 116, 104)
 
 
 @dataclass(frozen=True)
+class Window:
+    """A window of a scaled image, perhaps mirrored.
+
+    Attributes:
+        size: (height, width), pixels.
+        scale: of the image before the window is cut.
+        top, left: first pixel, after scaling.
+        mirrored: left-right.
+    """
+
+    size: tuple
+    scale: float
+    top: int
+    left: int
+    mirrored: bool
+
+    def image(self, image):
+        """image (H, W, 3) uint8 → its pixels in the window, bilinear, of `size`."""
+        height, width = self.size
+        s, left, top = self.scale, self.left, self.top
+        # From a pixel of the window to one of the source: x_source = (x_window + left + 1/2) / scale - 1/2.
+        to_source = np.array([[1 / s, 0, (left + 0.5) / s - 0.5], [0, 1 / s, (top + 0.5) / s - 0.5]])
+        if self.mirrored:
+            to_source[0] = [-1 / s, 0, (left + width - 0.5) / s - 0.5]
+        if s == 1:      # whole pixels: nothing to interpolate
+            to_source = np.round(to_source)
+        return cv2.warpAffine(image, to_source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                              borderMode=cv2.BORDER_CONSTANT, borderValue=PADDING_COLOR)
+
+    def label(self, label):
+        """label (H, W[, C]), any dtype → its values in the window, nearest, of `size`; the nearest there is outside."""
+        rows, columns = self._nearest()
+        return label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
+
+    def ignore_outside(self, label, shape, ignore_index):
+        """Write the ignore index where the window lies outside a source of `shape`."""
+        rows, columns = self._nearest()
+        label[(rows < 0) | (rows >= shape[0])] = ignore_index
+        label[:, (columns < 0) | (columns >= shape[1])] = ignore_index
+        return label
+
+    def _nearest(self):
+        """Source row and column of each row and column of the window; they may lie outside."""
+        rows, columns = (np.floor((np.arange(length) + first + 0.5) / self.scale).astype(np.int64)
+                         for length, first in zip(self.size, (self.top, self.left), strict=True))
+        return rows, columns[::-1] if self.mirrored else columns
+
+
+@dataclass(frozen=True)
 class TrainTransform:
     """Random scale, random window, mirror.
 
-    Scale, window and mirror are chosen first; then one resampling makes the window's pixels, bilinear for
-    the image and nearest for the label. Pixels have half-pixel centres: a point x of the source, measured
-    from its edge, goes to s · x.
+    Pixels have half-pixel centres: a point x of the source, measured from its edge, goes to s · x.
 
     Args:
         input_size: (height, width) of the window, pixels.
@@ -30,23 +80,31 @@ class TrainTransform:
     ignore_index: int = 255
 
     def __call__(self, image, label, rng=None):
-        """image (H, W, 3) uint8, label (H, W) uint8 → the same of input_size.
+        """image (H, W, 3) uint8, label (H, W) → the same of input_size.
 
         rng: a NumPy Generator; every draw comes from it, always in the same order.
         """
-        rng = rng or np.random.default_rng()
+        window = self.choose(label.shape, rng or np.random.default_rng())
+        return window.image(image), window.ignore_outside(window.label(label), label.shape, self.ignore_index)
+
+    def choose(self, shape, rng, focus=None):
+        """The window of a source of shape (H, W, ...); with focus (row, column) it holds that pixel of the source."""
         low, high = self.scale_range or (1.0, 1.0)
         scale = rng.uniform(low, high)
         place = rng.uniform(size=2)
         mirrored = bool(rng.integers(2)) and self.mirror
-        left, top = (_offset(length * scale, window, u) for length, window, u
-                     in zip(image.shape[1::-1], self.input_size[::-1], place, strict=True))
-        return warp(image, label, self.input_size, scale, top, left, mirrored, self.ignore_index)
+        top, left = (_offset(int(round(length * scale)), window, u, None if focus is None else (point + 0.5) * scale)
+                     for length, window, u, point
+                     in zip(shape[:2], self.input_size, place[::-1], focus or (0, 0), strict=True))
+        return Window(tuple(self.input_size), scale, top, left, mirrored)
 
 
-def _offset(length, window, u):
+def _offset(length, window, u, point=None):
     """First pixel of the window along an axis of that many pixels; a shorter axis is padded at its end."""
-    return int(u * (int(round(length)) - window + 1)) if length >= window else 0
+    low, high = 0, max(0, length - window)
+    if point is not None:
+        low, high = max(low, int(np.ceil(point - window))), min(high, int(point))
+    return low + int(u * (max(low, high) - low + 1))
 
 
 def warp(image, label, size, scale, top, left, mirrored, ignore_index):
@@ -54,19 +112,13 @@ def warp(image, label, size, scale, top, left, mirrored, ignore_index):
 
     image (H, W, 3) uint8; label (H, W) uint8; size (height, width), top and left in pixels after scaling.
     """
-    height, width = size
-    # From a pixel of the window to one of the source: x_source = (x_window + left + 1/2) / scale - 1/2.
-    to_source = np.array([[1 / scale, 0, (left + 0.5) / scale - 0.5],
-                          [0, 1 / scale, (top + 0.5) / scale - 0.5]])
-    if mirrored:
-        to_source[0] = [-1 / scale, 0, (left + width - 0.5) / scale - 0.5]
-    if scale == 1:      # whole pixels: nothing to interpolate
-        to_source = np.round(to_source)
-    image = cv2.warpAffine(image, to_source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                           borderMode=cv2.BORDER_CONSTANT, borderValue=PADDING_COLOR)
-    label = cv2.warpAffine(label, to_source, (width, height), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-                           borderMode=cv2.BORDER_CONSTANT, borderValue=ignore_index)
-    return image, label
+    window = Window(tuple(size), scale, top, left, mirrored)
+    return window.image(image), window.ignore_outside(window.label(label), label.shape, ignore_index)
 
 
 train_transform = TrainTransform
+
+
+def one_thread():
+    """Let OpenCV compute in the calling thread alone: a worker process has one core."""
+    cv2.setNumThreads(0)

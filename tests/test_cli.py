@@ -16,10 +16,10 @@ from utils.distributed import select_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
-abn-backend accumulate activation amp backbone batch-size channels-last checkpoint classes compile data-dir data-list
-gpu help input-size keep learning-rate log-every model momentum norm num-classes num-steps num-workers ohem ohem-keep
-ohem-thres opt-level panel-every parallel power random-mirror random-scale random-seed restore-from resume
-save-pred-every snapshot-dir split val-every val-list val-split weight-decay
+abn-backend accumulate activation amp backbone batch-size cache channels-last checkpoint classes compile data-dir
+data-list gpu help input-size jitter keep learning-rate log-every model momentum norm num-classes num-steps
+num-workers ohem ohem-keep ohem-thres opt-level panel-every parallel power random-mirror random-scale random-seed
+restore-from resume sampling save-pred-every snapshot-dir split val-every val-list val-split weight-decay
 """
 EVALUATE = """amp batch-size classes data-dir data-list export flip gpu help images input-size no-flip num-workers
 output-dir overlap overwrite restore-from save scales split submission whole"""
@@ -48,7 +48,9 @@ def test_defaults_are_the_published_numbers():
     assert (args.learning_rate, args.weight_decay, args.momentum, args.power) == (1e-2, 1e-4, 0.9, 0.9)
     assert (args.input_size, args.batch_size, args.num_steps) == ((769, 769), 8, 60000)
     assert (args.ohem, args.ohem_thres, args.ohem_keep) == (0, 0.7, 100000)
-    assert (args.random_scale, args.random_mirror) == (False, False)
+    assert (args.random_scale, args.random_mirror) == (None, False)
+    for words, expected in (([], (0.5, 2.0)), (["0.7,1.4"], (0.7, 1.4))):
+        assert train.get_parser().parse_args(["--data-dir", "x", "--random-scale", *words]).random_scale == expected
     assert (args.model, args.backbone, args.norm) == ("acfnet", "eca_resnet101", "inplace_abn")
     args = evaluate.get_parser().parse_args(["--data-dir", "x", "--restore-from", "y"])
     assert tuple(args.scales) == (0.75, 1.0, 1.25, 1.5, 1.75, 2.0) and args.flip and args.overlap == 1 / 3
@@ -90,6 +92,8 @@ def test_documented_commands_parse(source):
     (["--ohem-thres", "1.5"], "expected a number from 0 to 1"),
     (["--num-workers", "-1"], "expected a number of at least 0"),
     (["--backbone", "vgg"], "invalid choice"),
+    (["--random-scale", "2,1"], "expected LO,HI above 0"),
+    (["--jitter", "1,2"], "expected BRIGHTNESS,CONTRAST,SATURATION,HUE"),
 ])
 def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset.cityscapes import EpochSampler
+from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks import build_network
 from utils.distributed import Processes, ThreadReplicas, share_cores

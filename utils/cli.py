@@ -108,6 +108,28 @@ def size(text):
     return (values[0], values[-1])
 
 
+def numbers(count, text, check, what):
+    """"a,b,..." → a tuple of `count` floats that pass a check, or an error that names what was expected."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count or not check(values):
+        raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+    return values
+
+
+def scale_range(text):
+    """Flag type: "LO,HI", factors above 0."""
+    return numbers(2, text, lambda v: 0 < v[0] <= v[1] < float("inf"), "LO,HI above 0, such as 0.5,2.0")
+
+
+def jitter(text):
+    """Flag type: "B,C,S,H", changes of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5)."""
+    return numbers(4, text, lambda v: all(0 <= x <= 1 for x in v[:3]) and 0 <= v[3] <= 0.5,
+                   "BRIGHTNESS,CONTRAST,SATURATION,HUE, at most 1,1,1,0.5")
+
+
 def positive(number):
     """Flag type: `positive(int)` or `positive(float)` parses a number above 0."""
     def parse(text):

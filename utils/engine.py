@@ -59,6 +59,23 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
     return loss, dict(zip(criterion.weights, shown, strict=True))
 
 
+def apply_jitter(images, factors):
+    """Change brightness, contrast, saturation and hue of each image, on its device.
+
+    images (B, 3, H, W) uint8, factors (B, 4) as `dataset.cityscapes.draw_jitter` draws them → images of that shape.
+    """
+    from torchvision.transforms.v2 import functional
+
+    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation,
+               functional.adjust_hue)
+    changed = []
+    for image, values in zip(images, factors.tolist(), strict=True):
+        for change, value in zip(changes, values, strict=True):
+            image = change(image, value)
+        changed.append(image)
+    return torch.stack(changed)
+
+
 class NotFinite(ArithmeticError):
     """A loss is infinite or not a number; nothing was learnt from it. `terms`: {name: float}."""
 
@@ -91,7 +108,8 @@ class Engine:
         """Learn from one batch.
 
         Args:
-            batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)} of this process.
+            batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of this
+                process.
             rate: learning rate.
             measure: find the norm of the gradients.
             asked: whether this process was asked to stop.
@@ -103,8 +121,7 @@ class Engine:
         """
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         generators = random_state(self.devices)
-        parts = [(batch["image"].to(self.devices[0], non_blocking=True, memory_format=self.memory_format),
-                  batch["label"].to(self.devices[0], non_blocking=True)) for batch in batches]
+        parts = [self._place(batch) for batch in batches]
         labelled = self._labelled([labels for _, labels in parts]) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         terms = dict.fromkeys(self.criterion.weights, 0.0)
@@ -128,6 +145,14 @@ class Engine:
             group["lr"] = rate
         self.precision.step(self.optimizer)
         return terms, asked
+
+    def _place(self, batch):
+        """A batch's images and labels, on the first device."""
+        images = batch["image"].to(self.devices[0], non_blocking=True)
+        if "jitter" in batch:
+            images = apply_jitter(images, batch["jitter"])
+        return (images.contiguous(memory_format=self.memory_format),
+                batch["label"].to(self.devices[0], non_blocking=True))
 
     def _labelled(self, labels):
         """Labelled pixels of all parts, and processes: scalar tensor."""

@@ -97,6 +97,34 @@ def iou_chart(path, class_iou, palette):
     figure.savefig(path, bbox_inches="tight")
 
 
+def frequency_chart(path, pixels, palette):
+    """Share of each class in each split, on a logarithmic scale → PNG at `path`.
+
+    pixels: {split: {class name: pixels}}; palette (N, 3) uint8 RGB colours the class names' marks.
+    """
+    splits = {name: values for name, values in pixels.items() if sum(values.values())}
+    names = list(next(iter(pixels.values())))
+    figure = _figure(8, 1.2 + 0.34 * len(names))
+    axes = figure.subplots()
+    thickness = 0.8 / max(1, len(splits))
+    for k, (split, values) in enumerate(splits.items()):
+        shares = 100 * np.array([values[name] for name in names]) / sum(values.values())
+        places = np.arange(len(names)) + (k - (len(splits) - 1) / 2) * thickness
+        axes.barh(places, shares, thickness * 0.92, label=split,
+                  color=("#1f5f99", "#a9c4dd", "#d1791e", "#7a9a3a")[k % 4])
+    axes.scatter(np.full(len(names), -0.02), np.arange(len(names)), marker="s", s=40, clip_on=False,
+                 c=np.asarray(palette[:len(names)]) / 255, transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", pad=16, length=0)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("share of the labelled pixels, %")
+    if splits:
+        axes.legend(loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, bbox_inches="tight")
+
+
 def training_curves(path, metrics, quick):
     """Losses, learning rate and quick validation over the steps → PNG at `path`.
 

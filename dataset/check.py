@@ -1,0 +1,254 @@
+"""What a careful person looks at before a run of days: `python -m dataset.check DATA`.
+
+    python -m dataset.check CITYSCAPES
+    python -m dataset.check DATA --data-list DATA/train.lst DATA/val.lst --classes DATA/classes.csv
+    python -m dataset.check CITYSCAPES --fast        a few files of each split
+
+Every image and label map is decoded once, by all cores. Prints a table; writes check.json, class frequencies and
+contact sheets. Exit status 1 when something is wrong.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import checkpoint, cli, visualize
+from utils.cli import UserError
+from utils.logger import progress
+
+from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name
+from .labels import IGNORE_INDEX, ClassTable
+from .reading import read_ids, read_image
+
+FAST = 16           # pairs of each split that --fast looks into
+SHEET = 12          # pictures of a contact sheet
+WIDTH = 320         # pixels of each
+SHOWN = 5           # problems of one kind that are printed
+SPLITS = ("train", "val", "test", COARSE)
+
+
+def inspect(job):
+    """Facts of one pair of files; job: (image path, label path, `ClassTable`). Problems are sentences."""
+    image_path, label_path, classes = job
+    facts = {"image": str(image_path), "label": str(label_path), "problems": []}
+    image = ids = None
+    try:
+        image = read_image(image_path)
+        facts |= {"size": list(image.shape[:2]), "hash": hashlib.sha256(Path(image_path).read_bytes()).hexdigest(),
+                  "sum": image.reshape(-1, 3).sum(0, dtype=np.int64).tolist(),
+                  "squares": np.square(image.reshape(-1, 3), dtype=np.uint16).sum(0, dtype=np.int64).tolist()}
+    except UserError as error:
+        facts["problems"].append(("unreadable image", str(error)))
+    try:
+        check_name(label_path, classes)
+        ids = read_ids(label_path)
+        train_ids = classes.encode(ids, label_path)
+        facts["classes"] = np.bincount(train_ids.ravel(), minlength=256).tolist()
+        if ids.ndim == 2 and classes.looks_like_train_ids(ids):
+            facts["problems"].append(("looks like train ids", f"{label_path}: expected ids, found values that look "
+                                      "like train ids"))
+    except UserError as error:
+        facts["problems"].append(("label map", str(error)))
+    if image is not None and ids is not None and image.shape[:2] != ids.shape[:2]:
+        facts["problems"].append(("sizes differ", f"{label_path}: expected the size of {image_path}, "
+                                  f"{image.shape[1]}×{image.shape[0]}, found {ids.shape[1]}×{ids.shape[0]}"))
+    return facts
+
+
+def find_pairs(root, split):
+    """Files of a scanned split: pairs, and problems of files that lack their partner."""
+    truth = "gtCoarse" if split == COARSE else "gtFine"
+    images = {path.name.removesuffix("_leftImg8bit.png"): path
+              for path in sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))}
+    labels = {path.name.removesuffix(f"_{truth}_labelIds.png"): path
+              for path in sorted((root / truth / split).glob(f"*/*_{truth}_labelIds.png"))}
+    problems = [("label map missing", f"{images[stem]}: expected its label map in {truth}/{split}, found none")
+                for stem in sorted(images.keys() - labels.keys()) if split != "test"]
+    problems += [("image missing", f"{labels[stem]}: expected its image in leftImg8bit/{split}, found none")
+                 for stem in sorted(labels.keys() - images.keys())]
+    return [(images[stem], labels[stem]) for stem in images if stem in labels], problems
+
+
+def find_splits(root, lists, classes):
+    """{name of split or list: (pairs, problems)}. Raises `UserError` where there is nothing."""
+    if lists:
+        found = {}
+        for path in lists:
+            pairs = CityscapesDataset(root, data_list=path, classes=classes).pairs
+            found[str(path)] = (pairs, [])
+        return found
+    if not root.is_dir():
+        raise UserError(f"{root}: expected a folder, found {'a file' if root.exists() else 'nothing there'}")
+    found = {split: find_pairs(root, split) for split in SPLITS if (root / "leftImg8bit" / split).is_dir()}
+    if not any(pairs for pairs, _ in found.values()):
+        raise UserError(f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, "
+                        "found none (--data-list reads other layouts)")
+    return found
+
+
+def duplicates(facts):
+    """Problems of images whose files are equal, in one split or across; facts: {split: list of facts}."""
+    places = {}
+    for split, entries in facts.items():
+        for entry in entries:
+            if "hash" in entry:
+                places.setdefault(entry["hash"], []).append((split, entry["image"]))
+    problems = []
+    for same in places.values():
+        if len(same) > 1:
+            leak = len({split for split, _ in same}) > 1
+            problems.append(("image in several splits" if leak else "image twice in a split",
+                             " = ".join(f"{image} ({split})" for split, image in same)))
+    return problems
+
+
+def summarise(split, entries, problems, classes, listed):
+    """What `check.json` says of a split."""
+    sums, squares = (np.sum([entry[key] for entry in entries if key in entry] or [[0, 0, 0]], axis=0, dtype=float)
+                     for key in ("sum", "squares"))
+    pixels = sum(math.prod(entry["size"]) for entry in entries if "size" in entry)
+    mean = sums / max(pixels, 1)
+    counts = np.sum([entry["classes"] for entry in entries if "classes" in entry] or [[0] * 256], axis=0)
+    n = classes.num_classes
+    with_class = np.sum([np.asarray(entry["classes"]) > 0 for entry in entries if "classes" in entry]
+                        or [[False] * 256], axis=0)
+    sizes = {}
+    for entry in entries:
+        if "size" in entry:
+            key = f"{entry['size'][1]}×{entry['size'][0]}"
+            sizes[key] = sizes.get(key, 0) + 1
+    return {"pairs": listed, "looked_into": len(entries), "official": OFFICIAL_COUNTS.get(split), "sizes": sizes,
+            "mean": mean.round(3).tolist(), "std": np.sqrt(np.maximum(squares / max(pixels, 1) - mean ** 2, 0))
+            .round(3).tolist(), "pixels": dict(zip(classes.names, counts[:n].tolist(), strict=True)),
+            "images_with": dict(zip(classes.names, with_class[:n].tolist(), strict=True)),
+            "ignored_pixels": int(counts[IGNORE_INDEX]),
+            "problems": [{"kind": kind, "text": text} for kind, text in problems]}
+
+
+def contact_sheet(path, entries, classes):
+    """Images with their label maps over them, side by side, evenly from a split."""
+    good = [entry for entry in entries if not entry["problems"]]
+    if not good:
+        return False
+    tiles = []
+    for entry in (good[len(good) * k // min(SHEET, len(good))] for k in range(min(SHEET, len(good)))):
+        image, labels = read_image(entry["image"]), classes.encode(read_ids(entry["label"]), entry["label"])
+        pair = visualize.panel([image, visualize.overlay(image, classes.color(labels))])
+        height = max(1, round(image.shape[0] * WIDTH / image.shape[1]))
+        tiles.append(np.asarray(Image.fromarray(pair).resize((2 * WIDTH, height))))
+    tallest = max(tile.shape[0] for tile in tiles)
+    tiles = [np.pad(tile, ((0, tallest - tile.shape[0]), (0, 0), (0, 0))) for tile in tiles]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 2)
+    rows = [np.concatenate(tiles[k:k + 2], axis=1) for k in range(0, len(tiles), 2)]
+    visualize.save_png(path, np.concatenate(rows))
+    return True
+
+
+def check(root, lists, classes, folder, fast, workers):
+    """Look into everything. Returns what `check.json` holds; writes it and the pictures."""
+    splits = find_splits(root, lists, classes)
+    facts, report = {}, {}
+    with ProcessPoolExecutor(workers) as pool:
+        for split, (pairs, _) in splits.items():
+            chosen = pairs if not fast else [pairs[len(pairs) * k // FAST] for k in range(FAST)] if len(
+                pairs) > FAST else pairs
+            jobs = pool.map(inspect, [(*pair, classes) for pair in chosen], chunksize=2)
+            facts[split] = list(progress(_Sized(jobs, len(chosen)), f"checking {split}", "image"))
+    leaks = duplicates(facts)
+    for split, (pairs, problems) in splits.items():
+        entries = facts[split]
+        problems = [*problems, *(problem for entry in entries for problem in entry["problems"]),
+                    *(leak for leak in leaks if f"({split})" in leak[1])]
+        # Every label of the official test split is ignored, on purpose.
+        labelled = sum(sum(entry["classes"][:classes.num_classes]) for entry in entries if "classes" in entry)
+        if entries and not labelled and split != "test":
+            problems.append(("nothing labelled", f"{split}: expected pixels of the {classes.num_classes} classes, "
+                             "found only ignored ones"))
+        report[split] = summarise(split, entries, problems, classes, len(pairs))
+        contact_sheet(folder / f"{_file_name(split)}.png", entries, classes)
+    visualize.frequency_chart(folder / "classes.png", {split: values["pixels"] for split, values in report.items()},
+                              classes.palette)
+    text = json.dumps({"data": str(root), "fast": fast, "splits": report}, indent=2) + "\n"
+    checkpoint.write_atomically(folder / "check.json", lambda file: file.write(text.encode()))
+    return report
+
+
+class _Sized:
+    """An iterator with a length, for progress."""
+
+    def __init__(self, iterator, length):
+        self.iterator, self.length = iterator, length
+
+    def __iter__(self):
+        return iter(self.iterator)
+
+    def __len__(self):
+        return self.length
+
+
+def _file_name(split):
+    return f"sheet_{Path(split).stem}"
+
+
+def table(report):
+    """The findings as lines of text."""
+    lines = []
+    for split, found in report.items():
+        official = f" (official: {found['official']})" if found["official"] else ""
+        looked = "" if found["looked_into"] == found["pairs"] else f", {found['looked_into']} looked into"
+        lines.append(f"{split}: {found['pairs']} pairs{official}{looked}; sizes "
+                     + ", ".join(f"{size} ({count})" for size, count in sorted(found["sizes"].items())[:4])
+                     + (" ..." if len(found["sizes"]) > 4 else ""))
+        lines.append(f"  mean {found['mean']}, std {found['std']} (RGB, 0 to 255)")
+        total = sum(found["pixels"].values()) + found["ignored_pixels"]
+        for name, pixels in found["pixels"].items():
+            lines.append(f"  {name:<24}{100 * pixels / max(total, 1):7.3f} % of pixels, in {found['images_with'][name]}"
+                         " images")
+        lines.append(f"  {'ignored':<24}{100 * found['ignored_pixels'] / max(total, 1):7.3f} %")
+        kinds = {}
+        for problem in found["problems"]:
+            kinds.setdefault(problem["kind"], []).append(problem["text"])
+        for kind, texts in kinds.items():
+            lines.append(f"  WRONG, {kind}: {len(texts)}")
+            lines += [f"    {text}" for text in texts[:SHOWN]]
+            if len(texts) > SHOWN:
+                lines.append("    ... (all in check.json)")
+    return "\n".join(lines)
+
+
+def main():
+    parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    parser.add_argument("--data-list", nargs="+", metavar="FILE", help="files of \"image label\" lines, one a split")
+    parser.add_argument("--classes", help="class table (CSV); default Cityscapes")
+    parser.add_argument("--output-dir", help="default: runs/check_<name of the folder>")
+    parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
+    parser.add_argument("--num-workers", type=cli.positive(int), default=os.cpu_count(), help="processes (all cores)")
+    args = parser.parse_args()
+    root = Path(args.data_dir)
+    folder = Path(args.output_dir or Path("runs") / f"check_{root.resolve().name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: expected a folder, found: {error}") from None
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
+    report = check(root, args.data_list, classes, folder, args.fast, args.num_workers)
+    print(table(report))
+    wrong = sum(len(found["problems"]) for found in report.values())
+    print(f"{wrong} problem{'s' * (wrong != 1)}; check.json, classes.png and contact sheets in {folder}")
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

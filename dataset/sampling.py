@@ -1,0 +1,121 @@
+"""Which sample comes when: a function of (seed, entry) alone, whoever makes it.
+
+Entries are counted from 0 over the whole run; batch t of size B is entries tB to (t+1)B - 1.
+"""
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+POSITIONS = 16      # pixels of each class that the index keeps of each image
+
+
+class EntrySampler(Sampler):
+    """Yields what `pick` says of every entry of this process.
+
+    Args:
+        seed: of all draws.
+        start, stop: first entry, and the one to stop before; whole batches.
+        batch_size: entries of a batch, over all processes.
+        rank, world: this process, and their number: it gets the rank-th slice of every batch.
+    """
+
+    def __init__(self, seed, start, stop, batch_size=1, rank=0, world=1):
+        self.seed, self.start, self.stop = seed, start, stop
+        self.batch_size, self.rank, self.share = batch_size, rank, batch_size // world
+
+    def __len__(self):
+        return (self.stop - self.start) // self.batch_size * self.share
+
+    def __iter__(self):
+        for entry in range(self.start, self.stop):
+            if entry % self.batch_size // self.share == self.rank:
+                yield self.pick(entry)
+
+    def pick(self, entry):
+        """What the data set's `__getitem__` gets: (index, entry), or (index, entry, (row, column))."""
+        raise NotImplementedError
+
+
+class EpochSampler(EntrySampler):
+    """Endless permutations of a data set, one after the other; that of epoch e is a function of (seed, e).
+
+    length: images of the data set; the rest as in `EntrySampler`.
+    """
+
+    def __init__(self, length, seed, start, stop, batch_size=1, rank=0, world=1):
+        super().__init__(seed, start, stop, batch_size, rank, world)
+        self.length, self.epoch, self.order = length, None, None
+
+    def pick(self, entry):
+        if entry // self.length != self.epoch:
+            self.epoch = entry // self.length
+            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return int(self.order[entry % self.length]), entry
+
+
+class WeightedSampler(EntrySampler):
+    """Draws a part of the data set by its weight, then one of its images.
+
+    lengths, weights: images of each part, in the data set's order, and their weights; the rest as in `EntrySampler`.
+    """
+
+    def __init__(self, lengths, weights, seed, start, stop, batch_size=1, rank=0, world=1):
+        super().__init__(seed, start, stop, batch_size, rank, world)
+        self.first = np.concatenate([[0], np.cumsum(lengths)])
+        self.shares = np.asarray(weights, float) / np.sum(weights)
+
+    def pick(self, entry):
+        rng = np.random.default_rng((self.seed, entry, 1))
+        part = rng.choice(len(self.shares), p=self.shares)
+        return int(rng.integers(self.first[part], self.first[part + 1])), entry
+
+
+class ClassSampler(EntrySampler):
+    """Class-uniform crops: draws a class, an image that has it, and one of its pixels, which the crop will hold.
+
+    After Zhu et al., "Improving Semantic Segmentation via Video Propagation and Label Relaxation", CVPR 2019,
+    section 3.4 (there for a part of each epoch; here for every sample).
+
+    index: (M, 4) int64 rows of image, class, row, column, as `class_positions` finds them; the rest as in
+        `EntrySampler`.
+    """
+
+    def __init__(self, index, seed, start, stop, batch_size=1, rank=0, world=1):
+        super().__init__(seed, start, stop, batch_size, rank, world)
+        self.places = {}        # class → {image: its rows}
+        for image, kind, row, column in index.tolist():
+            self.places.setdefault(kind, {}).setdefault(image, []).append((row, column))
+        self.classes = sorted(self.places)
+
+    def pick(self, entry):
+        rng = np.random.default_rng((self.seed, entry, 2))
+        images = self.places[self.classes[rng.integers(len(self.classes))]]
+        image = list(images)[rng.integers(len(images))]
+        return image, entry, images[image][rng.integers(len(images[image]))]
+
+
+def class_positions(train_ids, seed, ignore_index=255):
+    """Where the classes of a label map are: rows (class, row, column), up to `POSITIONS` random pixels of each."""
+    rng = np.random.default_rng(seed)
+    flat = train_ids.ravel()
+    found = []
+    for kind in np.flatnonzero(np.bincount(flat, minlength=256)):
+        if kind == ignore_index:
+            continue
+        pixels = np.flatnonzero(flat == kind)
+        pixels = rng.choice(pixels, min(POSITIONS, len(pixels)), replace=False)
+        found += [(int(kind), *divmod(int(pixel), train_ids.shape[1])) for pixel in pixels]
+    return found
+
+
+class Jobs(Dataset):
+    """A function over indices as a data set, so that a DataLoader's workers call it."""
+
+    def __init__(self, function, indices):
+        self.function, self.indices = function, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, number):
+        return self.function(self.indices[number])

@@ -1,0 +1,205 @@
+"""Which sample comes when, what is in it, and the cache it may come from."""
+
+import os
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from dataset import reading
+from dataset.cityscapes import CityscapesDataset, draw_jitter, parse_split
+from dataset.reading import DecodedCache, read_ids, read_image
+from dataset.sampling import ClassSampler, WeightedSampler, class_positions
+from dataset.transforms import train_transform
+from utils.cli import UserError
+from utils.engine import apply_jitter
+
+
+def index_of(dataset):
+    return np.array([row for number in range(len(dataset)) for row in dataset.positions(number)])
+
+
+def test_positions_are_pixels_of_their_class(streets):
+    dataset = CityscapesDataset(streets, "train")
+    index = index_of(dataset)
+    for image, kind, row, column in index.tolist():
+        assert dataset[image]["label"][row, column] == kind
+    for image in range(len(dataset)):
+        present = set(np.unique(dataset[image]["label"])) - {255}
+        assert set(index[index[:, 0] == image, 1].tolist()) == present
+    flat = np.zeros((30, 40), np.uint8)
+    flat[:, 20:] = 3
+    found = np.array(class_positions(flat, 0))
+    assert Counter(found[:, 0].tolist()) == {0: 16, 3: 16} and (found[found[:, 0] == 3, 2] >= 20).all()
+
+
+@pytest.mark.parametrize("scale_range", [None, (0.5, 2.0)])
+def test_class_uniform_crops_show_every_class_as_often_as_expected(streets, scale_range):
+    """Each class is drawn with probability 1 / N, and the crop holds the drawn pixel."""
+    dataset = CityscapesDataset(streets, "train", transform=train_transform((65, 65), scale_range))
+    index = index_of(dataset)
+    kind_of = {(image, row, column): kind for image, kind, row, column in index.tolist()}
+    kinds = sorted(set(kind_of.values()))
+    drawn, seen = Counter(), Counter()
+    for image, entry, (row, column) in ClassSampler(index, 3, 0, 1200):
+        kind = kind_of[image, row, column]
+        drawn[kind] += 1
+        if entry < 200:
+            seen[kind] += bool((dataset[image, entry, (row, column)]["label"] == kind).any())
+    expected = 1200 / len(kinds)
+    # A binomial count strays from its mean by more than four standard deviations once in 16,000 times.
+    assert all(abs(drawn[kind] - expected) < 4 * (expected * (1 - 1 / len(kinds))) ** 0.5 for kind in kinds)
+    # Nearest resampling at half the size may step over a drawn pixel of a thing one pixel wide.
+    assert sum(seen.values()) >= (200 if scale_range is None else 190)
+
+
+def test_a_class_sample_is_a_function_of_seed_and_entry(streets):
+    index = index_of(CityscapesDataset(streets, "train"))
+    whole = list(ClassSampler(index, 3, 0, 24, 6))
+    assert list(ClassSampler(index, 3, 12, 24, 6)) == whole[12:]
+    parts = [list(ClassSampler(index, 3, 0, 24, 6, rank, 2)) for rank in range(2)]
+    assert [p for t in range(4) for part in parts for p in part[3 * t:3 * t + 3]] == whole
+    assert list(ClassSampler(index, 4, 0, 24, 6)) != whole
+
+
+def test_weights_of_splits_are_shares_of_samples():
+    counts = Counter(image >= 5 for image, _ in WeightedSampler([5, 50], [3, 1], 0, 0, 4000))
+    assert abs(counts[False] - 3000) < 4 * (4000 * 0.75 * 0.25) ** 0.5
+    images = {image for image, _ in WeightedSampler([5, 50], [3, 1], 0, 0, 4000)}
+    assert images == set(range(55))
+
+
+@pytest.mark.parametrize("text, expected", [("train", (["train"], None)), ("train+val", (["train", "val"], None)),
+                                            ("train:2+train_extra:0.5", (["train", "train_extra"], [2.0, 0.5]))])
+def test_splits_are_parsed(text, expected):
+    assert parse_split(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "train+", "train:x", "train:0", "train:-1", "train:2+val", "train:inf"])
+def test_splits_that_make_no_sense(text):
+    with pytest.raises(UserError, match="--split"):
+        parse_split(text)
+
+
+def test_several_splits_and_coarse_labels(streets, tmp_path, capsys):
+    shutil.copytree(streets, tmp_path / "d")
+    for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+        target = tmp_path / "d" / kind.replace("gtFine", "gtCoarse") / "train_extra/drawn"
+        target.mkdir(parents=True)
+        for path in sorted((tmp_path / "d" / kind / "val/drawn").glob(f"*{suffix}.png"))[:2]:
+            shutil.copy(path, target / path.name.replace("gtFine", "gtCoarse"))
+    dataset = CityscapesDataset(tmp_path / "d", "train+train_extra")
+    assert len(dataset) == 11 and "gtCoarse" in str(dataset.pairs[-1][1]) and dataset[10]["label"].shape == (128, 256)
+    train.main(["--data-dir", str(tmp_path / "d"), "--split", "train:1+train_extra:2", "--snapshot-dir",
+                str(tmp_path / "s"), "--gpu", "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet",
+                "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0", "--num-steps", "2",
+                "--jitter", "0.4,0.4,0.4,0.05", "--random-scale", "0.7,1.5"])
+    shown = capsys.readouterr().out
+    assert "train:1+train_extra:2: 11 images" in shown and "official Cityscapes train_extra split has 19998" in shown
+
+
+def test_class_sampling_trains_and_keeps_its_index(streets, tmp_path, capsys):
+    words = ["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), "--gpu", "cpu", "--backbone",
+             "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0",
+             "--sampling", "class", "--cache", str(tmp_path / "c")]
+    train.main([*words, "--num-steps", "1"])
+    shown = capsys.readouterr().out
+    assert "finding classes: 9/9" in shown and "18 files to decode, 0.00 GB" in shown
+    train.main([*words, "--num-steps", "2", "--resume"])
+    shown = capsys.readouterr().out
+    assert "finding classes" not in shown and "to decode" not in shown
+
+
+def test_jitter_changes_colours_as_drawn_and_nothing_else(streets):
+    torch.manual_seed(0)
+    images = torch.randint(256, (3, 3, 9, 11), dtype=torch.uint8)
+    same = apply_jitter(images, torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 3))
+    assert (same.int() - images.int()).abs().max() <= 1 and same.dtype == torch.uint8
+    darker = apply_jitter(images, torch.tensor([[0.5, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]]))
+    assert (darker[0].int() * 2 - images[0].int()).abs().max() <= 3
+    assert (darker[1] == darker[1][:1]).all()                        # no saturation: grey
+    assert darker[2].float().std() < 1                               # no contrast: one value
+    dataset = CityscapesDataset(streets, "train", jitter=(0.4, 0.4, 0.4, 0.1))
+    assert torch.equal(dataset[0, 5]["jitter"], dataset[1, 5]["jitter"])
+    assert not torch.equal(dataset[0, 5]["jitter"], dataset[0, 6]["jitter"])
+    drawn = np.array([draw_jitter((0.4, 0.2, 1.0, 0.1), np.random.default_rng(k)) for k in range(500)])
+    for column, (low, high) in zip(drawn.T, ((0.6, 1.4), (0.8, 1.2), (0.0, 2.0), (-0.1, 0.1)), strict=True):
+        assert low <= column.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < column.max() <= high
+
+
+def test_the_cache_gives_the_same_samples_and_decodes_once(streets, tmp_path, monkeypatch):
+    transform = train_transform((65, 65))
+    plain = CityscapesDataset(streets, "train", transform=transform)
+    cached = CityscapesDataset(streets, "train", transform=transform, cache=tmp_path / "c")
+    for _ in range(2):
+        for index in range(len(plain)):
+            a, b = plain[index, index], cached[index, index]
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+        monkeypatch.setattr(reading, "open_image", lambda path: pytest.fail("decoded again"))
+        plain = cached
+    assert len(list((tmp_path / "c").iterdir())) == 18
+
+
+def test_a_changed_file_is_decoded_again_and_a_half_written_array_is_not_used(tmp_path):
+    path, cache = tmp_path / "a.png", DecodedCache(tmp_path / "c")
+    Image.fromarray(np.full((4, 5, 3), 7, np.uint8)).save(path)
+    assert (cache.read(path, read_image) == 7).all() and cache.missing([path]) == ([], 0)
+    Image.fromarray(np.full((4, 5, 3), 9, np.uint8)).save(path)
+    os.utime(path, ns=(1, 1))
+    missing, needed = cache.missing([path])
+    assert missing == [path] and needed == 4 * 5 * 3 + 128
+    (tmp_path / "c" / f".{cache.place(path).name}.123.tmp").write_bytes(b"half")
+    assert (cache.read(path, read_image) == 9).all()
+    assert len(list((tmp_path / "c").glob("*.npy"))) == 1
+
+
+def test_too_little_room_for_the_cache_is_said_first(streets, tmp_path, monkeypatch):
+    dataset = CityscapesDataset(streets, "train", cache=tmp_path / "c")
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="--cache .*: expected 0.00 GB free for the decoded images, found 0.00 GB"):
+        train.fill_cache(dataset, 0)
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_labels_of_all_kinds(tmp_path):
+    """16 bits, ids above 255, palettes, two values, colours through the table: the same map of classes."""
+    table = tmp_path / "classes.csv"
+    table.write_text("name,id,train_id,red,green,blue\nroad,7,0,128,64,128\ncar,300,1,0,0,142\nvoid,0,255,0,0,0\n")
+    ids = np.array([[7, 300, 0], [300, 300, 7]])
+    colors = {7: (128, 64, 128), 300: (0, 0, 142), 0: (0, 0, 0)}
+    image = Image.fromarray(np.zeros((2, 3, 3), np.uint8))
+    image.save(tmp_path / "i.png")
+    expected = [[0, 1, 255], [1, 1, 0]]
+    rgb = np.array([[colors[i] for i in row] for row in ids.tolist()], np.uint8)
+    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(ids.astype(np.int32)).save(tmp_path / "int.tif")
+    Image.fromarray(rgb).save(tmp_path / "colour.png")
+    Image.fromarray(np.dstack([rgb, np.full((2, 3, 1), 255, np.uint8)])).save(tmp_path / "rgba.png")
+    Image.fromarray(rgb).save(tmp_path / "lossless.webp", lossless=True)
+    for name in ("deep.png", "int.tif", "colour.png", "rgba.png", "lossless.webp"):
+        (tmp_path / "l.txt").write_text(f"# a comment\ni.png {name}\n")
+        dataset = CityscapesDataset(tmp_path, data_list=tmp_path / "l.txt", classes=table)
+        assert dataset[0]["label"].tolist() == expected, name
+    small = np.array([[1, 0, 2], [0, 0, 1]], np.uint8)
+    palette = Image.fromarray(small).convert("P")
+    palette.putdata(small.ravel().tolist())
+    palette.save(tmp_path / "palette.png")
+    assert read_ids(tmp_path / "palette.png").tolist() == small.tolist()
+    Image.fromarray(small % 2 == 1).save(tmp_path / "bits.png")
+    assert read_ids(tmp_path / "bits.png").tolist() == (small % 2).tolist()
+
+
+def test_lists_may_be_several_and_relative_to_themselves(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "inner" / f"{name}.png")
+    Image.fromarray(np.full((2, 3), 7, np.uint8)).save(tmp_path / "inner/l.png")
+    (tmp_path / "inner/one.lst").write_text("a.png l.png\r\n\r\n# b.png l.png\r\n")
+    (tmp_path / "two.lst").write_text("inner/b.png inner/l.png\n")
+    dataset = CityscapesDataset(tmp_path, data_list=[tmp_path / "inner/one.lst", tmp_path / "two.lst"])
+    assert dataset.names == ["a", "b"] and dataset.parts == [1, 1] and (dataset[1]["label"] == 0).all()

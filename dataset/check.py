@@ -17,6 +17,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -42,9 +43,10 @@ def inspect(job):
     image = ids = None
     try:
         image = read_image(image_path)
+        mean, std = (values[:, 0] for values in cv2.meanStdDev(image))
+        pixels = image.shape[0] * image.shape[1]
         facts |= {"size": list(image.shape[:2]), "hash": hashlib.sha256(Path(image_path).read_bytes()).hexdigest(),
-                  "sum": image.reshape(-1, 3).sum(0, dtype=np.int64).tolist(),
-                  "squares": np.square(image.reshape(-1, 3), dtype=np.uint16).sum(0, dtype=np.int64).tolist()}
+                  "sum": (mean * pixels).tolist(), "squares": ((std ** 2 + mean ** 2) * pixels).tolist()}
     except UserError as error:
         facts["problems"].append(("unreadable image", str(error)))
     try:

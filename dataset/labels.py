@@ -128,10 +128,10 @@ class ClassTable:
     def looks_like_train_ids(self, ids):
         """Whether a map that passes as ids is rather one of train ids: its values all are train ids, no
         value is an id beyond them, and read as ids it is mostly void."""
-        values, counts = np.unique(ids, return_counts=True)
-        if self.is_identity or not 0 <= values.min() <= values.max() < self.num_classes:
+        if self.is_identity or not 0 <= ids.min() <= ids.max() < self.num_classes:
             return False
-        return counts[self.lookup[values] == IGNORE_INDEX].sum() > ids.size / 2
+        counts = np.bincount(ids.ravel(), minlength=self.num_classes)
+        return counts[self.lookup[:len(counts)] == IGNORE_INDEX].sum() > ids.size / 2
 
     @property
     def instance_sizes(self):

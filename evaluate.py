@@ -25,7 +25,6 @@ For other runtimes:
 """
 
 import argparse
-import json
 import os
 import sys
 from collections import deque
@@ -367,8 +366,7 @@ def run(args, path, device, workers, processes):
     visualize.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
                  worst.entries())
-    checkpoint.write_atomically(folder / "result.json",
-                                lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+    checkpoint.write_json(folder / "result.json", result)
     print(table(result))
     print(f"results in {folder}: report.html, result.json, iou.png, confusion.png"
           f"{''.join(f', {FOLDERS[kind]}/' for kind in kinds)}")

@@ -30,8 +30,8 @@ from dataset.transforms import one_thread, train_transform
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
-from networks import ACTIVATIONS, BACKBONES, MODELS, build_network
-from networks.pretrained import load_weights
+from networks import ACTIVATIONS, BACKBONES, MODELS, STEMS, build_network
+from networks.pretrained import CAFFE, load_weights, read_weights
 from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
@@ -50,6 +50,8 @@ from utils.engine import Engine, NetworkWithLoss, NotFinite
 from utils.inference import Normalization, SlidingPredictor, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, progress, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
+
+NORMALIZATIONS = {"rgb": Normalization(), "bgr": CAFFE}
 
 
 def get_parser():
@@ -90,7 +92,14 @@ def add_what(parser):
     net = parser.add_argument_group("network")
     net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: with ASPP; acfnet_resnet: without; "
                      "base: ASPP without ACF (acfnet)")
-    net.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101", help="(eca_resnet101)")
+    net.add_argument("--backbone", choices=BACKBONES, help="default: that of --restore-from, else eca_resnet101")
+    net.add_argument("--stem", choices=STEMS, help="first convolutions; default: that of --restore-from, else 7x7")
+    net.add_argument("--downsample", choices=("strided", "average"), help="how shortcuts shrink: by a strided "
+                     "convolution or average pooling; default: that of --restore-from, else strided")
+    net.add_argument("--eca-kernels", type=cli.kernels, metavar="K,K,K,K", help="of stages 1 to 4; default: those of "
+                     "--restore-from, else as ECANet released them")
+    net.add_argument("--normalization", choices=NORMALIZATIONS, help="of the input: rgb, ImageNet's mean and "
+                     "deviation; bgr, Caffe's mean; default: that of --restore-from, else rgb")
     net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="relu needs --norm bn (leaky_relu)")
@@ -99,7 +108,10 @@ def add_what(parser):
     net.add_argument("--checkpoint", choices=CHECKPOINTS, default="none",
                      help="memory for time: light recomputes the expansion of each bottleneck, full groups of blocks "
                      "(none)")
-    net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from; without it, random ones")
+    net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from, of ECANet, timm, "
+                     "torchvision, CSAIL or a snapshot; without it, random ones")
+    net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
+                     "come from --restore-from")
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--learning-rate", type=cli.positive(float), default=1e-2, help="of the first step (1e-2)")
@@ -182,7 +194,7 @@ def draw_panel(network, normalization, sample, classes, device):
 
 
 # Flags without which a snapshot belongs to another run: the network, and the sequence of its samples.
-SAME_RUN = ("model", "backbone", "norm", "activation", "data_list", "split", "input_size", "batch_size", "random_seed",
+SAME_RUN = ("model", "norm", "activation", "data_list", "split", "input_size", "batch_size", "random_seed",
             "random_mirror", "random_scale", "sampling", "jitter")
 # Flags that change what is learnt from there on: allowed, and said.
 NEW_COURSE = ("learning_rate", "momentum", "weight_decay", "power", "num_steps", "accumulate", "ohem", "ohem_thres",
@@ -228,6 +240,11 @@ def resume(path, folder, engine, config):
 
 def compare(path, before, now):
     """Refuse to go on from a snapshot of another run; say which flags take another course from here on."""
+    for name, value in now["network"].items():
+        found = before["network"].get(name)
+        if name not in ("model", "norm", "activation", "num_classes") and found != value:
+            raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
+                            "--restore-from and flags go on with that run")
     if before["classes"] != now["classes"]:
         raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
     old, new = before["arguments"], now["arguments"]
@@ -273,20 +290,56 @@ def check(args, devices, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def prepare_network(args, shape, precision, device, memory_format):
-    """Build network and optimiser, and load the weights to start from."""
+def describe_network(args, weights, num_classes):
+    """The arguments of `build_network` and the input's normalisation: what flags leave open follows the weights.
+
+    A backbone's name fixes depth and attention. Raises `UserError` where a flag and the file contradict.
+    """
+    shape = {"model": args.model, "num_classes": num_classes, "backbone": args.backbone or "eca_resnet101",
+             "norm": args.norm, "activation": args.activation, "stem": args.stem or "7x7",
+             "average_downsample": args.downsample == "average",
+             "eca_kernels": list(args.eca_kernels) if args.eca_kernels else None}
+    normalization = NORMALIZATIONS[args.normalization or "rgb"]
+    if weights is None:
+        return shape, normalization
+    found = weights.structure
+    named = f"{'eca_' * found['eca']}resnet{found['depth']}"
+    if args.backbone is None and named not in BACKBONES:
+        raise UserError(f"{weights.name}: expected one of {', '.join(BACKBONES)}, found a residual network of "
+                        f"{found['depth']}")
+    given = args.backbone or named
+    depth, eca = given.removeprefix("eca_").removeprefix("resnet"), given.startswith("eca_")
+    if str(found["depth"]) != depth or (found["eca"] and not eca):
+        raise UserError(f"--backbone {given}: expected weights of that network, found {named} in {weights.name}")
+    kernels = found["eca_kernels"] or shape["eca_kernels"]
+    for flag, value, theirs in (("stem", args.stem, found["stem"]), ("eca-kernels", args.eca_kernels and list(
+            args.eca_kernels), found["eca_kernels"]), ("downsample", args.downsample, "average" if
+            found["average_downsample"] else "strided")):
+        if value is not None and theirs is not None and value != theirs:
+            raise UserError(f"--{flag} {value}: expected that of {weights.name}, found {theirs} there")
+    if found["stem"] not in STEMS:
+        raise UserError(f"{weights.name}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
+    shape |= {"backbone": given, "stem": found["stem"], "average_downsample": found["average_downsample"],
+              "eca_kernels": list(kernels) if kernels else None}
+    return shape, normalization if args.normalization else weights.normalization
+
+
+def prepare_network(args, shape, weights, precision, device, memory_format):
+    """Build network and optimiser, and load the weights to start from. Returns also the account of the weights."""
     network = build_network(**shape, recompute=args.checkpoint).to(device, memory_format=memory_format)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
     if args.norm == "inplace_abn":
         print(backend.describe())
-    if args.restore_from:
-        print(load_weights(network, checkpoint.load(args.restore_from[0]), args.restore_from[0]))
+    account = None
+    if weights is not None:
+        account = load_weights(network, weights, allow_partial=args.allow_partial)
+        print(account)
     elif not args.resume:
         print("no --restore-from: the network starts from random weights")
     # A snapshot has the weights, their momentum, and whatever else is small.
     checkpoint.check_room(args.snapshot_dir, 8 * sum(parameter.numel() for parameter in network.parameters()))
-    return precision.prepare(network, optimizer)
+    return *precision.prepare(network, optimizer), account
 
 
 def share_batches(module, devices, processes):
@@ -390,7 +443,7 @@ def explain(error, args, num_classes, crops):
     pixels = args.input_size[0] * args.input_size[1]
 
     def kept(recompute, amp):
-        network = build_network(args.model, num_classes, args.backbone, args.norm, args.activation,
+        network = build_network(args.model, num_classes, args.backbone or "eca_resnet101", args.norm, args.activation,
                                 recompute=recompute)
         sizes, _ = memory.kept_bytes(network, torch.zeros(2, 3, 129, 129), AUTOCAST[amp])
         return sum(sizes.values()) / (2 * 129 * 129) * crops * pixels / 1e9
@@ -456,16 +509,19 @@ def run(args, devices, processes, precision, dataset, workers):
     """Train: this process's part of it, on these devices."""
     device, classes = devices[0], dataset.classes
     rank, world = (processes.rank, processes.size) if processes else (0, 1)
-    normalization = Normalization()
-    shape = {"model": args.model, "num_classes": classes.num_classes, "backbone": args.backbone,
-             "norm": args.norm, "activation": args.activation}
+    weights = read_weights(args.restore_from[0]) if args.restore_from else None
+    shape, normalization = describe_network(args, weights, classes.num_classes)
+    if weights is not None:
+        print(f"network: {shape['backbone']}, stem {shape['stem']}, "
+              f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, "
+              f"mean {normalization.mean}")
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
     config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
               "input_size": list(args.input_size), "arguments": arguments}
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    network, optimizer = prepare_network(args, shape, precision, device, memory_format)
-    weights = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
-    criterion = SegmentationCriterion(weights, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep)
+    network, optimizer, account = prepare_network(args, shape, weights, precision, device, memory_format)
+    factors = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
+    criterion = SegmentationCriterion(factors, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep)
     if rank:
         checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
     if args.compile:
@@ -490,6 +546,8 @@ def run(args, devices, processes, precision, dataset, workers):
 
     about = about_this_run(arguments, devices)
     with NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start, about) as log:
+        if account is not None and rank == 0:
+            checkpoint.write_json(Path(args.snapshot_dir, "weights.json"), account.as_json())
         train(engine, loader, start, args.num_steps, args.accumulate, args.learning_rate, args.power,
               args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
               panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),

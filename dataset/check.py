@@ -10,7 +10,6 @@ contact sheets. Exit status 1 when something is wrong.
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import warnings
@@ -178,8 +177,7 @@ def check(root, lists, classes, folder, fast, workers):
         contact_sheet(folder / f"{_file_name(split)}.png", entries, classes)
     visualize.frequency_chart(folder / "classes.png", {split: values["pixels"] for split, values in report.items()},
                               classes.palette)
-    text = json.dumps({"data": str(root), "fast": fast, "splits": report}, indent=2) + "\n"
-    checkpoint.write_atomically(folder / "check.json", lambda file: file.write(text.encode()))
+    checkpoint.write_json(folder / "check.json", {"data": str(root), "fast": fast, "splits": report})
     return report
 
 

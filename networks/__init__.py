@@ -11,14 +11,18 @@ from .aspp import ASPP
 from .eca import ECA
 from .resnet import BasicBlock, Bottleneck, ResNet
 
-# ECA kernel sizes of stages 1 to 4 are in the names of the files ECANet released: 18 k3577, 50 k3557, 101 k3357.
+# ECA kernel sizes of stages 1 to 4 are in the names of the files ECANet released: 18 k3577, 50 k3557, others k3357.
 BACKBONES = {
     "eca_resnet18": {"block": BasicBlock, "depths": (2, 2, 2, 2), "eca_kernels": (3, 5, 7, 7)},
+    "eca_resnet34": {"block": BasicBlock, "depths": (3, 4, 6, 3), "eca_kernels": (3, 3, 5, 7)},
     "eca_resnet50": {"block": Bottleneck, "depths": (3, 4, 6, 3), "eca_kernels": (3, 5, 5, 7)},
     "eca_resnet101": {"block": Bottleneck, "depths": (3, 4, 23, 3), "eca_kernels": (3, 3, 5, 7)},
+    "eca_resnet152": {"block": Bottleneck, "depths": (3, 8, 36, 3), "eca_kernels": (3, 3, 5, 7)},
     "resnet18": {"block": BasicBlock, "depths": (2, 2, 2, 2), "eca_kernels": None},
+    "resnet34": {"block": BasicBlock, "depths": (3, 4, 6, 3), "eca_kernels": None},
     "resnet50": {"block": Bottleneck, "depths": (3, 4, 6, 3), "eca_kernels": None},
     "resnet101": {"block": Bottleneck, "depths": (3, 4, 23, 3), "eca_kernels": None},
+    "resnet152": {"block": Bottleneck, "depths": (3, 8, 36, 3), "eca_kernels": None},
 }
 STEMS = {"7x7": None, "64-64-128": (64, 64, 128), "32-32-64": (32, 32, 64)}
 ACTIVATIONS = {"leaky_relu": partial(nn.LeakyReLU, 0.01, inplace=True), "relu": partial(nn.ReLU, inplace=True)}

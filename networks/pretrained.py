@@ -1,73 +1,231 @@
-"""Weights from files into a network, with an account of every tensor."""
+"""Weights from files into a network, with an account of every tensor.
+
+Families are recognised from the files themselves:
+
+    ours         snapshots of train.py, or a network's or backbone's state dict
+    ECANet       eca_resnet{18,34,50,101,152}_k????.pth.tar: 7×7 stem, `layerN.M.eca.conv.weight`
+    timm         .pth or .safetensors of resnet{18,34,50,101}[d], ecaresnet{50,101}d: `se.conv.weight`, deep stem
+                 32-32-64, average-pool downsampling
+    torchvision  resnet{18,34,50,101,152}
+    CSAIL        resnet101-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
+"""
 
 import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
+from utils import checkpoint
 from utils.cli import UserError
+from utils.inference import Normalization
+
+PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
+DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
+# Caffe's order and mean, which the CSAIL networks were trained with: no division by a deviation.
+CAFFE = Normalization("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
+CSAIL_STEM = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.2", "bn2": "conv1.3", "conv3": "conv1.4",
+              "bn3": "bn1"}
+TIMM_STEM = {"conv1.0": "conv1.0", "conv1.1": "conv1.1", "conv1.3": "conv1.2", "conv1.4": "conv1.3",
+             "conv1.6": "conv1.4"}
 
 
-def load_weights(network, content, name):
-    """Copy what fits from a file's content into a network; say what became of the tensors.
+@dataclass
+class Weights:
+    """What a file holds.
 
-    Accepted: a snapshot of ours, or a state dict (also under `state_dict`, also with the prefix `module.`)
-    of a whole network or of a ResNet with torchvision's names. Tensors whose name or shape has no
-    counterpart are left out; a convolution of a stage without one means another depth, and is refused.
+    Attributes:
+        name: of the file.
+        family: see the head of this file.
+        state: our names (`backbone.` before those of a backbone) → tensors.
+        norm: `bn` or `inplace_abn`: what a norm's weight means.
+        structure: what the file says of the network: depth, eca, stem, average_downsample, eca_kernels.
+        normalization: of the input that the weights expect.
+    """
 
-    Norms of the other kind are converted (`libs.convert`): weights are taken as signed scales unless the file
-    is a snapshot whose network has in-place norms.
+    name: str
+    family: str
+    state: dict
+    norm: str
+    structure: dict
+    normalization: Normalization
+
+
+@dataclass
+class Account:
+    """What became of every tensor: names, with reasons where something was not loaded.
+
+    `share`: of the backbone's values, loaded.
+    """
+
+    name: str
+    family: str
+    loaded: list = field(default_factory=list)
+    initialised: dict = field(default_factory=dict)
+    ignored: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+    share: float = 0.0
+
+    def as_json(self):
+        return {"file": self.name, "family": self.family, "backbone_loaded": self.share, "loaded": self.loaded,
+                "initialised": self.initialised, "ignored": self.ignored, "notes": self.notes}
+
+    def __str__(self):
+        lines = [f"{self.name}, {self.family}: loaded {len(self.loaded)} tensors ({self.share:.1%} of the backbone's "
+                 "values)"]
+        for title, found in (("initialised", self.initialised), ("ignored", self.ignored)):
+            reasons = {}
+            for key, reason in found.items():
+                reasons.setdefault(reason, []).append(key)
+            for reason, keys in reasons.items():
+                some = f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                lines.append(f"  {title:<12}{len(keys):>4}  {reason}: {some}")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def read_weights(path):
+    """Read and recognise a file → `Weights`. Raises `UserError` that says what the file looks like."""
+    path = Path(path)
+    _look(path)
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"{path}: expected the package safetensors for this file, found none; pip install "
+                            "safetensors") from None
+        try:
+            content = load_file(path)
+        except Exception as error:  # noqa: BLE001, its own kinds of error
+            raise UserError(f"{path}: expected a file of safetensors, found one that cannot be read: {error}") from None
+    else:
+        content = checkpoint.load(path)
+    return recognise(content, str(path))
+
+
+def recognise(content, name):
+    """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
+    config = content.get("config") if isinstance(content, dict) else None
+    network = config.get("network", {}) if isinstance(config, dict) else {}
+    state = _state_dict(content, name)
+    prefix = next((key.removesuffix(PROBE) for key in state if key.endswith(PROBE)), None)
+    if prefix is None:
+        raise UserError(f"{name}: expected weights of a residual network, found {len(state)} tensors without "
+                        f"{PROBE}, such as {', '.join(list(state)[:3])}")
+    whole = prefix.endswith("backbone.")
+    outer = prefix.removesuffix("backbone.")
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    family, renamed = _rename(inside, whole)
+    ours = {f"backbone.{key}": value for key, value in renamed.items()}
+    if whole:
+        ours |= {key.removeprefix(outer): value for key, value in state.items()
+                 if key.startswith(outer) and not key.startswith(prefix)}
+    normalization = Normalization.from_config(config["normalization"]) if network and "normalization" in config else (
+        CAFFE if family == "CSAIL" else Normalization())
+    return Weights(name, family, ours, network.get("norm", "bn"), structure(renamed), normalization)
+
+
+def structure(state):
+    """What a residual network's tensors, by our names, say of it; None for what they leave open."""
+    blocks = tuple(1 + max((int(match[1]) for key in state if (match := re.match(rf"layer{stage}\.(\d+)\.", key))),
+                           default=-1) for stage in (1, 2, 3, 4))
+    basic = "layer1.0.conv3.weight" not in state
+    stem = "7x7"
+    if "conv1.0.weight" in state:
+        stem = "-".join(str(len(state[f"conv1.{index}.weight"])) for index in (0, 2, 4))
+    kernels = [state[key].shape[-1] for stage in (1, 2, 3, 4)
+               if (key := f"layer{stage}.0.eca.conv.weight") in state]
+    return {"depth": (BASIC_DEPTHS if basic else DEPTHS).get(blocks, f"with {'-'.join(map(str, blocks))} blocks"),
+            "eca": bool(kernels), "stem": stem, "eca_kernels": kernels or None,
+            "average_downsample": "layer2.0.downsample.1.weight" in state
+            and state["layer2.0.downsample.1.weight"].ndim == 4}
+
+
+def load_weights(network, weights, name="", allow_partial=False):
+    """Copy what fits into a network.
+
+    Norms of the other kind are converted (`libs.convert`). Channel attention that the file does not have starts at
+    zero, where it scales by 1/2, with the norm before it doubled: features are those of the network without it.
 
     Args:
         network: of `build_network`.
-        content: what the file holds.
-        name: the file's name, for messages.
+        weights: `Weights`, or what a file holds and its `name`.
+        allow_partial: also when less than half of the backbone's values come from the file.
 
     Returns:
-        A sentence that counts loaded, initialised and ignored tensors. Raises `UserError` when less than
-        half of the backbone's values come from the file.
+        `Account`. Raises `UserError` when a convolution of a stage has no counterpart, nothing fits, or too little.
     """
-    found = _state_dict(content, name)
-    target = network.state_dict()
-    renamed = {key if key in target else f"backbone.{key}": value for key, value in found.items()}
-    fitting = {key: value for key, value in renamed.items() if key in target and value.shape == target[key].shape}
-    misfits = [key for key in renamed if re.search(r"layer\d\.\d+\.conv\d\.weight$", key) and key not in fitting]
+    if not isinstance(weights, Weights):
+        weights = recognise(weights, name)
+    target, account = network.state_dict(), Account(weights.name, weights.family)
+    fitting = {}
+    for key, value in weights.state.items():
+        if key in target and value.shape == target[key].shape:
+            fitting[key] = value
+        else:
+            account.ignored[key] = _why_ignored(key, value, target)
+    misfits = [key for key in account.ignored if re.search(r"backbone\.layer\d\.\d+\.conv\d\.weight$", key)]
     if misfits:
-        raise UserError(f"{name}: expected the backbone of this network, found convolutions of another one: "
-                        f"{misfits[0].removeprefix('backbone.')} {tuple(renamed[misfits[0]].shape)}{_some(misfits)}")
-    counted = {key: value for key, value in target.items() if not key.endswith("num_batches_tracked")}
+        raise UserError(f"{weights.name}: expected the backbone of this network, found convolutions of another one: "
+                        f"{misfits[0].removeprefix('backbone.')} {tuple(weights.state[misfits[0]].shape)}"
+                        f"{f' and {len(misfits) - 1} more' if len(misfits) > 1 else ''}")
+    counted = [key for key in target if not key.endswith("num_batches_tracked")]
     backbone = [key for key in counted if key.startswith("backbone.")]
-    values = sum(counted[key].numel() for key in backbone)
-    loaded = sum(counted[key].numel() for key in backbone if key in fitting)
-    if loaded < values / 2:
-        raise UserError(f"{name}: expected weights of this network or its backbone, found {len(fitting)} fitting "
-                        f"tensors of {len(found)}: {loaded / values:.0%} of the backbone's values")
-    fitting, converted = _convert_norms(network, fitting, _norm_of(content))
+    values = sum(target[key].numel() for key in backbone)
+    account.share = sum(target[key].numel() for key in backbone if key in fitting) / values
+    if not fitting or (account.share < 0.5 and not allow_partial):
+        insist = "; --allow-partial insists" if fitting else ""
+        raise UserError(f"{weights.name}: expected weights of this network or its backbone, found {len(fitting)} "
+                        f"fitting tensors of {len(weights.state)}: {account.share:.0%} of the backbone's values"
+                        f"{insist}")
+    neutral = _neutral_attention(fitting, target, weights.structure)
+    fitting |= neutral
+    account.loaded = [key for key in fitting if key not in neutral or ".eca." not in key]
+    for key in counted:
+        if key not in fitting:
+            account.initialised[key] = ("another number of classes" if key in account.ignored
+                                        else "no counterpart in the file")
+        elif key in neutral and ".eca." in key:
+            account.initialised[key] = "no attention in the file: 0, and the norm before it doubled, so nothing changes"
+    fitting, note = _convert_norms(network, fitting, weights.norm)
+    account.notes += [note] * bool(note)
     network.load_state_dict(fitting, strict=False)
-    fresh = [key for key in counted if key not in fitting]
-    ignored = [key for key in renamed if key not in fitting]
-    return (f"{name}: loaded {len([key for key in fitting if key in counted])} tensors "
-            f"({loaded / values:.1%} of the backbone); {len(fresh)} keep their initial values{_some(fresh)}; "
-            f"{len(ignored)} of the file have no place here{_some(ignored)}{converted}")
+    return account
 
 
-def _norm_of(content):
-    config = content.get("config")
-    return config["network"]["norm"] if isinstance(config, dict) and "network" in config else "bn"
-
-
-def _convert_norms(network, state, source):
-    """Weights for norms of kind `source` → for those of the network; and a sentence, if anything changed."""
-    target = norm_kind(network)
-    if source == target:
-        return state, ""
-    pairs = norms_and_convolutions(network, torch.empty(2, 3, 65, 65))
-    if target == "bn":
-        return to_plain(state, pairs), "; scales of in-place norms became |weight| + eps"
-    negative = sum(int((state[f"{norm}.weight"] < 0).sum()) for norm in pairs if f"{norm}.weight" in state)
-    state, inexact = to_in_place(state, pairs)
-    return state, (f"; for in-place norms {negative} negative scales moved into the convolutions before them, and "
-                   f"{inexact} channels with |weight| below 1e-5 are not exact")
+def _look(path):
+    """Recognise what is no file of weights from its first bytes, before the rest is read."""
+    if path.is_dir():
+        names = {file.name for file in path.iterdir()}
+        if "latest" in names or any("zero_pp_rank" in name or "mp_rank" in name for name in names):
+            raise UserError(f"{path}: expected a file of weights, found a folder that looks like DeepSpeed's; its "
+                            "script zero_to_fp32.py makes one file of it")
+        inside = [name for name in sorted(names) if name.endswith((".ckpt", ".pth", ".pt", ".safetensors"))]
+        lightning = " that looks like Lightning's" if any(name.endswith(".ckpt") for name in inside) or (
+            "checkpoints" in names and "hparams.yaml" in names) else ""
+        raise UserError(f"{path}: expected a file of weights, found a folder{lightning}"
+                        + (f"; give a file in it: {', '.join(inside[:3])}" if inside else
+                           "; give the .ckpt file in checkpoints/" * bool(lightning)))
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file of weights, found no such file")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    found = None
+    if not head:
+        found = "an empty file"
+    elif head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer in its place; git lfs pull fetches the file"
+    elif re.match(rb"\s*(<!doctype|<html|<\?xml|<head)", head, re.I):
+        found = "a web page; the download link leads to a page, not to the file"
+    elif path.suffix != ".safetensors" and head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        found = f"a download that was cut off after {path.stat().st_size / 1e6:.1f} MB; fetch it again"
+    elif not head.startswith((b"PK", b"\x80")) and path.suffix != ".safetensors" and all(
+            byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
+        found = f"a text file that begins {head[:40].decode()!r}"
+    if found:
+        raise UserError(f"{path}: expected a file of weights, found {found}")
 
 
 def _state_dict(content, name):
@@ -77,9 +235,65 @@ def _state_dict(content, name):
             break
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{name}: expected named tensors (a state dict), found none")
-    return {key.removeprefix("module."): value for key, value in content.items()
-            if isinstance(value, torch.Tensor)}
+    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def _some(keys):
-    return f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
+def _rename(state, ours):
+    """A residual network's tensors by the names of its family → (family, by our names)."""
+    if ours or ("conv1.4.weight" in state and "conv1.6.weight" not in state):       # the latter: our backbone alone
+        return "ours", state
+    stem = {}
+    family = "torchvision"
+    if any(".se.conv.weight" in key for key in state) or "conv1.6.weight" in state:
+        family, stem = "timm", TIMM_STEM if "conv1.6.weight" in state else {}
+    elif any(".eca.conv.weight" in key for key in state):
+        family = "ECANet"
+    elif "conv3.weight" in state:
+        family, stem = "CSAIL", CSAIL_STEM
+    renamed = {}
+    for key, value in state.items():
+        module, _, tensor = key.rpartition(".")
+        renamed[f"{stem.get(module, module)}.{tensor}".replace(".se.conv.", ".eca.conv.")] = value
+    return family, renamed
+
+
+def _why_ignored(key, value, target):
+    if key in target:
+        kind = "another number of classes" if key.split(".")[0] in ("fine", "coarse", "aux") else "another shape"
+        return kind
+    if re.match(r"backbone\.(fc|classifier|last_linear)\.", key):
+        return "the classifier of the file"
+    if ".eca." in key:
+        return "no attention in this network"
+    return "no counterpart in this network"
+
+
+def _neutral_attention(fitting, target, structure):
+    """Attention at zero and doubled norms before it, for a backbone with attention from a file without."""
+    missing = [key for key in target if key.startswith("backbone.") and key.endswith(".eca.conv.weight")]
+    if structure["eca"] or not missing:
+        return {}
+    neutral = {}
+    for key in missing:
+        block = key.removesuffix("eca.conv.weight")
+        last = "bn3" if f"{block}bn3.weight" in target else "bn2"
+        neutral[key] = torch.zeros_like(target[key])
+        for tensor in ("weight", "bias"):
+            name = f"{block}{last}.{tensor}"
+            if name in fitting:
+                neutral[name] = 2 * fitting[name].to(target[name].dtype)
+    return neutral
+
+
+def _convert_norms(network, state, source):
+    """Weights for norms of kind `source` → for those of the network; and a sentence, if anything changed."""
+    target = norm_kind(network)
+    if source == target:
+        return state, ""
+    pairs = norms_and_convolutions(network, torch.empty(2, 3, 65, 65))
+    if target == "bn":
+        return to_plain(state, pairs), "scales of in-place norms became |weight| + eps"
+    negative = sum(int((state[f"{norm}.weight"] < 0).sum()) for norm in pairs if f"{norm}.weight" in state)
+    state, inexact = to_in_place(state, pairs)
+    return state, (f"for in-place norms {negative} negative scales moved into the convolutions before them, and "
+                   f"{inexact} channels with |weight| below 1e-5 are not exact")

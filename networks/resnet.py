@@ -150,7 +150,8 @@ class ResNet(nn.Module):
             # The first block of a dilated stage keeps the dilation before it: it reads the grid of the
             # previous stage (as torchvision does).
             first_dilation = dilation
-            if reached * stride > output_stride:
+            unstrided = reached * stride > output_stride
+            if unstrided:
                 dilation, stride = dilation * stride, 1
             reached *= stride
             blocks = []
@@ -159,7 +160,8 @@ class ResNet(nn.Module):
                 out_channels = width * block.expansion
                 downsample = None
                 if stride != 1 or in_channels != out_channels:
-                    downsample = _downsample(in_channels, out_channels, stride, norm, average_downsample)
+                    downsample = _downsample(in_channels, out_channels, stride, norm, average_downsample,
+                                             unstrided)
                 attend = (lambda channels, stage=stage: attention(channels, stage)) if attention else None
                 blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm,
                                     activation=activation, attention=attend, downsample=downsample))
@@ -189,12 +191,17 @@ class ResNet(nn.Module):
         return [stage[first:first + length] for first in range(0, len(stage), length)]
 
 
-def _downsample(in_channels, out_channels, stride, norm, average):
+def _downsample(in_channels, out_channels, stride, norm, average, unstrided):
+    """The shortcut that changes size or channels; unstrided: the block's stride has become dilation."""
     layers = []
     if average:
-        # ceil_mode, and no counting of what lies outside: odd sizes come out as from a strided convolution.
-        layers = [nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1
-                  else nn.Identity()]
+        if stride > 1:
+            # ceil_mode, and no counting of what lies outside: odd sizes come out as from a strided convolution.
+            layers = [nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)]
+        elif unstrided:     # as timm: still averaged, with a row and a column of zeros beyond the border
+            layers = [nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))]
+        else:
+            layers = [nn.Identity()]
         stride = 1
     return nn.Sequential(*layers, conv1x1(in_channels, out_channels, stride),
                          norm(out_channels, activation="identity"))

@@ -1,25 +1,173 @@
-"""Weights from files into networks."""
+"""Weights from files into networks: each family against the package, or the description, that it comes from."""
+
+import json
 
 import pytest
+import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
+from torch import nn
 
-from networks import build_network
-from networks.pretrained import load_weights
-from tests.conftest import SHARED, randomise
+import train
+from networks import BACKBONES, build_backbone, build_network
+from networks.pretrained import CAFFE, load_weights, read_weights, recognise
+from tests.conftest import SHARED, SMALL, randomise
 from utils import checkpoint
 from utils.cli import UserError
+from utils.inference import Normalization
+
+
+def reference(name, stride):
+    """timm's network, every tensor random: it starts the last norm of each block at zero, which would hide much."""
+    network = timm.create_model(name, pretrained=False, features_only=True, output_stride=stride,
+                                out_indices=(0, 1, 2, 3, 4))
+    randomise(network)
+    return network.double().eval()
+
+
+def ours_from(weights, stride, **options):
+    found = weights.structure
+    backbone = f"{'eca_' * found['eca']}resnet{found['depth']}"
+    network = build_backbone(backbone, "bn", "relu", found["stem"], found["average_downsample"], found["eca_kernels"],
+                             output_stride=stride, **options)
+    network.load_state_dict({key.removeprefix("backbone."): value for key, value in weights.state.items()
+                             if ".fc." not in key})
+    return network.double().eval()
 
 
 def stages(network, images):
-    network.eval()
+    """Output of the stem and of the four stages."""
     with torch.no_grad():
-        return network.backbone(images)
+        stem = network.bn1(network.conv1(images))
+        return [stem, *network(images)]
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+@pytest.mark.parametrize("name, expected", [
+    ("ecaresnet101d", (101, True, "32-32-64", True, [5, 5, 5, 7])),
+    ("ecaresnet50d", (50, True, "32-32-64", True, [5, 5, 5, 7])),
+    ("resnet101d", (101, False, "32-32-64", True, None)),
+    ("resnet50", (50, False, "7x7", False, None)),
+    ("resnet34", (34, False, "7x7", False, None)),
+])
+def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
+    theirs = reference(name, stride)
+    state = {key: value.contiguous() for key, value in theirs.state_dict().items()}
+    save_file(state, tmp_path / f"{name}.safetensors")
+    weights = read_weights(tmp_path / f"{name}.safetensors")
+    found = weights.structure
+    assert (found["depth"], found["eca"], found["stem"], found["average_downsample"], found["eca_kernels"]) == expected
+    ours = ours_from(weights, stride)
+    images = torch.randn(1, 3, 97, 129, dtype=torch.float64)
+    with torch.no_grad():
+        expected_maps = theirs(images)
+    for a, b in zip(stages(ours, images), expected_maps, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+    if found["eca"]:
+        with torch.no_grad():
+            ours.layer3[2].eca.conv.weight[0, 0, 1] += 0.3
+        difference = stages(ours, images)[3] - expected_maps[3]
+        assert difference.abs().max() > 1e-3 * expected_maps[3].abs().max()
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_torchvision_networks_compute_the_same(name, tmp_path):
+    theirs = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, True, True])
+    randomise(theirs)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in theirs.state_dict().items()}},
+               tmp_path / f"{name}.pth")
+    weights = read_weights(tmp_path / f"{name}.pth")
+    assert weights.family == "torchvision" and weights.normalization == Normalization()
+    ours = ours_from(weights, 8)
+    theirs = theirs.double().eval()
+    x = torch.randn(1, 3, 65, 97, dtype=torch.float64)
+    with torch.no_grad():
+        expected = [theirs.relu(theirs.bn1(theirs.conv1(x)))]
+        y = theirs.maxpool(expected[0])
+        for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            y = layer(y)
+            expected.append(y)
+    for a, b in zip(stages(ours, x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+
+
+def ecanet_file(path, kernels=(3, 3, 5, 7)):
+    """As ECANet publishes: a dict with epoch and state_dict, `module.` before torchvision's names, ECA in blocks."""
+    state = torchvision.models.resnet101().state_dict()
+    for stage, kernel in enumerate(kernels, 1):
+        for key in [key for key in state if key.startswith(f"layer{stage}.") and key.endswith("bn3.weight")]:
+            state[key.replace("bn3.weight", "eca.conv.weight")] = torch.randn(1, 1, kernel)
+    torch.save({"epoch": 100, "arch": "eca_resnet101", "best_prec1": 78.65, "optimizer": {"state": {}},
+                "state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+    return state
+
+
+def test_an_ecanet_file_with_every_key_accounted_for(tmp_path):
+    state = ecanet_file(tmp_path / "eca_resnet101_k3357.pth.tar")
+    weights = read_weights(tmp_path / "eca_resnet101_k3357.pth.tar")
+    assert weights.family == "ECANet" and weights.structure["eca_kernels"] == [3, 3, 5, 7]
+    network = build_network("acfnet_resnet", 5, "eca_resnet101", norm="bn")
+    account = load_weights(network, weights)
+    assert account.share == 1 and set(account.ignored) == {"backbone.fc.weight", "backbone.fc.bias"}
+    assert set(account.ignored.values()) == {"the classifier of the file"}
+    assert len(account.loaded) == len(state) - 2
+    heads = {key for key in network.state_dict() if not key.startswith("backbone.") and "num_batches" not in key}
+    assert set(account.initialised) == heads and set(account.initialised.values()) == {"no counterpart in the file"}
+    key = "layer3.7.eca.conv.weight"
+    assert torch.equal(network.backbone.state_dict()[key], state[key])
+
+
+def csail_file(path):
+    """As CSAIL's segmentation code publishes: three 3×3 convolutions 64, 64, 128 as conv1 to conv3, no attention."""
+    theirs = torchvision.models.resnet101()
+    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith(("conv1.", "bn1."))}
+    for number, (before, width) in enumerate(((3, 64), (64, 64), (64, 128)), 1):
+        state[f"conv{number}.weight"] = torch.randn(width, before, 3, 3) / (3 * before ** 0.5)
+        state |= {f"bn{number}.{key}": value for key, value in nn.BatchNorm2d(width).state_dict().items()}
+    for key, shape in (("conv1", (64, 128, 1, 1)), ("downsample.0", (256, 128, 1, 1))):
+        state[f"layer1.0.{key}.weight"] = torch.randn(shape) / 12
+    torch.save(state, path)
+    return state
+
+
+def test_a_csail_file(tmp_path):
+    state = csail_file(tmp_path / "resnet101-imagenet.pth")
+    weights = read_weights(tmp_path / "resnet101-imagenet.pth")
+    assert weights.family == "CSAIL" and weights.normalization == CAFFE
+    ours = ours_from(weights, 8)
+    x = torch.randn(1, 3, 33, 49, dtype=torch.float64)
+    y = x
+    with torch.no_grad():
+        for number, stride in ((1, 2), (2, 1), (3, 1)):     # the published forward pass
+            y = nn.functional.conv2d(y, state[f"conv{number}.weight"].double(), stride=stride, padding=1)
+            values = [state[f"bn{number}.{key}"].double() for key in ("running_mean", "running_var", "weight", "bias")]
+            y = nn.functional.batch_norm(y, *values).relu()
+        torch.testing.assert_close(ours.bn1(ours.conv1(x)), y, rtol=1e-9, atol=1e-9)
+    network = build_network("base", 5, "resnet101", stem="64-64-128")
+    account = load_weights(network, weights)
+    assert account.share == 1 and set(account.ignored) == {"backbone.fc.weight", "backbone.fc.bias"}
+
+
+@pytest.mark.parametrize("norm", ["bn", "inplace_abn"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_attention_that_the_file_lacks_changes_nothing(norm, depth):
+    theirs = getattr(torchvision.models, f"resnet{depth}")()
+    randomise(theirs)
+    plain, attentive = (build_network("base", 3, f"{kind}resnet{depth}", norm=norm) for kind in ("", "eca_"))
+    load_weights(plain, theirs.state_dict(), "r.pth")
+    account = load_weights(attentive, theirs.state_dict(), "r.pth")
+    missing = [key for key, reason in account.initialised.items() if "so nothing changes" in reason]
+    assert len(missing) == sum(".eca." in key for key in attentive.state_dict())
+    images = torch.randn(1, 3, 65, 65)
+    for a, b in zip(stages(plain.backbone.eval(), images), stages(attentive.backbone.eval(), images), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4 * float(a.abs().max()))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_torchvision_file_gives_torchvision_features(wrapped):
-    """Through the in-place norm too: negative scales move into the convolutions."""
+def test_a_torchvision_file_goes_through_in_place_norms(wrapped):
+    """Negative scales move into the convolutions."""
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
     randomise(theirs)
     with torch.no_grad():
@@ -32,23 +180,45 @@ def test_a_torchvision_file_gives_torchvision_features(wrapped):
     plain = build_network("acfnet_resnet", 5, "resnet50", norm="bn")
     in_place = build_network("acfnet_resnet", 5, "resnet50", norm="inplace_abn")
     account = load_weights(plain, state, "r50.pth")
-    # 53 convolutions and 53 norms of weight, bias, mean and variance; the classifier of the file has no place.
-    assert "loaded 265 tensors (100.0% of the backbone)" in account and "2 of the file have no place" in account
+    # 53 convolutions and 53 norms of weight, bias, mean, variance and count; the classifier has no place.
+    assert len(account.loaded) == 318 and len(account.ignored) == 2
     account = load_weights(in_place, state, "r50.pth")
-    assert "negative scales moved" in account and "and 0 channels" in account
+    assert "negative scales moved" in str(account) and "and 0 channels" in str(account)
     images = torch.randn(1, 3, 65, 65)
-    for a, b in zip(stages(plain, images), stages(in_place, images), strict=True):
+    for a, b in zip(stages(plain.backbone.eval(), images), stages(in_place.backbone.eval(), images), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
 
 
-def test_real_weights_load_whole():
+@pytest.fixture(scope="session")
+def real():
     path = SHARED / "weights/resnet50_imagenet_rgb.pth"
     if not path.is_file():
         pytest.skip("needs the shared ResNet-50 weights, which are not part of the project")
-    network = build_network("acfnet_resnet", 11, "resnet50")
-    account = load_weights(network, checkpoint.load(path), path.name)
-    assert "loaded 265 tensors (100.0% of the backbone)" in account
-    assert all(value.isfinite().all() for value in network.state_dict().values())
+    return path
+
+
+def test_real_weights_load_whole(real):
+    account = load_weights(build_network("acfnet_resnet", 11, "resnet50"), read_weights(real))
+    assert len(account.loaded) == 318 and account.share == 1 and set(account.ignored) == {"backbone.fc.weight",
+                                                                                          "backbone.fc.bias"}
+
+
+def test_real_weights_see(real):
+    """Photographs that scikit-image ships, through our backbone and the file's own classifier."""
+    data = pytest.importorskip("skimage.data")
+    network = build_backbone("resnet50", "bn", "relu", output_stride=32).eval()
+    weights = read_weights(real)
+    fc = {key: value.float() for key, value in weights.state.items() if ".fc." in key}
+    network.load_state_dict({key.removeprefix("backbone."): value for key, value in weights.state.items()
+                             if ".fc." not in key})
+    for image, sensible in ((data.chelsea(), {281, 282, 285}), (data.coffee(), {967, 968, 504}),
+                            (data.rocket(), {657, 744, 812})):     # cats; espresso, cup, coffee mug; missile, shuttle
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+        pixels = nn.functional.interpolate(pixels.float(), size=(256, 320), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            features = network(weights.normalization(pixels))[-1].mean((2, 3))
+        logits = features @ fc["backbone.fc.weight"].T + fc["backbone.fc.bias"]
+        assert set(logits[0].topk(5).indices.tolist()) & sensible
 
 
 def test_a_snapshot_of_the_other_norm_computes_the_same():
@@ -57,8 +227,8 @@ def test_a_snapshot_of_the_other_norm_computes_the_same():
         randomise(first)
         content = {"model": first.state_dict(), "step": 1, "config": {"network": {"norm": source}}}
         account = load_weights(second, content, "CS_scenes_1.pth")
-        assert "0 keep their initial values; 0 of the file" in account
-        assert "in-place norms" in account
+        assert account.family == "ours" and not account.initialised and not account.ignored
+        assert "in-place norms" in str(account)
         first.eval(), second.eval()
         images = torch.randn(1, 3, 65, 49)
         with torch.no_grad():
@@ -71,17 +241,120 @@ def test_another_class_count_keeps_all_but_the_classifiers():
     account = load_weights(second, {"model": first.state_dict()}, "four.pth")
     fresh = [key for key, value in second.state_dict().items() if value.shape != first.state_dict()[key].shape]
     assert sorted(fresh) == ["aux.3.bias", "aux.3.weight", "coarse.bias", "coarse.weight", "fine.bias", "fine.weight"]
-    assert f"{len(fresh)} keep their initial values" in account
+    assert account.initialised == dict.fromkeys(fresh, "another number of classes") == account.ignored
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.backbone.", "_orig_mod.", "encoder."])
+def test_our_backbone_alone_under_any_prefix(prefix):
+    backbone = build_backbone("eca_resnet18", stem="64-64-128", average_downsample=True)
+    randomise(backbone)
+    weights = recognise({f"{prefix}{key}": value for key, value in backbone.state_dict().items()}, "b.pth")
+    assert weights.structure == {"depth": 18, "eca": True, "stem": "64-64-128", "average_downsample": True,
+                                 "eca_kernels": [3, 5, 7, 7]}
+    network = build_network("base", 3, "eca_resnet18", stem="64-64-128", average_downsample=True, norm="bn")
+    assert load_weights(network, weights).share == 1
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"weight": torch.zeros(3)}, "found 0 fitting tensors of 1"),
+    ({"weight": torch.zeros(3)}, "expected weights of a residual network, found 1 tensors without layer1.0.conv1"),
     ([1, 2], "expected named tensors .a state dict., found none"),
     ({"state_dict": {}}, "expected named tensors"),
+    ({"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, "found 1 fitting tensors of 1: 0% .*--allow-partial"),
+    ({"layer1.0.conv1.weight": torch.zeros(7, 7)}, "found convolutions of another one"),
 ])
 def test_files_without_the_backbone_are_refused(content, message):
     with pytest.raises(UserError, match=f"f.pth: .*{message}"):
         load_weights(build_network("base", 3, "resnet18"), content, "f.pth")
+
+
+def test_zero_tensors_are_refused_whatever_is_allowed():
+    network = build_network("base", 3, "resnet18")
+    state = {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}
+    assert load_weights(network, state, "f.pth", allow_partial=True).loaded == ["backbone.layer1.0.conv1.weight"]
+    with pytest.raises(UserError, match="expected the backbone of this network"):
+        load_weights(nn.Sequential(nn.Linear(1, 1)), recognise(state, "f.pth"), allow_partial=True)
+
+
+def run(streets, folder, *words):
+    train.main(["--data-dir", str(streets), "--snapshot-dir", str(folder), *SMALL, "--batch-size", "2", "--num-steps",
+                "1", *map(str, words)])
+
+
+def test_training_follows_the_file(streets, tmp_path, capsys):
+    """Stem, downsampling, kernels, depth, attention and normalisation, into snapshot and evaluation."""
+    backbone = build_backbone("eca_resnet18", "bn", "relu", "32-32-64", True, (5, 5, 5, 7))
+    torch.save(backbone.state_dict(), tmp_path / "w.pth")
+    words = [word for word in SMALL if word not in ("--backbone", "resnet18")]
+    train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), *words, "--batch-size", "2",
+                "--num-steps", "1", "--restore-from", str(tmp_path / "w.pth"), "--normalization", "bgr"])
+    shown = capsys.readouterr().out
+    assert "network: eca_resnet18, stem 32-32-64, average downsampling; input BGR" in shown
+    config = checkpoint.load_snapshot(tmp_path / "s/CS_scenes_1.pth")["config"]
+    assert config["network"]["eca_kernels"] == [5, 5, 5, 7] and config["network"]["average_downsample"]
+    assert Normalization.from_config(config["normalization"]) == CAFFE
+    account = json.loads((tmp_path / "s/weights.json").read_text())
+    assert account["backbone_loaded"] == 1 and account["family"] == "ours" and "fine.weight" in account["initialised"]
+    train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
+                "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
+    assert checkpoint.load_snapshot(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--backbone", "eca_resnet50"], "--backbone eca_resnet50: expected weights of that network, found eca_resnet18"),
+    (["--backbone", "resnet18"], "--backbone resnet18: expected weights of that network, found eca_resnet18 in .*w.p"),
+    (["--stem", "7x7"], "--stem 7x7: expected that of .*w.pth, found 32-32-64 there"),
+    (["--downsample", "strided"], "--downsample strided: expected that of .*w.pth, found average there"),
+    (["--eca-kernels", "3,3,5,7"], r"--eca-kernels .3, 3, 5, 7.: expected that of .*w.pth, found .5, 5, 5, 7. there"),
+])
+def test_a_flag_that_contradicts_the_file_names_both(streets, tmp_path, flags, message):
+    torch.save(build_backbone("eca_resnet18", "bn", "relu", "32-32-64", True, (5, 5, 5, 7)).state_dict(),
+               tmp_path / "w.pth")
+    words = SMALL if "--backbone" in flags else [word for word in SMALL if word not in ("--backbone", "resnet18")]
+    with pytest.raises(UserError, match=message):
+        train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), *words, "--batch-size", "2",
+                    "--num-steps", "1", "--restore-from", str(tmp_path / "w.pth"), *flags])
+    assert not (tmp_path / "s").exists()
+
+
+def spoil(path, what):
+    if what == "text":
+        path.write_text("just some words\n" * 50)
+    elif what == "page":
+        path.write_text("\n<!DOCTYPE html>\n<html><body>Google Drive - Virus scan warning</body></html>")
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 178793939\n")
+    elif what == "cut":
+        torch.save(torchvision.models.resnet18().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:3_000_000])
+    elif what == "DeepSpeed":
+        path.mkdir()
+        (path / "latest").write_text("global_step100")
+    elif what == "Lightning":
+        (path / "checkpoints").mkdir(parents=True)
+        (path / "hparams.yaml").write_text("")
+    elif what == "folder":
+        path.mkdir()
+        (path / "model.pth").write_bytes(b"")
+
+
+@pytest.mark.parametrize("what, message", [
+    ("text", "found a text file that begins 'just some words"),
+    ("page", "found a web page; the download link leads to a page"),
+    ("empty", "found an empty file"),
+    ("pointer", "found a Git LFS pointer in its place"),
+    ("cut", "found a download that was cut off after 3.0 MB; fetch it again"),
+    ("DeepSpeed", "found a folder that looks like DeepSpeed's; its script zero_to_fp32.py"),
+    ("Lightning", "found a folder that looks like Lightning's; give the .ckpt file in checkpoints/"),
+    ("folder", "found a folder; give a file in it: model.pth"),
+    ("nothing", "found no such file"),
+])
+def test_what_is_no_file_of_weights_is_said(streets, tmp_path, what, message):
+    spoil(tmp_path / "w.pth", what)
+    with pytest.raises(UserError, match=f"w.pth: expected a file of weights, {message}"):
+        run(streets, tmp_path / "s", "--restore-from", tmp_path / "w.pth")
+    assert not (tmp_path / "s").exists()
 
 
 def test_another_depth_is_refused():
@@ -91,3 +364,7 @@ def test_another_depth_is_refused():
     state = torchvision.models.resnet101().state_dict()
     with pytest.raises(UserError, match=r"layer3.6.conv1.weight \(256, 1024, 1, 1\)"):
         load_weights(build_network("base", 3, "resnet50"), state, "r101.pth")
+
+
+def test_all_released_depths_have_names():
+    assert {f"eca_resnet{depth}" for depth in (18, 34, 50, 101, 152)} <= set(BACKBONES)

@@ -1,5 +1,6 @@
 """Files that hold tensors: written whole or not at all, read without running any code in them."""
 
+import json
 import os
 import random
 import re
@@ -45,6 +46,12 @@ def write_atomically(path, write):
 def save(path, content):
     """Write a dict of tensors and plain Python values, atomically."""
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def write_json(path, values):
+    """Write plain values as indented JSON, atomically."""
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load(path):

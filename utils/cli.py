@@ -130,6 +130,12 @@ def jitter(text):
                    "BRIGHTNESS,CONTRAST,SATURATION,HUE, at most 1,1,1,0.5")
 
 
+def kernels(text):
+    """Flag type: "k,k,k,k", odd numbers."""
+    values = numbers(4, text, lambda v: all(x % 2 == 1 and x > 0 for x in v), "four odd numbers such as 3,3,5,7")
+    return tuple(map(int, values))
+
+
 def positive(number):
     """Flag type: `positive(int)` or `positive(float)` parses a number above 0."""
     def parse(text):

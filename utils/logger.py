@@ -206,8 +206,7 @@ def _remember(path, about):
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = []
-    text = json.dumps([*before, about], indent=2) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    checkpoint.write_json(path, [*before, about])
 
 
 def _git(*words):

@@ -138,9 +138,10 @@ def test_weights_go_from_one_run_into_another(streets, tmp_path, capsys):
                  "--learning-rate", "1e-30", "--random-seed", "9", steps=1)
     key = "backbone.layer3.0.conv1.weight"
     assert torch.equal(first["model"][key], second["model"][key])
-    assert "(100.0% of the backbone); 0 keep" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ours: loaded" in shown and "(100.0% of the backbone's values)" in shown and "initialised" not in shown
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="other.pth: expected weights of this network or its backbone, found 0 fitting"):
+    with pytest.raises(UserError, match="other.pth: expected weights of a residual network, found 1 tensors"):
         run(streets, tmp_path / "c", "--restore-from", str(tmp_path / "other.pth"))
 
 

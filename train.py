@@ -13,25 +13,23 @@ A batch too large for the memory: --accumulate 4 takes it in four parts
 """
 
 import argparse
-import hashlib
 import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
-from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler
+from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler, class_index
 from dataset.transforms import one_thread, train_transform
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import ACTIVATIONS, BACKBONES, MODELS, STEMS, build_network
-from networks.pretrained import CAFFE, load_weights, read_weights
+from networks.pretrained import CAFFE, choose_backbone, load_weights, read_weights
 from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
@@ -48,7 +46,7 @@ from utils.distributed import (
 )
 from utils.engine import Engine, NetworkWithLoss, NotFinite
 from utils.inference import Normalization, SlidingPredictor, score
-from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, progress, read_lines, speak_for_all
+from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
 
 NORMALIZATIONS = {"rgb": Normalization(), "bgr": CAFFE}
@@ -57,13 +55,14 @@ NORMALIZATIONS = {"rgb": Normalization(), "bgr": CAFFE}
 def get_parser():
     parser = cli.Parser(description="Train ACFNet.", epilog=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_what(parser)
-    add_how(parser)
+    add_data(parser)
+    add_network(parser)
+    add_run(parser)
     return parser
 
 
-def add_what(parser):
-    """Flags that say what is learnt: data, network, optimisation."""
+def add_data(parser):
+    """Flags that say from which samples."""
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", required=True,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
@@ -89,6 +88,9 @@ def add_what(parser):
                       help="processes that read samples, for each that trains; default: by the number of cores")
     data.add_argument("--random-seed", type=cli.not_negative(int), default=1234, help="of everything random (1234)")
 
+
+def add_network(parser):
+    """Flags that say what is learnt, and by which steps."""
     net = parser.add_argument_group("network")
     net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: with ASPP; acfnet_resnet: without; "
                      "base: ASPP without ACF (acfnet)")
@@ -100,6 +102,8 @@ def add_what(parser):
                      "--restore-from, else as ECANet released them")
     net.add_argument("--normalization", choices=NORMALIZATIONS, help="of the input: rgb, ImageNet's mean and "
                      "deviation; bgr, Caffe's mean; default: that of --restore-from, else rgb")
+    net.add_argument("--ablations", nargs="+", choices=("norms", "fusion"), default=[], help="norms after the ACF "
+                     "module's convolutions, a fusion convolution before the classifier: not in the paper (none)")
     net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="relu needs --norm bn (leaky_relu)")
@@ -129,8 +133,8 @@ def add_what(parser):
                        help="pixels kept at least, for every two images of the batch (100000)")
 
 
-def add_how(parser):
-    """Flags that say how: on which machine, watched by what, kept where."""
+def add_run(parser):
+    """Flags that say on which machine, watched by what, and kept where."""
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1,2,3, or cpu; default: all visible GPUs, else the CPU")
     run.add_argument("--parallel", choices=("dp", "ddp", "none"), default="dp",
@@ -270,6 +274,8 @@ def check(args, devices, classes):
                         f"{classes.source}")
     if args.activation == "relu" and args.norm != "bn":
         raise UserError(f"--activation relu: expected --norm bn with it, found --norm {args.norm}")
+    if args.ablations and not MODELS[args.model]["acf"]:
+        raise UserError(f"--ablations {' '.join(args.ablations)}: expected a --model with ACF, found {args.model}")
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")
@@ -288,40 +294,6 @@ def check(args, devices, classes):
         backend.choose(args.abn_backend)
     except RuntimeError as error:
         raise UserError(f"--abn-backend: {error}") from None
-
-
-def describe_network(args, weights, num_classes):
-    """The arguments of `build_network` and the input's normalisation: what flags leave open follows the weights.
-
-    A backbone's name fixes depth and attention. Raises `UserError` where a flag and the file contradict.
-    """
-    shape = {"model": args.model, "num_classes": num_classes, "backbone": args.backbone or "eca_resnet101",
-             "norm": args.norm, "activation": args.activation, "stem": args.stem or "7x7",
-             "average_downsample": args.downsample == "average",
-             "eca_kernels": list(args.eca_kernels) if args.eca_kernels else None}
-    normalization = NORMALIZATIONS[args.normalization or "rgb"]
-    if weights is None:
-        return shape, normalization
-    found = weights.structure
-    named = f"{'eca_' * found['eca']}resnet{found['depth']}"
-    if args.backbone is None and named not in BACKBONES:
-        raise UserError(f"{weights.name}: expected one of {', '.join(BACKBONES)}, found a residual network of "
-                        f"{found['depth']}")
-    given = args.backbone or named
-    depth, eca = given.removeprefix("eca_").removeprefix("resnet"), given.startswith("eca_")
-    if str(found["depth"]) != depth or (found["eca"] and not eca):
-        raise UserError(f"--backbone {given}: expected weights of that network, found {named} in {weights.name}")
-    kernels = found["eca_kernels"] or shape["eca_kernels"]
-    for flag, value, theirs in (("stem", args.stem, found["stem"]), ("eca-kernels", args.eca_kernels and list(
-            args.eca_kernels), found["eca_kernels"]), ("downsample", args.downsample, "average" if
-            found["average_downsample"] else "strided")):
-        if value is not None and theirs is not None and value != theirs:
-            raise UserError(f"--{flag} {value}: expected that of {weights.name}, found {theirs} there")
-    if found["stem"] not in STEMS:
-        raise UserError(f"{weights.name}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
-    shape |= {"backbone": given, "stem": found["stem"], "average_downsample": found["average_downsample"],
-              "eca_kernels": list(kernels) if kernels else None}
-    return shape, normalization if args.normalization else weights.normalization
 
 
 def prepare_network(args, shape, weights, precision, device, memory_format):
@@ -359,38 +331,11 @@ def start_worker(worker):
     one_thread()
 
 
-def fill_cache(dataset, workers):
-    """Decode what is not in the cache yet, with progress."""
-    missing, needed = dataset.cache.missing([path for pair in dataset.pairs for path in pair])
-    if not missing:
-        return
-    print(f"--cache {dataset.cache.folder}: {len(missing)} files to decode, {needed / 1e9:.2f} GB")
-    dataset.cache.check_room(needed)
-    missing = set(missing)
-    todo = [index for index, pair in enumerate(dataset.pairs) if not missing.isdisjoint(pair)]
-    for _ in progress(DataLoader(Jobs(dataset.fill_cache, todo), None, num_workers=workers), "decoding", "image"):
-        pass
-
-
-def class_index(dataset, workers, folder):
-    """Where the classes are in the label maps: (M, 4) rows of image, class, row, column. Built once, and kept."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for _, path in dataset.pairs]
-    key = hashlib.sha256(repr((files, dataset.classes.rows, dataset.seed)).encode()).hexdigest()[:16]
-    path = Path(folder, f"class_index_{key}.npy")
-    if not path.exists():
-        rows = []
-        for found in progress(DataLoader(Jobs(dataset.positions, range(len(dataset))), None, num_workers=workers),
-                              "finding classes", "label map"):
-            rows += found
-        checkpoint.write_atomically(path, lambda file: np.save(file, np.array(rows, np.int64)))
-    return np.load(path)
-
-
 def make_sampler(args, dataset, shares, workers, processes):
     """Which sample comes when; shares: seed, first and last entry, and which of them are this process's."""
     if args.sampling == "class":
         first = processes is None or processes.rank == 0
-        index = class_index(dataset, workers, args.cache or args.snapshot_dir) if first else None
+        index = class_index(dataset, args.cache or args.snapshot_dir, workers) if first else None
         return ClassSampler(index if processes is None else processes.first(index), *shares)
     if dataset.weights:
         return WeightedSampler(dataset.parts, dataset.weights, *shares)
@@ -489,7 +434,7 @@ def main(argv=None):
     dataset.check_labels()
     if args.cache:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:       # one process of each host
-            fill_cache(dataset, workers)
+            dataset.fill_cache(workers)
         if processes is not None:
             processes.wait()
     failed = None
@@ -510,11 +455,14 @@ def run(args, devices, processes, precision, dataset, workers):
     device, classes = devices[0], dataset.classes
     rank, world = (processes.rank, processes.size) if processes else (0, 1)
     weights = read_weights(args.restore_from[0]) if args.restore_from else None
-    shape, normalization = describe_network(args, weights, classes.num_classes)
-    if weights is not None:
-        print(f"network: {shape['backbone']}, stem {shape['stem']}, "
-              f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, "
-              f"mean {normalization.mean}")
+    shape = {"model": args.model, "num_classes": classes.num_classes, "norm": args.norm, "activation": args.activation,
+             "ablations": args.ablations,
+             **choose_backbone(weights, args.backbone, args.stem, args.downsample, args.eca_kernels)}
+    normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
+        weights.normalization if weights else Normalization())
+    print(f"network: {args.model}, {shape['backbone']}, stem {shape['stem']}, "
+          f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, mean "
+          f"{', '.join(map(str, normalization.mean))}")
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
     config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
               "input_size": list(args.input_size), "arguments": arguments}

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from utils.cli import UserError
+from utils.logger import progress
 
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import DecodedCache, read_ids, read_image
-from .sampling import class_positions
+from .sampling import Jobs, class_positions
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 COARSE = "train_extra"      # the split whose truth is in gtCoarse
@@ -113,7 +114,22 @@ class CityscapesDataset(Dataset):
         """An error of a sample, with the line of the list that names it."""
         return error if self.scanned else UserError(f"{self.places[index]}: {error}")
 
-    def fill_cache(self, index):
+    def fill_cache(self, workers):
+        """Decode what is not in the cache yet, with so many worker processes, and progress.
+
+        Raises `UserError` before it begins if the disk has no room for it.
+        """
+        missing, needed = self.cache.missing([path for pair in self.pairs for path in pair])
+        if not missing:
+            return
+        print(f"--cache {self.cache.folder}: {len(missing)} files to decode, {needed / 1e9:.2f} GB")
+        self.cache.check_room(needed)
+        missing = set(missing)
+        todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]
+        for _ in progress(DataLoader(Jobs(self.decode_pair, todo), None, num_workers=workers), "decoding", "image"):
+            pass
+
+    def decode_pair(self, index):
         """Decode a pair into the cache, without looking at it further. Returns its number."""
         for path, decode in zip(self.pairs[index], (read_image, read_ids), strict=True):
             try:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -139,10 +138,3 @@ def decoded_bytes(path):
             return image.width * image.height * channels + 128
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 0
-
-
-def wait_until(done, seconds=3600.0):
-    """Wait for something that another process makes."""
-    until = time.monotonic() + seconds
-    while not done() and time.monotonic() < until:
-        time.sleep(0.2)

@@ -3,8 +3,14 @@
 Entries are counted from 0 over the whole run; batch t of size B is entries tB to (t+1)B - 1.
 """
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import checkpoint
+from utils.logger import progress
 
 POSITIONS = 16      # pixels of each class that the index keeps of each image
 
@@ -106,6 +112,23 @@ def class_positions(train_ids, seed, ignore_index=255):
         pixels = rng.choice(pixels, min(POSITIONS, len(pixels)), replace=False)
         found += [(int(kind), *divmod(int(pixel), train_ids.shape[1])) for pixel in pixels]
     return found
+
+
+def class_index(dataset, folder, workers):
+    """Where the classes are in the label maps of a `CityscapesDataset`: (M, 4) rows of image, class, row, column.
+
+    Built once by so many worker processes, and kept in `folder` until files or classes change.
+    """
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for _, path in dataset.pairs]
+    key = hashlib.sha256(repr((files, dataset.classes.rows, dataset.seed)).encode()).hexdigest()[:16]
+    path = Path(folder, f"class_index_{key}.npy")
+    if not path.exists():
+        rows = []
+        for found in progress(DataLoader(Jobs(dataset.positions, range(len(dataset))), None, num_workers=workers),
+                              "finding classes", "label map"):
+            rows += found
+        checkpoint.write_atomically(path, lambda file: np.save(file, np.array(rows, np.int64)))
+    return np.load(path)
 
 
 class Jobs(Dataset):

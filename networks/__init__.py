@@ -56,7 +56,7 @@ def norm_maker(norm, activation):
 
 def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
-                  output_stride=8, recompute="none"):
+                  output_stride=8, recompute="none", ablations=()):
     """Build a network by name.
 
     Args:
@@ -70,11 +70,14 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
         eca_kernels: k of stages 1 to 4; None for the released ones.
         output_stride: 8 or 16.
         recompute: `none`, `light` or `full`: memory for time, see `networks.resnet.ResNet`.
+        ablations: names of `networks.acfnet.ABLATIONS`, for models with ACF; none is the network as published.
 
     Returns:
         nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
         h = ceil(H / output_stride). Evaluation: {"fine", "coarse"}. `base` has no "coarse".
     """
+    if ablations and not MODELS[model]["acf"]:
+        raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
                            recompute)
     make_norm = norm_maker(norm, activation)
@@ -86,5 +89,5 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
         context = nn.Sequential(nn.Conv2d(stage4, channels, 3, padding=1, bias=False), make_norm(channels))
     aux = auxiliary_head(stage3, stage3 // 2, num_classes, make_norm)
     if MODELS[model]["acf"]:
-        return ACFNet(trunk, context, channels, num_classes, aux, key_channels=channels)
+        return ACFNet(trunk, context, channels, num_classes, aux, channels, make_norm, tuple(ablations))
     return BaseNet(trunk, context, channels, num_classes, aux)

@@ -1,12 +1,16 @@
 """ACFNet and its base network. Zhang et al., ICCV 2019, arXiv 1909.09408, figure 2."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils.precision import at_least_float32, without_autocast
 
-from .acf import ACFModule, mix
+from .acf import ACFModule, mix, true_logits
 
+# What is not in the paper's module, to see what it would bring: norm and activation after its two convolutions; a
+# convolution with norm and activation before the classifier; centers from the truth, as an upper bound.
+ABLATIONS = ("norms", "fusion", "true_centers")
 DROPOUT = 0.1  # whole channels, before each classifier (ours: the paper does not say)
 
 
@@ -48,29 +52,51 @@ class ACFNet(BaseNet):
     Fine logits are `fine(dropout(concat(F'_a, F)))`, computed without F'_a: the classifier is
     W_a F'_a + W_f F + b, and W_a is applied to the N convolved centers before they are mixed by P.
 
-    Args: as in `BaseNet`; key_channels: C' of the ACF module.
+    Args:
+        backbone, context, channels, num_classes, aux: as in `BaseNet`.
+        key_channels: C' of the ACF module.
+        norm: makes norms for the ablations.
+        ablations: names of `ABLATIONS`; none for the network as drawn.
     """
 
-    def __init__(self, backbone, context, channels, num_classes, aux, key_channels):
+    def __init__(self, backbone, context, channels, num_classes, aux, key_channels, norm=None, ablations=()):
         super().__init__(backbone, context, channels, num_classes, aux)
         self.coarse = classifier(channels, num_classes)
-        self.acf = ACFModule(channels, key_channels)
-        self.fine = classifier(key_channels + channels, num_classes)
+        self.acf = ACFModule(channels, key_channels, norm if "norms" in ablations else None)
+        self.fusion = None
+        if "fusion" in ablations:
+            self.fusion = nn.Sequential(nn.Conv2d(key_channels + channels, channels, 1, bias=False), norm(channels))
+        self.fine = classifier(channels if self.fusion else key_channels + channels, num_classes)
+        self.true_centers = "true_centers" in ablations
 
-    def forward(self, images):
+    def forward(self, images, truth=None):
         """images (B, 3, H, W) → {"fine", "coarse", "aux"}, each (B, N, ceil(H/8), ceil(W/8)).
 
-        In evaluation "aux" is left out.
+        In evaluation "aux" is left out. truth: labels (B, H, W), which the ablation `true_centers` needs.
         """
-        return super().forward(images)
+        if self.true_centers and truth is None:
+            raise ValueError("true_centers: expected the truth beside the images, found none")
+        *_, stage3, stage4 = self.backbone(images)
+        outputs = self.heads(self.context(stage4), truth)
+        if self.training:
+            outputs["aux"] = self.aux(stage3)
+        return outputs
 
-    def heads(self, features):
+    def heads(self, features, truth=None):
         coarse = self.coarse(self.dropout(features))
-        return {"fine": self.fine_logits(features, coarse), "coarse": coarse}
+        centers_from = None
+        if self.true_centers:
+            centers_from = true_logits(truth, coarse.shape[1], coarse.shape[2:], at_least_float32(coarse).dtype)
+        if self.fusion is None and self.acf.cab.norm is None:
+            return {"fine": self.fine_logits(features, coarse, centers_from), "coarse": coarse}
+        attended = self.acf(features, coarse, centers_from).to(features.dtype)             # (B, C', h, w)
+        joined = torch.cat([attended, features], dim=1)                                    # (B, C' + C, h, w)
+        joined = joined if self.fusion is None else self.fusion(joined)
+        return {"fine": self.fine(self.dropout(joined)), "coarse": coarse}
 
-    def fine_logits(self, features, coarse):
+    def fine_logits(self, features, coarse, centers_from=None):
         """F (B, C, h, w), coarse logits (B, N, h, w) → fine logits (B, N, h, w)."""
-        centers = self.acf.convolved_centers(features, coarse)                # (B, N, C')
+        centers = self.acf.convolved_centers(features, coarse, centers_from)  # (B, N, C')
         weight = self.fine.weight[None, :, :, 0, 0]                           # (1, N, C' + C)
         if self.training:
             # Dropout2d on concat(F'_a, F) drops whole channels of one image, hence columns of W.

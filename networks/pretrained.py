@@ -22,6 +22,8 @@ from utils import checkpoint
 from utils.cli import UserError
 from utils.inference import Normalization
 
+from . import BACKBONES, STEMS
+
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
@@ -141,6 +143,37 @@ def structure(state):
             "eca": bool(kernels), "stem": stem, "eca_kernels": kernels or None,
             "average_downsample": "layer2.0.downsample.1.weight" in state
             and state["layer2.0.downsample.1.weight"].ndim == 4}
+
+
+def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca_kernels=None):
+    """Arguments of `build_network` for a backbone: what flags leave open follows the weights.
+
+    A backbone's name fixes depth and attention. Raises `UserError` where a flag and the file contradict.
+
+    Args:
+        weights: `Weights`, or None.
+        backbone, stem, downsample (`strided` or `average`), eca_kernels: what flags say; None for nothing.
+    """
+    flags = {"stem": stem, "downsample": downsample, "eca-kernels": eca_kernels and list(eca_kernels)}
+    found = {"stem": "7x7", "downsample": "strided", "eca-kernels": None}
+    if weights is not None:
+        theirs = weights.structure
+        named = f"{'eca_' * theirs['eca']}resnet{theirs['depth']}"
+        backbone = backbone or named
+        more_attention = backbone == f"eca_{named}"     # which then starts where it changes nothing
+        if backbone not in BACKBONES or not (backbone == named or more_attention):
+            raise UserError(f"--backbone {backbone}: expected one of {', '.join(BACKBONES)} that fits {weights.name}, "
+                            f"found {named} there")
+        found = {"stem": theirs["stem"], "downsample": "average" if theirs["average_downsample"] else "strided",
+                 "eca-kernels": theirs["eca_kernels"]}
+        for flag, value in flags.items():
+            if None not in (value, found[flag]) and value != found[flag]:
+                raise UserError(f"--{flag} {value}: expected that of {weights.name}, found {found[flag]} there")
+        if found["stem"] not in STEMS:
+            raise UserError(f"{weights.name}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
+    chosen = {name: found[name] if flags[name] is None else flags[name] for name in flags}
+    return {"backbone": backbone or "eca_resnet101", "stem": chosen["stem"],
+            "average_downsample": chosen["downsample"] == "average", "eca_kernels": chosen["eca-kernels"]}
 
 
 def load_weights(network, weights, name="", allow_partial=False):

@@ -1,11 +1,14 @@
 """The ACF module against the paper's drawn order, written out in loops."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from networks import build_network
 from networks.acf import ACFModule
+from tests.conftest import randomise
 
 
 def conv(layer, vector):
@@ -181,3 +184,49 @@ def test_nothing_of_key_channels_exists_at_full_size():
             outputs["fine"].sum().backward()
         large = [shape for shape in sizes.seen if {77, 77 + 128} & set(shape) and {13, 11, 143} & set(shape)]
         assert sizes.seen and not large
+
+
+def drawn_with_norms(network, features, coarse, labels=None):
+    """The ablations in the drawn order, with loops over classes and pixels' sums written out, in float64."""
+    p = coarse.softmax(1)
+    weights = p
+    if labels is not None:
+        weights = torch.zeros_like(p)
+        for b, i in itertools.product(range(p.shape[0]), range(p.shape[1])):
+            weights[b, i] = (labels[b] == i).double()
+    keys = network.acf.ccb.conv(features)
+    keys = keys if network.acf.ccb.norm is None else network.acf.ccb.norm(keys)
+    attended = torch.zeros_like(keys)
+    for b, i in itertools.product(range(p.shape[0]), range(p.shape[1])):
+        mass = weights[b, i].sum()
+        center = (weights[b, i] * keys[b]).sum((1, 2)) / mass if mass > 0 else keys[b].mean((1, 2))
+        attended[b] += p[b, i] * center[:, None, None]
+    attended = network.acf.cab.conv(attended)
+    attended = attended if network.acf.cab.norm is None else network.acf.cab.norm(attended)
+    joined = torch.cat([attended, features], 1)
+    return network.fine(joined if network.fusion is None else network.fusion(joined))
+
+
+@pytest.mark.parametrize("ablations", [("norms",), ("fusion",), ("norms", "fusion"), ("true_centers",),
+                                       ("norms", "true_centers"), ("norms", "fusion", "true_centers")])
+def test_ablations_compute_what_they_are_named_after(ablations):
+    network = build_network("acfnet_resnet", 4, "resnet18", ablations=ablations)
+    randomise(network)
+    network.double().eval()
+    features = torch.randn(2, 128, 5, 6, dtype=torch.float64)
+    coarse = network.coarse(features) * 3
+    labels = torch.randint(3, (2, 5, 6))        # the fourth class is nowhere
+    expected = drawn_with_norms(network, features, coarse, labels if "true_centers" in ablations else None)
+    network.coarse = lambda x: coarse
+    found = network.heads(features, labels)["fine"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    plain = build_network("acfnet_resnet", 4, "resnet18")
+    assert plain.fusion is None and plain.acf.cab.norm is None and not plain.true_centers
+
+
+def test_centers_from_the_truth_need_it_and_ablations_need_acf():
+    network = build_network("acfnet_resnet", 4, "resnet18", ablations=("true_centers",)).eval()
+    with pytest.raises(ValueError, match="true_centers: expected the truth"):
+        network(torch.zeros(1, 3, 33, 33))
+    with pytest.raises(ValueError, match="expected a model with ACF, found base"):
+        build_network("base", 4, "resnet18", ablations=("norms",))

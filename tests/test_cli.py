@@ -10,17 +10,18 @@ import pytest
 
 import evaluate
 import train
+from networks.pretrained import choose_backbone
 from utils import cli
 from utils.cli import UserError
 from utils.distributed import select_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
-abn-backend accumulate activation allow-partial amp backbone batch-size cache channels-last checkpoint classes compile
-data-dir data-list downsample eca-kernels gpu help input-size jitter keep learning-rate log-every model momentum norm
-normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level panel-every parallel power
-random-mirror random-scale random-seed restore-from resume sampling save-pred-every snapshot-dir split stem val-every
-val-list val-split weight-decay
+ablations abn-backend accumulate activation allow-partial amp backbone batch-size cache channels-last checkpoint
+classes compile data-dir data-list downsample eca-kernels gpu help input-size jitter keep learning-rate log-every
+model momentum norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level panel-every
+parallel power random-mirror random-scale random-seed restore-from resume sampling save-pred-every snapshot-dir split
+stem val-every val-list val-split weight-decay
 """
 EVALUATE = """amp batch-size classes data-dir data-list export flip gpu help images input-size no-flip num-workers
 output-dir overlap overwrite restore-from save scales split submission whole"""
@@ -53,7 +54,7 @@ def test_defaults_are_the_published_numbers():
     for words, expected in (([], (0.5, 2.0)), (["0.7,1.4"], (0.7, 1.4))):
         assert train.get_parser().parse_args(["--data-dir", "x", "--random-scale", *words]).random_scale == expected
     assert (args.model, args.norm) == ("acfnet", "inplace_abn")
-    assert train.describe_network(args, None, 19)[0]["backbone"] == "eca_resnet101"
+    assert args.backbone is None and choose_backbone()["backbone"] == "eca_resnet101"
     args = evaluate.get_parser().parse_args(["--data-dir", "x", "--restore-from", "y"])
     assert tuple(args.scales) == (0.75, 1.0, 1.25, 1.5, 1.75, 2.0) and args.flip and args.overlap == 1 / 3
 

@@ -288,7 +288,7 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "w.pth"), "--normalization", "bgr"])
     shown = capsys.readouterr().out
-    assert "network: eca_resnet18, stem 32-32-64, average downsampling; input BGR" in shown
+    assert "network: acfnet_resnet, eca_resnet18, stem 32-32-64, average downsampling; input BGR" in shown
     config = checkpoint.load_snapshot(tmp_path / "s/CS_scenes_1.pth")["config"]
     assert config["network"]["eca_kernels"] == [5, 5, 5, 7] and config["network"]["average_downsample"]
     assert Normalization.from_config(config["normalization"]) == CAFFE
@@ -300,8 +300,8 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--backbone", "eca_resnet50"], "--backbone eca_resnet50: expected weights of that network, found eca_resnet18"),
-    (["--backbone", "resnet18"], "--backbone resnet18: expected weights of that network, found eca_resnet18 in .*w.p"),
+    (["--backbone", "eca_resnet50"], "--backbone eca_resnet50: expected .* that fits .*w.pth, found eca_resnet18"),
+    (["--backbone", "resnet18"], "--backbone resnet18: expected .* that fits .*w.pth, found eca_resnet18 there"),
     (["--stem", "7x7"], "--stem 7x7: expected that of .*w.pth, found 32-32-64 there"),
     (["--downsample", "strided"], "--downsample strided: expected that of .*w.pth, found average there"),
     (["--eca-kernels", "3,3,5,7"], r"--eca-kernels .3, 3, 5, 7.: expected that of .*w.pth, found .5, 5, 5, 7. there"),

@@ -162,7 +162,7 @@ def test_too_little_room_for_the_cache_is_said_first(streets, tmp_path, monkeypa
     dataset = CityscapesDataset(streets, "train", cache=tmp_path / "c")
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="--cache .*: expected 0.00 GB free for the decoded images, found 0.00 GB"):
-        train.fill_cache(dataset, 0)
+        dataset.fill_cache(0)
     assert not list((tmp_path / "c").iterdir())
 
 

@@ -23,7 +23,9 @@ class NetworkWithLoss(nn.Module):
     def forward(self, images, labels):
         """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) int64 of T terms."""
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            outputs = self.network(self.normalization(images))
+            # Only the ablation with centers from the truth looks at the labels.
+            truth = (labels,) if getattr(self.network, "true_centers", False) else ()
+            outputs = self.network(self.normalization(images), *truth)
         sums = self.criterion.sums(outputs, labels)
         return (torch.stack([total for total, _ in sums.values()])[None],
                 torch.stack([count for _, count in sums.values()])[None])

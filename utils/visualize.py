@@ -160,6 +160,28 @@ def training_curves(path, metrics, quick):
     figure.savefig(path)
 
 
+def score_curves(path, lines):
+    """Mean IoU of the fine head over the steps, a colour a variant and a thin line a seed → PNG at `path`.
+
+    lines: dicts with variant, seed, step and fine.
+    """
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    variants = list(dict.fromkeys(line["variant"] for line in lines))
+    for variant, color in zip(variants, ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b"),
+                              strict=False):
+        for seed in dict.fromkeys(line["seed"] for line in lines):
+            run = [line for line in lines if line["variant"] == variant and line["seed"] == seed]
+            axes.plot([line["step"] for line in run], [100 * line["fine"] for line in run], color=color, alpha=0.6,
+                      linewidth=1.2, label=variant if seed == lines[0]["seed"] else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mIoU of the fine head, %")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def _smooth(values):
     """Running mean over a twentieth of the values, ending at each."""
     width = max(1, len(values) // 20)

@@ -1,0 +1,153 @@
+"""What ACF gains on real photographs: CamVid, from ImageNet weights, same steps and seeds for every model.
+
+    python -m tests.benchmarks.camvid CAMVID WEIGHTS.pth [--steps 600] [--seeds 3] [--variants base acfnet ...]
+
+A ResNet-50 whose stem and first two stages are frozen, crops of 209×209, bf16, ordinary norms with ReLU as the weights
+were trained. Validation: whole images, scale 1. Results go to --output-dir as they come (results.jsonl, a table,
+curves.png); the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.cityscapes import CityscapesDataset
+from dataset.labels import IGNORE_INDEX, ClassTable
+from dataset.sampling import EpochSampler
+from dataset.transforms import train_transform
+from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
+from networks import build_network
+from networks.pretrained import choose_backbone, load_weights, read_weights
+from train import poly_rate
+from utils import checkpoint, visualize
+from utils.distributed import select_devices
+from utils.engine import Engine, NetworkWithLoss
+from utils.logger import progress, read_lines
+from utils.metrics import ConfusionMatrix
+from utils.precision import AUTOCAST, Precision, best_precision
+
+VARIANTS = {        # model, ablations
+    "base": ("base", ()),
+    "acfnet_resnet": ("acfnet_resnet", ()),
+    "acfnet": ("acfnet", ()),
+    "acfnet_resnet, norms": ("acfnet_resnet", ("norms",)),
+    "acfnet_resnet, norms and fusion": ("acfnet_resnet", ("norms", "fusion")),
+    "acfnet_resnet, true centers": ("acfnet_resnet", ("true_centers",)),
+}
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}        # Student's t, 95 %, by number of seeds
+
+
+def validate(network, dataset, normalization, device, autocast):
+    """{head: mean IoU} of whole images at scale 1; the ablation with true centers is shown the truth."""
+    network.eval()
+    matrices = {}
+    for index in range(len(dataset)):
+        item = dataset[index]
+        images, labels = item["image"][None].to(device), item["label"][None].to(device)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            outputs = network(normalization(images), *((labels,) if getattr(network, "true_centers", False) else ()))
+        for head, logits in outputs.items():
+            matrices.setdefault(head, ConfusionMatrix(dataset.classes.num_classes, IGNORE_INDEX)).update(
+                upsample(logits, labels.shape[1:]).argmax(1)[0], labels[0])
+    return {head: matrix.mean_iou() for head, matrix in matrices.items()}
+
+
+def run(variant, seed, args, weights, device):
+    """Train one network; a line of results every fifth of the steps."""
+    model, ablations = VARIANTS[variant]
+    torch.manual_seed(seed)
+    classes = ClassTable.read(args.data / "classes.csv")
+    network = build_network(model, classes.num_classes, norm="bn", activation="relu", ablations=ablations,
+                            **choose_backbone(weights))
+    load_weights(network, weights)
+    network.to(device)
+    frozen = [network.backbone.conv1, network.backbone.bn1, network.backbone.layer1, network.backbone.layer2]
+    for module in frozen:
+        module.requires_grad_(False)
+    amp = args.amp or best_precision(device)
+    precision = Precision(amp, device)
+    criterion = SegmentationCriterion({head: WEIGHTS[head] for head in WEIGHTS if hasattr(network, head)})
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], args.learning_rate, 0.9,
+                                weight_decay=1e-4)
+    engine = Engine(NetworkWithLoss(network, criterion, weights.normalization, precision.autocast), network, criterion,
+                    optimizer, precision, [device])
+    data = CityscapesDataset(args.data, data_list=args.data / "train.lst", classes=classes, seed=seed,
+                             transform=train_transform((209, 209)))
+    val = CityscapesDataset(args.data, data_list=args.data / "val.lst", classes=classes)
+    loader = DataLoader(data, 6, sampler=EpochSampler(len(data), seed, 0, 6 * args.steps, 6), num_workers=1)
+    every = max(1, args.steps // 5)
+    for step, batch in enumerate(progress(loader, f"{variant}, seed {seed}", "step", every=60), 1):
+        network.train()
+        for module in frozen:
+            module.eval()
+        terms, _ = engine.step([batch], poly_rate(args.learning_rate, step - 1, args.steps, 0.9))
+        if step % every == 0 or step == args.steps:
+            scores = validate(network, val, weights.normalization, device, AUTOCAST[amp])
+            with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"variant": variant, "seed": seed, "steps": args.steps, "step": step,
+                                       "loss": criterion.total(terms), **scores}) + "\n")
+            print(f"{variant}, seed {seed}, step {step}: "
+                  + ", ".join(f"{head} {100 * value:.2f} %" for head, value in scores.items()), flush=True)
+
+
+def interval(values):
+    """Mean and half of its 95 % interval; None with one value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, T_95.get(len(values), 2.0) * deviation / math.sqrt(len(values))
+
+
+def table(lines, steps):
+    """Last results of each variant as text, with the gain of fine over coarse in the same networks."""
+    text = []
+    for variant in VARIANTS:
+        last = [line for line in lines if line["variant"] == variant and line["step"] == steps == line["steps"]]
+        if not last:
+            continue
+        columns = {"fine": [line["fine"] for line in last]}
+        if "coarse" in last[0]:
+            columns |= {"coarse": [line["coarse"] for line in last],
+                        "fine - coarse": [line["fine"] - line["coarse"] for line in last]}
+        shown = []
+        for name, values in columns.items():
+            mean, half = interval(values)
+            shown.append(f"{name} {100 * mean:.2f}" + (f" ± {100 * half:.2f}" if half is not None else ""))
+        text.append(f"{variant:<34}{len(last)} seeds   {'   '.join(shown)}")
+    return "\n".join(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("weights")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"))
+    parser.add_argument("--gpu")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/camvid"))
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    device, weights = select_devices(args.gpu)[0], read_weights(args.weights)
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            done = {(line["variant"], line["seed"], line["step"], line["steps"])
+                    for line in read_lines(args.output_dir / "results.jsonl")}
+            if (variant, seed, args.steps, args.steps) not in done:
+                run(variant, seed, args, weights, device)
+    lines = read_lines(args.output_dir / "results.jsonl")
+    result = table(lines, args.steps)
+    checkpoint.write_atomically(args.output_dir / "table.txt", lambda file: file.write(f"{result}\n".encode()))
+    visualize.score_curves(args.output_dir / "curves.png", [line for line in lines if line["steps"] == args.steps])
+    print(f"mean IoU in per cent after {args.steps} steps, with the 95 % interval of the mean\n{result}")
+
+
+if __name__ == "__main__":
+    main()

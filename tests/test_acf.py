@@ -207,6 +207,7 @@ def drawn_with_norms(network, features, coarse, labels=None):
     return network.fine(joined if network.fusion is None else network.fusion(joined))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("ablations", [("norms",), ("fusion",), ("norms", "fusion"), ("true_centers",),
                                        ("norms", "true_centers"), ("norms", "fusion", "true_centers")])
 def test_ablations_compute_what_they_are_named_after(ablations):

@@ -19,6 +19,7 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
 from dataset.sampling import EpochSampler
 from dataset.transforms import train_transform
+from libs.convert import fold_norms
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import build_network
 from networks.pretrained import choose_backbone, load_weights, read_weights
@@ -43,13 +44,15 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}        # Student's t, 95 %, by numb
 
 def validate(network, dataset, normalization, device, autocast):
     """{head: mean IoU} of whole images at scale 1; the ablation with true centers is shown the truth."""
-    network.eval()
+    shown = getattr(network.eval(), "true_centers", False)
+    network = (network if shown else fold_norms(network)).to(memory_format=torch.channels_last)
     matrices = {}
     for index in range(len(dataset)):
         item = dataset[index]
         images, labels = item["image"][None].to(device), item["label"][None].to(device)
+        pixels = normalization(images).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = network(normalization(images), *((labels,) if getattr(network, "true_centers", False) else ()))
+            outputs = network(pixels, *((labels,) if shown else ()))
         for head, logits in outputs.items():
             matrices.setdefault(head, ConfusionMatrix(dataset.classes.num_classes, IGNORE_INDEX)).update(
                 upsample(logits, labels.shape[1:]).argmax(1)[0], labels[0])
@@ -57,7 +60,7 @@ def validate(network, dataset, normalization, device, autocast):
 
 
 def run(variant, seed, args, weights, device):
-    """Train one network; a line of results every fifth of the steps."""
+    """Train one network; a line of results every third of the steps."""
     model, ablations = VARIANTS[variant]
     torch.manual_seed(seed)
     classes = ClassTable.read(args.data / "classes.csv")
@@ -79,7 +82,7 @@ def run(variant, seed, args, weights, device):
                              transform=train_transform((209, 209)))
     val = CityscapesDataset(args.data, data_list=args.data / "val.lst", classes=classes)
     loader = DataLoader(data, 6, sampler=EpochSampler(len(data), seed, 0, 6 * args.steps, 6), num_workers=1)
-    every = max(1, args.steps // 5)
+    every = max(1, args.steps // 3)
     for step, batch in enumerate(progress(loader, f"{variant}, seed {seed}", "step", every=60), 1):
         network.train()
         for module in frozen:

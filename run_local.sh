@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A demonstration on drawn streets, on any machine, in some ten minutes:
+# A demonstration on drawn streets, on any machine, in ten to fifteen minutes:
 #
 #     ./run_local.sh
 #
@@ -20,7 +20,7 @@ choose_python requirements.txt
 demonstrate() {
     local run
     run="demo/run_$(date +%Y%m%d_%H%M%S)"
-    echo "This is a demonstration: streets that a program draws, an ECA-ResNet18 from random weights, ten minutes."
+    echo "This is a demonstration: streets that a program draws, an ECA-ResNet18 from random weights, ten to fifteen minutes."
     if [ ! -d demo/streets ]; then
         rm -rf demo/streets.part
         "$PYTHON" -m dataset.streets demo/streets.part --train 200 --val 50 --size 256,512 --seed 0

@@ -48,6 +48,7 @@ def stages(network, images):
     ("ecaresnet101d", (101, True, "32-32-64", True, [5, 5, 5, 7])),
     ("ecaresnet50d", (50, True, "32-32-64", True, [5, 5, 5, 7])),
     ("resnet101d", (101, False, "32-32-64", True, None)),
+    ("resnet18d", (18, False, "32-32-64", True, None)),
     ("resnet50", (50, False, "7x7", False, None)),
     ("resnet34", (34, False, "7x7", False, None)),
 ])

@@ -1,10 +1,10 @@
 """What ACF gains on real photographs: CamVid, from ImageNet weights, same steps and seeds for every model.
 
-    python -m tests.benchmarks.camvid CAMVID WEIGHTS.pth [--steps 600] [--seeds 3] [--variants base acfnet ...]
+    python -m tests.benchmarks.camvid CAMVID WEIGHTS.pth [--steps 600] [--seeds 3] [--size 209,209] [--variants ...]
 
-A ResNet-50 whose stem and first two stages are frozen, crops of 209×209, bf16, ordinary norms with ReLU as the weights
-were trained. Validation: whole images, scale 1. Results go to --output-dir as they come (results.jsonl, a table,
-curves.png); the same command goes on where it was stopped.
+A ResNet-50 whose stem and first two stages are frozen, six crops a step, bf16, channels-last, ordinary norms with ReLU
+as the weights were trained. Validation: whole images, scale 1. Results go to --output-dir as they come (results.jsonl,
+a table, curves.png); the same command goes on where it was stopped.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import build_network
 from networks.pretrained import choose_backbone, load_weights, read_weights
 from train import poly_rate
-from utils import checkpoint, visualize
+from utils import checkpoint, cli, visualize
 from utils.distributed import select_devices
 from utils.engine import Engine, NetworkWithLoss
 from utils.logger import progress, read_lines
@@ -67,7 +67,7 @@ def run(variant, seed, args, weights, device):
     network = build_network(model, classes.num_classes, norm="bn", activation="relu", ablations=ablations,
                             **choose_backbone(weights))
     load_weights(network, weights)
-    network.to(device)
+    network.to(device, memory_format=torch.channels_last)
     frozen = [network.backbone.conv1, network.backbone.bn1, network.backbone.layer1, network.backbone.layer2]
     for module in frozen:
         module.requires_grad_(False)
@@ -77,9 +77,9 @@ def run(variant, seed, args, weights, device):
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], args.learning_rate, 0.9,
                                 weight_decay=1e-4)
     engine = Engine(NetworkWithLoss(network, criterion, weights.normalization, precision.autocast), network, criterion,
-                    optimizer, precision, [device])
+                    optimizer, precision, [device], memory_format=torch.channels_last)
     data = CityscapesDataset(args.data, data_list=args.data / "train.lst", classes=classes, seed=seed,
-                             transform=train_transform((209, 209)))
+                             transform=train_transform(args.size))
     val = CityscapesDataset(args.data, data_list=args.data / "val.lst", classes=classes)
     loader = DataLoader(data, 6, sampler=EpochSampler(len(data), seed, 0, 6 * args.steps, 6), num_workers=1)
     every = max(1, args.steps // 3)
@@ -131,6 +131,7 @@ def main():
     parser.add_argument("weights")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--size", type=cli.size, default=(209, 209))
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"))

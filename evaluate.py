@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.images import ImageFiles, find_images, images_of_split, write_submission
@@ -46,8 +46,10 @@ from utils.distributed import (
     join_processes,
     leave_processes,
     own_device,
+    rank_and_size,
     select_devices,
     share_cores,
+    share_items,
     start_processes,
     started_by_torchrun,
 )
@@ -156,10 +158,8 @@ class Pictures:
 
 
 def load_items(dataset, workers, processes, what):
-    """This process's share of a data set, with progress. No padding: each image counts once."""
-    rank, world = (processes.rank, processes.size) if processes else (0, 1)
-    mine = Subset(dataset, range(rank, len(dataset), world))
-    return progress(DataLoader(mine, batch_size=None, num_workers=workers), what, "image")
+    """This process's share of a data set, with progress."""
+    return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
 
 
 def evaluate(predictor, dataset, pictures, workers, processes=None):
@@ -251,8 +251,19 @@ def results_folder(args, path):
     return Path(args.output_dir) / path.stem if len(args.restore_from) > 1 else Path(args.output_dir)
 
 
-def make_folder(flag, folder, names, overwrite):
-    """Make a folder for results, without old pictures. Raises `UserError` if results of these names lie there."""
+def make_folder(flag, folder, names, overwrite, processes):
+    """Make a folder for results, without old pictures; the first process does, and the others wait for it.
+
+    Raises `UserError` if results of these names lie there.
+    """
+    rank, _ = rank_and_size(processes)
+    if rank == 0:
+        _clear_folder(flag, folder, names, overwrite)
+    if processes is not None:
+        processes.wait()
+
+
+def _clear_folder(flag, folder, names, overwrite):
     earlier = [name for name in names if (folder / name).exists()]
     if earlier and not overwrite:
         raise UserError(f"{flag} {folder}: expected a folder without results (or --overwrite), found "
@@ -343,11 +354,8 @@ def run(args, path, device, workers, processes):
     network, config = load_network(path, device)
     classes = class_table(args, config, path)
     dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
-    folder, first = results_folder(args, path), processes is None or processes.rank == 0
-    if first:
-        make_folder("--output-dir", folder, ("result.json", *FOLDERS.values()), args.overwrite)
-    if processes is not None:
-        processes.wait()        # for the first one, which clears the folder
+    folder, (rank, _) = results_folder(args, path), rank_and_size(processes)
+    make_folder("--output-dir", folder, ("result.json", *FOLDERS.values()), args.overwrite, processes)
     print(f"{path}; {dataset.describe()}")
     predictor, protocol = make_predictor(args, network, config, device)
     kinds = () if "none" in args.save else tuple(args.save)
@@ -357,7 +365,7 @@ def run(args, path, device, workers, processes):
     if not headline["fine"].matrix.any():
         raise UserError(f"--split {args.split}: expected labelled pixels to score, found none; predictions for the "
                         "Cityscapes server are made by --submission FOLDER")
-    if not first:
+    if rank:
         return None
     result = summarise(matrices, instances, classes, path, len(dataset), protocol)
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
@@ -377,17 +385,15 @@ def predict(args, path, device, workers, processes):
     """Predict images without truth. Returns the number of images that could not be read."""
     network, config = load_network(path, device)
     classes = class_table(args, config, path)
-    first = processes is None or processes.rank == 0
+    rank, _ = rank_and_size(processes)
     if args.images:
         folder, kinds = results_folder(args, path), () if "none" in args.save else tuple(args.save)
         dataset = ImageFiles(find_images(args.images))
     else:
         folder, kinds = Path(args.submission), ("labels",)
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
-    if first:
-        make_folder("--output-dir" if args.images else "--submission", folder, tuple(FOLDERS.values()), args.overwrite)
-    if processes is not None:
-        processes.wait()
+    make_folder("--output-dir" if args.images else "--submission", folder, tuple(FOLDERS.values()), args.overwrite,
+                processes)
     print(f"{path}; {len(dataset)} images")
     predictor, _ = make_predictor(args, network, config, device)
     broken = []
@@ -402,9 +408,9 @@ def predict(args, path, device, workers, processes):
     count = len(broken) if processes is None else sum(processes.gather_objects(len(broken)))
     if args.submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
-    if first and args.submission:
+    if rank == 0 and args.submission:
         print(write_submission(folder / FOLDERS["labels"], dataset, classes))
-    elif first:
+    elif rank == 0:
         print(f"{len(dataset) - count} images predicted, {count} skipped; results in {folder}: "
               f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
     return count

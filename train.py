@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
@@ -39,8 +39,10 @@ from utils.distributed import (
     leave_processes,
     own_device,
     processes_started,
+    rank_and_size,
     select_devices,
     share_cores,
+    share_items,
     start_processes,
     started_by_torchrun,
 )
@@ -220,8 +222,8 @@ def find_snapshot(path, folder):
 def resume(path, folder, engine, config):
     """Restore a run; returns the number of steps done. The first process reads for all: hosts may share no disk."""
     processes = engine.processes
-    first = processes is None or processes.rank == 0
-    path, content = find_snapshot(path, folder) if first else (None, None)
+    rank, world = rank_and_size(processes)
+    path, content = (None, None) if rank else find_snapshot(path, folder)
     if processes is not None:
         path, content = processes.first((path, content))
     if content is None:
@@ -231,7 +233,6 @@ def resume(path, folder, engine, config):
     engine.network.load_state_dict(content["model"])
     engine.optimizer.load_state_dict(content["optimizer"])
     engine.precision.load_state_dict(content.get("scaler"))
-    rank, world = (processes.rank, processes.size) if processes else (0, 1)
     rng = content["rng"]
     if len(rng) == world and len(rng[rank]["cuda"]) == sum(device.type == "cuda" for device in engine.devices):
         checkpoint.set_random_state(rng[rank], engine.devices)
@@ -334,8 +335,8 @@ def start_worker(worker):
 def make_sampler(args, dataset, shares, workers, processes):
     """Which sample comes when; shares: seed, first and last entry, and which of them are this process's."""
     if args.sampling == "class":
-        first = processes is None or processes.rank == 0
-        index = class_index(dataset, args.cache or args.snapshot_dir, workers) if first else None
+        rank, _ = rank_and_size(processes)
+        index = None if rank else class_index(dataset, args.cache or args.snapshot_dir, workers)
         return ClassSampler(index if processes is None else processes.first(index), *shares)
     if dataset.weights:
         return WeightedSampler(dataset.parts, dataset.weights, *shares)
@@ -350,8 +351,7 @@ def quick_validation(args, engine, normalization, classes, workers, log):
     """
     dataset = CityscapesDataset(args.data_dir, args.val_split, args.val_list, classes)
     processes = engine.processes
-    rank, world = (processes.rank, processes.size) if processes else (0, 1)
-    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size=None, num_workers=workers,
+    loader = DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers,
                         worker_init_fn=cli.leave_ctrl_c_to_the_parent)
     # Not the network itself: compiled code would be compiled anew for every size of image.
     predictor = SlidingPredictor(engine.network.forward, None, normalization=normalization, device=engine.devices[0],
@@ -453,7 +453,7 @@ def main(argv=None):
 def run(args, devices, processes, precision, dataset, workers):
     """Train: this process's part of it, on these devices."""
     device, classes = devices[0], dataset.classes
-    rank, world = (processes.rank, processes.size) if processes else (0, 1)
+    rank, world = rank_and_size(processes)
     weights = read_weights(args.restore_from[0]) if args.restore_from else None
     shape = {"model": args.model, "num_classes": classes.num_classes, "norm": args.norm, "activation": args.activation,
              "ablations": args.ablations,
@@ -500,8 +500,8 @@ def run(args, devices, processes, precision, dataset, workers):
               args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
               panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
               validate=args.val_every and quick_validation(args, engine, normalization, classes, workers, log))
-    metrics, quick = (read_lines(Path(args.snapshot_dir, name)) for name in (METRICS, QUICK))
-    if rank == 0 and metrics:
+    metrics, quick = ([] if rank else read_lines(Path(args.snapshot_dir, name)) for name in (METRICS, QUICK))
+    if metrics:
         visualize.training_curves(Path(args.snapshot_dir, "curves.png"), metrics, quick)
 
 

@@ -138,7 +138,7 @@ def contact_sheet(path, entries, classes):
     """Images with their label maps over them, side by side, evenly from a split."""
     good = [entry for entry in entries if not entry["problems"]]
     if not good:
-        return False
+        return
     tiles = []
     for entry in (good[len(good) * k // min(SHEET, len(good))] for k in range(min(SHEET, len(good)))):
         image, labels = read_image(entry["image"]), classes.encode(read_ids(entry["label"]), entry["label"])
@@ -150,7 +150,6 @@ def contact_sheet(path, entries, classes):
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 2)
     rows = [np.concatenate(tiles[k:k + 2], axis=1) for k in range(0, len(tiles), 2)]
     visualize.save_png(path, np.concatenate(rows))
-    return True
 
 
 def check(root, lists, classes, folder, fast, workers):
@@ -162,7 +161,7 @@ def check(root, lists, classes, folder, fast, workers):
             chosen = pairs if not fast else [pairs[len(pairs) * k // FAST] for k in range(FAST)] if len(
                 pairs) > FAST else pairs
             jobs = pool.map(inspect, [(*pair, classes) for pair in chosen], chunksize=2)
-            facts[split] = list(progress(_Sized(jobs, len(chosen)), f"checking {split}", "image"))
+            facts[split] = list(progress(jobs, f"checking {split}", "image", total=len(chosen)))
     leaks = duplicates(facts)
     for split, (pairs, problems) in splits.items():
         entries = facts[split]
@@ -179,19 +178,6 @@ def check(root, lists, classes, folder, fast, workers):
                               classes.palette)
     checkpoint.write_json(folder / "check.json", {"data": str(root), "fast": fast, "splits": report})
     return report
-
-
-class _Sized:
-    """An iterator with a length, for progress."""
-
-    def __init__(self, iterator, length):
-        self.iterator, self.length = iterator, length
-
-    def __iter__(self):
-        return iter(self.iterator)
-
-    def __len__(self):
-        return self.length
 
 
 def _file_name(split):

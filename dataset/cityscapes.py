@@ -46,6 +46,7 @@ class CityscapesDataset(Dataset):
     `UserError` where a file or the list is at fault.
 
     Attributes:
+        splits: names of the scanned splits; none with lists.
         parts, weights: images of each split or list, in order, and their weights or None.
     """
 
@@ -62,13 +63,13 @@ class CityscapesDataset(Dataset):
                             f"{'a file' if self.root.exists() else 'nothing there'}")
         self.scanned = not data_list
         if self.scanned:
-            names, self.weights = parse_split(split)
-            found = [_scan(self.root, name) for name in names]
+            self.splits, self.weights = parse_split(split)
+            found = [_scan(self.root, name) for name in self.splits]
             self.places = None
         else:
             lists = [data_list] if isinstance(data_list, str | Path) else data_list
             read = [_read_list(self.root, Path(one)) for one in lists]
-            found, self.weights = [pairs for pairs, _ in read], None
+            found, self.splits, self.weights = [pairs for pairs, _ in read], (), None
             self.places = [place for _, places in read for place in places]
         self.parts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
@@ -99,7 +100,7 @@ class CityscapesDataset(Dataset):
             label = self.classes.encode(ids, label_path)
             if self.transform is not None:
                 image, label = self.transform(image, label, rng)
-        item = {"image": _tensor(image.transpose(2, 0, 1)), "label": _tensor(label), "name": self.names[index]}
+        item = {"image": as_tensor(image.transpose(2, 0, 1)), "label": as_tensor(label), "name": self.names[index]}
         if self.jitter is not None:
             item["jitter"] = torch.tensor(draw_jitter(self.jitter, rng))
         instances = label_path.with_name(label_path.name.replace("labelIds", "instanceIds"))
@@ -171,7 +172,7 @@ class CityscapesDataset(Dataset):
     def describe(self):
         """One line: how many images, and whether that differs from the official split."""
         text = f"{self.split if self.scanned else 'list'}: {len(self)} images, {self.classes.num_classes} classes"
-        for name, found in zip(parse_split(self.split)[0] if self.scanned else (), self.parts, strict=False):
+        for name, found in zip(self.splits, self.parts, strict=False):
             official = OFFICIAL_COUNTS.get(name)
             if official and found != official:
                 text += f" (the official Cityscapes {name} split has {official})"
@@ -267,7 +268,7 @@ def unique_names(images, root):
     return ["_".join(path.with_suffix("").parts).strip("/") for path in relative]
 
 
-def _tensor(array):
+def as_tensor(array):
     """An array as a tensor of its own; what is mapped from the cache is copied."""
     return torch.from_numpy(np.require(array, requirements="CW"))
 

@@ -5,14 +5,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
 
-from .cityscapes import OFFICIAL_COUNTS, unique_names
+from .cityscapes import OFFICIAL_COUNTS, as_tensor, unique_names
 from .reading import read_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
@@ -41,7 +40,7 @@ class ImageFiles(Dataset):
             image = read_image(self.paths[index], upright=True)
         except UserError as error:
             return {"error": str(error), "name": self.names[index]}
-        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), "name": self.names[index]}
+        return {"image": as_tensor(image.transpose(2, 0, 1)), "name": self.names[index]}
 
 
 def find_images(places):

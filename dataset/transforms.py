@@ -47,6 +47,10 @@ class Window:
         rows, columns = self._nearest()
         return label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
 
+    def pair(self, image, label, ignore_index):
+        """Image and label (H, W) in the window; the ignore index where it lies outside."""
+        return self.image(image), self.ignore_outside(self.label(label), label.shape, ignore_index)
+
     def ignore_outside(self, label, shape, ignore_index):
         """Write the ignore index where the window lies outside a source of `shape`."""
         rows, columns = self._nearest()
@@ -84,8 +88,7 @@ class TrainTransform:
 
         rng: a NumPy Generator; every draw comes from it, always in the same order.
         """
-        window = self.choose(label.shape, rng or np.random.default_rng())
-        return window.image(image), window.ignore_outside(window.label(label), label.shape, self.ignore_index)
+        return self.choose(label.shape, rng or np.random.default_rng()).pair(image, label, self.ignore_index)
 
     def choose(self, shape, rng, focus=None):
         """The window of a source of shape (H, W, ...); with focus (row, column) it holds that pixel of the source."""
@@ -112,8 +115,7 @@ def warp(image, label, size, scale, top, left, mirrored, ignore_index):
 
     image (H, W, 3) uint8; label (H, W) uint8; size (height, width), top and left in pixels after scaling.
     """
-    window = Window(tuple(size), scale, top, left, mirrored)
-    return window.image(image), window.ignore_outside(window.label(label), label.shape, ignore_index)
+    return Window(tuple(size), scale, top, left, mirrored).pair(image, label, ignore_index)
 
 
 train_transform = TrainTransform

@@ -33,10 +33,13 @@ class BaseNet(nn.Module):
         self.fine = classifier(channels, num_classes)
         self.aux = aux
 
-    def forward(self, images):
-        """images (B, 3, H, W) → {"fine", "aux"}, each (B, N, ceil(H/8), ceil(W/8)); no "aux" in evaluation."""
+    def forward(self, images, *more):
+        """images (B, 3, H, W) → {"fine", "aux"}, each (B, N, ceil(H/8), ceil(W/8)); no "aux" in evaluation.
+
+        more: what `heads` takes beside the features.
+        """
         *_, stage3, stage4 = self.backbone(images)
-        outputs = self.heads(self.context(stage4))
+        outputs = self.heads(self.context(stage4), *more)
         if self.training:
             outputs["aux"] = self.aux(stage3)
         return outputs
@@ -76,11 +79,7 @@ class ACFNet(BaseNet):
         """
         if self.true_centers and truth is None:
             raise ValueError("true_centers: expected the truth beside the images, found none")
-        *_, stage3, stage4 = self.backbone(images)
-        outputs = self.heads(self.context(stage4), truth)
-        if self.training:
-            outputs["aux"] = self.aux(stage3)
-        return outputs
+        return super().forward(images, truth)
 
     def heads(self, features, truth=None):
         coarse = self.coarse(self.dropout(features))

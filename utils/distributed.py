@@ -9,6 +9,7 @@ import threading
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Subset
 
 from .cli import UserError
 
@@ -134,6 +135,17 @@ def find_parts(group=None):
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
         return Processes(group)
     return None
+
+
+def rank_and_size(processes):
+    """Of this process among those of the run, `Processes` or None: (0, 1) if it is alone."""
+    return (0, 1) if processes is None else (processes.rank, processes.size)
+
+
+def share_items(dataset, processes):
+    """This process's part of a data set, without padding: every item is in exactly one part."""
+    rank, size = rank_and_size(processes)
+    return Subset(dataset, range(rank, len(dataset), size))
 
 
 def started_by_torchrun():

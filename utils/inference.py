@@ -114,10 +114,11 @@ class SlidingPredictor:
                   for scale, mirrored in itertools.product(self.scales, sides)]
         total, results = {}, {}
         for done in self._run(passes, self.normalization(image)):
+            heads = done.result()
             if not done.mirrored and (done.scale == 1 or len(self.scales) == 1):
-                results["single_scale"] = done.result()
+                results["single_scale"] = heads
             if len(passes) > 1:
-                for name, probabilities in done.result().items():
+                for name, probabilities in heads.items():
                     if name in total:
                         total[name] += probabilities
                     else:

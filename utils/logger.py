@@ -157,11 +157,14 @@ def read_lines(path):
     return found
 
 
-def progress(iterable, what, unit, every=10.0):
-    """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds."""
-    total = len(iterable)
+def progress(iterable, what, unit, every=10.0, total=None):
+    """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds.
+
+    total: of items; None for the length of the iterable.
+    """
+    total = len(iterable) if total is None else total
     if sys.stderr.isatty():
-        yield from tqdm(iterable, desc=what, unit=unit, dynamic_ncols=True)
+        yield from tqdm(iterable, total=total, desc=what, unit=unit, dynamic_ncols=True)
         return
     started = said = time.monotonic()
     for done, item in enumerate(iterable, 1):

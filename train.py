@@ -29,7 +29,7 @@ from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import ACTIVATIONS, BACKBONES, MODELS, STEMS, build_network
-from networks.pretrained import CAFFE, choose_backbone, load_weights, read_weights
+from networks.pretrained import CAFFE, choose_backbone, load_weights, read_weights, recognise
 from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
@@ -204,11 +204,16 @@ SAME_RUN = ("model", "norm", "activation", "data_list", "split", "input_size", "
             "random_mirror", "random_scale", "sampling", "jitter")
 # Flags that change what is learnt from there on: allowed, and said.
 NEW_COURSE = ("learning_rate", "momentum", "weight_decay", "power", "num_steps", "accumulate", "ohem", "ohem_thres",
-              "ohem_keep", "amp", "opt_level", "restore_from")
+              "ohem_keep", "amp", "opt_level")
 
 
-def find_snapshot(path, folder):
-    """(path, content) of the snapshot to go on from; (None, None) without any. `path` is a file, or "newest"."""
+def find_snapshot(path, folder, processes):
+    """(path, content) of the snapshot to go on from; (None, None) without any. `path` is a file, or "newest".
+
+    The first process reads for all: hosts may share no disk.
+    """
+    if processes is not None:
+        return processes.first(find_snapshot(path, folder, None) if processes.rank == 0 else None)
     if path == "newest":
         return checkpoint.newest(folder)
     content = checkpoint.load_snapshot(path)
@@ -219,16 +224,9 @@ def find_snapshot(path, folder):
     return path, content
 
 
-def resume(path, folder, engine, config):
-    """Restore a run; returns the number of steps done. The first process reads for all: hosts may share no disk."""
-    processes = engine.processes
-    rank, world = rank_and_size(processes)
-    path, content = (None, None) if rank else find_snapshot(path, folder)
-    if processes is not None:
-        path, content = processes.first((path, content))
-    if content is None:
-        print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
-        return 0
+def resume(path, content, engine, config):
+    """Restore a run from a snapshot; returns the number of steps done."""
+    rank, world = rank_and_size(engine.processes)
     compare(path, content["config"], config)
     engine.network.load_state_dict(content["model"])
     engine.optimizer.load_state_dict(content["optimizer"])
@@ -249,7 +247,10 @@ def compare(path, before, now):
         found = before["network"].get(name)
         if name not in ("model", "norm", "activation", "num_classes") and found != value:
             raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
-                            "--restore-from and flags go on with that run")
+                            "flags go on with that run")
+    if before["normalization"] != now["normalization"]:
+        raise UserError(f"--resume {path}: expected an input normalised by {now['normalization']}, found "
+                        f"{before['normalization']}; without --normalization the run goes on")
     if before["classes"] != now["classes"]:
         raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
     old, new = before["arguments"], now["arguments"]
@@ -297,9 +298,32 @@ def check(args, devices, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def prepare_network(args, shape, weights, precision, device, memory_format):
-    """Build network and optimiser, and load the weights to start from. Returns also the account of the weights."""
-    network = build_network(**shape, recompute=args.checkpoint).to(device, memory_format=memory_format)
+def prepare(args, devices, processes, precision, classes):
+    """Network and optimiser, from random weights, a file's, or a snapshot of this run.
+
+    Returns (engine, steps done, what a snapshot says of the run, account of the file's weights or None).
+    """
+    path, content = find_snapshot(args.resume, args.snapshot_dir, processes) if args.resume else (None, None)
+    weights = read_weights(args.restore_from[0]) if args.restore_from and content is None else None
+    if content is not None and args.restore_from:
+        print("--resume: the weights are the snapshot's; --restore-from is not read")
+    elif args.resume and content is None:
+        print(f"--resume: no snapshot in {args.snapshot_dir} yet, so this run starts from the beginning")
+    followed = weights if content is None else recognise(content, str(path))
+    shape = {"model": args.model, "num_classes": classes.num_classes, "norm": args.norm, "activation": args.activation,
+             "ablations": args.ablations,
+             **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
+    args.backbone = shape["backbone"]       # for the record, and should the memory run out
+    normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
+        followed.normalization if followed else Normalization())
+    print(f"network: {args.model}, {shape['backbone']}, stem {shape['stem']}, "
+          f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, mean "
+          f"{', '.join(map(str, normalization.mean))}")
+    config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
+              "input_size": list(args.input_size), "arguments": plain_values(args)}
+
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    network = build_network(**shape, recompute=args.checkpoint).to(devices[0], memory_format=memory_format)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay)
     if args.norm == "inplace_abn":
@@ -308,11 +332,22 @@ def prepare_network(args, shape, weights, precision, device, memory_format):
     if weights is not None:
         account = load_weights(network, weights, allow_partial=args.allow_partial)
         print(account)
-    elif not args.resume:
+    elif content is None:
         print("no --restore-from: the network starts from random weights")
     # A snapshot has the weights, their momentum, and whatever else is small.
     checkpoint.check_room(args.snapshot_dir, 8 * sum(parameter.numel() for parameter in network.parameters()))
-    return *precision.prepare(network, optimizer), account
+    network, optimizer = precision.prepare(network, optimizer)
+
+    factors = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
+    criterion = SegmentationCriterion(factors, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep)
+    rank, _ = rank_and_size(processes)
+    if rank:
+        checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
+    if args.compile:
+        network.compile()
+    module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
+    engine = Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)
+    return engine, 0 if content is None else resume(path, content, engine, config), config, account
 
 
 def share_batches(module, devices, processes):
@@ -388,7 +423,7 @@ def explain(error, args, num_classes, crops):
     pixels = args.input_size[0] * args.input_size[1]
 
     def kept(recompute, amp):
-        network = build_network(args.model, num_classes, args.backbone or "eca_resnet101", args.norm, args.activation,
+        network = build_network(args.model, num_classes, args.backbone, args.norm, args.activation,
                                 recompute=recompute)
         sizes, _ = memory.kept_bytes(network, torch.zeros(2, 3, 129, 129), AUTOCAST[amp])
         return sum(sizes.values()) / (2 * 129 * 129) * crops * pixels / 1e9
@@ -404,6 +439,11 @@ def explain(error, args, num_classes, crops):
     return UserError(f"out of memory: expected room for {crops} crops of {args.input_size[0]}×{args.input_size[1]} on "
                      f"a device, which keep about {now:.1f} GB for the backward pass besides the weights, found: "
                      f"{error.strip().splitlines()[0][:160]}; what helps, and what it would keep: {', '.join(choices)}")
+
+
+def plain_values(args):
+    """The flags' values as a snapshot and JSON can hold them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
 def main(argv=None):
@@ -454,29 +494,8 @@ def run(args, devices, processes, precision, dataset, workers):
     """Train: this process's part of it, on these devices."""
     device, classes = devices[0], dataset.classes
     rank, world = rank_and_size(processes)
-    weights = read_weights(args.restore_from[0]) if args.restore_from else None
-    shape = {"model": args.model, "num_classes": classes.num_classes, "norm": args.norm, "activation": args.activation,
-             "ablations": args.ablations,
-             **choose_backbone(weights, args.backbone, args.stem, args.downsample, args.eca_kernels)}
-    normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
-        weights.normalization if weights else Normalization())
-    print(f"network: {args.model}, {shape['backbone']}, stem {shape['stem']}, "
-          f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, mean "
-          f"{', '.join(map(str, normalization.mean))}")
-    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-    config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
-              "input_size": list(args.input_size), "arguments": arguments}
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    network, optimizer, account = prepare_network(args, shape, weights, precision, device, memory_format)
-    factors = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}
-    criterion = SegmentationCriterion(factors, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep)
-    if rank:
-        checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
-    if args.compile:
-        network.compile()
-    module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
-    engine = Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)
-    start = resume(args.resume, args.snapshot_dir, engine, config) if args.resume else 0
+    engine, start, config, account = prepare(args, devices, processes, precision, classes)
+    network, normalization = engine.network, Normalization.from_config(config["normalization"])
 
     part = args.batch_size // args.accumulate       # crops of a pass, over all devices
     shares = (args.random_seed, start * args.batch_size, args.num_steps * args.batch_size, part, rank, world)
@@ -492,7 +511,7 @@ def run(args, devices, processes, precision, dataset, workers):
         elif rank == 0:
             checkpoint.save(Path(args.snapshot_dir, checkpoint.BEST), content | {"quick_mean_iou": best})
 
-    about = about_this_run(arguments, devices)
+    about = about_this_run(config["arguments"], devices)
     with NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start, about) as log:
         if account is not None and rank == 0:
             checkpoint.write_json(Path(args.snapshot_dir, "weights.json"), account.as_json())

@@ -6,7 +6,7 @@ Families are recognised from the files themselves:
     ECANet       eca_resnet{18,34,50,101,152}_k????.pth.tar: 7×7 stem, `layerN.M.eca.conv.weight`
     timm         .pth or .safetensors of resnet{18,34,50,101}[d], ecaresnet{50,101}d: `se.conv.weight`, deep stem
                  32-32-64, average-pool downsampling
-    torchvision  resnet{18,34,50,101,152}
+    torchvision  resnet{18,34,50,101,152}, as files or by torchvision's name for them
     CSAIL        resnet101-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
 """
 
@@ -89,8 +89,13 @@ class Account:
 
 
 def read_weights(path):
-    """Read and recognise a file → `Weights`. Raises `UserError` that says what the file looks like."""
+    """Read and recognise a file → `Weights`. Raises `UserError` that says what the file looks like.
+
+    path: of a file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2.
+    """
     path = Path(path)
+    if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not path.exists():
+        path = _fetch(str(path))
     _look(path)
     if path.suffix == ".safetensors":
         try:
@@ -226,6 +231,25 @@ def load_weights(network, weights, name="", allow_partial=False):
     account.notes += [note] * bool(note)
     network.load_state_dict(fitting, strict=False)
     return account
+
+
+def _fetch(name):
+    """The file of weights that torchvision names so, in PyTorch's cache; downloaded if it is not there yet."""
+    import torchvision
+    try:
+        url = torchvision.models.get_weight(name).url
+    except (ValueError, KeyError):
+        raise UserError(f"{name}: expected a file or weights that torchvision {torchvision.__version__} names, such as "
+                        "ResNet101_Weights.IMAGENET1K_V2, found neither") from None
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not path.exists():
+        print(f"{name}: fetching {url} to {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
+        except (OSError, RuntimeError) as error:        # no network; another checksum
+            raise UserError(f"{name}: expected to fetch {url}, found: {error}; a copy of that file will do") from None
+    return path
 
 
 def _look(path):

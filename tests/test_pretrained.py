@@ -198,6 +198,23 @@ def real():
     return path
 
 
+def test_torchvision_weights_by_their_name(tmp_path, monkeypatch):
+    """From PyTorch's cache, without any network; what is not there is fetched, or the address is said."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    theirs = torchvision.models.resnet18().state_dict()
+    name = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(theirs, tmp_path / "checkpoints" / name)
+    weights = read_weights("ResNet18_Weights.IMAGENET1K_V1")
+    assert weights.family == "torchvision" and torch.equal(weights.state["backbone.conv1.weight"],
+                                                           theirs["conv1.weight"])
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"ResNet50_Weights.IMAGENET1K_V2: expected to fetch https://.*resnet50-"):
+        read_weights("ResNet50_Weights.IMAGENET1K_V2")
+    with pytest.raises(UserError, match="ResNet50_Weights.NONE: expected a file or weights that torchvision"):
+        read_weights("ResNet50_Weights.NONE")
+
+
 def test_real_weights_load_whole(real):
     account = load_weights(build_network("acfnet_resnet", 11, "resnet50"), read_weights(real))
     assert len(account.loaded) == 318 and account.share == 1 and set(account.ignored) == {"backbone.fc.weight",

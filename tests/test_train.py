@@ -16,7 +16,7 @@ import evaluate
 import train
 from dataset.labels import ClassTable
 from loss.criterion import SegmentationCriterion
-from networks import build_network
+from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, start
 from utils import checkpoint
 from utils.cli import UserError
@@ -96,6 +96,24 @@ def test_resume_passes_over_a_damaged_snapshot_and_repeats_no_step_in_the_log(st
     assert "CS_scenes_4.pth: expected a file of tensors" in shown and "taking the snapshot before it" in shown
     assert [(line["step"], line["loss"]) for line in lines(folder)] == expected
     assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+
+
+def test_resume_needs_no_weights_but_the_snapshot(streets, tmp_path, capsys):
+    """The file a run started from may be gone; what it said of the network and its input is in the snapshot."""
+    backbone = build_backbone("resnet18", "bn", "relu", average_downsample=True)
+    torch.save(backbone.state_dict(), tmp_path / "w.pth")
+    words = ["--restore-from", str(tmp_path / "w.pth"), "--normalization", "bgr"]
+    run(streets, tmp_path / "s", *words, steps=1)
+    (tmp_path / "w.pth").unlink()
+    capsys.readouterr()
+    resumed = run(streets, tmp_path / "s", "--resume", *words[:2], steps=2)
+    shown = capsys.readouterr().out
+    assert "average downsampling; input BGR" in shown and "--restore-from is not read" in shown
+    assert resumed["config"]["network"]["average_downsample"] and resumed["step"] == 2
+    for more, message in ((["--normalization", "rgb"], "--resume .*: expected an input normalised by .*RGB"),
+                          (["--downsample", "strided"], "--downsample strided: expected that of .*CS_scenes_2.pth")):
+        with pytest.raises(UserError, match=message):
+            run(streets, tmp_path / "s", "--resume", *more, steps=3)
 
 
 def test_resume_in_an_empty_folder_starts_and_says_so(streets, tmp_path, capsys):

@@ -1,0 +1,129 @@
+"""What the ACF term does in networks that `tests.benchmarks.camvid` trained.
+
+    python -m tests.benchmarks.contribution CAMVID FOLDER [--every 1] [--size 209,209]
+
+The module is linear once P is known, so all it can do is add P[:, j] · M to the logits of pixel j, with one N×N matrix
+M an image: M[i] is what the classifier makes of the convolved center of class i. So M can be exchanged in a trained
+network: for the mean over training photographs, for that of another photograph, for one whose centers come from the
+truth, for zero. What the mean cannot do is what an image's own centers are worth. Windows of --size, side by side.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from dataset.cityscapes import CityscapesDataset
+from dataset.labels import IGNORE_INDEX, ClassTable
+from libs.convert import fold_norms
+from loss.criterion import upsample
+from networks import build_network
+from networks.acf import mix, true_logits
+from tests.benchmarks.camvid import VARIANTS, interval
+from utils import checkpoint, cli
+from utils.distributed import select_devices
+from utils.inference import Normalization, most_probable, window_starts
+from utils.logger import progress
+from utils.metrics import ConfusionMatrix
+from utils.precision import AUTOCAST, best_precision
+
+
+def windows(item, size):
+    """Windows of an item, side by side: images (B, 3, h, w), labels (B, h, w)."""
+    image, label = item["image"], item["label"]
+    cut = [(..., slice(top, top + size[0]), slice(left, left + size[1]))
+           for top in window_starts(label.shape[0], size[0], 0) for left in window_starts(label.shape[1], size[1], 0)]
+    return torch.stack([image[c] for c in cut]), torch.stack([label[c] for c in cut])
+
+
+@torch.inference_mode()
+def look(network, images, device, autocast):
+    """Coarse logits (B, N, h, w), what the fine classifier makes of F alone (B, N, h, w), and M as a function."""
+    pixels = Normalization()(images.to(device)).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        features = network.context(network.backbone(pixels)[-1])
+        coarse = network.coarse(features)
+    features, coarse = features.float(), coarse.float()
+    keys = network.acf.cab.conv.out_channels
+    of_centers, of_features = network.fine.weight.split([keys, features.shape[1]], dim=1)
+
+    def matrix(center_logits=None):
+        """M (B, N centers, N logits)."""
+        return network.acf.convolved_centers(features, coarse, center_logits) @ of_centers[:, :, 0, 0].T
+
+    return coarse, F.conv2d(features, of_features, network.fine.bias), matrix
+
+
+@torch.inference_mode()
+def measure(network, data, val, every, size, device, autocast):
+    """Mean IoU by matrix, sizes of the parts of the logits, shares of pixels: three dicts of numbers."""
+    items = [windows(data[index], size)[0] for index in range(0, len(data), 8)]
+    mean = torch.cat([look(network, images, device, autocast)[2]() for images in items]).mean(0, keepdim=True)
+    matrices, squares, pixels = {}, {}, {"decide differently": 0, "coarse right": 0, "fine right": 0, "all": 0}
+    before = mean
+    for index in range(0, len(val), every):
+        images, labels = windows(val[index], size)
+        labels = labels.to(device)
+        coarse, alone, matrix = look(network, images, device, autocast)
+        own = matrix()
+        truth = matrix(true_logits(labels, coarse.shape[1], coarse.shape[2:]))
+        terms = {name: mix(m.expand(len(images), -1, -1), coarse) for name, m in (
+            ("own centers", own), ("mean of training photographs", mean), ("another photograph's centers", before),
+            ("centers from the truth", truth))}
+        logits = {name: alone + term for name, term in terms.items()} | {"without the term": alone, "coarse": coarse}
+        chosen = {name: most_probable(upsample(value, size).transpose(0, 1)) for name, value in logits.items()}
+        for name, prediction in chosen.items():
+            matrices.setdefault(name, ConfusionMatrix(coarse.shape[1], IGNORE_INDEX)).update(prediction, labels)
+        for name, part in (("the term", terms["own centers"]), ("from F", alone),
+                           ("the term beyond its mean matrix",
+                            terms["own centers"] - terms["mean of training photographs"])):
+            part = part - part.mean(1, keepdim=True)        # what all classes share decides nothing
+            squares.setdefault(name, []).append(part.square().mean())
+        known = labels != IGNORE_INDEX
+        differ = known & (chosen["coarse"] != chosen["own centers"])
+        for name, which in (("all", known), ("decide differently", differ),
+                            ("coarse right", differ & (chosen["coarse"] == labels)),
+                            ("fine right", differ & (chosen["own centers"] == labels))):
+            pixels[name] += int(which.sum())
+        before = own.mean(0, keepdim=True)
+    scores = {name: 100 * found.mean_iou() for name, found in matrices.items()}
+    sizes = {name: float(torch.stack(found).mean().sqrt()) for name, found in squares.items()}
+    return scores, sizes, {name: 100 * count / pixels["all"] for name, count in pixels.items() if name != "all"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path, help="--output-dir of tests.benchmarks.camvid")
+    parser.add_argument("--every", type=int, default=1, help="take every so many of the validation photographs")
+    parser.add_argument("--size", type=cli.size, default=(209, 209))
+    parser.add_argument("--gpu")
+    args = parser.parse_args()
+    device = select_devices(args.gpu)[0]
+    autocast = AUTOCAST[best_precision(device)]
+    classes = ClassTable.read(args.data / "classes.csv")
+    data, val = (CityscapesDataset(args.data, data_list=args.data / f"{name}.lst", classes=classes)
+                 for name in ("train", "val"))
+    found = {}
+    for path in progress(sorted(args.folder.glob("*.pth")), "networks", "network", every=60):
+        content = checkpoint.load(path)
+        model, ablations = VARIANTS[content["variant"]]
+        if ablations or model == "base":
+            continue
+        network = build_network(model, classes.num_classes, "resnet50", norm="bn", activation="relu")
+        network.load_state_dict(content["model"])
+        network = fold_norms(network).to(device, memory_format=torch.channels_last)
+        found.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
+    titles = "mean IoU, %, with M from", "logits, root mean square", "pixels, %, where coarse and fine"
+    for model, runs in found.items():
+        print(f"{model}, {len(runs)} networks, mean ± 95 %")
+        for title, parts in zip(titles, zip(*runs, strict=True), strict=True):
+            print(f"  {title}")
+            for name in parts[0]:
+                mean, half = interval([part[name] for part in parts])
+                print(f"    {name:<36}{mean:7.2f}" + (f" ± {half:.2f}" if half is not None else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -335,7 +335,8 @@ def prepare(args, devices, processes, precision, classes):
     elif content is None:
         print("no --restore-from: the network starts from random weights")
     # A snapshot has the weights, their momentum, and whatever else is small.
-    checkpoint.check_room(args.snapshot_dir, 8 * sum(parameter.numel() for parameter in network.parameters()))
+    checkpoint.check_room(f"--snapshot-dir {args.snapshot_dir}", args.snapshot_dir,
+                          8 * sum(parameter.numel() for parameter in network.parameters()), "a snapshot")
     network, optimizer = precision.prepare(network, optimizer)
 
     factors = {head: factor for head, factor in WEIGHTS.items() if hasattr(network, head)}

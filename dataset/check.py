@@ -24,7 +24,7 @@ from utils import checkpoint, cli, visualize
 from utils.cli import UserError
 from utils.logger import progress
 
-from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name
+from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name, split_files
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import read_ids, read_image
 
@@ -66,16 +66,12 @@ def inspect(job):
 
 def find_pairs(root, split):
     """Files of a scanned split: pairs, and problems of files that lack their partner."""
-    truth = "gtCoarse" if split == COARSE else "gtFine"
-    images = {path.name.removesuffix("_leftImg8bit.png"): path
-              for path in sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))}
-    labels = {path.name.removesuffix(f"_{truth}_labelIds.png"): path
-              for path in sorted((root / truth / split).glob(f"*/*_{truth}_labelIds.png"))}
-    problems = [("label map missing", f"{images[stem]}: expected its label map in {truth}/{split}, found none")
-                for stem in sorted(images.keys() - labels.keys()) if split != "test"]
-    problems += [("image missing", f"{labels[stem]}: expected its image in leftImg8bit/{split}, found none")
-                 for stem in sorted(labels.keys() - images.keys())]
-    return [(images[stem], labels[stem]) for stem in images if stem in labels], problems
+    images, labels, truth = split_files(root, split)
+    problems = [("label map missing", f"{images[key]}: expected its label map in {truth}/{split}, found none")
+                for key in sorted(images.keys() - labels.keys()) if split != "test"]
+    problems += [("image missing", f"{labels[key]}: expected its image in leftImg8bit/{split}, found none")
+                 for key in sorted(labels.keys() - images.keys())]
+    return [(images[key], labels[key]) for key in images if key in labels], problems
 
 
 def find_splits(root, lists, classes):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from utils import checkpoint
 from utils.cli import UserError
 from utils.logger import progress
 
@@ -124,7 +125,7 @@ class CityscapesDataset(Dataset):
         if not missing:
             return
         print(f"--cache {self.cache.folder}: {len(missing)} files to decode, {needed / 1e9:.2f} GB")
-        self.cache.check_room(needed)
+        checkpoint.check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
         missing = set(missing)
         todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]
         for _ in progress(DataLoader(Jobs(self.decode_pair, todo), None, num_workers=workers), "decoding", "image"):
@@ -212,21 +213,25 @@ def check_name(path, classes):
                         "use *_labelIds.png")
 
 
-def _scan(root, split):
-    folder = root / "leftImg8bit" / split
+def split_files(root, split):
+    """Files of a split by city and stem: {key: image}, {key: label map}, and the folder of the latter."""
     truth = "gtCoarse" if split == COARSE else "gtFine"
-    images = sorted(folder.glob("*/*_leftImg8bit.png"))
+    images, labels = ({f"{path.parent.name}/{path.name.removesuffix(ending)}": path
+                       for path in sorted((root / folder / split).glob(f"*/*{ending}"))}
+                      for folder, ending in (("leftImg8bit", "_leftImg8bit.png"), (truth, f"_{truth}_labelIds.png")))
+    return images, labels, truth
+
+
+def _scan(root, split):
+    images, labels, truth = split_files(root, split)
     if not images:
-        raise UserError(f"{folder}: expected <city>/*_leftImg8bit.png in it, found none "
+        raise UserError(f"{root / 'leftImg8bit' / split}: expected <city>/*_leftImg8bit.png in it, found none "
                         "(--data-list reads other layouts)")
-    pairs = []
-    for image in images:
-        name = image.name.replace("_leftImg8bit.png", f"_{truth}_labelIds.png")
-        label = root / truth / split / image.parent.name / name
-        if not label.is_file():
-            raise UserError(f"{label}: expected the label map of {image}, found no such file")
-        pairs.append((image, label))
-    return pairs
+    for key in images:
+        if key not in labels:
+            raise UserError(f"{root / truth / split / key}_{truth}_labelIds.png: expected the label map of "
+                            f"{images[key]}, found no such file")
+    return [(image, labels[key]) for key, image in images.items()]
 
 
 def _read_list(root, path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -121,13 +120,6 @@ class DecodedCache:
         """Those of the files that are not in the cache, and about how many bytes their arrays will take."""
         paths = [path for path in paths if not self.place(path).exists()]
         return paths, sum(map(decoded_bytes, paths))
-
-    def check_room(self, needed):
-        """Raise `UserError` if the disk has less room than that many bytes."""
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise UserError(f"--cache {self.folder}: expected {needed / 1e9:.2f} GB free for the decoded images, found "
-                            f"{free / 1e9:.2f} GB")
 
 
 def decoded_bytes(path):

@@ -120,15 +120,15 @@ def remove_unfinished(folder):
         path.unlink(missing_ok=True)
 
 
-def check_room(folder, needed):
-    """Raise `UserError` if the disk of a folder, which need not exist yet, has less than `needed` bytes free."""
+def check_room(flag, folder, needed, purpose):
+    """Raise `UserError` that begins with `flag` if the disk of a folder, which need not exist yet, has less than
+    `needed` bytes free."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"--snapshot-dir {folder}: expected {needed / 1e6:.0f} MB free for a snapshot, found "
-                        f"{free / 1e6:.0f} MB")
+        raise UserError(f"{flag}: expected {needed / 1e6:,.0f} MB free for {purpose}, found {free / 1e6:,.0f} MB")
 
 
 def seed_generators(seed):

@@ -115,7 +115,8 @@ def add_network(parser):
                      help="memory for time: light recomputes the expansion of each bottleneck, full groups of blocks "
                      "(none)")
     net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from, of ECANet, timm, "
-                     "torchvision, CSAIL or a snapshot; without it, random ones")
+                     "torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; without it, "
+                     "random ones")
     net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
                      "come from --restore-from")
 

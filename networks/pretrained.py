@@ -177,8 +177,10 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
         if found["stem"] not in STEMS:
             raise UserError(f"{weights.name}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
     chosen = {name: found[name] if flags[name] is None else flags[name] for name in flags}
-    return {"backbone": backbone or "eca_resnet101", "stem": chosen["stem"],
-            "average_downsample": chosen["downsample"] == "average", "eca_kernels": chosen["eca-kernels"]}
+    backbone = backbone or "eca_resnet101"
+    kernels = chosen["eca-kernels"] or BACKBONES[backbone]["eca_kernels"]
+    return {"backbone": backbone, "stem": chosen["stem"], "average_downsample": chosen["downsample"] == "average",
+            "eca_kernels": kernels and list(kernels)}
 
 
 def load_weights(network, weights, name="", allow_partial=False):

@@ -134,7 +134,7 @@ def table(lines, steps):
     return "\n".join(text)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("weights")
@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"))
     parser.add_argument("--gpu")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/camvid"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     device, weights = select_devices(args.gpu)[0], read_weights(args.weights)
     for seed in range(args.seeds):

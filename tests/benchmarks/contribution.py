@@ -20,6 +20,7 @@ from libs.convert import fold_norms
 from loss.criterion import upsample
 from networks import build_network
 from networks.acf import mix, true_logits
+from networks.pretrained import choose_backbone, recognise
 from tests.benchmarks.camvid import VARIANTS, interval
 from utils import checkpoint, cli
 from utils.distributed import select_devices
@@ -92,14 +93,14 @@ def measure(network, data, val, every, size, device, autocast):
     return scores, sizes, {name: 100 * count / pixels["all"] for name, count in pixels.items() if name != "all"}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path, help="--output-dir of tests.benchmarks.camvid")
     parser.add_argument("--every", type=int, default=1, help="take every so many of the validation photographs")
     parser.add_argument("--size", type=cli.size, default=(209, 209))
     parser.add_argument("--gpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = select_devices(args.gpu)[0]
     autocast = AUTOCAST[best_precision(device)]
     classes = ClassTable.read(args.data / "classes.csv")
@@ -111,7 +112,8 @@ def main():
         model, ablations = VARIANTS[content["variant"]]
         if ablations or model == "base":
             continue
-        network = build_network(model, classes.num_classes, "resnet50", norm="bn", activation="relu")
+        network = build_network(model, classes.num_classes, norm="bn", activation="relu",
+                                **choose_backbone(recognise(content, str(path))))
         network.load_state_dict(content["model"])
         network = fold_norms(network).to(device, memory_format=torch.channels_last)
         found.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))

@@ -7,7 +7,9 @@ Families are recognised from the files themselves:
     timm         .pth or .safetensors of resnet{18,34,50,101}[d], ecaresnet{50,101}d: `se.conv.weight`, deep stem
                  32-32-64, average-pool downsampling
     torchvision  resnet{18,34,50,101,152}, as files or by torchvision's name for them
-    CSAIL        resnet101-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
+    CSAIL        resnet{18,50,101}-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
+
+and so is the input normalisation they expect.
 """
 
 import re
@@ -27,7 +29,8 @@ from . import BACKBONES, STEMS
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
-# Caffe's order and mean, which the CSAIL networks were trained with: no division by a deviation.
+# Caffe's order and mean, no division by a deviation: CSAIL's networks until August 2019 (pull request 190 of
+# CSAILVision/semantic-segmentation-pytorch), and others that come from Caffe. Files do not say it; their norms do.
 CAFFE = Normalization("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 CSAIL_STEM = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.2", "bn2": "conv1.3", "conv3": "conv1.4",
               "bn3": "bn1"}
@@ -130,7 +133,7 @@ def recognise(content, name):
         ours |= {key.removeprefix(outer): value for key, value in state.items()
                  if key.startswith(outer) and not key.startswith(prefix)}
     normalization = Normalization.from_config(config["normalization"]) if network and "normalization" in config else (
-        CAFFE if family == "CSAIL" else Normalization())
+        CAFFE if _expects_bytes(renamed) else Normalization())
     return Weights(name, family, ours, network.get("norm", "bn"), structure(renamed), normalization)
 
 
@@ -148,6 +151,19 @@ def structure(state):
             "eca": bool(kernels), "stem": stem, "eca_kernels": kernels or None,
             "average_downsample": "layer2.0.downsample.1.weight" in state
             and state["layer2.0.downsample.1.weight"].ndim == 4}
+
+
+def _expects_bytes(state):
+    """Whether a backbone was trained on pixels up to 255, not on pixels divided by their deviation of about 58.
+
+    The first norm has seen the variance of the first convolution's output: per squared weight it is about that of a
+    pixel, 1.3 for a real network of the latter kind and 58² times as much for one of the former.
+    """
+    convolution, norm = ("conv1.0", "conv1.1") if "conv1.0.weight" in state else ("conv1", "bn1")
+    if not {f"{convolution}.weight", f"{norm}.running_var"} <= state.keys():
+        return False
+    squares = state[f"{convolution}.weight"].float().square().flatten(1).sum(1)          # (filters,)
+    return float((state[f"{norm}.running_var"].float() / squares.clamp(min=1e-12)).median()) > 100
 
 
 def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca_kernels=None):

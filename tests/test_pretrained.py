@@ -136,7 +136,7 @@ def csail_file(path):
 def test_a_csail_file(tmp_path):
     state = csail_file(tmp_path / "resnet101-imagenet.pth")
     weights = read_weights(tmp_path / "resnet101-imagenet.pth")
-    assert weights.family == "CSAIL" and weights.normalization == CAFFE
+    assert weights.family == "CSAIL"
     ours = ours_from(weights, 8)
     x = torch.randn(1, 3, 33, 49, dtype=torch.float64)
     y = x
@@ -149,6 +149,18 @@ def test_a_csail_file(tmp_path):
     network = build_network("base", 5, "resnet101", stem="64-64-128")
     account = load_weights(network, weights)
     assert account.share == 1 and set(account.ignored) == {"backbone.fc.weight", "backbone.fc.bias"}
+
+
+@pytest.mark.parametrize("stem", ["7x7", "64-64-128"])
+@pytest.mark.parametrize("normalization", [Normalization(), CAFFE])
+def test_the_input_is_told_from_what_the_first_norm_has_seen(stem, normalization):
+    """Networks that have looked at photographs in the one way or the other."""
+    data = pytest.importorskip("skimage.data")
+    network = build_backbone("resnet18", "bn", "relu", stem)
+    for image in (data.chelsea(), data.coffee(), data.rocket()) * 8:
+        pixels = torch.from_numpy(image[::3, ::3].copy()).permute(2, 0, 1)[None]
+        network(normalization(pixels))
+    assert recognise(network.state_dict(), "w.pth").normalization == normalization
 
 
 @pytest.mark.parametrize("norm", ["bn", "inplace_abn"])
@@ -217,6 +229,7 @@ def test_torchvision_weights_by_their_name(tmp_path, monkeypatch):
 
 def test_real_weights_load_whole(real):
     account = load_weights(build_network("acfnet_resnet", 11, "resnet50"), read_weights(real))
+    assert read_weights(real).normalization == Normalization()
     assert len(account.loaded) == 318 and account.share == 1 and set(account.ignored) == {"backbone.fc.weight",
                                                                                           "backbone.fc.bias"}
 

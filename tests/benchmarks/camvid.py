@@ -37,6 +37,7 @@ VARIANTS = {        # model, ablations
     "base, fine 1.3": ("base", ()),     # its head counts as much as both heads of ACFNet
     "acfnet_resnet": ("acfnet_resnet", ()),
     "acfnet": ("acfnet", ()),
+    "acfnet_resnet, no term": ("acfnet_resnet", ()),        # fine is a second plain classifier of F; all else equal
     "acfnet_resnet, norms": ("acfnet_resnet", ("norms",)),
     "acfnet_resnet, norms and fusion": ("acfnet_resnet", ("norms", "fusion")),
     "acfnet_resnet, true centers": ("acfnet_resnet", ("true_centers",)),
@@ -71,6 +72,9 @@ def run(variant, seed, args, weights, device):
     network = build_network(model, classes.num_classes, norm="bn", activation="relu", ablations=ablations,
                             **choose_backbone(weights))
     load_weights(network, weights)
+    if variant.endswith("no term"):
+        for parameter in network.acf.requires_grad_(False).cab.parameters():
+            torch.nn.init.zeros_(parameter)
     network.to(device, memory_format=torch.channels_last)
     frozen = [network.backbone.conv1, network.backbone.bn1, network.backbone.layer1, network.backbone.layer2]
     for module in frozen:

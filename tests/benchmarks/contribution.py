@@ -21,7 +21,7 @@ from loss.criterion import upsample
 from networks import build_network
 from networks.acf import mix, true_logits
 from networks.pretrained import choose_backbone, recognise
-from tests.benchmarks.camvid import VARIANTS, interval
+from tests.benchmarks.camvid import interval
 from utils import checkpoint, cli
 from utils.distributed import select_devices
 from utils.inference import Normalization, most_probable, window_starts
@@ -109,8 +109,8 @@ def main(argv=None):
     found = {}
     for path in progress(sorted(args.folder.glob("*.pth")), "networks", "network", every=60):
         content = checkpoint.load(path)
-        model, ablations = VARIANTS[content["variant"]]
-        if ablations or model == "base":
+        model = content["variant"]
+        if model not in ("acfnet_resnet", "acfnet"):
             continue
         network = build_network(model, classes.num_classes, norm="bn", activation="relu",
                                 **choose_backbone(recognise(content, str(path))))

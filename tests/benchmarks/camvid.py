@@ -42,6 +42,7 @@ VARIANTS = {        # model, ablations
     "acfnet_resnet, norms and fusion": ("acfnet_resnet", ("norms", "fusion")),
     "acfnet_resnet, true centers": ("acfnet_resnet", ("true_centers",)),
 }
+BASES = ("base, fine 1.3", "base")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}        # Student's t, 95 %, by number of seeds
 
 
@@ -120,7 +121,11 @@ def interval(values):
 
 
 def table(lines, steps):
-    """Last results of each variant as text, with the gain of fine over coarse in the same networks."""
+    """Last results of each variant as text, with the gain of fine over coarse in the same networks, and over the base
+    network of the same seeds: a seed fixes first weights and samples, and matters more than the model."""
+    bases = [{line["seed"]: line["fine"] for line in lines
+              if line["variant"] == name and line["step"] == steps == line["steps"]} for name in BASES]
+    base = max(bases, key=len)
     text = []
     for variant in VARIANTS:
         last = [line for line in lines if line["variant"] == variant and line["step"] == steps == line["steps"]]
@@ -130,6 +135,8 @@ def table(lines, steps):
         if "coarse" in last[0]:
             columns |= {"coarse": [line["coarse"] for line in last],
                         "fine - coarse": [line["fine"] - line["coarse"] for line in last]}
+        if variant not in BASES and all(line["seed"] in base for line in last):
+            columns["fine - base"] = [line["fine"] - base[line["seed"]] for line in last]
         shown = []
         for name, values in columns.items():
             mean, half = interval(values)

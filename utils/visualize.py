@@ -168,12 +168,12 @@ def score_curves(path, lines):
     figure = _figure(8, 4.5)
     axes = figure.subplots()
     variants = list(dict.fromkeys(line["variant"] for line in lines))
-    colors = ("#222222", "#8a8a8a", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0")
+    colors = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")
     for variant, color in zip(variants, colors, strict=False):
         for seed in dict.fromkeys(line["seed"] for line in lines):
             run = [line for line in lines if line["variant"] == variant and line["seed"] == seed]
             axes.plot([line["step"] for line in run], [100 * line["fine"] for line in run], color=color, alpha=0.6,
-                      linewidth=1.2, label=variant if seed == lines[0]["seed"] else None)
+                      linewidth=1.2, marker="o", markersize=3, label=variant if seed == lines[0]["seed"] else None)
     axes.set_xlabel("step")
     axes.set_ylabel("mIoU of the fine head, %")
     axes.legend(frameon=False)

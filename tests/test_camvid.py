@@ -55,7 +55,7 @@ def test_the_term_by_its_matrix_is_the_networks():
     network = build_network("acfnet_resnet", 11, "resnet18", norm="bn", activation="relu").eval()
     randomise(network)
     images = torch.randint(0, 256, (2, 3, 33, 41), dtype=torch.uint8)
-    coarse, alone, matrix = contribution.look(network, images, torch.device("cpu"), None)
+    _, coarse, alone, matrix = contribution.look(network, images, torch.device("cpu"), None)
     with torch.inference_mode():
         outputs = network(contribution.Normalization()(images))
     torch.testing.assert_close(alone + contribution.mix(matrix(), coarse), outputs["fine"], rtol=1e-3, atol=1e-3)

@@ -4,8 +4,8 @@
 
 The module is linear once P is known, so all it can do is add P[:, j] · M to the logits of pixel j, with one N×N matrix
 M an image: M[i] is what the classifier makes of the convolved center of class i. So M can be exchanged in a trained
-network: for the mean over training photographs, for that of another photograph, for one whose centers come from the
-truth, for zero. What the mean cannot do is what an image's own centers are worth. Windows of --size, side by side.
+network: for the mean over training photographs, for that of one of them, for one whose centers come from the truth,
+for zero. What the mean cannot do is what an image's own centers are worth. Windows of --size, side by side.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def windows(item, size):
 
 @torch.inference_mode()
 def look(network, images, device, autocast):
-    """Coarse logits (B, N, h, w), what the fine classifier makes of F alone (B, N, h, w), and M as a function."""
+    """F (B, C, h, w), coarse logits (B, N, h, w), what the fine classifier makes of F alone (B, N, h, w), and M as a
+    function."""
     pixels = Normalization()(images.to(device)).contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         features = network.context(network.backbone(pixels)[-1])
@@ -53,25 +54,25 @@ def look(network, images, device, autocast):
         """M (B, N centers, N logits)."""
         return network.acf.convolved_centers(features, coarse, center_logits) @ of_centers[:, :, 0, 0].T
 
-    return coarse, F.conv2d(features, of_features, network.fine.bias), matrix
+    return features, coarse, F.conv2d(features, of_features, network.fine.bias), matrix
 
 
 @torch.inference_mode()
 def measure(network, data, val, every, size, device, autocast):
     """Mean IoU by matrix, sizes of the parts of the logits, shares of pixels: three dicts of numbers."""
     items = [windows(data[index], size)[0] for index in range(0, len(data), 8)]
-    mean = torch.cat([look(network, images, device, autocast)[2]() for images in items]).mean(0, keepdim=True)
+    trained = torch.cat([look(network, images, device, autocast)[3]() for images in items])   # (windows, N, N)
+    mean = trained.mean(0, keepdim=True)
     matrices, squares, pixels = {}, {}, {"decide differently": 0, "coarse right": 0, "fine right": 0, "all": 0}
-    before = mean
     for index in range(0, len(val), every):
         images, labels = windows(val[index], size)
         labels = labels.to(device)
-        coarse, alone, matrix = look(network, images, device, autocast)
+        features, coarse, alone, matrix = look(network, images, device, autocast)
         own = matrix()
         truth = matrix(true_logits(labels, coarse.shape[1], coarse.shape[2:]))
         terms = {name: mix(m.expand(len(images), -1, -1), coarse) for name, m in (
-            ("own centers", own), ("mean of training photographs", mean), ("another photograph's centers", before),
-            ("centers from the truth", truth))}
+            ("own centers", own), ("mean of training photographs", mean),
+            ("another photograph's centers", trained[index % len(trained)][None]), ("centers from the truth", truth))}
         logits = {name: alone + term for name, term in terms.items()} | {"without the term": alone, "coarse": coarse}
         chosen = {name: most_probable(upsample(value, size).transpose(0, 1)) for name, value in logits.items()}
         for name, prediction in chosen.items():
@@ -80,6 +81,8 @@ def measure(network, data, val, every, size, device, autocast):
                            ("the term beyond its mean matrix",
                             terms["own centers"] - terms["mean of training photographs"])):
             part = part - part.mean(1, keepdim=True)        # what all classes share decides nothing
+            squares.setdefault(f"logits: {name}", []).append(part.square().mean())
+        for name, part in (("F", features), ("F'_a", network.acf(features, coarse))):
             squares.setdefault(name, []).append(part.square().mean())
         known = labels != IGNORE_INDEX
         differ = known & (chosen["coarse"] != chosen["own centers"])
@@ -87,8 +90,9 @@ def measure(network, data, val, every, size, device, autocast):
                             ("coarse right", differ & (chosen["coarse"] == labels)),
                             ("fine right", differ & (chosen["own centers"] == labels))):
             pixels[name] += int(which.sum())
-        before = own.mean(0, keepdim=True)
     scores = {name: 100 * found.mean_iou() for name, found in matrices.items()}
+    own = scores.pop("own centers")
+    scores = {"own centers": own} | {f"own centers - {name}": own - score for name, score in scores.items()}
     sizes = {name: float(torch.stack(found).mean().sqrt()) for name, found in squares.items()}
     return scores, sizes, {name: 100 * count / pixels["all"] for name, count in pixels.items() if name != "all"}
 
@@ -117,14 +121,14 @@ def main(argv=None):
         network.load_state_dict(content["model"])
         network = fold_norms(network).to(device, memory_format=torch.channels_last)
         found.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
-    titles = "mean IoU, %, with M from", "logits, root mean square", "pixels, %, where coarse and fine"
+    titles = "mean IoU, %, with M from", "root mean square of", "pixels, %, where coarse and fine"
     for model, runs in found.items():
         print(f"{model}, {len(runs)} networks, mean ± 95 %")
         for title, parts in zip(titles, zip(*runs, strict=True), strict=True):
             print(f"  {title}")
             for name in parts[0]:
                 mean, half = interval([part[name] for part in parts])
-                print(f"    {name:<36}{mean:7.2f}" + (f" ± {half:.2f}" if half is not None else ""))
+                print(f"    {name:<44}{mean:7.2f}" + (f" ± {half:.2f}" if half is not None else ""))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def interval(values):
 
 def table(lines, steps):
     """Last results of each variant as text, with the gain of fine over coarse in the same networks, and over the base
-    network of the same seeds: a seed fixes first weights and samples, and matters more than the model."""
+    network of the same seeds: a seed fixes the samples, and matters more than the model."""
     bases = [{line["seed"]: line["fine"] for line in lines
               if line["variant"] == name and line["step"] == steps == line["steps"]} for name in BASES]
     base = max(bases, key=len)

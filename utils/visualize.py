@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")     # of lines
+
 
 def overlay(image, colors, strength=0.5):
     """image and colors (H, W, 3) uint8 → their mixture (H, W, 3) uint8."""
@@ -137,7 +139,7 @@ def training_curves(path, metrics, quick):
                                             height_ratios=[3, 1, 2] if heads else [3, 1])
     steps = [line["step"] for line in metrics]
     terms = [name for name in metrics[0] if name.startswith("loss")]
-    for name, color in zip(terms, ("#222222", "#8a8a8a", "#1f5f99", "#d1791e", "#7a9a3a"), strict=False):
+    for name, color in zip(terms, COLORS, strict=False):
         values = np.array([line[name] for line in metrics], float)
         losses.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         losses.plot(steps, _smooth(values), color=color, label=name.removeprefix("loss_") if "_" in name else "total")
@@ -168,8 +170,7 @@ def score_curves(path, lines):
     figure = _figure(8, 4.5)
     axes = figure.subplots()
     variants = list(dict.fromkeys(line["variant"] for line in lines))
-    colors = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")
-    for variant, color in zip(variants, colors, strict=False):
+    for variant, color in zip(variants, COLORS, strict=False):
         for seed in dict.fromkeys(line["seed"] for line in lines):
             run = [line for line in lines if line["variant"] == variant and line["seed"] == seed]
             axes.plot([line["step"] for line in run], [100 * line["fine"] for line in run], color=color, alpha=0.6,

@@ -69,40 +69,46 @@ WAITING = 8         # images they may be behind, so that memory does not grow wi
 def get_parser():
     parser = cli.Parser(description="Score a snapshot, or use it.", epilog=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--restore-from", nargs="+", required=True, metavar="FILE",
+    parser.add_argument("--restore-from", type=cli.path, nargs="+", required=True, metavar="FILE",
                         help="snapshot of train.py; several are scored one after the other")
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    data.add_argument("--data-list", nargs="+", metavar="FILE", help="files of \"image label\" lines, paths relative "
+    data.add_argument("--data-dir", type=cli.path,
+                      help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
+                      help="files of \"image label\" lines, paths relative "
                       "to --data-dir or to the list")
     data.add_argument("--split", default="val", help="split to scan (val)")
-    data.add_argument("--classes", help="class table (CSV); default: the one the snapshot was trained with")
-    data.add_argument("--num-workers", type=cli.not_negative(int),
+    data.add_argument("--classes", type=cli.path,
+                      help="class table (CSV); default: the one the snapshot was trained with")
+    data.add_argument("--num-workers", type=cli.num_workers,
                       help="processes that read images, for each that predicts; default: by the number of cores")
 
     tasks = parser.add_argument_group("instead of scoring")
-    tasks.add_argument("--images", nargs="+", metavar="PATH", help="predict images: files, folders, patterns")
-    tasks.add_argument("--submission", metavar="FOLDER",
+    tasks.add_argument("--images", type=cli.path, nargs="+", metavar="PATH",
+                       help="predict images: files, folders, patterns")
+    tasks.add_argument("--submission", type=cli.path, metavar="FOLDER",
                        help="predict the images of --split for the Cityscapes server: label ids, and FOLDER.zip")
-    tasks.add_argument("--export", metavar="FILE.onnx", help="write the network as ONNX, for images of any size")
+    tasks.add_argument("--export", type=cli.path, metavar="FILE.onnx",
+                       help="write the network as ONNX, for images of any size")
 
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--input-size", type=cli.size, metavar="H,W", help="window; default: the training crop")
     protocol.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
     protocol.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
-    protocol.add_argument("--scales", type=cli.positive(float), nargs="+", default=PAPER_SCALES,
+    protocol.add_argument("--scales", type=cli.scale, nargs="+", default=PAPER_SCALES,
                           help="(0.75 1.0 1.25 1.5 1.75 2.0)")
     protocol.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="run mirrored too (yes)")
 
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
                      "else the CPU")
-    run.add_argument("--batch-size", type=cli.positive(int), default=4, help="windows at a time (4)")
+    run.add_argument("--batch-size", type=cli.batch_size, default=4, help="windows at a time (4)")
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; default: bf16 where the device "
                      "has instructions for it, else fp16 on a GPU and off on a CPU")
 
     out = parser.add_argument_group("results")
-    out.add_argument("--output-dir", help="default: a folder named after the snapshot and the split, beside it")
+    out.add_argument("--output-dir", type=cli.path,
+                     help="default: a folder named after the snapshot and the split, beside it")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=tuple(FOLDERS),
                      help="pictures of each image: label ids, colours, colours over the image (all)")

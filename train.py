@@ -66,17 +66,18 @@ def get_parser():
 def add_data(parser):
     """Flags that say from which samples."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", required=True,
+    data.add_argument("--data-dir", required=True, type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    data.add_argument("--data-list", nargs="+", metavar="FILE", help="files of \"image label\" lines, paths relative "
+    data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
+                      help="files of \"image label\" lines, paths relative "
                       "to --data-dir or to the list; without it the folder is scanned")
     data.add_argument("--split", default="train", help="split to scan, or several with weights if wanted: train+val, "
                       "train:2+train_extra:1 (train)")
-    data.add_argument("--cache", metavar="DIR", help="decode images once, into arrays in this folder")
+    data.add_argument("--cache", type=cli.path, metavar="DIR", help="decode images once, into arrays in this folder")
     data.add_argument("--sampling", choices=("uniform", "class"), default="uniform",
                       help="class: each crop holds a pixel of a class drawn uniformly, so that rare ones are seen "
                       "(uniform)")
-    data.add_argument("--classes",
+    data.add_argument("--classes", type=cli.path,
                       help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
     data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
     data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
@@ -85,10 +86,10 @@ def add_data(parser):
     data.add_argument("--jitter", type=cli.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
                       "by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
     data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W", help="crop, pixels (769,769)")
-    data.add_argument("--batch-size", type=cli.positive(int), default=8, help="images a step, over all devices (8)")
-    data.add_argument("--num-workers", type=cli.not_negative(int),
+    data.add_argument("--batch-size", type=cli.batch_size, default=8, help="images a step, over all devices (8)")
+    data.add_argument("--num-workers", type=cli.num_workers,
                       help="processes that read samples, for each that trains; default: by the number of cores")
-    data.add_argument("--random-seed", type=cli.not_negative(int), default=1234, help="of everything random (1234)")
+    data.add_argument("--random-seed", type=cli.random_seed, default=1234, help="of everything random (1234)")
 
 
 def add_network(parser):
@@ -114,7 +115,8 @@ def add_network(parser):
     net.add_argument("--checkpoint", choices=CHECKPOINTS, default="none",
                      help="memory for time: light recomputes the expansion of each bottleneck, full groups of blocks "
                      "(none)")
-    net.add_argument("--restore-from", nargs="+", metavar="FILE", help="weights to start from, of ECANet, timm, "
+    net.add_argument("--restore-from", type=cli.path, nargs="+", metavar="FILE",
+                     help="weights to start from, of ECANet, timm, "
                      "torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; without it, "
                      "random ones")
     net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
@@ -122,7 +124,7 @@ def add_network(parser):
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--learning-rate", type=cli.positive(float), default=1e-2, help="of the first step (1e-2)")
-    optim.add_argument("--momentum", type=cli.not_negative(float), default=0.9, help="of SGD (0.9)")
+    optim.add_argument("--momentum", type=cli.probability, default=0.9, help="of SGD (0.9)")
     optim.add_argument("--weight-decay", type=cli.not_negative(float), default=1e-4, help="(1e-4)")
     optim.add_argument("--power", type=cli.not_negative(float), default=0.9, help="of the poly rate (0.9)")
     optim.add_argument("--num-steps", type=cli.positive(int), default=60000, help="(60000)")
@@ -154,10 +156,11 @@ def add_run(parser):
     val.add_argument("--val-every", type=cli.not_negative(int), default=0, metavar="STEPS",
                      help="steps between quick validations; 0: none (0)")
     val.add_argument("--val-split", default="val", help="split to scan (val)")
-    val.add_argument("--val-list", metavar="FILE", help="file of \"image label\" lines, instead of a split")
+    val.add_argument("--val-list", type=cli.path, metavar="FILE",
+                     help="file of \"image label\" lines, instead of a split")
 
     out = parser.add_argument_group("results")
-    out.add_argument("--snapshot-dir", default="snapshots", help="(snapshots)")
+    out.add_argument("--snapshot-dir", type=cli.path, default="snapshots", help="(snapshots)")
     out.add_argument("--save-pred-every", type=cli.positive(int), default=5000,
                      help="steps between snapshots (5000)")
     out.add_argument("--keep", type=cli.positive(int), metavar="N", help="keep the newest N snapshots only; "
@@ -165,7 +168,7 @@ def add_run(parser):
     out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
     out.add_argument("--panel-every", type=cli.positive(int), default=500,
                      help="steps between TensorBoard pictures (500)")
-    out.add_argument("--resume", nargs="?", const="newest", metavar="FILE",
+    out.add_argument("--resume", type=cli.path, nargs="?", const="newest", metavar="FILE",
                      help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
 
 

@@ -209,12 +209,15 @@ def table(report):
 def main():
     parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    parser.add_argument("--data-list", nargs="+", metavar="FILE", help="files of \"image label\" lines, one a split")
-    parser.add_argument("--classes", help="class table (CSV); default Cityscapes")
-    parser.add_argument("--output-dir", help="default: runs/check_<name of the folder>")
+    parser.add_argument("data_dir", type=cli.path,
+                        help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    parser.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
+                        help="files of \"image label\" lines, one a split")
+    parser.add_argument("--classes", type=cli.path, help="class table (CSV); default Cityscapes")
+    parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
-    parser.add_argument("--num-workers", type=cli.positive(int), default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--num-workers", type=cli.positive(int, 1024), default=os.cpu_count(),
+                        help="processes (all cores)")
     args = parser.parse_args()
     root = Path(args.data_dir)
     folder = Path(args.output_dir or Path("runs") / f"check_{root.resolve().name}")

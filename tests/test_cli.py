@@ -1,5 +1,6 @@
 """The command lines, frozen; and the README's own lines through the parsers."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -95,8 +96,26 @@ def test_documented_commands_parse(source):
     (["--ohem-thres", "1.5"], "expected a number from 0 to 1"),
     (["--num-workers", "-1"], "expected a number of at least 0"),
     (["--backbone", "vgg"], "invalid choice"),
-    (["--random-scale", "2,1"], "expected LO,HI above 0"),
+    (["--random-scale", "2,1"], "expected LO,HI from 0.01 to 100"),
     (["--jitter", "1,2"], "expected BRIGHTNESS,CONTRAST,SATURATION,HUE"),
+    (["--batch-size", "5000000000"], "above 0 and at most 65536"),
+    (["--batch-size", "9" * 5000], "found '999"),
+    (["--num-workers", "5000000000"], "of at least 0 and at most 1024"),
+    (["--random-seed", str(2 ** 64)], "at most 4294967295"),
+    (["--input-size", "100000000"], "at most 16384"),
+    (["--input-size", "97,100000000000"], "at most 16384"),
+    (["--random-scale", "1,1e300"], "from 0.01 to 100"),
+    (["--random-scale", "1e-300,1"], "from 0.01 to 100"),
+    (["--learning-rate", "1e308"], "at most 1e+30"),
+    (["--weight-decay", "1e308"], "at most 1e+30"),
+    (["--momentum", "1e308"], "from 0 to 1"),
+    (["--num-steps", "1e3"], "expected a whole number"),
+    (["--num-steps", str(10 ** 30)], "at most 2147483647"),
+    (["--eca-kernels", "3,3,5,1e9"], "expected four odd numbers below 100"),
+    (["--snapshot-dir", ""], "expected a path, found an empty one"),
+    (["--snapshot-dir", "x" * 256], "expected names of at most 255 bytes"),
+    (["--snapshot-dir", "ü" * 128], "expected names of at most 255 bytes"),
+    (["--snapshot-dir", "x/" * 2000], "paths of at most 3800"),
 ])
 def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -104,6 +123,44 @@ def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
     assert caught.value.code == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert words[0] in error and message in error
+
+
+def takes_a_path(action):
+    return action.metavar in ("FILE", "DIR", "PATH", "FOLDER", "FILE.onnx") or action.dest.endswith("_dir") or (
+        action.dest in ("classes", "restore_from", "resume"))
+
+
+@pytest.mark.parametrize("script", [train, evaluate], ids=["train", "evaluate"])
+def test_no_path_may_be_empty(script, capsys):
+    found = [action for action in script.get_parser()._actions if takes_a_path(action)]
+    assert len(found) >= 7
+    for action in found:
+        with pytest.raises(SystemExit):
+            script.get_parser().parse_args([action.option_strings[0], ""])
+        assert f"argument {action.option_strings[0]}: expected a path, found an empty one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--scales", "1e9"], "above 0 and at most 100"), (["--input-size", "1e9"], "expected HEIGHT,WIDTH"),
+    (["--batch-size", "1000000"], "at most 65536"), (["--num-workers", "100000"], "at most 1024"),
+])
+def test_bad_values_of_evaluation(words, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.get_parser().parse_args(["--restore-from", "x", *words])
+    (error,) = capsys.readouterr().err.splitlines()
+    assert words[0] in error and message in error
+
+
+@pytest.mark.parametrize("words", [
+    ["dataset.check", ""], ["dataset.check", "x", "--num-workers", "5000000000"],
+    ["dataset.streets", ""], ["dataset.streets", "x", "--size", "100000000"],
+    ["dataset.streets", "x", "--train", "5000000000"], ["dataset.streets", "x", "--seed", str(2 ** 64)],
+], ids=" ".join)
+def test_bad_values_of_the_tools(words, tmp_path):
+    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr.startswith("error: argument ") and "expected" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_one_number_is_both_sides():

@@ -97,14 +97,32 @@ def leave_ctrl_c_to_the_parent(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+# No crop or window is larger: it would not fit into the memory of any device, and OpenCV stops at 32,767 pixels a side.
+LONGEST_SIDE = 16384
+LONGEST_NAME, LONGEST_PATH = 255, 3800      # bytes; Linux takes paths of 4095, and names are added to these
+
+
+def path(text):
+    """Flag type: a path that is not empty, and that a file system can take."""
+    encoded = os.fsencode(text)
+    if not encoded or b"\0" in encoded:
+        raise argparse.ArgumentTypeError("expected a path, found an empty one" if not encoded else
+                                         f"expected a path, found {text!r}")
+    if max(map(len, encoded.split(b"/"))) > LONGEST_NAME or len(encoded) > LONGEST_PATH:
+        raise argparse.ArgumentTypeError(f"expected names of at most {LONGEST_NAME} bytes and paths of at most "
+                                         f"{LONGEST_PATH}, found {_shortened(text)}")
+    return text
+
+
 def size(text):
     """Flag type: "H,W" or one number for both → (height, width) in pixels."""
     try:
         values = [int(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2) or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH in pixels, such as 769,769, found {text!r}")
+    if len(values) not in (1, 2) or min(values) < 1 or max(values) > LONGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH in pixels, at most {LONGEST_SIDE}, such as 769,769, "
+                                         f"found {_shortened(text)}")
     return (values[0], values[-1])
 
 
@@ -115,13 +133,13 @@ def numbers(count, text, check, what):
     except ValueError:
         values = ()
     if len(values) != count or not check(values):
-        raise argparse.ArgumentTypeError(f"expected {what}, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {what}, found {_shortened(text)}")
     return values
 
 
 def scale_range(text):
     """Flag type: "LO,HI", factors above 0."""
-    return numbers(2, text, lambda v: 0 < v[0] <= v[1] < float("inf"), "LO,HI above 0, such as 0.5,2.0")
+    return numbers(2, text, lambda v: 0.01 <= v[0] <= v[1] <= 100, "LO,HI from 0.01 to 100, such as 0.5,2.0")
 
 
 def jitter(text):
@@ -132,36 +150,43 @@ def jitter(text):
 
 def kernels(text):
     """Flag type: "k,k,k,k", odd numbers."""
-    values = numbers(4, text, lambda v: all(x % 2 == 1 and x > 0 for x in v), "four odd numbers such as 3,3,5,7")
+    values = numbers(4, text, lambda v: all(x % 2 == 1 and 0 < x < 100 for x in v),
+                     "four odd numbers below 100, such as 3,3,5,7")
     return tuple(map(int, values))
 
 
-def positive(number):
-    """Flag type: `positive(int)` or `positive(float)` parses a number above 0."""
-    def parse(text):
-        value = _number(number, text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-        return value
-    return parse
+# Beyond these no flag means anything: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.
+LARGEST = {int: 2 ** 31 - 1, float: 1e30}
 
 
-def not_negative(number):
-    """Flag type: `not_negative(int)` or `not_negative(float)` parses a number of at least 0."""
-    def parse(text):
-        value = _number(number, text)
-        if not 0 <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
-        return value
-    return parse
+def positive(number, most=None):
+    """Flag type: `positive(int)` or `positive(float)` parses a number above 0, at most `most`."""
+    return _bounded(number, "above 0", lambda value: value > 0, most)
+
+
+def not_negative(number, most=None):
+    """Flag type: `not_negative(int)` or `not_negative(float)` parses a number of at least 0, at most `most`."""
+    return _bounded(number, "of at least 0", lambda value: value >= 0, most)
 
 
 def probability(text):
     """Flag type: a number from 0 to 1."""
     value = _number(float, text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {_shortened(text)}")
     return value
+
+
+def _bounded(number, lowest, check, most):
+    most = LARGEST[number] if most is None else most
+
+    def parse(text):
+        value = _number(number, text)
+        if not (check(value) and value <= most):
+            above = f" and at most {most}" * (value > most)
+            raise argparse.ArgumentTypeError(f"expected a number {lowest}{above}, found {_shortened(text)}")
+        return value
+    return parse
 
 
 def _number(number, text):
@@ -169,4 +194,15 @@ def _number(number, text):
         return number(text)
     except ValueError:
         kind = "a whole number" if number is int else "a number"
-        raise argparse.ArgumentTypeError(f"expected {kind}, found {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected {kind}, found {_shortened(text)}") from None
+
+
+def _shortened(text):
+    return repr(text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}")
+
+
+# Flag types that several commands share.
+batch_size = positive(int, 65536)
+num_workers = not_negative(int, 1024)       # processes
+random_seed = not_negative(int, 2 ** 32 - 1)
+scale = positive(float, 100)                # of an image

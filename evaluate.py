@@ -54,7 +54,7 @@ from utils.distributed import (
     started_by_torchrun,
 )
 from utils.export import export_onnx
-from utils.inference import Normalization, SlidingPredictor, round_window, score
+from utils.inference import Normalization, SlidingPredictor, round_size, score
 from utils.logger import progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import AUTOCAST, best_precision
@@ -303,10 +303,10 @@ def check(args):
 def make_predictor(args, network, config, device):
     """The `SlidingPredictor` that the flags describe, and the protocol in words."""
     window = None if args.whole else args.input_size or tuple(config["input_size"])
-    if window and round_window(window) != tuple(window):
-        print(f"windows of {window[0]}×{window[1]} are rounded up to {'×'.join(map(str, round_window(window)))}: "
+    if window and round_size(window) != tuple(window):
+        print(f"windows of {window[0]}×{window[1]} are rounded up to {'×'.join(map(str, round_size(window)))}: "
               "logits fit the pixels at 8k + 1 only")
-    window = window and round_window(window)
+    window = window and round_size(window)
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
                                  Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp],
                                  torch.channels_last)

@@ -13,8 +13,7 @@ from dataset.images import ImageFiles, find_images, images_of_split, write_submi
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.cli import UserError
-from utils.export import ImagesToLogits
-from utils.inference import Normalization
+from utils.inference import Normalization, SlidingPredictor
 
 QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
 
@@ -111,22 +110,27 @@ def test_a_submission_with_a_wrong_file_is_refused(streets, tmp_path):
     assert not (tmp_path / "submission.zip").exists()
 
 
-def test_the_exported_network_computes_the_same(snapshot, tmp_path, capsys):  # noqa: F811
+def test_the_exported_network_gives_the_labels_of_the_whole_image(snapshot, tmp_path, capsys):  # noqa: F811
+    """At any size: logits equal those under the labels of --whole, and so do labels but where two classes tie."""
     onnxruntime = pytest.importorskip("onnxruntime")
     target = tmp_path / "acfnet.onnx"
     evaluate.main(["--restore-from", str(snapshot), "--export", str(target)])
     assert "fine, coarse logits" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     network, config = evaluate.load_network(snapshot, torch.device("cpu"))
-    model = ImagesToLogits(network, Normalization.from_config(config["normalization"]))
-    for batch, height, width in ((1, 65, 97), (2, 128, 256), (3, 71, 40)):
-        images = torch.randint(256, (batch, 3, height, width)).float()
-        with torch.no_grad():
-            expected = model(images)
-        found = session.run(None, {"images": images.numpy()})
-        for ours, theirs in zip(expected, found, strict=True):
-            assert theirs.shape == (batch, 19, height, width)
-            np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    predictor = SlidingPredictor(network, None, normalization=Normalization.from_config(config["normalization"]))
+    for height, width in ((64, 64), (65, 97), (128, 256), (480, 640), (71, 40), (100, 37), (97, 130), (33, 200),
+                          (16, 16), (3, 50), (1, 1)):
+        images = np.stack([picture(height, width), picture(height, width)[::-1, ::-1]])
+        outputs = session.run(None, {"images": images.transpose(0, 3, 1, 2).astype(np.float32)})
+        for number, image in enumerate(images):
+            for head, found in zip(("fine", "coarse"), outputs, strict=True):
+                probabilities = predictor.predict(image.copy())["single_scale"][head]
+                logits = torch.from_numpy(found[number])
+                torch.testing.assert_close(logits.log_softmax(0), probabilities.log(), rtol=0, atol=1e-4)
+                best = logits.topk(2, 0).values
+                differ = logits.argmax(0) != probabilities.argmax(0)
+                assert not (differ & (best[0] - best[1] > 1e-5)).any() and differ.float().mean() < 1e-3
 
 
 def test_export_without_its_packages_is_a_sentence(snapshot, tmp_path, monkeypatch):  # noqa: F811

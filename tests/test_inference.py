@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from networks import build_network
-from utils.inference import Normalization, SlidingPredictor, add_probabilities, round_window, window_starts
+from utils.inference import Normalization, SlidingPredictor, add_probabilities, round_size, window_starts
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -26,7 +26,7 @@ def test_windows_cover_exactly(length, window, overlap):
 
 
 def test_window_sizes_are_rounded_up():
-    assert round_window((769, 770)) == (769, 777) and round_window((256, 512)) == (257, 513)
+    assert round_size((769, 770)) == (769, 777) and round_size((256, 512)) == (257, 513)
 
 
 def where_network(images):

@@ -6,12 +6,13 @@ from torch import nn
 
 from . import checkpoint
 from .cli import UserError
+from .inference import STRIDE
 
 OPSET = 18
 
 
 class ImagesToLogits(nn.Module):
-    """What the file computes: pixels in, logits at their size out.
+    """What the file computes, at any size the labels of `SlidingPredictor` with the whole image as its window.
 
     Args:
         network: in evaluation mode, with norms folded into convolutions.
@@ -24,9 +25,12 @@ class ImagesToLogits(nn.Module):
 
     def forward(self, images):
         """images (B, 3, H, W) float32 RGB, 0 to 255 → fine logits (B, N, H, W), and coarse ones if there are."""
-        outputs = self.network(self.normalization(images))
-        return tuple(F.interpolate(outputs[name], size=images.shape[-2:], mode="bilinear", align_corners=True)
-                     for name in head_names(outputs))
+        height, width = images.shape[-2:]
+        # As in inference: the mean colour, which is zero here, up to the sizes where logits lie on pixels.
+        below, right = -(height - 1) % STRIDE, -(width - 1) % STRIDE
+        outputs = self.network(F.pad(self.normalization(images), (0, right, 0, below)))
+        return tuple(F.interpolate(outputs[name], size=(height + below, width + right), mode="bilinear",
+                                   align_corners=True)[..., :height, :width] for name in head_names(outputs))
 
 
 def head_names(outputs):
@@ -48,8 +52,8 @@ def export_onnx(network, normalization, path, size=(257, 321)):
     example = torch.randint(256, (2, 3, *size)).float()
     with torch.no_grad():
         names = head_names(network(normalization(example)))
-        axes = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=16),
-                3: torch.export.Dim("width", min=16)}
+        axes = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=2),
+                3: torch.export.Dim("width", min=2)}
         program = torch.onnx.export(model, (example,), input_names=["images"], output_names=names, dynamo=True,
                                     dynamic_shapes=(axes,), opset_version=OPSET, verbose=False)
     checkpoint.write_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))

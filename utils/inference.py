@@ -37,10 +37,13 @@ class Normalization:
         return cls(config["order"], tuple(config["mean"]), tuple(config["std"]))
 
 
-def round_window(size):
+STRIDE = 8      # pixels between neighbouring logits
+
+
+def round_size(size):
     """(height, width) → each rounded up to 8k + 1: only there do logits at stride 8, with aligned corners,
     lie on the pixels they stand for."""
-    return tuple(math.ceil((length - 1) / 8) * 8 + 1 for length in size)
+    return tuple(length + -(length - 1) % STRIDE for length in size)
 
 
 def window_starts(length, window, overlap):
@@ -80,7 +83,7 @@ class SlidingPredictor:
         if window is not None and min(window) < 1:
             raise ValueError(f"window: expected at least one pixel, found {window}")
         self.network = network
-        self.window = None if window is None else round_window(window)
+        self.window = None if window is None else round_size(window)
         self.overlap = overlap
         self.scales = tuple(scales)
         self.flip = flip
@@ -176,7 +179,7 @@ class _Pass:
     def __init__(self, scale, mirrored, size, window, overlap):
         self.scale, self.mirrored, self.size = scale, mirrored, size
         self.scaled = size if scale == 1 else tuple(max(1, round(length * scale)) for length in size)
-        self.window = window or round_window(self.scaled)
+        self.window = window or round_size(self.scaled)
         self.padded = tuple(max(pair) for pair in zip(self.scaled, self.window, strict=True))
         starts = [window_starts(length, side, overlap)
                   for length, side in zip(self.scaled, self.window, strict=True)]

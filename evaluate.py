@@ -54,7 +54,7 @@ from utils.distributed import (
     started_by_torchrun,
 )
 from utils.export import export_onnx
-from utils.inference import Normalization, SlidingPredictor, round_size, score
+from utils.inference import Normalization, SlidingPredictor, fitting_size, score
 from utils.logger import progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import AUTOCAST, best_precision
@@ -92,7 +92,8 @@ def get_parser():
                        help="write the network as ONNX, for images of any size")
 
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--input-size", type=cli.size, metavar="H,W", help="window; default: the training crop")
+    protocol.add_argument("--input-size", type=cli.size, metavar="H,W",
+                          help="window, rounded up to 8k + 1; default: the training crop")
     protocol.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
     protocol.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
     protocol.add_argument("--scales", type=cli.scale, nargs="+", default=PAPER_SCALES,
@@ -303,10 +304,7 @@ def check(args):
 def make_predictor(args, network, config, device):
     """The `SlidingPredictor` that the flags describe, and the protocol in words."""
     window = None if args.whole else args.input_size or tuple(config["input_size"])
-    if window and round_size(window) != tuple(window):
-        print(f"windows of {window[0]}×{window[1]} are rounded up to {'×'.join(map(str, round_size(window)))}: "
-              "logits fit the pixels at 8k + 1 only")
-    window = window and round_size(window)
+    window = window and fitting_size(window, "windows")
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
                                  Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp],
                                  torch.channels_last)

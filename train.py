@@ -47,7 +47,7 @@ from utils.distributed import (
     started_by_torchrun,
 )
 from utils.engine import Engine, NetworkWithLoss, NotFinite
-from utils.inference import Normalization, SlidingPredictor, score
+from utils.inference import Normalization, SlidingPredictor, fitting_size, round_size, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
 
@@ -85,7 +85,8 @@ def add_data(parser):
                       help="scale samples by factors of this range; without numbers 0.5,2.0")
     data.add_argument("--jitter", type=cli.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
                       "by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
-    data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W", help="crop, pixels (769,769)")
+    data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W",
+                      help="crop, pixels, rounded up to 8k + 1 (769,769)")
     data.add_argument("--batch-size", type=cli.batch_size, default=8, help="images a step, over all devices (8)")
     data.add_argument("--num-workers", type=cli.num_workers,
                       help="processes that read samples, for each that trains; default: by the number of cores")
@@ -257,7 +258,11 @@ def compare(path, before, now):
                         f"{before['normalization']}; without --normalization the run goes on")
     if before["classes"] != now["classes"]:
         raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
-    old, new = before["arguments"], now["arguments"]
+    old, new = dict(before["arguments"]), now["arguments"]
+    if old["input_size"] != new["input_size"] == list(round_size(old["input_size"])):
+        print(f"--resume: from here on crops are {new['input_size']}, before they were {old['input_size']}, which "
+              "earlier versions did not round")
+        old["input_size"] = new["input_size"]
     for name in (*SAME_RUN, *NEW_COURSE):
         flag = f"--{name.replace('_', '-')}"
         if old.get(name) == new[name]:
@@ -465,6 +470,7 @@ def main(argv=None):
         start_processes(len(devices), argv)
     processes = join_processes(device)
     speak_for_all(processes)
+    args.input_size = fitting_size(args.input_size, "crops")
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)
     if args.amp is None:

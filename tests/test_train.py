@@ -73,6 +73,22 @@ def test_a_seed_gives_the_same_run_twice(streets, tmp_path):
     assert not torch.equal(a["model"]["fine.weight"], c["model"]["fine.weight"])
 
 
+def test_crops_off_the_grid_are_rounded_up_and_said(streets, tmp_path, capsys):
+    """By the rule of evaluation's windows; also where a run goes on that an earlier version began without it."""
+    content = run(streets, tmp_path / "s", "--input-size", "48,60", steps=1)
+    assert content["config"]["input_size"] == [49, 65] == content["config"]["arguments"]["input_size"]
+    assert "crops of 48×60 are rounded up to 49×65" in capsys.readouterr().out
+    run(streets, tmp_path / "s", "--input-size", "48,60", "--resume", steps=2)
+    assert "before they were" not in capsys.readouterr().out
+    content["config"]["arguments"]["input_size"] = content["config"]["input_size"] = [48, 60]
+    (tmp_path / "old").mkdir()
+    checkpoint.save(tmp_path / "old/CS_scenes_1.pth", content)
+    assert run(streets, tmp_path / "old", "--input-size", "48,60", "--resume", steps=2)["step"] == 2
+    assert "from here on crops are [49, 65], before they were [48, 60]" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected a run with --input-size .57, 65., found .49, 65."):
+        run(streets, tmp_path / "old", "--input-size", "56,60", "--resume", steps=3)
+
+
 def test_resume_goes_on_where_the_run_was(streets, tmp_path, capsys):
     whole = run(streets, tmp_path / "whole", "--save-pred-every", "2", steps=4)
     part = tmp_path / "part"

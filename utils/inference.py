@@ -46,6 +46,15 @@ def round_size(size):
     return tuple(length + -(length - 1) % STRIDE for length in size)
 
 
+def fitting_size(size, what):
+    """`round_size`, and says so where it changes something; what: crops or windows."""
+    rounded = round_size(size)
+    if rounded != tuple(size):
+        print(f"{what} of {size[0]}×{size[1]} are rounded up to {rounded[0]}×{rounded[1]}: logits fit the pixels at "
+              "8k + 1 only")
+    return rounded
+
+
 def window_starts(length, window, overlap):
     """First pixels of the windows along an axis. They cover it exactly: the last one ends at its end."""
     if length <= window:

@@ -7,7 +7,8 @@ The paper's setting, four GPUs:
         --num-steps 60000
 
 With OHEM add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
-Go on after an interruption: the same command and --resume
+Go on after an interruption: the same command and --resume. Ctrl-C, SIGTERM and a closed terminal finish the step and
+save; the exit status is then 130, 143 or 129
 A process for each GPU: the same command with torchrun --nproc_per_node 4 in place of python, or --parallel ddp
 A batch too large for the memory: --accumulate 4 takes it in four parts
 """
@@ -372,8 +373,8 @@ def share_batches(module, devices, processes):
 
 
 def start_worker(worker):
-    """A process that reads samples: it leaves Ctrl-C to the parent, and other cores to other workers."""
-    cli.leave_ctrl_c_to_the_parent(worker)
+    """A process that reads samples: it leaves signals to the parent, and other cores to other workers."""
+    cli.leave_signals_to_the_parent(worker)
     one_thread()
 
 
@@ -397,7 +398,7 @@ def quick_validation(args, engine, normalization, classes, workers, log):
     dataset = CityscapesDataset(args.data_dir, args.val_split, args.val_list, classes)
     processes = engine.processes
     loader = DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers,
-                        worker_init_fn=cli.leave_ctrl_c_to_the_parent)
+                        worker_init_fn=cli.leave_signals_to_the_parent)
     # Not the network itself: compiled code would be compiled anew for every size of image.
     predictor = SlidingPredictor(engine.network.forward, None, normalization=normalization, device=engine.devices[0],
                                  autocast=engine.precision.autocast)
@@ -424,10 +425,6 @@ def quick_validation(args, engine, normalization, classes, workers, log):
 
 def explain(error, args, num_classes, crops):
     """The sentence for what a user can help; None for any other error. crops: of a pass on one device."""
-    if "DataLoader worker" in error:
-        return UserError(f"a process that reads samples died, often of too little memory: expected all --num-workers "
-                         f"to live, found: {error.splitlines()[0]}; fewer workers need less, and with 0 the "
-                         "error shows here")
     if not memory.ran_out(error):
         return None
     pixels = args.input_size[0] * args.input_size[1]
@@ -490,7 +487,7 @@ def main(argv=None):
             processes.wait()
     failed = None
     try:
-        run(args, devices, processes, precision, dataset, workers)
+        stopped = run(args, devices, processes, precision, dataset, workers)
     except (RuntimeError, MemoryError) as error:        # torch's of memory and of worker processes are RuntimeErrors
         failed = explain(str(error) or "out of memory", args, classes.num_classes,
                          args.batch_size // args.accumulate // max(len(devices), processes_started()))
@@ -499,10 +496,12 @@ def main(argv=None):
     if failed:      # outside of the block above: its traceback holds the memory that ran out
         raise failed
     leave_processes()
+    if stopped:     # after everything else: nothing that waits for a finished training may follow
+        raise cli.Interrupted(stopped)
 
 
 def run(args, devices, processes, precision, dataset, workers):
-    """Train: this process's part of it, on these devices."""
+    """Train: this process's part of it, on these devices. Returns the signal that stopped it early, else 0."""
     device, classes = devices[0], dataset.classes
     rank, world = rank_and_size(processes)
     engine, start, config, account = prepare(args, devices, processes, precision, classes)
@@ -526,24 +525,29 @@ def run(args, devices, processes, precision, dataset, workers):
     with NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start, about) as log:
         if account is not None and rank == 0:
             checkpoint.write_json(Path(args.snapshot_dir, "weights.json"), account.as_json())
-        train(engine, loader, start, args.num_steps, args.accumulate, args.learning_rate, args.power,
-              args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
-              panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
-              validate=args.val_every and quick_validation(args, engine, normalization, classes, workers, log))
+        stopped = train(
+            engine, loader, start, args.num_steps, args.accumulate, args.learning_rate, args.power,
+            args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
+            panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
+            validate=args.val_every and quick_validation(args, engine, normalization, classes, workers, log))
     metrics, quick = ([] if rank else read_lines(Path(args.snapshot_dir, name)) for name in (METRICS, QUICK))
     if metrics:
         visualize.training_curves(Path(args.snapshot_dir, "curves.png"), metrics, quick)
+    return stopped
 
 
 def train(engine, loader, start, num_steps, accumulate, learning_rate, power, save_every, val_every, log_every,
           panel_every, log, save, panel, validate):
-    """The loop. Steps count from 1; the snapshot of step t holds what t steps made."""
+    """The loop. Steps count from 1; the snapshot of step t holds what t steps made.
+
+    Returns the number of the signal that stopped it early, else 0.
+    """
     if start >= num_steps:
         log.say(f"nothing is left to do: {start} steps are done, --num-steps is {num_steps}")
     network, device = engine.network.train(), engine.devices[0]
     window, waited, images = time.monotonic(), 0.0, 0
     batches = iter(loader)
-    with cli.StopRequest(deaf=1.0 if engine.processes else 0.0) as stop:
+    with cli.StopRequest() as stop:
         for step in range(start + 1, num_steps + 1):
             asked = time.monotonic()
             parts = [next(batches) for _ in range(accumulate)]
@@ -586,9 +590,10 @@ def train(engine, loader, start, num_steps, accumulate, learning_rate, power, sa
                 log.say(f"saved the snapshot of step {step}")
             if stopping:
                 log.say(f"stopped after step {step}; the same command with --resume goes on")
-                break
+                return stop.number if engine.processes is None else max(engine.processes.gather_objects(stop.number))
             if logged:      # what else was done is not the step's time
                 window, waited, images = time.monotonic(), 0.0, 0
+    return 0
 
 
 if __name__ == "__main__":

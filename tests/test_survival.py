@@ -1,10 +1,15 @@
 """Nothing is lost: exact resume, kills, full disks, dead processes, too little memory."""
 
+import fcntl
 import json
 import os
 import resource
+import shlex
 import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 from types import SimpleNamespace
 
@@ -148,9 +153,9 @@ def test_a_run_that_is_done_says_so(streets, tmp_path, capsys):
     assert "nothing is left to do: 2 steps are done" in capsys.readouterr().out
 
 
-def children(pid):
+def children(pid, script="train.py"):
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "train.py" in line]
+    return [int(line.split()[0]) for line in listed.splitlines() if script in line]
 
 
 def test_a_dead_worker_ends_the_run_with_a_sentence(streets, tmp_path):
@@ -174,6 +179,43 @@ def test_a_dead_process_ends_the_others(streets, tmp_path):
     assert "another process of this run has ended" in error and "SIGKILL" in error
 
 
+def test_a_lost_process_is_said_although_sigterm_comes_meanwhile(streets, tmp_path):
+    """torchrun sends SIGTERM when it sees a death; here it finds the survivor between its handlers."""
+    (tmp_path / "slow.py").write_text(
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom utils import cli\n"
+        "def leave(self, *error, before=cli.StopRequest.__exit__):\n"
+        "    before(self, *error)\n    time.sleep(0.7 if error[0] else 0)\n"
+        "cli.StopRequest.__exit__ = leave\ncli.run(train.main)\n")
+    process = start(tmp_path / "slow.py", *words(streets, tmp_path / "s", steps=100000), processes=2)
+    read_until(process, "step 2/")
+    os.kill(children(process.pid, "slow.py")[1], signal.SIGKILL)
+    status, _, error = finish(process, 60)
+    assert status != 0 and "another process of this run has ended" in error
+
+
+def test_the_account_of_an_error(monkeypatch):
+    """Several processes: only a lost connection gets the short sentence; everything else says itself."""
+    def account(error):
+        try:
+            raise error
+        except BaseException as caught:
+            return cli._account(caught)
+
+    monkeypatch.setattr(cli, "_among_processes", lambda: True)
+    for text in ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3",
+                 "NCCL error: remote process exited or there was a network error, NCCL version 2.27\nncclRemoteError"):
+        status, said = account(RuntimeError(text))
+        assert status == 1 and said.startswith("another process of this run has ended") and "Traceback" not in said
+    for error in (RuntimeError("NCCL error: invalid usage\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA"),
+                  RuntimeError("[/gloo/transport/tcp/device.cc:80] Unable to find interface for: eth7"),
+                  BrokenPipeError(32, "Broken pipe"), ValueError("connection reset by peer"),
+                  RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: a bug")):
+        status, said = account(error)
+        assert status == 1 and "Traceback" in said and str(error).splitlines()[-1] in said
+    status, said = account(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    assert status == 2 and said.startswith("error: a process that reads samples died")
+
+
 def test_the_error_of_one_process_comes_first_and_is_the_status(streets, tmp_path):
     """Started by --parallel ddp's own launcher, without torchrun's report; the second process's image is broken."""
     lines = []
@@ -185,8 +227,7 @@ def test_the_error_of_one_process_comes_first_and_is_the_status(streets, tmp_pat
         lines.append(f"{image} {label}\n")
     (tmp_path / "list.txt").write_text("".join(lines))
     arguments = words("/", tmp_path / "s", "--data-list", str(tmp_path / "list.txt"), "--random-seed", "7")
-    process = start("-c", "import sys; from utils.distributed import start_processes; sys.argv[0] = 'train.py'; "
-                    f"start_processes(2, {arguments!r})")
+    process = start_with_launcher(*arguments)
     began = time.monotonic()
     status, _, error = finish(process, 60)
     assert status == 2 and time.monotonic() - began < 45, error
@@ -195,26 +236,94 @@ def test_the_error_of_one_process_comes_first_and_is_the_status(streets, tmp_pat
     assert "Traceback" not in error
 
 
-def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path):
-    process = start("train.py", *words(streets, tmp_path / "s", "--save-pred-every", "100000", steps=100000),
-                    processes=2)
+def start_with_launcher(*arguments):
+    """train.py in two processes that `--parallel ddp`'s own launcher starts, without torchrun's report."""
+    return start("-c", "import sys; from utils import cli; from utils.distributed import start_processes; "
+                 f"sys.argv[0] = 'train.py'; cli.run(lambda: start_processes(2, {list(arguments)!r}))")
+
+
+@pytest.mark.parametrize("launcher, number", [("torchrun", signal.SIGTERM), ("own", signal.SIGTERM),
+                                              ("own", signal.SIGINT), ("own", signal.SIGHUP)])
+def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path, launcher, number):
+    arguments = words(streets, tmp_path / "s", "--save-pred-every", "100000", steps=100000)
+    process = start("train.py", *arguments, processes=2) if launcher == "torchrun" else start_with_launcher(*arguments)
     read_until(process, "step 3/")
-    process.send_signal(signal.SIGTERM)
-    _, out, error = finish(process, 60)
+    process.send_signal(number)
+    status, out, error = finish(process, 60)
     (step, path), = checkpoint.snapshots(tmp_path / "s")
     assert f"stopped after step {step}" in out, error
     assert checkpoint.load_snapshot(path)["step"] == step
+    assert status == (1 if launcher == "torchrun" else 128 + number)     # torchrun has no other for it
 
 
-def test_a_second_signal_at_once_is_torchruns_and_a_later_one_ends():
+def test_one_signalled_process_stops_all_with_its_status(streets, tmp_path):
+    process = start_with_launcher(*words(streets, tmp_path / "s", "--save-pred-every", "100000", steps=100000))
+    read_until(process, "step 3/")
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    status, out, error = finish(process, 60)
+    (step, path), = checkpoint.snapshots(tmp_path / "s")
+    assert status == 128 + signal.SIGTERM and f"stopped after step {step}" in out, error
+
+
+def test_a_second_signal_at_once_does_not_count_and_a_later_one_ends():
+    before = signal.getsignal(signal.SIGHUP)
     with cli.StopRequest(deaf=0.2) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert stop.asked and stop.number == signal.SIGHUP
         time.sleep(0.25)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(cli.Interrupted) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
+    assert caught.value.number == signal.SIGTERM and signal.getsignal(signal.SIGHUP) == before
+
+
+def test_nohup_stays_deaf_to_hanging_up():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("redirection", ["| head -n 1 >/dev/null", ">/dev/full 2>/dev/full", "<&- >&- 2>&-"])
+def test_output_that_nobody_takes_is_silence(streets, tmp_path, redirection):
+    """Under a terminal of ASCII letters, too: images × seconds and arrows are printed without an error."""
+    command = shlex.join([sys.executable, "train.py", *words(streets, tmp_path / "s")])
+    done = subprocess.run(["bash", "-c", f"{command} {redirection}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, timeout=120,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == "" == done.stdout
+    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [2, 4]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "s/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_the_terminal_lacks(encoding, tmp_path):
+    code = ("from utils import cli\ndef main():\n    print('769×769 → x')\n    raise cli.UserError('größe→')\n"
+            "cli.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 2 and b"769" in done.stdout and b"\\u2192 x" in done.stdout
+    assert done.stderr.startswith(b"error: gr") and b"Traceback" not in done.stderr
+
+
+def test_a_closed_terminal_saves_and_ends(streets, tmp_path):
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    process = subprocess.Popen([sys.executable, "train.py", *words(streets, tmp_path / "s", "--num-workers", "1",
+                                                                   "--save-pred-every", "100000", steps=100000)],
+                               cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    shown = b""
+    while b"2/100000" not in shown:
+        shown += os.read(master, 1 << 16)
+    os.close(master)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    (step, path), = checkpoint.snapshots(tmp_path / "s")
+    assert checkpoint.load_snapshot(path)["step"] == step
 
 
 def test_too_little_memory_names_the_flags_that_help(streets, tmp_path):

@@ -191,8 +191,12 @@ def test_a_file_that_would_run_code_is_refused(streets, tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path, number):
+@pytest.mark.parametrize("number, times, group", [
+    (signal.SIGINT, 1, True),       # as a terminal sends it: to the worker processes too
+    (signal.SIGTERM, 1, False), (signal.SIGTERM, 2, True),      # as supervisors do
+    (signal.SIGHUP, 2, True),       # kernel and shell
+])
+def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path, number, times, group):
     command = [sys.executable, "train.py", "--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), "--gpu",
                "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size",
                "2", "--num-workers", "1", "--num-steps", "100000", "--log-every", "1"]
@@ -200,13 +204,11 @@ def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path,
                                start_new_session=True)
     for line in process.stdout:
         if line.startswith("step 2/"):
-            if number == signal.SIGINT:     # as a terminal does: to the worker processes too
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
+            for _ in range(times):
+                (os.killpg if group else os.kill)(process.pid, number)
             break
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == 0, rest
+    assert process.wait(timeout=60) == 128 + number, rest
     (step, path), = checkpoint.snapshots(tmp_path / "s")
     assert f"stopped after step {step}; the same command with --resume goes on" in rest
     assert checkpoint.load_snapshot(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]

@@ -1,6 +1,8 @@
 """What both command lines share: errors that are one sentence, and flag types."""
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import signal
@@ -9,6 +11,9 @@ import time
 import traceback
 
 import torch.distributed as dist
+
+# What asks a run to end: Ctrl-C, a supervisor, a terminal that closes (which Windows does not tell).
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class UserError(Exception):
@@ -22,40 +27,96 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
-# What torch.distributed's backends say when a peer is gone.
-LOST_PEER = re.compile(r"Connection (closed|reset) by peer|gloo/transport|NCCL|Broken pipe", re.I)
+class Interrupted(KeyboardInterrupt):
+    """The signal `number` ended a run before its time. Whatever was to be saved is saved."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+# What gloo, NCCL and the store say when a peer is gone, and nothing else they say.
+LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection was likely closed|broken pipe|ncclRemoteError|"
+                       r"remote process exit|failed to recv, got 0 bytes", re.I)
+DEAD_WORKER = "DataLoader worker (pid"      # not "in DataLoader worker process": that is an error of the code there
 
 
 def run(main):
-    """Call `main()`; a `UserError` is printed as one sentence and ends the process with status 2.
+    """Call `main()` and end the process as shells expect it.
 
-    One of several processes leaves at once, without tearing down what the others would have to agree to; those
-    that lose it end too, and say so.
+    Exit status: 0 done; 2 after one sentence, if the user's input is at fault; 128 + the signal's number, if one
+    ended it early; 1 after a traceback. One of several processes leaves at once, without tearing down what the
+    others would have to agree to; those that lose it end too, and say so.
     """
+    _keep_output_from_failing()
+    if "LOCAL_RANK" in os.environ and hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGTERM, _end_after_last_words)
     try:
         main()
         return
-    except UserError as error:
-        status, said = 2, f"error: {sentence(error)}"
-    except KeyboardInterrupt:
-        status, said = 130, ""
-    except Exception as error:
-        if not _among_processes():
-            raise
-        lost = LOST_PEER.search(str(error))
-        status, said = 1, "another process of this run has ended; its own message says why" if lost else (
-            traceback.format_exc())
+    except (Exception, KeyboardInterrupt) as error:
+        status, said = _account(error)
     if not _among_processes():
         print(said, file=sys.stderr, end="\n" * bool(said))
         sys.exit(status)
-    print(f"[process {dist.get_rank()}] {said}", file=sys.stderr)
+    if said:
+        print(f"[process {dist.get_rank()}] {said}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
+def _account(error):
+    """(exit status, what is to be said) of the error that is being handled."""
+    if isinstance(error, UserError):
+        return 2, f"error: {sentence(error)}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT), ""
+    text = str(error)
+    if DEAD_WORKER in text:
+        return 2, ("error: a process that reads samples died, often of too little memory: expected all --num-workers "
+                   f"to live, found: {text.splitlines()[0]}; fewer workers need less, and with 0 the error shows here")
+    if _among_processes() and isinstance(error, RuntimeError) and (lost := LOST_PEER.search(text)):
+        return 1, f"another process of this run has ended; its own message says why ({lost[0]})"
+    return 1, traceback.format_exc().rstrip()
+
+
 def _among_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _end_after_last_words(number, frame):
+    """SIGTERM for one of several processes, which torchrun sends to the others as soon as one has died: what they
+    have to say about that is on its way, so they get another second."""
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+
+
+class _Output(io.FileIO):
+    """A file whose writing never fails: what nobody takes any more is silence."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)     # None: a full pipe that does not block
+        return len(data)
+
+
+def _keep_output_from_failing():
+    """Let standard output and error survive a closed terminal, a broken pipe, a full disk, and letters which their
+    encoding has not."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:      # closed: the next file would take its place
+        os.set_inheritable(number, True)
+    os.close(number)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue        # somebody has put their own there
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
+        raw = _Output(os.devnull if stream is None else number, "w", closefd=stream is None)
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), getattr(stream, "encoding", "utf-8"),
+                                            "backslashreplace", line_buffering=True))
 
 
 def sentence(error):
@@ -65,19 +126,22 @@ def sentence(error):
 
 
 class StopRequest:
-    """Inside this context Ctrl-C and SIGTERM are noted in `asked` instead of ending the process; a second one
-    ends it at once.
+    """Inside this context the first of `ENDINGS` is noted in `number` instead of ending the process; one more than
+    `deaf` seconds later ends it at once.
 
-    Args:
-        deaf: seconds after the first signal in which others do not count. A process of torchrun gets every
-            Ctrl-C twice: from the terminal, and from torchrun.
+    A request often comes twice: supervisors, shells and torchrun pass on what the terminal has sent already.
     """
 
-    def __init__(self, deaf=0.0):
-        self.deaf, self.asked, self.when = deaf, False, 0.0
+    def __init__(self, deaf=1.0):
+        self.deaf, self.number, self.when = deaf, 0, 0.0
+
+    @property
+    def asked(self):
+        return self.number > 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        ignored = {number for number in ENDINGS[2:] if signal.getsignal(number) is signal.SIG_IGN}     # by nohup
+        self.before = {number: signal.signal(number, self._note) for number in ENDINGS if number not in ignored}
         return self
 
     def __exit__(self, *error):
@@ -85,16 +149,22 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if self.asked and time.monotonic() - self.when >= self.deaf:
-            raise KeyboardInterrupt
         if not self.asked:
-            self.asked, self.when = True, time.monotonic()
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            self.number, self.when = number, time.monotonic()
+            with contextlib.suppress(OSError):      # not by print, which may be at work where this comes between
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        elif time.monotonic() - self.when >= self.deaf:
+            raise Interrupted(number)
 
 
-def leave_ctrl_c_to_the_parent(worker):
-    """Worker processes of a DataLoader: a terminal sends Ctrl-C to them too, but the parent decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(worker):
+    """Worker processes of a DataLoader: terminals and supervisors tell them to end too, but the parent needs their
+    samples to finish its step. SIGTERM, by which it may end them itself, works half a minute later."""
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 30.0))
 
 
 # No crop or window is larger: it would not fit into the memory of any device, and OpenCV stops at 32,767 pixels a side.

@@ -178,8 +178,8 @@ def start_processes(count, argv=None):
         # 2 is that of a process which found the user's input at fault; the others then lost it.
         first = 2 if 2 in found else error.get_first_failure()[1].exitcode
         sys.exit(first if first > 0 else 128 - first)
-    except SignalException:
-        sys.exit(0)     # the processes were told, have saved and ended
+    except SignalException as error:
+        sys.exit(128 + error.sigval)    # the processes were told, have saved and ended
     sys.exit(0)
 
 

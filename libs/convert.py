@@ -120,7 +120,8 @@ def fold_norms(network):
         filters = convolution.weight.double() * factor.view(-1, *[1] * (convolution.weight.ndim - 1))
         convolution.weight = nn.Parameter(filters.to(convolution.weight.dtype))
         convolution.bias = nn.Parameter(((bias - mean) * factor + shift).to(convolution.weight.dtype))
-        network.set_submodule(norm_name, activation_module(norm))
+        parent, _, name = norm_name.rpartition(".")
+        setattr(network.get_submodule(parent), name, activation_module(norm))
     return network
 
 

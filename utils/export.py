@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, versions
 from .cli import UserError
 from .inference import STRIDE
 
@@ -52,9 +52,7 @@ def export_onnx(network, normalization, path, size=(257, 321)):
     example = torch.randint(256, (2, 3, *size)).float()
     with torch.no_grad():
         names = head_names(network(normalization(example)))
-        axes = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=2),
-                3: torch.export.Dim("width", min=2)}
-        program = torch.onnx.export(model, (example,), input_names=["images"], output_names=names, dynamo=True,
-                                    dynamic_shapes=(axes,), opset_version=OPSET, verbose=False)
-    checkpoint.write_atomically(path, lambda file: file.write(program.model_proto.SerializeToString()))
+        program = versions.onnx_program(model, example, ["images"], names,
+                                        {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}, OPSET)
+    checkpoint.write_atomically(path, lambda file: file.write(program))
     return names

@@ -5,11 +5,10 @@ from contextlib import nullcontext
 import torch
 
 from .cli import UserError
+from .versions import cpu_computes_in_bf16, total_norm
 
 CHOICES = ("off", "bf16", "fp16", "apex")
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
-# Instructions by which a CPU computes in bf16, as torch.cpu.get_capabilities names them; without them it is slower.
-CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")      # the last one is ARM's
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": None}
 
 
@@ -51,7 +50,7 @@ class Precision:
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        return total_norm(gradients)
 
     def step(self, optimizer):
         """Take a step; with fp16 one whose gradients overflow is left out."""
@@ -75,8 +74,7 @@ def best_precision(device):
     if device.type == "cuda":
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if device.type == "cpu" and any(able.get(name) for name in CPU_BF16) else "off"
+    return "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "off"
 
 
 def _import_apex():

@@ -1,0 +1,64 @@
+"""What the versions of PyTorch that requirements.txt allows do in different ways, and from which version on nothing
+of it is needed any more: tests/oldest.sh runs the lowest ones, tests/run.sh the newest."""
+
+import io
+import os
+import re
+import warnings
+
+import torch
+
+# What oneDNN can be told to leave unused (ONEDNN_MAX_CPU_ISA), as far as bf16 is not among what remains.
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def total_norm(tensors):
+    """Euclidean norm of all values of some tensors on one device: scalar tensor."""
+    if hasattr(torch.nn.utils, "get_total_norm"):       # 2.6
+        return torch.nn.utils.get_total_norm(tensors)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+
+
+def cpu_computes_in_bf16(cpuinfo="/proc/cpuinfo"):
+    """Whether the CPU has instructions for bf16, and oneDNN may use them: without them bf16 is slower than float32.
+
+    cpuinfo: the file by which Linux names a CPU's instructions; where there is none, the answer is no.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BF16:
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):          # 2.11
+        able = torch.cpu.get_capabilities()
+        return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))      # the last one is ARM's
+    try:
+        with open(cpuinfo, encoding="utf-8") as file:
+            return re.search(r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b", file.read(), re.M) is not None
+    except OSError:
+        return False
+
+
+def onnx_program(model, example, inputs, outputs, axes, opset):
+    """A model as the bytes of an ONNX file, for any size of some axes.
+
+    Args:
+        model: in evaluation mode; takes one tensor, returns a tuple of tensors.
+        example: the input that is traced.
+        inputs, outputs: names; outputs have the axes of the input.
+        axes: {axis: (name, least size)}.
+        opset: version of the operators.
+    """
+    names = {"input_names": inputs, "output_names": outputs, "opset_version": opset}
+    if torch_version() >= (2, 9):       # the exporter by torch.export became the default; before, it was being made
+        sizes = {axis: torch.export.Dim(name, min=least) for axis, (name, least) in axes.items()}
+        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(sizes,), verbose=False, **names)
+        return program.model_proto.SerializeToString()
+    file = io.BytesIO()
+    free = {axis: name for axis, (name, _) in axes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)    # of constants that are constant
+        torch.onnx.export(model, (example,), file, dynamic_axes=dict.fromkeys((*inputs, *outputs), free), **names)
+    return file.getvalue()
+
+
+def torch_version():
+    """(major, minor) of PyTorch."""
+    return tuple(map(int, torch.__version__.split(".")[:2]))

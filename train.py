@@ -47,7 +47,7 @@ from utils.distributed import (
     start_processes,
     started_by_torchrun,
 )
-from utils.engine import Engine, NetworkWithLoss, NotFinite
+from utils.engine import Course, Engine, NetworkWithLoss, NotFinite
 from utils.inference import Normalization, SlidingPredictor, fitting_size, round_size, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
@@ -165,8 +165,8 @@ def add_run(parser):
     out.add_argument("--snapshot-dir", type=cli.path, default="snapshots", help="(snapshots)")
     out.add_argument("--save-pred-every", type=cli.positive(int), default=5000,
                      help="steps between snapshots (5000)")
-    out.add_argument("--keep", type=cli.positive(int), metavar="N", help="keep the newest N snapshots only; "
-                     "default: all")
+    out.add_argument("--keep", type=cli.positive(int), metavar="N", help="keep the newest N snapshots only, and "
+                     "the newest after which training went on normally; default: all")
     out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
     out.add_argument("--panel-every", type=cli.positive(int), default=500,
                      help="steps between TensorBoard pictures (500)")
@@ -514,10 +514,10 @@ def run(args, devices, processes, precision, dataset, workers):
                         prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
                         generator=torch.Generator())    # its own: dropout goes on with what was resumed
 
-    def save(step, best=None):
+    def save(step, best=None, keep=args.keep, sound=None):
         content = snapshot(engine, step, config)
         if rank == 0 and best is None:
-            checkpoint.save_step(args.snapshot_dir, step, content, args.keep)
+            checkpoint.save_step(args.snapshot_dir, step, content, keep, sound)
         elif rank == 0:
             checkpoint.save(Path(args.snapshot_dir, checkpoint.BEST), content | {"quick_mean_iou": best})
 
@@ -530,6 +530,8 @@ def run(args, devices, processes, precision, dataset, workers):
             args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
             panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
             validate=args.val_every and quick_validation(args, engine, normalization, classes, workers, log))
+        if engine.skipped:
+            log.say(f"{engine.skipped} steps were left out, because gradients overflowed in half precision")
     metrics, quick = ([] if rank else read_lines(Path(args.snapshot_dir, name)) for name in (METRICS, QUICK))
     if metrics:
         visualize.training_curves(Path(args.snapshot_dir, "curves.png"), metrics, quick)
@@ -546,6 +548,8 @@ def train(engine, loader, start, num_steps, accumulate, learning_rate, power, sa
         log.say(f"nothing is left to do: {start} steps are done, --num-steps is {num_steps}")
     network, device = engine.network.train(), engine.devices[0]
     window, waited, images = time.monotonic(), 0.0, 0
+    course, first_norm = Course(), engine.weight_norm()
+    saved, sound = start, 0     # steps of the newest snapshot, and of the newest after which the loss was normal
     batches = iter(loader)
     with cli.StopRequest() as stop:
         for step in range(start + 1, num_steps + 1):
@@ -556,15 +560,19 @@ def train(engine, loader, start, num_steps, accumulate, learning_rate, power, sa
             rate = poly_rate(learning_rate, step - 1, num_steps, power)
             logged = step % log_every == 0 or step == num_steps
             try:
-                terms, stopping = engine.step(parts, rate, measure=logged, asked=stop.asked)
+                terms, stopping = engine.step(parts, rate, asked=stop.asked)
             except NotFinite as error:
                 names = [name for part in parts for name in part["name"]]
                 if engine.processes is not None:
                     names = sum(engine.processes.gather_objects(names), [])
-                save(step - 1)
-                raise UserError(f"step {step}: expected a finite loss, found {error.terms} at the learning rate "
-                                f"{rate:.3g}; images: {', '.join(names)}; the state before is the snapshot of step "
-                                f"{step - 1}: a lower --learning-rate with --resume may help") from None
+                raise UserError(f"step {step}: expected a finite {error.what}, found {error.terms} at the learning "
+                                f"rate {rate:.3g}; images: {', '.join(names)}; "
+                                + diverged(engine, course, error, first_norm, step - 1, saved, sound,
+                                           save)) from None
+            losses = {name: terms[name] for name in engine.criterion.weights}
+            loss = engine.criterion.total(losses)
+            if course.add(loss) and saved == step - 1:
+                sound = saved
             images += sum(len(part["image"]) for part in parts) * (engine.processes.size if engine.processes else 1)
             log.step()
 
@@ -574,11 +582,11 @@ def train(engine, loader, start, num_steps, accumulate, learning_rate, power, sa
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
             if logged:
                 now = time.monotonic()
-                losses = {name: terms[name] for name in engine.criterion.weights}
-                log.metric(step, {"lr": rate, "loss": engine.criterion.total(losses)}
+                log.metric(step, {"lr": rate, "loss": loss}
                            | {f"loss_{name}": value for name, value in losses.items()}
                            | {"gradient_norm": terms["gradient_norm"], "images_per_second": images / (now - window),
-                              "seconds_data": waited, "memory_bytes": memory.peak_bytes(device)}, now - window)
+                              "seconds_data": waited, "memory_bytes": memory.peak_bytes(device)}
+                           | ({"skipped_steps": engine.skipped} if engine.skipped else {}), now - window)
             if step % panel_every == 0 or step == num_steps:
                 log.picture("image_truth_coarse_fine_difference", panel(), step)
             if validate and (step % val_every == 0 or step == num_steps):
@@ -586,7 +594,8 @@ def train(engine, loader, start, num_steps, accumulate, learning_rate, power, sa
                 if best is not None:
                     save(step, best)
             if step % save_every == 0 or step == num_steps or stopping:
-                save(step)
+                save(step, sound=sound)
+                saved = step
                 log.say(f"saved the snapshot of step {step}")
             if stopping:
                 log.say(f"stopped after step {step}; the same command with --resume goes on")
@@ -594,6 +603,37 @@ def train(engine, loader, start, num_steps, accumulate, learning_rate, power, sa
             if logged:      # what else was done is not the step's time
                 window, waited, images = time.monotonic(), 0.0, 0
     return 0
+
+
+def diverged(engine, course, error, first_norm, done, saved, sound, save):
+    """Save the state before a step that was not finite, if it is worth it, and remove nothing.
+
+    Args:
+        course: the losses of the steps before.
+        error: `NotFinite` of the step, which has left the state as it was.
+        first_norm: of the weights, when this process began to train.
+        done: steps that made the state.
+        saved, sound: step of the newest snapshot, and of the newest whose loss was normal; 0 for none.
+        save: as in `train`.
+
+    Returns what the user can do, for the end of a sentence.
+    """
+    if error.what == "gradient":
+        healthy = course.add(engine.criterion.total({name: error.terms[name] for name in engine.criterion.weights}))
+    else:       # the batch may be at fault, if the step before was normal and has not blown the weights up
+        healthy = course.normal and engine.weight_norm() < 10 * first_norm
+    if healthy:
+        if saved != done:
+            save(done, keep=None)
+        return f"the state before is the snapshot of step {done}: a lower --learning-rate with --resume may help"
+    lost = "" if saved == done else ", so that state is not saved"
+    elsewhere = " and another --snapshot-dir" if saved > sound else ""
+    if sound:
+        return (f"training had left its course before{lost}; the newest snapshot that trained on normally is "
+                f"{checkpoint.NAME.format(step=sound)}: --resume with that file{elsewhere} and a lower "
+                "--learning-rate may help")
+    return (f"training had left its course before{lost}, and no snapshot of this start trained on normally: a lower "
+            f"--learning-rate from the beginning{elsewhere} may help")
 
 
 if __name__ == "__main__":

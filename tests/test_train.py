@@ -1,6 +1,5 @@
 """Training runs, small but whole."""
 
-import copy
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, start
 from utils import checkpoint
 from utils.cli import UserError
-from utils.engine import NetworkWithLoss
+from utils.engine import NetworkWithLoss, NotFinite
 from utils.inference import Normalization
 
 
@@ -286,21 +285,61 @@ def test_labels_that_do_not_fit_the_classes_are_found_before_the_first_step(stre
     assert not (tmp_path / "s").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_state_before(streets, tmp_path, monkeypatch):
-    taken = []
-
-    def snapshot(engine, step, config, take=train.snapshot):
-        taken.append(copy.deepcopy(take(engine, step, config)))
-        return taken[-1]
-
-    monkeypatch.setattr(train, "snapshot", snapshot)
+def test_weights_that_a_step_has_ruined_are_not_called_the_state_before(streets, tmp_path):
+    """The step before had a normal loss and wrote weights of 1e28, which a regular snapshot holds."""
     with pytest.raises(UserError, match=r"step 2: expected a finite loss, found .*'fine': nan.* learning rate .*"
-                                        r"images: drawn_00.*, drawn_00.*; the state before is the snapshot of step 1"):
-        run(streets, tmp_path / "s", "--learning-rate", "1e30", "--save-pred-every", "1", steps=9)
-    regular, again = taken
-    assert again["step"] == 1 and torch.equal(regular["rng"][0]["torch"], again["rng"][0]["torch"])
-    assert all(torch.equal(regular["model"][key], again["model"][key]) for key in regular["model"])
-    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [1]
+                                        r"images: drawn_00.*, drawn_00.*; training had left its course before, and no "
+                                        r"snapshot of this start trained on normally: a lower --learning-rate from "
+                                        r"the beginning and another --snapshot-dir may help"):
+        run(streets, tmp_path / "a", "--learning-rate", "1e30", "--save-pred-every", "1", steps=9)
+    assert [step for step, _ in checkpoint.snapshots(tmp_path / "a")] == [1]
+    with pytest.raises(UserError, match="training had left its course before, so that state is not saved, and no"):
+        run(streets, tmp_path / "b", "--learning-rate", "1e30", steps=9)
+    assert not checkpoint.snapshots(tmp_path / "b")
+
+
+def finite_losses_then(monkeypatch, losses, last):
+    """Let the engine report these losses instead of its own, one a step, and then raise."""
+    step, given = train.Engine.step, iter(losses)
+
+    def reporting(self, *args, **named):
+        loss = next(given, None)
+        if loss is None:
+            raise NotFinite(dict.fromkeys(self.criterion.weights, last) | {"gradient_norm": float("inf")})
+        terms, asked = step(self, *args, **named)
+        return dict.fromkeys(terms, loss), asked
+
+    monkeypatch.setattr(train.Engine, "step", reporting)
+
+
+@pytest.mark.parametrize("losses, last, keep, kept, advice", [
+    # A batch, or a gradient, at fault: the state before is sound, becomes the newest, and pushes nothing out.
+    ([3, 3, 3, 3, 3], float("nan"), "2", [2, 4, 5], "the state before is the snapshot of step 5: a lower"),
+    ([3, 3, 3, 3, 3], 3.0, "1", [2, 4, 5], "the state before is the snapshot of step 5: a lower"),
+    ([3, 3, 3, 3], float("nan"), "1", [2, 4], "the state before is the snapshot of step 4: a lower"),
+    # Training leaves its course after the third step, long before its numbers overflow.
+    ([3, 2, 2, 50, 1e3, 1e9, 1e20], float("nan"), "1", [2, 6], "so that state is not saved; the newest snapshot that "
+     "trained on normally is CS_scenes_2.pth: --resume with that file and another --snapshot-dir and a lower"),
+    ([3, 2, 2, 50, 1e3, 1e9, 1e20, 1e20], 1e20, "2", [2, 6, 8], "before; the newest snapshot that trained on normally "
+     "is CS_scenes_2.pth"),
+    ([3, 9, 9, 9, 9], 1e5, "1", [2, 4], "the newest snapshot that trained on normally is CS_scenes_4.pth: --resume "
+     "with that file and a lower")])
+def test_a_divergence_keeps_and_names_the_newest_sound_snapshot(streets, tmp_path, monkeypatch, losses, last, keep,
+                                                                 kept, advice):
+    folder = tmp_path / "s"
+    finite_losses_then(monkeypatch, losses, last)
+    with pytest.raises(UserError, match=advice):
+        run(streets, folder, "--backbone", "resnet18", "--save-pred-every", "2", "--keep", keep, steps=20)
+    assert [step for step, _ in checkpoint.snapshots(folder)] == kept
+    assert os.readlink(folder / "latest.pth") == f"CS_scenes_{kept[-1]}.pth"
+
+
+def test_pruning_leaves_what_was_written_last(tmp_path):
+    """A damaged snapshot of a higher step, which --resume has passed over, does not count."""
+    for step in (1, 2, 9, 3):
+        checkpoint.save_step(tmp_path, step, {}, keep=1)
+    assert [step for step, _ in checkpoint.snapshots(tmp_path)] == [3, 9]
+    assert os.readlink(tmp_path / "latest.pth") == "CS_scenes_3.pth"
 
 
 def test_what_devices_hand_out_adds_up_to_the_whole_batch():

@@ -100,8 +100,11 @@ def snapshots(folder):
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def save_step(folder, step, content, keep=None):
-    """Write the snapshot of a step, let `latest.pth` point to it, and remove older ones beyond the newest `keep`."""
+def save_step(folder, step, content, keep=None, sound=None):
+    """Write the snapshot of a step, let `latest.pth` point to it, and remove older ones beyond the newest `keep`.
+
+    sound: step of a snapshot that stays in any case.
+    """
     path = Path(folder) / NAME.format(step=step)
     save(path, content)
     link = path.with_name(f".{LATEST}.{os.getpid()}.tmp")
@@ -110,8 +113,11 @@ def save_step(folder, step, content, keep=None):
         os.replace(link, path.with_name(LATEST))
     except OSError:     # a file system without links: --resume finds the newest by its number anyway
         link.unlink(missing_ok=True)
-    for _, old in snapshots(folder)[:-keep] if keep else ():
-        old.unlink()
+    # What has a higher number was passed over as damaged; it must not push out what was written just now.
+    older = [found for found in snapshots(folder) if found[0] <= step]
+    for number, old in older[:-keep] if keep else ():
+        if number != sound:
+            old.unlink()
 
 
 def remove_unfinished(folder):

@@ -1,5 +1,8 @@
 """One training step, however many devices and parts its batch is shared by."""
 
+import math
+import statistics
+from collections import defaultdict, deque
 from contextlib import nullcontext
 
 import torch
@@ -7,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import random_state, set_random_state
+from .versions import total_norm
 
 
 class NetworkWithLoss(nn.Module):
@@ -45,20 +49,19 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
         parts: their number.
 
     Returns:
-        (loss, terms): the loss to differentiate, and {name: scalar} over all processes.
+        (loss, shares): the loss to differentiate, and what this process adds to each term, (T,).
     """
     sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
     world = 1
     if processes is not None:
         counts, world = processes.total(counts), processes.size
     if parts > 1:
-        picked = torch.tensor([criterion.picks(name) for name in criterion.weights], device=counts.device)
-        counts = torch.where(picked, counts * parts, labelled)
+        counts = torch.stack([count * parts if criterion.picks(name) else labelled
+                              for name, count in zip(criterion.weights, counts, strict=True)])
     terms = sums / counts.clamp(min=1)
     # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
     loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
-    shown = terms.detach() if processes is None else processes.total(terms.detach())
-    return loss, dict(zip(criterion.weights, shown, strict=True))
+    return loss, terms.detach()
 
 
 def apply_jitter(images, factors):
@@ -79,11 +82,34 @@ def apply_jitter(images, factors):
 
 
 class NotFinite(ArithmeticError):
-    """A loss is infinite or not a number; nothing was learnt from it. `terms`: {name: float}."""
+    """A loss term or the gradient is infinite or not a number; nothing was learnt from it.
+
+    what: "loss" or "gradient"; terms: {name: float} of the losses and `gradient_norm`.
+    """
 
     def __init__(self, terms):
-        super().__init__(f"{terms}")
-        self.terms = terms
+        finite = all(math.isfinite(value) for name, value in terms.items() if name != "gradient_norm")
+        self.what, self.terms = "gradient" if finite else "loss", terms
+        super().__init__(f"{self.what}: {terms}")
+
+
+class Course:
+    """Whether training goes on normally, told by its losses.
+
+    A loss is normal up to three times the median of the last 200 normal ones: crops differ by less, and a run that
+    diverges passes that long before its numbers overflow. What is not normal does not move the median.
+    """
+
+    def __init__(self):
+        self.losses = deque(maxlen=200)
+        self.normal = False     # whether the last one was
+
+    def add(self, loss):
+        """The loss of a step, which judges the weights that the step before it made. Returns whether it is normal."""
+        self.normal = math.isfinite(loss) and (not self.losses or loss <= 3 * statistics.median(self.losses))
+        if self.normal:
+            self.losses.append(loss)
+        return self.normal
 
 
 class Engine:
@@ -91,12 +117,14 @@ class Engine:
 
     Args:
         module: `NetworkWithLoss` as it is called: alone, in `DataParallel` or `DistributedDataParallel`.
-        network: the one inside.
+        network: the one inside, on its device and in its dtype.
         criterion: of `loss.criterion`.
         optimizer, precision: as `Precision.prepare` gave them.
         devices: those this process uses; the first one takes the batches.
         processes: `Processes` that share each batch, or None.
         memory_format: of images.
+
+    `skipped` counts the steps that were left out because gradients overflowed in half precision.
     """
 
     def __init__(self, module, network, criterion, optimizer, precision, devices, processes=None,
@@ -105,48 +133,69 @@ class Engine:
         self.optimizer, self.precision = optimizer, precision
         self.devices, self.processes = devices, processes
         self.memory_format = memory_format
+        self.skipped = 0
+        kinds = defaultdict(list)       # of one dtype each, which are copied by one kernel
+        for buffer in network.buffers():
+            kinds[buffer.dtype].append(buffer)
+        self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in kinds.values()]
 
-    def step(self, batches, rate, measure=False, asked=False):
-        """Learn from one batch.
+    def step(self, batches, rate, asked=False):
+        """Learn from one batch. The host waits for the device once, when everything but the update is queued.
 
         Args:
             batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of this
                 process.
             rate: learning rate.
-            measure: find the norm of the gradients.
             asked: whether this process was asked to stop.
 
         Returns:
-            ({name: float} of the terms, and `gradient_norm` if measured, None if it overflowed; whether any
+            ({name: float} of the terms and `gradient_norm`, None if it overflowed in half precision; whether any
             process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
             before the step.
         """
-        statistics = [buffer.clone() for buffer in self.network.buffers()]
+        for buffers, kept in self._statistics:
+            torch._foreach_copy_(kept, buffers)
         generators = random_state(self.devices)
         parts = [self._place(batch) for batch in batches]
         labelled = self._labelled([labels for _, labels in parts]) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
-        terms = dict.fromkeys(self.criterion.weights, 0.0)
+        shares = 0.0
         for number, (images, labels) in enumerate(parts, 1):
             with self._exchange_gradients(number == len(parts)):
-                loss, found = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
+                loss, share = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
                                         len(parts))
-                # Looked at before the backward pass is queued, so that a GPU stays busy.
-                found = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
-                if not all(abs(value) < float("inf") for value in found.values()):
-                    self._put_back(statistics, generators)
-                    raise NotFinite(found)
                 self.precision.backward(loss, self.optimizer)
-            terms = {name: terms[name] + value for name, value in found.items()}
-        if self.processes is not None:
-            asked = bool(self.processes.total(torch.tensor(int(asked), device=self.devices[0])))
-        if measure:
-            norm = self.precision.gradient_norm(self.optimizer).item()
-            terms["gradient_norm"] = norm if norm < float("inf") else None      # the scaler leaves this step out
+            shares = shares + share
+        terms, asked = self._read(shares, asked)
+        if not all(map(math.isfinite, terms.values())):
+            error = NotFinite(terms)
+            if error.what == "loss" or not self.precision.skips_overflow():
+                self._put_back(generators)
+                raise error
+            self.skipped += 1
+            terms["gradient_norm"] = None
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.precision.step(self.optimizer)
         return terms, asked
+
+    def weight_norm(self):
+        """The Euclidean norm of all weights: float."""
+        return float(total_norm([weight.detach() for weight in self.network.parameters()]))
+
+    def _read(self, shares, asked):
+        """Everything the host wants to know of a step, over all processes, in one exchange and one copy.
+
+        shares (T,) of the terms → ({name: float} with `gradient_norm`, whether any process was asked to stop).
+        """
+        norm = self.precision.gradient_norm(self.optimizer)
+        values = torch.cat([shares.double(), norm.double()[None], torch.full_like(norm[None], asked).double()])
+        world = 1
+        if self.processes is not None:
+            values, world = self.processes.total(values), self.processes.size
+        *terms, norm, asked = values.tolist()
+        # The gradients, and so their norm, are the same in all processes; the sum keeps what is not finite anywhere.
+        return dict(zip(self.criterion.weights, terms, strict=True)) | {"gradient_norm": norm / world}, asked > 0
 
     def _place(self, batch):
         """A batch's images and labels, on the first device."""
@@ -168,8 +217,8 @@ class Engine:
         return self.module.no_sync()
 
     @torch.no_grad()
-    def _put_back(self, statistics, generators):
-        for buffer, before in zip(self.network.buffers(), statistics, strict=True):
-            buffer.copy_(before)
+    def _put_back(self, generators):
+        for buffers, kept in self._statistics:
+            torch._foreach_copy_(buffers, kept)
         set_random_state(generators, self.devices)
         self.optimizer.zero_grad(set_to_none=True)

@@ -46,11 +46,19 @@ class Precision:
             self.scaler.scale(loss).backward()
 
     def gradient_norm(self, optimizer):
-        """The Euclidean norm of all gradients, unscaled: scalar tensor."""
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(optimizer)
+        """The Euclidean norm of all gradients, which stay as they are, without the scale: scalar tensor."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return total_norm(gradients)
+        norm = total_norm(gradients)
+        return norm / self.scaler.scale(torch.ones_like(norm))
+
+    def skips_overflow(self):
+        """Whether `step` leaves out a step whose gradients are not finite, and the next one may do better.
+
+        Not below a scale of 1: then it is not the scale that makes them overflow.
+        """
+        if self.apex is not None:
+            return self.opt_level in ("O1", "O2")       # the others have a fixed scale
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def step(self, optimizer):
         """Take a step; with fp16 one whose gradients overflow is left out."""

@@ -1,0 +1,163 @@
+"""A step that is not finite changes nothing; and how often the host waits for a step."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loss.criterion import SegmentationCriterion
+from networks import build_network
+from tests.crash import same
+from utils import checkpoint
+from utils.distributed import Processes
+from utils.engine import Course, Engine, NetworkWithLoss, NotFinite
+from utils.inference import Normalization
+from utils.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def make_engine(amp="off", processes=None, **network):
+    torch.manual_seed(0)
+    network = build_network("acfnet_resnet", 4, "resnet18", **network)
+    precision, criterion = Precision(amp, CPU), SegmentationCriterion()
+    module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
+    if processes is not None:
+        module = DistributedDataParallel(module, forward_sync_buffers=False)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    return Engine(module, network, criterion, optimizer, precision, [CPU], processes)
+
+
+def make_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"image": torch.randint(256, (2, 3, 17, 17), dtype=torch.uint8, generator=generator),
+            "label": torch.randint(4, (2, 17, 17), dtype=torch.uint8, generator=generator)}
+
+
+def state(engine):
+    return copy.deepcopy({"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
+                          "scaler": engine.precision.state_dict(), "rng": checkpoint.random_state()})
+
+
+def spoil(engine, what):
+    """Make the next losses infinite, or the next gradients with a finite loss; returns what ends it."""
+    if what == "gradient":
+        weight = engine.network.backbone.layer2[0].conv1.weight
+        return weight.register_hook(lambda gradient: gradient * torch.inf)
+    return engine.network.coarse.register_forward_hook(lambda module, args, logits: logits * torch.inf)
+
+
+def check_nothing_is_learnt(engine, what, parts, mine=True):
+    """`mine`: spoil this process's step; otherwise another one's is."""
+    batches = [make_batch(seed) for seed in range(parts)]
+    engine.step(batches, 0.01)
+    before = state(engine)
+    hook = spoil(engine, what) if mine else None
+    with pytest.raises(NotFinite) as caught:
+        engine.step(batches, 0.005)
+    assert caught.value.what == what
+    assert same(before, state(engine)) and all(weight.grad is None for weight in engine.network.parameters())
+    if hook is not None:
+        hook.remove()
+    engine.step(batches, 0.005)     # and the next one learns
+    after = state(engine)
+    assert not same(before["model"], after["model"]) and not same(before["rng"], after["rng"])
+    assert all(value.isfinite().all() for value in after["model"].values())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_step_that_is_not_finite_changes_nothing(amp, what, parts):
+    check_nothing_is_learnt(make_engine(amp), what, parts)
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    check_nothing_is_learnt(make_engine(processes=Processes()), "gradient", 1, mine=rank == 1)
+    check_nothing_is_learnt(make_engine(processes=Processes()), "loss", 2, mine=rank == 1)
+    engine = make_engine(processes=Processes())
+    assert [engine.step([make_batch(rank)], 0.01, asked=asked and rank == 0)[1] for asked in (False, True)] == \
+        [False, True]
+    dist.destroy_process_group()
+
+
+def test_no_process_learns_what_is_not_finite_in_one(tmp_path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+
+
+def test_fp16_leaves_out_overflows_until_the_scale_is_not_at_fault():
+    engine = make_engine("fp16")
+    engine.step([make_batch()], 0.01)
+    weights = copy.deepcopy(engine.network.state_dict())
+    scale = engine.precision.state_dict()["scale"]
+    hook = spoil(engine, "gradient")
+    terms, _ = engine.step([make_batch()], 0.01)
+    assert terms["gradient_norm"] is None and terms["fine"] > 0 and engine.skipped == 1
+    assert engine.precision.state_dict()["scale"] == scale / 2
+    assert all(torch.equal(engine.network.state_dict()[name], weights[name]) for name, _
+               in engine.network.named_parameters())
+    engine.precision.load_state_dict(engine.precision.state_dict() | {"scale": 1.0})
+    engine.step([make_batch()], 0.01)
+    with pytest.raises(NotFinite, match="gradient"):
+        engine.step([make_batch()], 0.01)
+    assert engine.precision.state_dict()["scale"] == 0.5
+    hook.remove()
+    terms, _ = engine.step([make_batch()], 0.01)
+    assert terms["gradient_norm"] > 0 and engine.skipped == 2
+    assert not torch.equal(engine.network.coarse.weight, weights["coarse.weight"])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a value read, a copy to NumPy or a list."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = []
+        for name in ("tolist", "numpy"):
+            self.count(name, monkeypatch)
+
+    def count(self, name, monkeypatch):
+        read = getattr(torch.Tensor, name)
+
+        def method(tensor, *args):
+            self.found.append(name)
+            return read(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.found.append("scalar")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp, parts, expected", [("off", 1, 1), ("off", 3, 1), ("bf16", 1, 1), ("fp16", 1, 2)])
+def test_the_host_waits_once_a_step(amp, parts, expected, monkeypatch):
+    engine = make_engine(amp)
+    batches = [make_batch(seed) for seed in range(parts)]
+    engine.step(batches, 0.01)      # the first one asks the norms about half precision
+    monkeypatch.setattr("utils.engine.random_state", lambda devices: None)      # generators are the host's own
+    waits = Waits(monkeypatch)
+    with waits:
+        assert float(torch.ones(())) and torch.ones(2).tolist()
+        assert waits.found == ["scalar", "tolist"]
+        waits.found.clear()
+        engine.step(batches, 0.01)
+    assert len(waits.found) == expected, waits.found
+
+
+def test_a_loss_is_normal_up_to_three_times_the_median():
+    course = Course()
+    assert [course.add(loss) for loss in (5.0, 4.0, 3.0, 11.9, 13.6, 1e9, float("nan"), float("inf"), 3.0)] == \
+        [True, True, True, True, False, False, False, False, True]
+    for _ in range(300):
+        course.add(1.0)
+    assert course.normal and not course.add(3.1)

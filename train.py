@@ -528,7 +528,7 @@ def run(args, devices, processes, precision, dataset, workers):
         stopped = train(
             engine, loader, start, args.num_steps, args.accumulate, args.learning_rate, args.power,
             args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,
-            panel=lambda: draw_panel(network, normalization, dataset[0], classes, device),
+            panel=lambda: draw_panel(network, normalization, dataset[0, 0], classes, device),
             validate=args.val_every and quick_validation(args, engine, normalization, classes, workers, log))
         if engine.skipped:
             log.say(f"{engine.skipped} steps were left out, because gradients overflowed in half precision")

@@ -24,9 +24,9 @@ from utils import checkpoint, cli, visualize
 from utils.cli import UserError
 from utils.logger import progress
 
-from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name, split_files
+from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_folder, check_name, split_files
 from .labels import IGNORE_INDEX, ClassTable
-from .reading import read_ids, read_image
+from .reading import read_file, read_ids, read_image, sizes_differ
 
 FAST = 16           # pairs of each split that --fast looks into
 SHEET = 12          # pictures of a contact sheet
@@ -44,7 +44,7 @@ def inspect(job):
         image = read_image(image_path)
         mean, std = (values[:, 0] for values in cv2.meanStdDev(image))
         pixels = image.shape[0] * image.shape[1]
-        facts |= {"size": list(image.shape[:2]), "hash": hashlib.sha256(Path(image_path).read_bytes()).hexdigest(),
+        facts |= {"size": list(image.shape[:2]), "hash": hashlib.sha256(read_file(image_path)).hexdigest(),
                   "sum": (mean * pixels).tolist(), "squares": ((std ** 2 + mean ** 2) * pixels).tolist()}
     except UserError as error:
         facts["problems"].append(("unreadable image", str(error)))
@@ -59,8 +59,7 @@ def inspect(job):
     except UserError as error:
         facts["problems"].append(("label map", str(error)))
     if image is not None and ids is not None and image.shape[:2] != ids.shape[:2]:
-        facts["problems"].append(("sizes differ", f"{label_path}: expected the size of {image_path}, "
-                                  f"{image.shape[1]}×{image.shape[0]}, found {ids.shape[1]}×{ids.shape[0]}"))
+        facts["problems"].append(("sizes differ", sizes_differ(image_path, image, label_path, ids)))
     return facts
 
 
@@ -82,8 +81,7 @@ def find_splits(root, lists, classes):
             pairs = CityscapesDataset(root, data_list=path, classes=classes).pairs
             found[str(path)] = (pairs, [])
         return found
-    if not root.is_dir():
-        raise UserError(f"{root}: expected a folder, found {'a file' if root.exists() else 'nothing there'}")
+    check_folder(root)
     found = {split: find_pairs(root, split) for split in SPLITS if (root / "leftImg8bit" / split).is_dir()}
     if not any(pairs for pairs, _ in found.values()):
         raise UserError(f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, "
@@ -148,11 +146,10 @@ def contact_sheet(path, entries, classes):
     visualize.save_png(path, np.concatenate(rows))
 
 
-def check(root, lists, classes, folder, fast, workers):
-    """Look into everything. Returns what `check.json` holds; writes it and the pictures."""
-    splits = find_splits(root, lists, classes)
+def check(splits, classes, fast, workers):
+    """Look into everything. Returns ({split: what `check.json` holds of it}, {split: facts of its pairs})."""
     facts, report = {}, {}
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=quiet) as pool:
         for split, (pairs, _) in splits.items():
             chosen = pairs if not fast else [pairs[len(pairs) * k // FAST] for k in range(FAST)] if len(
                 pairs) > FAST else pairs
@@ -169,15 +166,21 @@ def check(root, lists, classes, folder, fast, workers):
             problems.append(("nothing labelled", f"{split}: expected pixels of the {classes.num_classes} classes, "
                              "found only ignored ones"))
         report[split] = summarise(split, entries, problems, classes, len(pairs))
-        contact_sheet(folder / f"{_file_name(split)}.png", entries, classes)
-    visualize.frequency_chart(folder / "classes.png", {split: values["pixels"] for split, values in report.items()},
-                              classes.palette)
-    checkpoint.write_json(folder / "check.json", {"data": str(root), "fast": fast, "splits": report})
-    return report
+    return report, facts
 
 
-def _file_name(split):
-    return f"sheet_{Path(split).stem}"
+def draw(folder, report, facts, classes):
+    """Contact sheets and the chart of the classes; none where nothing is sound."""
+    for split, entries in facts.items():
+        contact_sheet(folder / f"sheet_{Path(split).stem[:60]}.png", entries, classes)
+    pixels = {split: found["pixels"] for split, found in report.items() if any(found["pixels"].values())}
+    if pixels:
+        visualize.frequency_chart(folder / "classes.png", pixels, classes.palette)
+
+
+def quiet():
+    """Large images are no news here."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def table(report):
@@ -220,17 +223,20 @@ def main():
                         help="processes (all cores)")
     args = parser.parse_args()
     root = Path(args.data_dir)
-    folder = Path(args.output_dir or Path("runs") / f"check_{root.resolve().name}")
+    folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(os.path.abspath(root))}")
+    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
+    quiet()
+    splits = find_splits(root, args.data_list, classes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: expected a folder, found: {error}") from None
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
-    report = check(root, args.data_list, classes, folder, args.fast, args.num_workers)
+    report, facts = check(splits, classes, args.fast, args.num_workers)
     print(table(report))
+    checkpoint.write_json(folder / "check.json", {"data": str(root), "fast": args.fast, "splits": report})
+    draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
-    print(f"{wrong} problem{'s' * (wrong != 1)}; check.json, classes.png and contact sheets in {folder}")
+    print(f"{wrong} problem{'s' * (wrong != 1)}; check.json and pictures of what is sound in {folder}")
     if wrong:
         raise SystemExit(1)
 

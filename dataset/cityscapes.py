@@ -14,12 +14,13 @@ from utils.cli import UserError
 from utils.logger import progress
 
 from .labels import IGNORE_INDEX, ClassTable
-from .reading import DecodedCache, read_ids, read_image
+from .reading import DecodedCache, kind_of, read_file, read_ids, read_image, sizes_differ
 from .sampling import Jobs, class_positions
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 COARSE = "train_extra"      # the split whose truth is in gtCoarse
 JITTER = ("brightness", "contrast", "saturation", "hue")
+DECODERS = (read_image, read_ids)       # of a pair
 
 
 class CityscapesDataset(Dataset):
@@ -35,16 +36,17 @@ class CityscapesDataset(Dataset):
         data_list: text file of "image label" lines, paths relative to root or to the list; or several of them.
         classes: `ClassTable`, or the CSV file of one; None for Cityscapes.
         transform: (image (H, W, 3) uint8, label (H, W), NumPy Generator) → image, label.
-        seed: of the draws of `transform`.
+        seed: of the draws of `transform` and `jitter`.
         instances: also read *_instanceIds.png beside *_labelIds.png, where there is one.
         cache: folder for decoded arrays (`dataset.reading.DecodedCache`), or None.
         jitter: largest change of brightness, contrast, saturation (factors 1 ± that) and hue (turns), or None.
 
     An item is {"image": uint8 (3, H, W) RGB, "label": uint8 (H, W) train ids, "name": str}, with instances also
     {"instances": int32 (H, W), "index": int}, with jitter also {"jitter": (4,) float32}, factors that the device is
-    to apply. An index may be (index, entry): the draws are a function of (seed, entry) alone, so it does not matter
-    which worker makes the sample; or (index, entry, (row, column)) for a window that holds this pixel. Raises
-    `UserError` where a file or the list is at fault.
+    to apply. An index alone draws anew every time, from PyTorch's generator, which a DataLoader seeds in each worker
+    and epoch. It may be (index, entry): the draws are a function of (seed, entry) alone, so it does not matter which
+    worker makes the sample; or (index, entry, (row, column)) for a window that holds this pixel. Image and label map
+    are upright by their EXIF orientation. Raises `UserError` where a file or the list is at fault.
 
     Attributes:
         splits: names of the scanned splits; none with lists.
@@ -59,9 +61,7 @@ class CityscapesDataset(Dataset):
         self.transform, self.seed = transform, seed
         self.instances, self.jitter = instances, jitter
         self.cache = DecodedCache(cache) if cache else None
-        if not self.root.is_dir():
-            raise UserError(f"--data-dir {root}: expected a folder, found "
-                            f"{'a file' if self.root.exists() else 'nothing there'}")
+        check_folder(root, "--data-dir ")
         self.scanned = not data_list
         if self.scanned:
             self.splits, self.weights = parse_split(split)
@@ -80,9 +80,11 @@ class CityscapesDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index):
-        index, entry, focus = (*index, None)[:3] if isinstance(index, tuple) else (index, index, None)
+        index, entry, focus = (*index, None)[:3] if isinstance(index, tuple) else (index, None, None)
+        if entry is None and (self.transform is not None or self.jitter is not None):
+            entry = int(torch.randint(1 << 62, ()))
         try:
-            return self._item(index, np.random.default_rng((self.seed, entry)), focus)
+            return self._item(index, np.random.default_rng((self.seed, entry or 0)), focus)
         except UserError as error:
             raise self._placed(index, error) from None
 
@@ -90,7 +92,7 @@ class CityscapesDataset(Dataset):
         path, label_path = self.pairs[index]
         image, ids = self._decode(path, read_image), self._decode(label_path, read_ids)
         if image.shape[:2] != ids.shape[:2]:
-            raise UserError(f"{label_path}: expected the size of {path}, {_size(image)}, found {_size(ids)}")
+            raise UserError(sizes_differ(path, image, label_path, ids))
         check_name(label_path, self.classes)
         choose = getattr(self.transform, "choose", None)
         if choose is not None:      # ids become train ids in the window alone
@@ -121,19 +123,19 @@ class CityscapesDataset(Dataset):
 
         Raises `UserError` before it begins if the disk has no room for it.
         """
-        missing, needed = self.cache.missing([path for pair in self.pairs for path in pair])
+        missing, needed = self.cache.missing([file for pair in self.pairs for file in zip(pair, DECODERS, strict=True)])
         if not missing:
             return
         print(f"--cache {self.cache.folder}: {len(missing)} files to decode, {needed / 1e9:.2f} GB")
         checkpoint.check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
-        missing = set(missing)
+        missing = {path for path, _ in missing}
         todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]
         for _ in progress(DataLoader(Jobs(self.decode_pair, todo), None, num_workers=workers), "decoding", "image"):
             pass
 
     def decode_pair(self, index):
         """Decode a pair into the cache, without looking at it further. Returns its number."""
-        for path, decode in zip(self.pairs[index], (read_image, read_ids), strict=True):
+        for path, decode in zip(self.pairs[index], DECODERS, strict=True):
             try:
                 self.cache.read(path, decode)
             except UserError as error:
@@ -213,6 +215,14 @@ def check_name(path, classes):
                         "use *_labelIds.png")
 
 
+def check_folder(path, flag=""):
+    """Raise `UserError` where a path is no folder."""
+    if not os.path.isdir(path):
+        found = kind_of(path)
+        raise UserError(f"{flag}{path}: expected a folder, found "
+                        f"{'nothing there' if found == 'no such file' else found}")
+
+
 def split_files(root, split):
     """Files of a split by city and stem: {key: image}, {key: label map}, and the folder of the latter."""
     truth = "gtCoarse" if split == COARSE else "gtFine"
@@ -236,8 +246,10 @@ def _scan(root, split):
 
 def _read_list(root, path):
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path, "a text file").decode("utf-8-sig").splitlines()
+    except UserError as error:
+        raise UserError(f"--data-list {error}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
     pairs, places = [], []
     for number, line in enumerate(lines, 1):
@@ -260,8 +272,7 @@ def _find(name, root, path, number):
     for folder in (root, path.parent):
         if os.path.isfile(folder / name):       # false, not an error, for a name too long or a loop of links
             return folder / name
-    what = "a folder" if os.path.isdir(root / name) else "no such file"
-    raise UserError(f"{path}, line {number}: expected the file {root / name}, found {what}")
+    raise UserError(f"{path}, line {number}: expected the file {root / name}, found {kind_of(root / name)}")
 
 
 def unique_names(images, root):
@@ -276,7 +287,3 @@ def unique_names(images, root):
 def as_tensor(array):
     """An array as a tensor of its own; what is mapped from the cache is copied."""
     return torch.from_numpy(np.require(array, requirements="CW"))
-
-
-def _size(array):
-    return f"{array.shape[1]}×{array.shape[0]}"

@@ -37,7 +37,7 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index):
         try:
-            image = read_image(self.paths[index], upright=True)
+            image = read_image(self.paths[index])
         except UserError as error:
             return {"error": str(error), "name": self.names[index]}
         return {"image": as_tensor(image.transpose(2, 0, 1)), "name": self.names[index]}

@@ -7,11 +7,15 @@ The Cityscapes table is that of cityscapesScripts, helpers/labels.py.
 
 import csv
 import functools
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from utils.cli import UserError
+
+from .reading import read_file
 
 IGNORE_INDEX = 255
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
@@ -28,7 +32,7 @@ class ClassTable:
         ids: (N,) the id that stands for each train id in written label maps (the first of the table).
         palette: (256, 3) uint8 RGB by train id; black for what is ignored.
         lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
-        color_lookup: {red · 65536 + green · 256 + blue: the train ids, or `IGNORE_INDEX`, of that colour}.
+        color_lookup: {red · 65536 + green · 256 + blue: the rows of that colour}.
     """
 
     def __init__(self, rows, source="class table"):
@@ -60,21 +64,21 @@ class ClassTable:
         for row in rows:
             if row["id"] >= 0:
                 color = row["red"] << 16 | row["green"] << 8 | row["blue"]
-                self.color_lookup.setdefault(color, set()).add(trained[row["id"]])
+                self.color_lookup.setdefault(color, []).append(row)
 
     @classmethod
     def read(cls, path=CITYSCAPES):
         """Read a table from a CSV file. Raises `UserError` naming file and line."""
         rows = []
         try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-                if missing:
-                    raise UserError(f"{path}: expected the columns {','.join(COLUMNS)}[,category], "
-                                    f"found no {', '.join(missing)}")
-                rows = [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            text = read_file(path, "a class table (CSV)").decode("utf-8-sig")
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(f"{path}: expected the columns {','.join(COLUMNS)}[,category], "
+                                f"found no {', '.join(missing)}")
+            rows = [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}: expected a class table (CSV), found: {error}") from None
         return cls(rows, path)
 
@@ -103,17 +107,29 @@ class ClassTable:
         packed = colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)       # (H, W)
         train_ids = np.full(packed.shape, UNKNOWN, np.uint8)
         for color in np.unique(packed).tolist():
-            found = self.color_lookup.get(color, set())
+            found = self.color_lookup.get(color, ())
             shown = f"({color >> 16}, {color >> 8 & 255}, {color & 255})"
             if not found:
                 same = "; red, green and blue are equal, as if ids were saved in three channels: save one" * (
                     len({color >> 16, color >> 8 & 255, color & 255}) == 1)
                 raise UserError(f"{name}: expected the colours of {self.source}, found {shown}{same}")
-            if len(found) > 1:
-                raise UserError(f"{name}: expected a colour for each class, found {shown}, which {self.source} gives "
-                                f"to the train ids {sorted(found)}; use a map of ids")
-            train_ids[packed == color] = next(iter(found))
+            train_ids[packed == color] = self._class_of(found, shown, name)
         return train_ids
+
+    def _class_of(self, rows, shown, name):
+        """The train id, or `IGNORE_INDEX`, of a colour that these rows of the table share."""
+        meant = {int(self.lookup[row["id"]]): row for row in rows}
+        if len(meant) == 1:
+            return next(iter(meant))
+        scored = sorted(meant.keys() - {IGNORE_INDEX})
+        names = ", ".join(f"{row['name']} (train id {row['train_id']})" for row in rows)
+        # Cityscapes paints pole and polegroup alike. They are of one kind, and the second is rare.
+        if len(scored) > 1 or len({row["category"] for row in rows}) > 1 or not rows[0]["category"]:
+            raise UserError(f"{name}: expected a colour for each class, found {shown}, which {self.source} gives to "
+                            f"{names}; use a map of ids")
+        warnings.warn(f"{self.source} gives the colour {shown} to {names}: all its pixels are learned and scored as "
+                      f"{meant[scored[0]]['name']}; only maps of ids tell them apart", stacklevel=4)
+        return scored[0]
 
     def decode(self, train_ids):
         """Train ids (H, W) → ids (H, W), uint8 or, where ids go beyond 255, uint16; ignored ones become 0."""

@@ -4,6 +4,9 @@ Entries are counted from 0 over the whole run; batch t of size B is entries tB t
 """
 
 import hashlib
+import os
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import checkpoint
 from utils.logger import progress
+
+from .reading import stamp
 
 POSITIONS = 16      # pixels of each class that the index keeps of each image
 
@@ -117,18 +122,38 @@ def class_positions(train_ids, seed, ignore_index=255):
 def class_index(dataset, folder, workers):
     """Where the classes are in the label maps of a `CityscapesDataset`: (M, 4) rows of image, class, row, column.
 
-    Built once by so many worker processes, and kept in `folder` until files or classes change.
+    Built once by so many worker processes, and kept in `folder` until files or classes change; built again, with a
+    warning, where what is kept there is no such index.
     """
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for _, path in dataset.pairs]
+    files = [(str(path), *stamp(path)) for _, path in dataset.pairs]
     key = hashlib.sha256(repr((files, dataset.classes.rows, dataset.seed)).encode()).hexdigest()[:16]
-    path = Path(folder, f"class_index_{key}.npy")
-    if not path.exists():
-        rows = []
-        for found in progress(DataLoader(Jobs(dataset.positions, range(len(dataset))), None, num_workers=workers),
-                              "finding classes", "label map"):
-            rows += found
-        checkpoint.write_atomically(path, lambda file: np.save(file, np.array(rows, np.int64)))
-    return np.load(path)
+    path = Path(folder, f"class_index_{key}.npz")       # a zip archive, which has a checksum
+    index = _read_index(path)
+    if index is not None:
+        return index
+    if os.path.lexists(path):
+        warnings.warn(f"{path} is no index of classes, and is made again", stacklevel=2)
+        if os.path.isdir(path) and not os.listdir(path):
+            os.rmdir(path)
+    rows = []
+    for found in progress(DataLoader(Jobs(dataset.positions, range(len(dataset))), None, num_workers=workers),
+                          "finding classes", "label map"):
+        rows += found
+    index = np.array(rows, np.int64).reshape(-1, 4)
+    checkpoint.write_atomically(path, lambda file: np.savez(file, index=index))
+    return index
+
+
+def _read_index(path):
+    """The array of a class index, or None where it is not there or none."""
+    try:
+        if not os.path.isfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive, archive.open("index.npy") as file:
+            index = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile):
+        return None
+    return index if index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == 4 else None
 
 
 class Jobs(Dataset):

@@ -1,14 +1,17 @@
 """`python -m dataset.check` on the streets, on CamVid, and on a data set in which everything is wrong."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dataset.check import main
 from dataset.cityscapes import CityscapesDataset
 from tests.conftest import finish, start
+from utils.cli import UserError
 
 
 def check(*words):
@@ -69,6 +72,40 @@ def test_a_list_and_a_table(camvid, tmp_path):
     assert "16 looked into" in out and (tmp_path / "r/sheet_val.png").exists()
 
 
+@pytest.mark.parametrize("values, suffix, table", [
+    ((0, 255), ".png", "a,0,0,1,1,1\nb,1,1,2,2,2\n"), ((0, 1), ".png", "a,0,0,1,1,1\nb,255,1,2,2,2\n"),
+    ((1, 2), ".jpg", "a,1,0,1,1,1\nb,2,1,2,2,2\n"), ((0, 1, 2), ".png", "a,1,0,1,1,1\nb,2,1,2,2,2\n"),
+    ((3,), ".png", "a,1,0,1,1,1\nvoid,3,255,2,2,2\n")])
+def test_the_account_is_given_where_every_label_map_is_wrong(tmp_path, monkeypatch, capsys, values, suffix, table):
+    for name in "ab":
+        Image.fromarray(np.full((6, 8, 3), ord(name), np.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.resize(values, (6, 8)).astype(np.uint8)).save(tmp_path / f"{name}_label{suffix}")
+    (tmp_path / "l.txt").write_text("".join(f"{name}.png {name}_label{suffix}\n" for name in "ab"))
+    (tmp_path / "classes.csv").write_text("name,id,train_id,red,green,blue\n" + table)
+    monkeypatch.setattr("sys.argv", ["check", *map(str, (
+        tmp_path, "--data-list", tmp_path / "l.txt", "--classes", tmp_path / "classes.csv", "--output-dir",
+        tmp_path / "r", "--num-workers", "1"))])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "r/check.json").read_text())["splits"][str(tmp_path / "l.txt")]
+    assert caught.value.code == 1 and found["pairs"] == 2 and "2 pairs; sizes 8×6 (2)" in out
+    assert any(problem["kind"] == "nothing labelled" for problem in found["problems"])
+    assert "; check.json and pictures of what" in out
+
+
+@pytest.mark.parametrize("words", [(), ("--data-list", "gone.txt"), ("--classes", "gone.csv"),
+                                   ("--data-list", "pipe")])
+def test_what_cannot_be_checked_is_a_sentence_and_leaves_no_folder(tmp_path, words, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["check", str(tmp_path), *words])
+    with pytest.raises(UserError, match="expected"):
+        main()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_folder_without_data_is_a_sentence(tmp_path):
     status, _, error = check(tmp_path, "--output-dir", tmp_path / "r")
     assert status == 2 and error.startswith("error: ") and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "r").exists()

@@ -1,5 +1,6 @@
 """Samples: what is read, and how a bad file is named."""
 
+import pickle
 import re
 import shutil
 import warnings
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
+import train
 from dataset.cityscapes import CityscapesDataset
-from dataset.sampling import EpochSampler
+from dataset.images import ImageFiles
+from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler
 from dataset.transforms import train_transform
+from tests.conftest import finish, start
 from utils.cli import UserError, sentence
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -73,6 +77,59 @@ def test_the_sample_of_an_entry_is_the_same_in_every_worker(streets):
     other = CityscapesDataset(streets, "train", transform=transform, seed=6)
     assert not torch.equal(other[0, 0]["image"], dataset[0, 0]["image"])
     assert not torch.equal(dataset[0, 9]["image"], dataset[0, 0]["image"])
+
+
+@pytest.mark.parametrize("workers, persistent", [(0, False), (2, False), (2, True)])
+def test_an_index_alone_draws_anew_every_time_as_the_seed_says(streets, workers, persistent):
+    dataset = CityscapesDataset(streets, "train", transform=train_transform((33, 33)), jitter=(0.4, 0.4, 0.4, 0.1))
+
+    def two_epochs(seed):
+        torch.manual_seed(seed)
+        loader = DataLoader(dataset, 3, shuffle=True, num_workers=workers, persistent_workers=persistent)
+        return [batch for _ in range(2) for batch in loader]
+
+    drawn = two_epochs(1)
+    assert len({tuple(factors) for batch in drawn for factors in batch["jitter"].tolist()}) == 18
+    crops = {}
+    for batch in drawn:
+        for name, image in zip(batch["name"], batch["image"], strict=True):
+            crops.setdefault(name, []).append(image)
+    assert len(crops) == 9 and not any(torch.equal(*two) for two in crops.values())
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(drawn, two_epochs(1), strict=True))
+    assert not torch.equal(drawn[0]["jitter"], two_epochs(2)[0]["jitter"])
+
+
+def test_without_a_transform_nothing_is_drawn(streets):
+    dataset, before = CityscapesDataset(streets, "train"), torch.get_rng_state()
+    assert torch.equal(dataset[-1]["image"], dataset[8]["image"]) and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_everything_crosses_to_workers_of_any_start_method(streets, tmp_path, method):
+    dataset = CityscapesDataset(streets, "train", transform=train_transform((33, 33)), cache=tmp_path / "c",
+                                jitter=(0.4, 0.4, 0.4, 0.1))
+    everything = ConcatDataset([ImageFiles([streets / "gone.png", dataset.pairs[0][0]]), Jobs(dataset.positions, [3]),
+                                Jobs(dataset.decode_pair, [5]), dataset])
+    items = list(DataLoader(everything, None, num_workers=1, multiprocessing_context=method,
+                            worker_init_fn=train.start_worker))
+    assert "gone.png: expected an image" in items[0]["error"]
+    assert np.array_equal(items[1]["image"].permute(1, 2, 0), np.asarray(Image.open(dataset.pairs[0][0])))
+    assert list(map(tuple, items[2])) == dataset.positions(3) and items[3] == 5
+    assert len(items) == 13 and len({tuple(item["jitter"].tolist()) for item in items[4:]}) == 9
+    samplers = (EpochSampler(9, 1, 0, 8), WeightedSampler([4, 5], [1, 2], 1, 0, 8),
+                ClassSampler(np.array(dataset.positions(0)), 1, 0, 8))
+    for sampler in samplers:
+        assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_drawing_and_checking_work_with_any_start_method(tmp_path, method):
+    code = ("import multiprocessing, sys; multiprocessing.set_start_method(sys.argv.pop(1)); "
+            "from dataset import check, streets; "
+            "streets.write_dataset(sys.argv[1], train=1, val=1, size=(32, 64), workers=1); check.main()")
+    status, out, error = finish(start("-c", code, method, tmp_path / "d", "--output-dir", tmp_path / "r",
+                                      "--num-workers", "1"))
+    assert status == 0 and "0 problems" in out, error
 
 
 def test_every_epoch_is_another_permutation():

@@ -1,10 +1,13 @@
 """Class tables, against cityscapesScripts' own."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from cityscapesscripts.helpers.labels import labels as official
 
 from dataset.labels import ClassTable
+from dataset.reading import read_ids
 from utils.cli import UserError
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -72,6 +75,34 @@ def test_a_missing_table_is_named(tmp_path):
 def test_unknown_values_are_named():
     with pytest.raises(UserError, match=r"map.png: expected ids that .*classes.csv knows, found 77, 200$"):
         ClassTable.read().encode(np.array([[7, 77, 200]]), "map.png")
+
+
+def test_colours_of_cityscapes_are_read_with_the_table(streets):
+    """Pole and polegroup share (153, 153, 153); the drawn streets have poles."""
+    for kind in ("train", "val"):
+        for path in sorted((streets / "gtFine" / kind).glob("*/*_color.png")):
+            ids = read_ids(path.with_name(path.name.replace("_color", "_labelIds")))
+            said = r"\(153, 153, 153\) to pole \(train id 5\), polegroup \(train id 255\): all its pixels are learned"
+            with pytest.warns(UserWarning, match=said) if 17 in ids else nullcontext():
+                colors = ClassTable.read().encode(read_ids(path), path)
+            assert np.array_equal(colors, ClassTable.read().encode(ids))
+
+
+@pytest.mark.parametrize("rows, found", [
+    ("a,1,0,5,5,6,\nb,2,0,5,5,6,\n", 0), ("a,1,0,5,5,6,x\nb,2,255,5,5,6,x\n", 0),
+    ("a,1,0,1,1,1,\nb,2,255,5,5,6,x\nc,3,255,5,5,6,y\n", 255),
+    ("a,1,0,5,5,6,x\nb,2,1,5,5,6,x\n", r"a \(train id 0\), b \(train id 1\); use a map of ids"),
+    ("a,1,0,5,5,6,x\nb,2,255,5,5,6,void\n", r"a \(train id 0\), b \(train id 255\)"),
+    ("a,1,0,5,5,6,\nb,2,255,5,5,6,\n", r"a \(train id 0\), b \(train id 255\)")])
+@pytest.mark.filterwarnings("ignore:.*learned and scored as a")
+def test_a_colour_of_several_rows(table, rows, found):
+    classes = table("name,id,train_id,red,green,blue,category\n" + rows)
+    colors = np.full((1, 1, 3), (5, 5, 6), np.uint8)
+    if isinstance(found, int):
+        assert classes.encode(colors).tolist() == [[found]]
+    else:
+        with pytest.raises(UserError, match=r"m\.png: expected a colour for each class, found \(5, 5, 6\), .*" + found):
+            classes.encode(colors, "m.png")
 
 
 def test_train_ids_in_place_of_ids_are_recognised():

@@ -14,8 +14,9 @@ import train
 from dataset import reading
 from dataset.cityscapes import CityscapesDataset, draw_jitter, parse_split
 from dataset.reading import DecodedCache, read_ids, read_image
-from dataset.sampling import ClassSampler, WeightedSampler, class_positions
+from dataset.sampling import ClassSampler, WeightedSampler, class_index, class_positions
 from dataset.transforms import train_transform
+from tests.test_reading import OTHER, other_content
 from utils import checkpoint
 from utils.cli import UserError
 from utils.engine import apply_jitter
@@ -141,7 +142,7 @@ def test_the_cache_gives_the_same_samples_and_decodes_once(streets, tmp_path, mo
         for index in range(len(plain)):
             a, b = plain[index, index], cached[index, index]
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-        monkeypatch.setattr(reading, "open_image", lambda path: pytest.fail("decoded again"))
+        monkeypatch.setattr(reading, "open_image", lambda *file: pytest.fail("decoded again"))
         plain = cached
     assert len(list((tmp_path / "c").iterdir())) == 18
 
@@ -149,14 +150,31 @@ def test_the_cache_gives_the_same_samples_and_decodes_once(streets, tmp_path, mo
 def test_a_changed_file_is_decoded_again_and_a_half_written_array_is_not_used(tmp_path):
     path, cache = tmp_path / "a.png", DecodedCache(tmp_path / "c")
     Image.fromarray(np.full((4, 5, 3), 7, np.uint8)).save(path)
-    assert (cache.read(path, read_image) == 7).all() and cache.missing([path]) == ([], 0)
+    assert (cache.read(path, read_image) == 7).all() and cache.missing([(path, read_image)]) == ([], 0)
     Image.fromarray(np.full((4, 5, 3), 9, np.uint8)).save(path)
     os.utime(path, ns=(1, 1))
-    missing, needed = cache.missing([path])
-    assert missing == [path] and needed == 4 * 5 * 3 + 128
-    (tmp_path / "c" / f".{cache.place(path).name}.123.tmp").write_bytes(b"half")
+    missing, needed = cache.missing([(path, read_image)])
+    assert missing == [(path, read_image)] and needed == 4 * 5 * 3 + 128
+    (tmp_path / "c" / f".{cache.place(path, read_image).name}.123.tmp").write_bytes(b"half")
     assert (cache.read(path, read_image) == 9).all()
     assert len(list((tmp_path / "c").glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("what", [*OTHER, "spoilt"])
+def test_what_is_no_class_index_is_said_and_made_again(streets, tmp_path, what, monkeypatch):
+    dataset = CityscapesDataset(streets, "val")
+    first = class_index(dataset, tmp_path, 0)
+    [place] = tmp_path.iterdir()
+    if what == "spoilt":
+        whole = bytearray(place.read_bytes())
+        whole[len(whole) // 2] ^= 0x01
+        place.write_bytes(whole)
+    else:
+        other_content(place, what)
+    with pytest.warns(UserWarning, match="is no index of classes, and is made again"):
+        assert np.array_equal(class_index(dataset, tmp_path, 0), first)
+    monkeypatch.setattr(CityscapesDataset, "positions", lambda *index: pytest.fail("made again"))
+    assert np.array_equal(class_index(dataset, tmp_path, 0), first)
 
 
 def test_too_little_room_for_the_cache_is_said_first(streets, tmp_path, monkeypatch):

@@ -25,9 +25,8 @@ For other runtimes:
 """
 
 import argparse
-import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +35,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
-from dataset.images import ImageFiles, find_images, images_of_split, write_submission
+from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
 from libs.convert import fold_norms
 from networks import build_network
@@ -55,13 +54,16 @@ from utils.distributed import (
 )
 from utils.export import export_onnx
 from utils.inference import Normalization, SlidingPredictor, fitting_size, score
-from utils.logger import progress, speak_for_all
+from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import AUTOCAST, best_precision
 from utils.report import WorstImages, score_columns, write_report
+from utils.results import ResultsFolder, check_file
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 FOLDERS = {"labels": "labelIds", "color": "color", "overlay": "overlay"}
+SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
+RESULTS = (*SCORES, *FOLDERS.values())
 WRITERS = 2         # threads that encode pictures beside the network
 WAITING = 8         # images they may be behind, so that memory does not grow with the data set
 
@@ -87,7 +89,8 @@ def get_parser():
     tasks.add_argument("--images", type=cli.path, nargs="+", metavar="PATH",
                        help="predict images: files, folders, patterns")
     tasks.add_argument("--submission", type=cli.path, metavar="FOLDER",
-                       help="predict the images of --split for the Cityscapes server: label ids, and FOLDER.zip")
+                       help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and, to upload, "
+                       f"FOLDER/{SUBMISSION}")
     tasks.add_argument("--export", type=cli.path, metavar="FILE.onnx",
                        help="write the network as ONNX, for images of any size")
 
@@ -110,7 +113,8 @@ def get_parser():
     out = parser.add_argument_group("results")
     out.add_argument("--output-dir", type=cli.path,
                      help="default: a folder named after the snapshot and the split, beside it")
-    out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there")
+    out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
+                     "and nothing else")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=tuple(FOLDERS),
                      help="pictures of each image: label ids, colours, colours over the image (all)")
     return parser
@@ -258,32 +262,18 @@ def results_folder(args, path):
     return Path(args.output_dir) / path.stem if len(args.restore_from) > 1 else Path(args.output_dir)
 
 
-def make_folder(flag, folder, names, overwrite, processes):
-    """Make a folder for results, without old pictures; the first process does, and the others wait for it.
+def picture_files(dataset, kinds):
+    """The files of a data set's pictures, relative to the folder of results."""
+    return [f"{FOLDERS[kind]}/{name}.png" for kind in kinds for name in dataset.names]
 
-    Raises `UserError` if results of these names lie there.
-    """
+
+def make_folder(results, files, processes):
+    """Make room for results; the first process does, and the others wait for it."""
     rank, _ = rank_and_size(processes)
     if rank == 0:
-        _clear_folder(flag, folder, names, overwrite)
+        results.prepare(files, FOLDERS.values())
     if processes is not None:
         processes.wait()
-
-
-def _clear_folder(flag, folder, names, overwrite):
-    earlier = [name for name in names if (folder / name).exists()]
-    if earlier and not overwrite:
-        raise UserError(f"{flag} {folder}: expected a folder without results (or --overwrite), found "
-                        f"{', '.join(earlier)}")
-    for name in names:      # pictures of other images must not stay among the new ones
-        for file in (folder / name).glob("*.png"):
-            file.unlink()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: expected a folder, found: {error}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {folder}: expected a folder that can be written, found one that cannot")
 
 
 def check(args):
@@ -295,19 +285,24 @@ def check(args):
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
     if tasks and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one snapshot with {tasks[0]}, found {len(args.restore_from)}")
+    names, most = Counter(Path(name).stem for name in args.restore_from).most_common(1)[0]
+    if most > 1 and args.output_dir:
+        raise UserError(f"--restore-from: expected snapshots of different names with --output-dir, found {names} "
+                        f"{most} times")
     if not args.data_dir and not args.images and not args.export:
         raise UserError("--data-dir: expected the folder of the data set, found none")
     if args.submission and args.data_list:
         raise UserError("--submission: expected a Cityscapes folder in --data-dir, found --data-list")
 
 
-def make_predictor(args, network, config, device):
-    """The `SlidingPredictor` that the flags describe, and the protocol in words."""
+def make_predictor(args, network, config, device, images):
+    """The `SlidingPredictor` that the flags describe, which tells how the first of its images gets on; and the
+    protocol in words."""
     window = None if args.whole else args.input_size or tuple(config["input_size"])
     window = window and fitting_size(window, "windows")
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
                                  Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp],
-                                 torch.channels_last)
+                                 torch.channels_last, FirstImage(images))
     return predictor, {"window": window and list(window), "overlap": None if args.whole else args.overlap,
                        "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
                        "average": "probabilities"}
@@ -327,6 +322,7 @@ def main(argv=None):
     check(args)
     paths = [Path(name) for name in args.restore_from]
     if args.export:
+        check_file("--export", args.export)
         network, config = load_network(paths[0], torch.device("cpu"))
         heads = export_onnx(network, Normalization.from_config(config["normalization"]), args.export)
         print(f"{args.export}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
@@ -347,6 +343,9 @@ def main(argv=None):
         if broken:
             sys.exit(1)
         return
+    if rank_and_size(processes)[0] == 0:        # of all snapshots, before hours go into the first
+        for path in paths:
+            ResultsFolder("--output-dir", results_folder(args, path), args.overwrite).check(RESULTS)
     results = [run(args, path, device, workers, processes) for path in paths]
     if len(results) > 1 and results[0]:
         print(comparison(results))
@@ -359,12 +358,15 @@ def run(args, path, device, workers, processes):
     classes = class_table(args, config, path)
     dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
     folder, (rank, _) = results_folder(args, path), rank_and_size(processes)
-    make_folder("--output-dir", folder, ("result.json", *FOLDERS.values()), args.overwrite, processes)
-    print(f"{path}; {dataset.describe()}")
-    predictor, protocol = make_predictor(args, network, config, device)
     kinds = () if "none" in args.save else tuple(args.save)
+    results = ResultsFolder("--output-dir", folder, args.overwrite)
+    make_folder(results, [*SCORES, *picture_files(dataset, kinds)], processes)
+    print(f"{path}; {dataset.describe()}")
+    predictor, protocol = make_predictor(args, network, config, device, len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
         matrices, worst, instances = evaluate(predictor, dataset, pictures, workers, processes)
+    if processes is not None:
+        processes.wait()        # nothing is said of pictures that another could not write
     headline = list(matrices.values())[-1]
     if not headline["fine"].matrix.any():
         raise UserError(f"--split {args.split}: expected labelled pixels to score, found none; predictions for the "
@@ -374,12 +376,12 @@ def run(args, path, device, workers, processes):
     result = summarise(matrices, instances, classes, path, len(dataset), protocol)
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
     matrix = np.asarray(headline["fine"].matrix)
+    print(table(result))
+    checkpoint.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
     visualize.confusion_picture(folder / "confusion.png", matrix, classes.names)
     visualize.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
                  worst.entries())
-    checkpoint.write_json(folder / "result.json", result)
-    print(table(result))
     print(f"results in {folder}: report.html, result.json, iou.png, confusion.png"
           f"{''.join(f', {FOLDERS[kind]}/' for kind in kinds)}")
     return result
@@ -396,10 +398,10 @@ def predict(args, path, device, workers, processes):
     else:
         folder, kinds = Path(args.submission), ("labels",)
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
-    make_folder("--output-dir" if args.images else "--submission", folder, tuple(FOLDERS.values()), args.overwrite,
-                processes)
+    results = ResultsFolder("--output-dir" if args.images else "--submission", folder, args.overwrite)
+    make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * bool(args.submission), processes)
     print(f"{path}; {len(dataset)} images")
-    predictor, _ = make_predictor(args, network, config, device)
+    predictor, _ = make_predictor(args, network, config, device, len(share_items(dataset, processes)))
     broken = []
     with Pictures(folder, kinds, classes) as pictures:
         for item in load_items(dataset, workers, processes, "predicting"):
@@ -417,6 +419,8 @@ def predict(args, path, device, workers, processes):
     elif rank == 0:
         print(f"{len(dataset) - count} images predicted, {count} skipped; results in {folder}: "
               f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+    if rank == 0:
+        results.close()
     return count
 
 

@@ -1,5 +1,6 @@
 """Cityscapes, and every data set that a list of files and a class table describe."""
 
+import itertools
 import os
 import warnings
 from collections import Counter
@@ -74,7 +75,7 @@ class CityscapesDataset(Dataset):
             self.places = [place for _, places in read for place in places]
         self.parts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
-        self.names = unique_names([image for image, _ in self.pairs], self.root)
+        self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.root))
 
     def __len__(self):
         return len(self.pairs)
@@ -275,13 +276,35 @@ def _find(name, root, path, number):
     raise UserError(f"{path}, line {number}: expected the file {root / name}, found {kind_of(root / name)}")
 
 
-def unique_names(images, root):
-    """File stems; with the folders before them where two images share one."""
-    stems = [image.stem for image in images]
-    if max(Counter(stems).values()) == 1:
-        return stems
-    relative = (image.relative_to(root) if image.is_relative_to(root) else image for image in images)
-    return ["_".join(path.with_suffix("").parts).strip("/") for path in relative]
+def unique_names(paths):
+    """A flat name for each relative path, never the same twice and never hidden.
+
+    The stem; where stems meet, with the folders before it; where these still meet, with its suffix; then numbered.
+    """
+    choices = [[name.lstrip(".") or "image" for name in (path.stem, "_".join(path.with_suffix("").parts),
+                                                         "_".join(path.parts))] for path in paths]
+    lengths, meeting = [0] * len(paths), True
+    while meeting:
+        names = [choice[length] for choice, length in zip(choices, lengths, strict=True)]
+        count = Counter(names)
+        meeting = [i for i, name in enumerate(names) if count[name] > 1 and lengths[i] < 2]
+        for i in meeting:
+            lengths[i] += 1
+    taken, seen = set(names), set()
+    for i, name in enumerate(names):
+        if name in seen:
+            names[i] = next(other for k in itertools.count(2) if (other := f"{name}_{k}") not in taken)
+            taken.add(names[i])
+        seen.add(name)
+    return names
+
+
+def relative_paths(paths, root):
+    """Paths relative to a folder; where some lie outside, to the folder that they have in common."""
+    paths, root = [os.path.abspath(path) for path in paths], os.path.abspath(root)
+    if paths and os.path.commonpath([root, *paths]) != root:
+        root = os.path.commonpath(map(os.path.dirname, paths))
+    return [Path(os.path.relpath(path, root)) for path in paths]
 
 
 def as_tensor(array):

@@ -1,7 +1,9 @@
 """Images without truth: any files to predict, and what the Cityscapes server takes."""
 
 import glob
+import os
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch.utils.data import Dataset
 from utils import checkpoint
 from utils.cli import UserError
 
-from .cityscapes import OFFICIAL_COUNTS, as_tensor, unique_names
+from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
 from .reading import read_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
@@ -25,12 +27,12 @@ class ImageFiles(Dataset):
     "name": str}.
 
     Args:
-        paths: of the files.
+        paths: of the files; or {path: the same relative to the folder that counts}, which their names are made of.
     """
 
     def __init__(self, paths):
         self.paths = list(paths)
-        self.names = unique_names(self.paths, Path())
+        self.names = unique_names(paths.values() if isinstance(paths, dict) else relative_paths(self.paths, Path()))
 
     def __len__(self):
         return len(self.paths)
@@ -44,22 +46,51 @@ class ImageFiles(Dataset):
 
 
 def find_images(places):
-    """Files, folders (searched through) and patterns → paths of images, each once. Raises `UserError`."""
-    found = []
+    """Files, folders (searched through) and patterns → {path of an image: the same relative to the folder given, with
+    that folder's name before it if there are several places}, each once. Raises `UserError`."""
+    found, single = {}, []
     for place in map(str, places):
-        path = Path(place)
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if os.path.isdir(place):
+            inside = _search(place)
             what = f"images ({', '.join(sorted(SUFFIXES))}) in it"
-        elif path.exists():
-            inside, what = [path], ""
+            root = os.path.abspath(place)
+            found |= dict(zip(inside, relative_paths(inside, os.path.dirname(root) if len(places) > 1 else root),
+                              strict=True))
+        elif os.path.lexists(place):
+            inside, what = [Path(place)] if os.path.isfile(place) else [], "a regular file, a folder or a pattern"
+            single += inside
         else:
-            inside = sorted(Path(file) for file in glob.glob(place, recursive=True) if Path(file).is_file())
+            inside = sorted(Path(file) for file in glob.glob(place, recursive=True) if os.path.isfile(file))
             what = "an image, a folder or a pattern that fits files"
+            single += inside
         if not inside:
             raise UserError(f"--images {place}: expected {what}, found none")
-        found += inside
-    return list(dict.fromkeys(found))
+    if single:
+        found |= dict(zip(single, relative_paths(single, os.path.dirname(os.path.abspath(single[0]))), strict=True))
+    once = {}
+    for path in found:
+        once.setdefault(os.path.abspath(path), path)
+    return {path: found[path] for path in once.values()}
+
+
+def _search(top):
+    """Images below a folder, sorted. Links to folders are followed, each folder once; what is hidden is left alone."""
+    found, seen, waiting = [], set(), deque([Path(top)])
+    while waiting:
+        folder = waiting.popleft()
+        if os.path.realpath(folder) in seen:
+            continue
+        seen.add(os.path.realpath(folder))
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError as error:
+            raise UserError(f"--images {folder}: expected a folder that can be read, found: {error}") from None
+        for path in (folder / name for name in names):
+            if path.is_dir():       # links come last: what they lead to may lie here under its own name
+                (waiting.append if path.is_symlink() else waiting.appendleft)(path)
+            elif path.suffix.lower() in SUFFIXES and path.is_file():
+                found.append(path)
+    return sorted(found)
 
 
 def images_of_split(root, split):

@@ -108,7 +108,8 @@ def test_one_run_reports_single_and_multi_scale(streets, snapshot, tmp_path):
     assert "mean_iiou" in both["multi_scale"] and "mean_iiou" in single["single_scale"]
     assert both["coarse"]["single_scale"] == single["coarse"]["single_scale"]
     assert both["mean_iou"] == both["multi_scale"]["mean_iou"] != single["mean_iou"]
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {"result.json", "iou.png", "confusion.png", "report.html"}
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"result.json", "iou.png", "confusion.png", "report.html",
+                                                              "written.json"}
 
 
 def test_pictures_have_the_size_and_the_colours(streets, snapshot, tmp_path):
@@ -124,99 +125,100 @@ def test_pictures_have_the_size_and_the_colours(streets, snapshot, tmp_path):
 def test_results_are_not_replaced_unasked(streets, snapshot, tmp_path):
     words = ("--scales", "1.0", "--no-flip", "--save", "labels")
     run(streets, snapshot, tmp_path / "r", *words)
-    (tmp_path / "r/labelIds/of another run.png").write_bytes(b"")
     before = (tmp_path / "r/result.json").read_bytes()
     with pytest.raises(UserError, match="--output-dir .*expected a folder without results .or --overwrite., found"):
         run(streets, snapshot, tmp_path / "r", *words)
     assert (tmp_path / "r/result.json").read_bytes() == before
-    run(streets, snapshot, tmp_path / "r", *words, "--overwrite")
-    assert len(list((tmp_path / "r/labelIds").iterdir())) == 5
-
-
-def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys):
-    run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip", "--input-size", "64,100", "--save", "none")
-    assert "windows of 64×100 are rounded up to 65×105" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--split", "nowhere"], "expected <city>"),
-    (["--overlap", "1"], "--overlap: expected a share below 1"),
-    (["--restore-from", "a.pth", "b.pth", "--images", "x"], "expected one snapshot with --images, found 2"),
-    (["--images", "nowhere/*.jpg"], r"--images nowhere/\*.jpg: expected an image, a folder or a pattern"),
-    (["--images", "x", "--submission", "y"], "expected one task at a time, found --images and --submission"),
-    (["--submission", "y", "--data-list", "z"], "expected a Cityscapes folder"),
-    (["--classes", "CAMVID"], "expected the 19 classes of .*, found 2"),
-    (["--restore-from", "none.pth"], "none.pth: expected a file of weights, found no such file"),
-])
-def test_bad_input_is_one_sentence(streets, snapshot, tmp_path, words, message):
-    table = tmp_path / "classes.csv"
-    table.write_text("name,id,train_id,red,green,blue\nroad,0,0,0,0,0\ncar,1,1,0,0,0\n")
-    words = [str(table) if word == "CAMVID" else word for word in words]
-    with pytest.raises(UserError, match=message):
-        run(streets, snapshot, tmp_path / "r", *words)
-
-
-def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pth")
-    (tmp_path / "text.pth").write_text("<html>not found</html>")
-    for name, message in (("plain.pth", "expected a snapshot that train.py wrote, found a file without config, model"),
-                          ("text.pth", "expected a file of tensors written by torch.save")):
-        with pytest.raises(UserError, match=message):
-            run(streets, tmp_path / name, tmp_path / "r")
-    content = checkpoint.load(snapshot)
-    del content["model"]["fine.weight"]
-    checkpoint.save(tmp_path / "short.pth", content)
-    with pytest.raises(UserError, match="expected the weights its config describes, found: .*fine.weight"):
-        run(streets, tmp_path / "short.pth", tmp_path / "r")
-
-
-def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_path):
-    """Five images over two processes, with pictures; and one, which leaves the second process without any."""
+    (tmp_path / "r/labelIds/mine.png").write_bytes(b"")
     image = next(streets.glob("leftImg8bit/val/*/*.png"))
     label = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine_labelIds.png")
     (tmp_path / "one.lst").write_text(f"{image} {label}\n")
-    for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
-        words = ["--scales", "1.0", "--no-flip", "--save", "labels", *map(str, words)]
-        alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
-        status, out, error = finish(start(
-            "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
-            "--amp", "off", "--output-dir", tmp_path / name, *words, processes=2))
-        assert status == 0, error
-        assert json.loads((tmp_path / name / "result.json").read_text()) == alone
-        assert out.count("results in") == 1
-        for path in (tmp_path / "alone" / name / "labelIds").iterdir():
-            assert (tmp_path / name / "labelIds" / path.name).read_bytes() == path.read_bytes()
+    run(streets, snapshot, tmp_path / "r", *words, "--overwrite", "--data-list", str(tmp_path / "one.lst"))
+    assert sorted(path.name for path in (tmp_path / "r/labelIds").iterdir()) == sorted([image.name, "mine.png"])
 
 
-def test_several_snapshots_make_one_table(streets, snapshot, tmp_path, capsys):
-    content = checkpoint.load(snapshot)
-    content["model"]["fine.weight"] = content["model"]["fine.weight"].flip(0)
-    checkpoint.save(tmp_path / "CS_scenes_9.pth", content)
-    evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), str(tmp_path / "CS_scenes_9.pth"),
-                   "--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--save", "none",
-                   "--output-dir", str(tmp_path / "r")])
-    results = [json.loads((tmp_path / f"r/CS_scenes_{step}/result.json").read_text()) for step in (7, 9)]
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert lines[0].split()[-2:] == ["single", "fine"]
-    for line, result in zip(lines[1:], results, strict=True):
-        assert line.startswith(result["checkpoint"]) and line.endswith(f"{100 * result['mean_iou']:.2f}")
-    assert results[0]["mean_iou"] != results[1]["mean_iou"]
+SMALL = ("--scales", "1.0", "--no-flip", "--whole", "--save", "labels", "color")
 
 
-def test_a_split_without_truth_is_a_sentence(streets, snapshot, tmp_path):
-    for path in streets.glob("gtFine/val/*/*_labelIds.png"):
-        target = tmp_path / path.relative_to(streets)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros((128, 256), np.uint8)).save(target)
-    (tmp_path / "leftImg8bit").symlink_to(streets / "leftImg8bit")
-    with pytest.raises(UserError, match="--split val: expected labelled pixels to score, found none; .*--submission"):
-        run(tmp_path, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip")
+def test_own_pictures_beside_the_results_stay(streets, snapshot, tmp_path, capsys):
+    (tmp_path / "color").mkdir()
+    (tmp_path / "color/holiday.png").write_bytes(b"mine")
+    run(streets, snapshot, tmp_path, *SMALL, "--overwrite")
+    run(streets, snapshot, tmp_path, *SMALL, "--overwrite")
+    assert (tmp_path / "color/holiday.png").read_bytes() == b"mine" and len(list((tmp_path / "color").iterdir())) == 6
+    assert "1 files that no run is recorded to have written stay, such as color/holiday.png" in capsys.readouterr().out
 
 
-def test_scores_do_not_depend_on_workers_or_the_batch_of_windows(streets, snapshot, tmp_path):
-    one, other = (run(streets, snapshot, tmp_path / name, "--save", "none", "--scales", "1.0", "1.25", *words)
-                  for name, words in (("a", ("--batch-size", "1")), ("b", ("--num-workers", "2", "--batch-size", "7"))))
-    assert one["mean_iou"] == pytest.approx(other["mean_iou"], abs=1e-4)
-    again = run(streets, snapshot, tmp_path / "c", "--save", "none", "--scales", "1.0", "1.25", "--num-workers", "2",
-                "--batch-size", "1")
-    assert again == one
+def full(monkeypatch, when):
+    """A disk that is full from the files on whose names `when` accepts."""
+    write = checkpoint.write_atomically
+
+    def failing(path, content):
+        def fill(file):
+            content(file)
+            if when(str(path)):
+                raise OSError(28, "No space left on device")
+        write(path, fill)
+    monkeypatch.setattr(checkpoint, "write_atomically", failing)
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_written_stays(streets, snapshot, tmp_path, monkeypatch):
+    run(streets, snapshot, tmp_path / "r", *SMALL)
+    pictures = sorted(path.name for path in (tmp_path / "r/labelIds").iterdir())
+    with monkeypatch.context() as patch:
+        full(patch, lambda path: path.endswith(f"color/{pictures[-1]}"))
+        with pytest.raises(UserError, match=f"color/{pictures[-1]}: expected to write a file there, found: .*No space"):
+            run(streets, snapshot, tmp_path / "r", *SMALL, "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "r/color").iterdir()) == pictures[:-1]
+    assert not (tmp_path / "r/result.json").exists()        # the earlier one would pass for this run's
+    for path in (tmp_path / "r/color").iterdir():
+        Image.open(path).load()
+    run(streets, snapshot, tmp_path / "r", *SMALL, "--overwrite")
+    with monkeypatch.context() as patch:
+        full(patch, lambda path: path.endswith("confusion.png"))
+        with pytest.raises(UserError, match="confusion.png: expected to write a file there, found: .*No space"):
+            run(streets, snapshot, tmp_path / "r", *SMALL, "--overwrite")
+    assert json.loads((tmp_path / "r/result.json").read_text())["num_images"] == 5
+    assert not (tmp_path / "r/confusion.png").exists()
+
+
+def test_a_process_that_cannot_write_pictures_leaves_no_result(streets, snapshot, tmp_path):
+    """The second of two processes fails over its last picture, after the scores were gathered."""
+    script = tmp_path / "fails.py"
+    script.write_text("""
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+import evaluate
+from utils import checkpoint, cli, visualize
+def fail(path, array):
+    time.sleep(3)
+    raise cli.UserError(f"{path}: expected to write a file there, found a full disk")
+if os.environ["RANK"] == "1":
+    visualize.save_png = fail
+cli.run(evaluate.main)
+""")
+    status, out, error = finish(start(
+        script, "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0", "--amp", "off",
+        "--output-dir", tmp_path / "r", *SMALL, processes=2))
+    assert status != 0 and "found a full disk" in error and "results in" not in out
+    assert not (tmp_path / "r/result.json").exists()
+
+
+def test_snapshots_of_one_name_need_folders_of_their_own(streets, snapshot, tmp_path):
+    with pytest.raises(UserError, match="snapshots of different names with --output-dir, found latest 2 times"):
+        run(streets, "a/latest.pth", tmp_path, "--restore-from", "a/latest.pth", "b/latest.pth")
+    (tmp_path / "r/b").mkdir(parents=True)
+    (tmp_path / "r/b/result.json").write_text("{}")
+    with pytest.raises(UserError, match="r/b: expected a folder without results .or --overwrite., found result.json"):
+        run(streets, snapshot, tmp_path / "r", "--restore-from", str(snapshot), "b.pth")
+    assert not (tmp_path / "r" / snapshot.stem).exists()
+
+
+def test_the_first_windows_are_a_sign_of_life(streets, snapshot, tmp_path, capsys):
+    """Before the first image is done, which may take minutes, and not again after it."""
+    run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "0.5", "--no-flip", "--whole", "--save", "none",
+        "--batch-size", "1")
+    shown = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in shown if line.startswith("first image: ")]
+    assert line.startswith("first image: 1/2 windows; at this rate 0:") and line.endswith("for 5")
+    assert shown.index(line) < next(i for i, text in enumerate(shown) if text.startswith("evaluating: "))

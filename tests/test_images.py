@@ -68,7 +68,7 @@ def test_any_images_are_predicted_and_broken_ones_are_named(zoo, snapshot, tmp_p
 
 
 def test_files_folders_and_patterns(zoo):
-    assert find_images([zoo / "plain.png"]) == [zoo / "plain.png"]
+    assert find_images([zoo / "plain.png"]) == {zoo / "plain.png": Path("plain.png")}
     assert {path.name for path in find_images([f"{zoo}/*.jpg", zoo / "turned.jpg"])} == {"turned.jpg", "text.jpg"}
     assert len(find_images([zoo])) == 10
     (zoo / "empty").mkdir()

@@ -1,10 +1,12 @@
 """Files that hold tensors: written whole or not at all, read without running any code in them."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ def write_atomically(path, write):
     full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not longer than the name itself may be.
+    temporary = path.with_name(f".{path.stem[:20]}.{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -40,7 +43,8 @@ def write_atomically(path, write):
             raise cause from None
         raise UserError(f"{path}: expected to write a file there, found: {cause}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # where the folder is none, or its name too long
+            temporary.unlink()
 
 
 def save(path, content):

@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -81,10 +82,11 @@ class SlidingPredictor:
         device: where to compute; None for the device of the network's parameters.
         autocast: dtype of mixed precision, or None.
         memory_format: of the network's input.
+        watch: called with the windows done and those of the image, when it begins and after each batch; or None.
     """
 
     def __init__(self, network, window=(769, 769), overlap=1 / 3, scales=(1.0,), flip=False, batch_size=4,
-                 normalization=None, device=None, autocast=None, memory_format=torch.contiguous_format):
+                 normalization=None, device=None, autocast=None, memory_format=torch.contiguous_format, watch=None):
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: expected a share from 0 up to but not 1, found {overlap}")
         if not scales or min(scales) <= 0:
@@ -102,6 +104,7 @@ class SlidingPredictor:
         self.device = device or getattr(next(parameters, None), "device", torch.device("cpu"))
         self.autocast = autocast
         self.memory_format = memory_format
+        self.watch = watch
 
     def __call__(self, image):
         """image (H, W, 3) uint8 RGB, array or tensor → fine probabilities (N, H, W) float32."""
@@ -117,9 +120,14 @@ class SlidingPredictor:
         """image (H, W, 3) uint8 RGB → {protocol: {head: probabilities (N, H, W) float32}}.
 
         Protocols: `single_scale`, the plain pass at scale 1 (or at the only scale), where it is among the
-        passes; `multi_scale`, the mean over all passes, where there is more than one.
+        passes; `multi_scale`, the mean over all passes, where there is more than one. Raises `ValueError` for any
+        other kind of array: 0 to 1 would pass for a dark image.
         """
-        image = torch.as_tensor(image).to(self.device).permute(2, 0, 1)[None]     # (1, 3, H, W)
+        image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image: expected uint8 (H, W, 3) RGB, found {str(image.dtype).removeprefix('torch.')} "
+                             f"{tuple(image.shape)}")
+        image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
         size = image.shape[-2:]
         sides = (False, True) if self.flip else (False,)
         passes = [_Pass(scale, mirrored, size, self.window, self.overlap)
@@ -143,6 +151,13 @@ class SlidingPredictor:
     def _run(self, passes, pixels):
         """Run the network over the windows of all passes, several a time; yields each pass when it is complete."""
         waiting = []        # (pass, place, crop), of one size
+        windows = sum(one.left for one in passes)
+
+        def watch():
+            if self.watch is not None:
+                if self.device.type == "cuda":      # it is told when windows are done, not when they are queued
+                    torch.cuda.synchronize(self.device)
+                self.watch(windows - sum(one.left for one in passes), windows)
 
         def flush():
             if not waiting:
@@ -154,7 +169,9 @@ class SlidingPredictor:
             for one, _, _ in waiting:
                 one.left -= 1
             waiting.clear()
+            watch()
 
+        watch()
         running = []
         for one in passes:
             running.append(one)

@@ -176,6 +176,32 @@ def progress(iterable, what, unit, every=10.0, total=None):
                   flush=True)
 
 
+class FirstImage:
+    """Tells how the first image gets on, which may take minutes before `progress` has anything to say.
+
+    Args:
+        images: in all.
+        every: seconds between lines; the first comes after the first windows.
+    """
+
+    def __init__(self, images, every=10.0):
+        self.images, self.every = images, every
+        self.started = self.said = None
+
+    def __call__(self, done, windows):
+        """So many windows of an image are done; none when it begins."""
+        now = time.monotonic()
+        if done == 0:
+            self.started = self.started or now
+        elif done == windows:
+            self.every = float("inf")       # from here on `progress` speaks
+        elif self.said is None or now - self.said > self.every:
+            self.said = now
+            image = (now - self.started) / done * windows
+            tqdm.write(f"first image: {done}/{windows} windows; at this rate {_duration(image)} an image, "
+                       f"{_duration(image * self.images)} for {self.images}")
+
+
 def _continued(path, step):
     """A file of JSON lines opened to go on after a step, without lines of later steps."""
     if path.exists():

@@ -1,7 +1,11 @@
-"""Pictures for people: overlays, panels, charts."""
+"""Pictures for people: overlays, panels, charts. Files are written whole or not at all."""
+
+import io
 
 import numpy as np
 from PIL import Image
+
+from . import checkpoint
 
 COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")     # of lines
 
@@ -38,8 +42,14 @@ def error_map(image, truth, predicted, ignored):
 
 def save_png(path, array):
     """Write (H, W) uint8 or uint16, or (H, W, 3) uint8, as PNG; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
+    _write(path, lambda file: Image.fromarray(array).save(file, "PNG"))
+
+
+def _write(path, save):
+    """Make a picture in memory, where no disk can be full, and write it."""
+    file = io.BytesIO()
+    save(file)
+    checkpoint.write_atomically(path, lambda target: target.write(file.getbuffer()))
 
 
 def _figure(width, height):
@@ -66,7 +76,7 @@ def confusion_picture(path, matrix, names):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if value > 60 else "black")
     figure.colorbar(picture, label="% of the true class's pixels", shrink=0.8)
-    figure.savefig(path, bbox_inches="tight")
+    _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 def iou_chart(path, class_iou, palette):
@@ -96,7 +106,7 @@ def iou_chart(path, class_iou, palette):
     axes.set_xlabel("IoU, %")
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, bbox_inches="tight")
+    _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 def frequency_chart(path, pixels, palette):
@@ -124,7 +134,7 @@ def frequency_chart(path, pixels, palette):
     if splits:
         axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, bbox_inches="tight")
+    _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 def training_curves(path, metrics, quick):
@@ -159,7 +169,7 @@ def training_curves(path, metrics, quick):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     (scores or [rate])[0].set_xlabel("step")
-    figure.savefig(path)
+    _write(path, figure.savefig)
 
 
 def score_curves(path, lines):
@@ -180,7 +190,7 @@ def score_curves(path, lines):
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    _write(path, figure.savefig)
 
 
 def _smooth(values):

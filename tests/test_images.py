@@ -1,5 +1,6 @@
 """Images without truth, submissions, and the exported network."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from dataset.cityscapes import CityscapesDataset
 from dataset.images import ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
@@ -138,3 +140,68 @@ def test_export_without_its_packages_is_a_sentence(snapshot, tmp_path, monkeypat
     with pytest.raises(UserError, match="expected the packages onnx and onnxscript, found no onnx"):
         evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "x.onnx")])
     assert not Path(tmp_path / "x.onnx").exists()
+
+
+def predicted_names(*places):
+    return ImageFiles(find_images(places)).names
+
+
+def test_names_of_predictions_are_unique_and_never_hidden(tmp_path, monkeypatch):
+    """Relative to what was named, whichever way: as it is, absolute, or through '..'."""
+    folder = tmp_path / "pictures"
+    for name in ("x.JPG", "x.png", "b/c.png", "b_c.png", "a/c.png", "a/deep/y.png", ".hidden.png", ".hidden/z.png",
+                 ".x.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    expected = ["a_c", "y", "b_c.png", "b_c", "x.JPG", "x.png"]
+    monkeypatch.chdir(folder / "a")
+    for place in (folder, "..", "../../pictures", "../a/.."):
+        assert predicted_names(place) == expected, place
+    assert predicted_names("../x.png") == ["x"] and predicted_names("../.x.png") == ["x"]
+    assert predicted_names("../x.png", "../.x.png") == ["x.png", "x.png_2"]
+    assert sorted(predicted_names("../*.png", "c.png")) == ["b_c", "c", "x"]
+    assert predicted_names("../a", "../b") == ["a_c", "y", "b_c"]
+    assert len(set(predicted_names("..", ".", "../b/c.png", "../x.*"))) == 6
+
+
+def test_links_to_folders_are_followed_without_circles(tmp_path):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for name in (folder / "real/a.png", elsewhere / "b.png"):
+        name.parent.mkdir(parents=True)
+        name.write_bytes(b"")
+    (folder / "again").symlink_to("real")
+    (folder / "real/up").symlink_to("..")
+    (folder / "real/self").symlink_to("self")
+    (folder / "out").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert list(find_images([folder])) == [folder / "out/b.png", folder / "real/a.png"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda p: p.symlink_to("gone")])
+def test_only_regular_files_are_images(tmp_path, make):
+    make(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png: expected a regular file, a folder or a pattern, found none"):
+        find_images([tmp_path / "a.png"])
+    for place in (tmp_path, f"{tmp_path}/*.png", "x" * 300, tmp_path / "a.png/b.png"):
+        with pytest.raises(UserError, match="--images .*: expected .*, found none"):
+            find_images([place])
+
+
+def test_every_image_of_a_list_has_a_name_of_its_own(tmp_path):
+    """Of a data set with images inside and outside of its root."""
+    for name in ("root/x.jpg", "root/x.png", "other/x.png", "label.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "root/list.txt").write_text("x.jpg ../label.png\nx.png ../label.png\n../other/x.png ../label.png\n"
+                                            f"{tmp_path}/root/x.png ../label.png\n")
+    dataset = CityscapesDataset(tmp_path / "root", data_list=tmp_path / "root/list.txt")
+    assert dataset.names == ["root_x.jpg", "root_x.png", "other_x", "root_x.png_2"]
+
+
+def test_as_many_files_are_written_as_are_said(zoo, snapshot, tmp_path, capsys):  # noqa: F811
+    for name in ("plain.JPG", "inner folder_plain.png"):
+        Image.fromarray(picture()).save(zoo / name)
+    evaluate.main(["--restore-from", str(snapshot), "--images", *map(str, zoo.glob("**/*plain*")), "--output-dir",
+                   str(tmp_path / "r"), *QUICK, "--save", "labels"])
+    assert "4 images predicted, 0 skipped" in capsys.readouterr().out
+    assert len(list((tmp_path / "r/labelIds").iterdir())) == 4

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from dataset.cityscapes import CityscapesDataset
+from dataset.reading import DecodedCache, read_ids, read_image
 from tests.conftest import finish, start
+from tests.test_reading import OTHER, other_content
 from utils.cli import UserError, sentence
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -34,6 +36,20 @@ def bomb():
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 100)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def turned(array, orientation, kind="PNG"):
+    """A file whose EXIF orientation says how to turn it."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+def photograph(kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(IMAGE).save(file, kind, **options)
+    return file.getvalue()
 
 
 def animated(kind):
@@ -70,6 +86,20 @@ def loop(root):
     (root / "b2.png").symlink_to(root / "b.png")
 
 
+def pipe(name):
+    def change(root):
+        (root / name).unlink()
+        os.mkfifo(root / name)
+    return change
+
+
+def link(name, target):
+    def change(root):
+        (root / name).unlink()
+        (root / name).symlink_to(target)
+    return change
+
+
 def rename(image, line):
     def change(root):
         (root / "b.png").rename(root / image)
@@ -85,7 +115,14 @@ def write_table(text):
     return lambda root: (root / "classes.csv").write_text(text)
 
 
+def table_with(column, value):
+    """The table with another value for the class car."""
+    row = {"name": "car", "id": "2", "train_id": "1", "red": "4", "green": "5", "blue": "6", column: value}
+    return write_table(TABLE.replace("car,2,1,4,5,6", ",".join(row.values())))
+
+
 GOOD = "a.png a_label.png\nb.png b_label.png\n"
+LONG = "x" * 300        # more than a file's name may have
 PNG, LABEL_PNG = png(IMAGE), png(LABEL)
 WRONG = {       # what is done to the second pair → what the sentence says
     **{f"image cut after {share:.0%}": (put("b.png", PNG[:int(len(PNG) * share)]), r"b\.png: expected an image, found")
@@ -157,6 +194,40 @@ WRONG = {       # what is done to the second pair → what the sentence says
     "table with a gap": (write_table(TABLE.replace("car,2,1", "car,2,5")), r"expected train ids 0 to N-1"),
     "table with a colour of two classes": (lambda root: [write_table(TABLE.replace("4,5,6", "1,2,3"))(root), save(
         "b_label.png", np.full((12, 16, 3), (1, 2, 3), np.uint8))(root)], r"expected a colour for each class"),
+    "pipe as image": (pipe("b.png"), r"line 2: expected the file .*b\.png, found a pipe"),
+    "pipe as label": (pipe("b_label.png"), r"line 2: expected the file .*b_label\.png, found a pipe"),
+    "pipe as list": (pipe("list.txt"), r"--data-list .*list\.txt: expected a text file, found a pipe"),
+    "pipe as table": (pipe("classes.csv"), r"classes\.csv: expected a class table \(CSV\), found a pipe"),
+    "folder as table": (make_folder("classes.csv"), r"classes\.csv: expected a class table \(CSV\), found a folder"),
+    **{f"{device} as {name}": (link(name, f"/dev/{device}"), message) for device in ("zero", "null")
+       for name, message in (("b.png", r"line 2: expected the file .*b\.png, found a device"),
+                             ("b_label.png", r"line 2: expected the file .*b_label\.png, found a device"),
+                             ("list.txt", r"--data-list .*list\.txt: expected a text file, found a device"),
+                             ("classes.csv", r"classes\.csv: expected a class table \(CSV\), found a device"))},
+    **{f"{kind} cut after {share:.0%}": (put("b.png", data[:int(len(data) * share)]), r"b\.png: expected an image")
+       for kind, data in (("JPEG", photograph("JPEG")), ("progressive JPEG", photograph("JPEG", progressive=True)),
+                          ("WebP", photograph("WEBP", lossless=True)), ("TIFF", photograph("TIFF")),
+                          ("BMP", photograph("BMP"))) for share in (0.02, 0.5, 0.9)},
+    **{f"zeros after {share:.0%} of the {what}": (put(name, data[:int(len(data) * share)] + b"\0" * int(
+        len(data) * (1 - share) + 1)), rf"{name}: expected an image, found") for share in (0.1, 0.5)
+       for what, name, data in (("image", "b.png", PNG), ("label", "b_label.png", LABEL_PNG))},
+    **{f"{name} turned by EXIF {turn} alone": (put(name, turned(array, turn)), r"b_label\.png: expected the size of "
+                                               rf".*; .*{name} was turned upright by its EXIF orientation$")
+       for name, array in (("b.png", IMAGE), ("b_label.png", LABEL)) for turn in (5, 6, 7, 8)},
+    "image turned by EXIF, as JPEG": (put("b.png", turned(IMAGE, 6, "JPEG")), r"b\.png was turned upright by its EXIF"),
+    **{f"table with {column} {value!r}": (table_with(column, value), rf"line 3: expected a whole number for {column}")
+       for column in ("id", "train_id", "red", "green", "blue") for value in ("", "x", "1.5", "nan", "1e3", "0x1")},
+    **{f"table with {column} {value!r}": (table_with(column, value), rf"line 3: expected {column} from 0 to")
+       for column, value in (("id", "65536"), ("red", "256"), ("green", "-1"), ("blue", "99999999999999999999"))},
+    **{f"table with train id {value}": (table_with("train_id", value), r"expected train ids 0 to N-1 without a gap")
+       for value in ("-2", "7", "254", "256")},
+    "table with an id twice": (table_with("id", "1"), r"expected every id once, found \[1\]"),
+    "table with an id that never occurs": (table_with("id", "-1"), r"b_label\.png: expected ids .* found 2|a_label"),
+    "table in UTF-16": (lambda root: (root / "classes.csv").write_text(TABLE, encoding="utf-16"), r"class table"),
+    "table with a null byte": (write_table(TABLE.replace("car", "c\0ar").replace("2,1", "x,1")), r"classes\.csv"),
+    "list with a name too long": (write_list(f"{LONG}.png b_label.png\n"), r"line 1: expected the file .* no such"),
+    "list with a null byte": (write_list("a\0.png a_label.png\n"), r"line 1: expected the file .* no such file"),
+    "list of folders": (write_list(". .\n"), r"line 1: expected the file .*, found a folder"),
 }
 FINE = {
     "names with spaces": rename("my image.png", "my image.png\tb_label.png"),
@@ -175,6 +246,9 @@ FINE = {
     "link to an image": lambda root: [(root / "b.png").rename(root / "c.png"), (root / "b.png").symlink_to("c.png")],
     "image of one pixel": lambda root: [save("b.png", IMAGE[:1, :1])(root), save("b_label.png", LABEL[:1, :1])(root)],
     "trailing rubbish after the image": put("b.png", PNG + b"rubbish" * 99),
+    **{f"both turned by EXIF {turn}": lambda root, turn=turn: [
+        put("b.png", turned(IMAGE, turn, "JPEG"))(root), put("b_label.png", turned(LABEL, turn))(root)]
+       for turn in range(2, 9)},
 }
 
 
@@ -188,13 +262,13 @@ def own(tmp_path):
     return tmp_path
 
 
-def read_all(root):
-    dataset = CityscapesDataset(root, data_list=root / "list.txt", classes=root / "classes.csv")
+def read_all(root, **options):
+    dataset = CityscapesDataset(root, data_list=root / "list.txt", classes=root / "classes.csv", **options)
     return [dataset[index] for index in range(len(dataset))]
 
 
 def test_there_are_enough_of_them():
-    assert len(WRONG) >= 60
+    assert len(WRONG) >= 150
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -212,6 +286,41 @@ def test_unusual_but_sound(own, what):
     items = read_all(own)
     assert len(items) == 2 and torch.equal(items[1]["label"], torch.ones_like(items[1]["label"]))
     assert items[1]["image"].shape[1:] == items[1]["label"].shape and items[1]["image"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ["b.png", "b_label.png"])
+@pytest.mark.parametrize("what", OTHER)
+@pytest.mark.filterwarnings("ignore:--cache")
+def test_a_cache_is_only_a_cache(own, what, name):
+    read_all(own, cache=own / "c")
+    decode = read_ids if "label" in name else read_image
+    place = DecodedCache(own / "c").place(own / name, decode)
+    other_content(place, what)
+    for _ in range(2):
+        items = read_all(own, cache=own / "c")
+        assert len(items) == 2 and torch.equal(items[1]["label"], torch.ones_like(items[1]["label"]))
+        assert torch.equal(items[1]["image"], items[0]["image"])
+
+
+@pytest.mark.parametrize("what, message", [
+    ({"root": LONG}, f"--data-dir {LONG}: expected a folder, found nothing there"),
+    ({"root": "list.txt"}, "--data-dir list.txt: expected a folder, found a file"),
+    ({"root": "pipe"}, "--data-dir pipe: expected a folder, found a pipe"),
+    ({"split": LONG}, f"leftImg8bit/{LONG}: expected"), ({"split": "train+val"}, "leftImg8bit/train: expected"),
+    ({"data_list": LONG}, f"--data-list {LONG}: expected a text file, found .*too long"),
+    ({"data_list": ["list.txt", "gone.txt"]}, "--data-list gone.txt: expected a text file, found no such file"),
+    ({"data_list": "list.txt/x"}, "--data-list list.txt/x: expected a text file"),
+    ({"classes": LONG}, f"{LONG}: expected a class table .*too long"),
+    ({"classes": "gone.csv"}, "gone.csv: expected a class table .* found no such file"),
+    ({"cache": LONG}, f"--cache {LONG}: expected a folder"),
+    ({"cache": "list.txt"}, "--cache list.txt: expected a folder"),
+    ({"cache": "list.txt/x"}, "--cache list.txt/x: expected a folder")])
+def test_a_path_that_makes_no_sense(own, monkeypatch, what, message):
+    monkeypatch.chdir(own)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=message) as caught:
+        CityscapesDataset(**{"root": own, **what})
+    assert "\n" not in sentence(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root may become somebody who cannot read a file")

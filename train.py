@@ -29,7 +29,7 @@ from dataset.transforms import one_thread, train_transform
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
-from networks import ACTIVATIONS, BACKBONES, MODELS, STEMS, build_network
+from networks import ACTIVATIONS, BACKBONES, MODELS, STEMS, build_network, recompute_choices
 from networks.pretrained import CAFFE, choose_backbone, load_weights, read_weights, recognise
 from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, memory, visualize
@@ -115,8 +115,8 @@ def add_network(parser):
     net.add_argument("--abn-backend", choices=backend.CHOICES, default="auto",
                      help="kernels of the in-place norms: PyTorch's, the package's, or whichever fits (auto)")
     net.add_argument("--checkpoint", choices=CHECKPOINTS, default="none",
-                     help="memory for time: light recomputes the expansion of each bottleneck, full groups of blocks "
-                     "(none)")
+                     help="memory for time: light recomputes the expansion of each bottleneck (from 50 layers on), "
+                     "full groups of blocks (none)")
     net.add_argument("--restore-from", type=cli.path, nargs="+", metavar="FILE",
                      help="weights to start from, of ECANet, timm, "
                      "torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; without it, "
@@ -324,6 +324,9 @@ def prepare(args, devices, processes, precision, classes):
              "ablations": args.ablations,
              **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
     args.backbone = shape["backbone"]       # for the record, and should the memory run out
+    if args.checkpoint not in recompute_choices(args.backbone):
+        raise UserError(f"--checkpoint {args.checkpoint}: expected a backbone of at least 50 layers, found "
+                        f"{args.backbone}, in which it would save nothing; --checkpoint full works there")
     normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
         followed.normalization if followed else Normalization())
     print(f"network: {args.model}, {shape['backbone']}, stem {shape['stem']}, "
@@ -437,7 +440,8 @@ def explain(error, args, num_classes, crops):
 
     now = kept(args.checkpoint, args.amp)
     choices = [f"--checkpoint {recompute} {kept(recompute, args.amp):.1f} GB"
-               for recompute in CHECKPOINTS[CHECKPOINTS.index(args.checkpoint) + 1:]]
+               for recompute in recompute_choices(args.backbone)
+               if CHECKPOINTS.index(recompute) > CHECKPOINTS.index(args.checkpoint)]
     if args.amp == "off":
         choices.insert(0, f"--amp bf16 {kept(args.checkpoint, 'bf16'):.1f} GB")
     if crops > 1:
@@ -525,6 +529,11 @@ def run(args, devices, processes, precision, dataset, workers):
     with NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start, about) as log:
         if account is not None and rank == 0:
             checkpoint.write_json(Path(args.snapshot_dir, "weights.json"), account.as_json())
+        best = Path(args.snapshot_dir, checkpoint.BEST)
+        if start == 0 and rank == 0 and best.exists():
+            log.say(f"{best} is of an earlier run, kept as {checkpoint.set_aside(best)}")
+        if processes is not None:
+            processes.wait()        # all must have the same record to beat
         stopped = train(
             engine, loader, start, args.num_steps, args.accumulate, args.learning_rate, args.power,
             args.save_pred_every, args.val_every, args.log_every, args.panel_every, log, save,

@@ -64,6 +64,7 @@ def norms_and_convolutions(network, example):
     """{name of each norm: name of the convolution before it}, found by running a copy on the meta device.
 
     example: an input, of which the shape matters alone; the copy is in training mode, so that all heads run.
+    Where centers come from the truth, labels of the same shape are made up.
     """
     network = copy.deepcopy(network).to("meta").float().train()
     outputs, pairs = [], {}
@@ -85,7 +86,8 @@ def norms_and_convolutions(network, example):
             module.register_forward_pre_hook(normed(name))
             module.forward = torch.clone        # shapes are enough; statistics might be asked of other processes
     with torch.no_grad():
-        network(example.to("meta").float())
+        truth = (torch.empty(len(example), *example.shape[-2:], device="meta"),)
+        network(example.to("meta").float(), *(truth if getattr(network, "true_centers", False) else ()))
     return pairs
 
 

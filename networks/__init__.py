@@ -6,10 +6,10 @@ from torch import nn
 
 from libs.abn import NORMS
 
-from .acfnet import ACFNet, BaseNet, auxiliary_head
+from .acfnet import ACFNet, BaseNet, auxiliary_head, check_ablations
 from .aspp import ASPP
 from .eca import ECA
-from .resnet import BasicBlock, Bottleneck, ResNet
+from .resnet import CHECKPOINTS, BasicBlock, Bottleneck, ResNet
 
 # ECA kernel sizes of stages 1 to 4 are in the names of the files ECANet released: 18 k3577, 50 k3557, others k3357.
 BACKBONES = {
@@ -49,6 +49,11 @@ def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="
                   STEMS[stem], average_downsample, output_stride, recompute)
 
 
+def recompute_choices(backbone):
+    """What `recompute` can be with a backbone: `light` drops what only bottlenecks have."""
+    return [kind for kind in CHECKPOINTS if kind != "light" or BACKBONES[backbone]["block"] is Bottleneck]
+
+
 def norm_maker(norm, activation):
     """`make(channels, activation=...)` → a norm with the network's activation, or with the one named."""
     return lambda channels, activation=activation: NORMS[norm](channels, activation=activation)
@@ -76,6 +81,7 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
         nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
         h = ceil(H / output_stride). Evaluation: {"fine", "coarse"}. `base` has no "coarse".
     """
+    check_ablations(ablations)
     if ablations and not MODELS[model]["acf"]:
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,

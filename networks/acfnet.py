@@ -59,10 +59,11 @@ class ACFNet(BaseNet):
         backbone, context, channels, num_classes, aux: as in `BaseNet`.
         key_channels: C' of the ACF module.
         norm: makes norms for the ablations.
-        ablations: names of `ABLATIONS`; none for the network as drawn.
+        ablations: names of `ABLATIONS`; none for the network as drawn. Raises ValueError for any other.
     """
 
     def __init__(self, backbone, context, channels, num_classes, aux, key_channels, norm=None, ablations=()):
+        check_ablations(ablations)
         super().__init__(backbone, context, channels, num_classes, aux)
         self.coarse = classifier(channels, num_classes)
         self.acf = ACFModule(channels, key_channels, norm if "norms" in ablations else None)
@@ -108,6 +109,13 @@ class ACFNet(BaseNet):
         from_centers = mix(center_logits, coarse)                                  # (B, N, h, w)
         from_features = _classify(features, weight_f, self.fine.bias)
         return from_centers + at_least_float32(from_features)
+
+
+def check_ablations(ablations):
+    """Raise ValueError unless these are a tuple or list of names in `ABLATIONS`: one that is misspelt, or a string
+    in place of a tuple, would silently be the network without it."""
+    if isinstance(ablations, str) or not all(name in ABLATIONS for name in ablations):
+        raise ValueError(f"ablations: expected a tuple of {', '.join(ABLATIONS)}, found {ablations!r}")
 
 
 def _classify(features, weights, bias):

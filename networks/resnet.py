@@ -120,7 +120,8 @@ class ResNet(nn.Module):
         average_downsample: 2×2 average pooling and a 1×1 convolution in shortcuts that stride.
         output_stride: 8 or 16, or 32 for no dilation: input size over size of the last stage.
         recompute: what is dropped in the forward pass and computed again in the backward pass: `none`;
-            `light`, the expansion of each bottleneck with its norm (8 % more work in a training step);
+            `light`, the expansion of each bottleneck with its norm (8 % more work in a training step; `BasicBlock`
+            has none, ValueError);
             `full`, groups of blocks (a third more).
     """
 
@@ -129,6 +130,9 @@ class ResNet(nn.Module):
         super().__init__()
         if recompute not in CHECKPOINTS:
             raise ValueError(f"recompute: expected one of {', '.join(CHECKPOINTS)}, found {recompute!r}")
+        if recompute == "light" and block is not Bottleneck:
+            raise ValueError("recompute light: expected a backbone of bottlenecks (50 layers and more), found one of "
+                             "two 3×3 convolutions a block, where it would save nothing; full does")
         self.groups = recompute == "full"
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output stride: expected 8, 16 or 32, found {output_stride}")
@@ -166,7 +170,7 @@ class ResNet(nn.Module):
                 blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm,
                                     activation=activation, attention=attend, downsample=downsample))
                 in_channels = out_channels
-                blocks[-1].light = recompute == "light" and block is Bottleneck
+                blocks[-1].light = recompute == "light"
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         _initialise(self)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from networks import build_network
 from networks.acf import ACFModule
+from networks.acfnet import ACFNet
 from tests.conftest import randomise
 
 
@@ -231,3 +232,11 @@ def test_centers_from_the_truth_need_it_and_ablations_need_acf():
         network(torch.zeros(1, 3, 33, 33))
     with pytest.raises(ValueError, match="expected a model with ACF, found base"):
         build_network("base", 4, "resnet18", ablations=("norms",))
+
+
+@pytest.mark.parametrize("ablations", [("norm",), ("Fusion",), "norms", "", ["norms", "fusions"]])
+@pytest.mark.parametrize("model", ["acfnet", "base"])
+def test_an_unknown_ablation_is_not_the_plain_network(model, ablations):
+    for build in (build_network, lambda *args, ablations: ACFNet(None, None, 8, 4, None, 8, ablations=ablations)):
+        with pytest.raises(ValueError, match="ablations: expected a tuple of norms, fusion, true_centers, found"):
+            build(model, 4, "resnet18", ablations=ablations)

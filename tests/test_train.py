@@ -246,6 +246,31 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
         assert checkpoint.load_snapshot(folder / "best_quick.pth")["step"] == 2
 
 
+def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path, capsys):
+    """It is kept under another name; a resumed run goes on with its own record."""
+    folder, words = tmp_path / "s", ("--val-every", "1", "--backbone", "resnet18")
+    folder.mkdir()
+    torch.save({"model": {}, "config": {}, "step": 7, "quick_mean_iou": 0.99}, folder / "best_quick.pth")
+    run(streets, folder, *words, steps=1)
+    assert "best_quick.pth is of an earlier run, kept as" in capsys.readouterr().out
+    assert checkpoint.load(folder / "best_quick.pth")["step"] == 1
+    assert checkpoint.load(folder / "best_quick_earlier_1.pth")["quick_mean_iou"] == 0.99
+    content = checkpoint.load(folder / "best_quick.pth") | {"quick_mean_iou": 0.99}
+    checkpoint.save(folder / "best_quick.pth", content)
+    run(streets, folder, *words, "--resume", steps=2)
+    assert checkpoint.load(folder / "best_quick.pth")["step"] == 1
+
+
+def test_light_recomputation_is_refused_where_it_does_nothing(streets, tmp_path):
+    for backbone in ("resnet18", "eca_resnet34"):
+        with pytest.raises(UserError, match=f"--checkpoint light: expected a backbone of at least 50 layers, found "
+                                            f"{backbone}, .* --checkpoint full works there"):
+            run(streets, tmp_path / "s", "--backbone", backbone, "--checkpoint", "light")
+        with pytest.raises(ValueError, match="recompute light: expected a backbone of bottlenecks"):
+            build_backbone(backbone, recompute="light")
+    assert not (tmp_path / "s").exists()
+
+
 def test_processes_share_the_quick_validation(streets, tmp_path):
     """Beginning with weights of ordinary norms, which are converted in each process."""
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")

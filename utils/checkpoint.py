@@ -1,6 +1,7 @@
 """Files that hold tensors: written whole or not at all, read without running any code in them."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -122,6 +123,12 @@ def save_step(folder, step, content, keep=None, sound=None):
     for number, old in older[:-keep] if keep else ():
         if number != sound:
             old.unlink()
+
+
+def set_aside(path):
+    """Give a file a name of its own beside its old one; returns the new path."""
+    free = (path.with_name(f"{path.stem}_earlier_{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(name for name in free if not name.exists()))
 
 
 def remove_unfinished(folder):

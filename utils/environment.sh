@@ -1,49 +1,17 @@
-# Sourced by run_local.sh and tests/run.sh: find or make a Python that has what the given requirement files name.
-#
-#     choose_python requirements.txt [more.txt ...]     sets PYTHON
-#
-# The active Python is taken as it is if nothing is missing; otherwise .venv is made beside the project and filled.
+# Sourced by run_local.sh and the scripts in tests/, in the project's folder.
 
-requirements_met() {    # PYTHON FILE...
-    "$@" <<'EOF'
-import sys
-from importlib import metadata
-
-try:
-    from pip._vendor.packaging.requirements import Requirement
-except ImportError:
-    sys.exit("this Python has no pip")
-missing = []
-for path in sys.argv[1:]:
-    for line in open(path, encoding="utf-8"):
-        line = line.split("#")[0].strip()
-        if line:
-            wanted = Requirement(line)
-            try:
-                if not wanted.specifier.contains(metadata.version(wanted.name), prereleases=True):
-                    missing.append(f"{line} (found {metadata.version(wanted.name)})")
-            except metadata.PackageNotFoundError:
-                missing.append(line)
-if missing:
-    sys.exit(f"{sys.executable} lacks {', '.join(missing)}")
-EOF
+find_python() {     # sets ACTIVE to the first of python, python3 and .venv's that is new enough
+    for ACTIVE in python python3 .venv/bin/python; do
+        "$ACTIVE" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
+    done
+    echo "error: expected Python 3.10 or newer as python or python3 on the PATH, found" \
+        "$({ python3 --version || python --version || echo none; } 2>/dev/null | head -n 1)" >&2
+    exit 2
 }
 
-choose_python() {    # FILE...
-    local venv="$PWD/.venv" active
-    active=$(command -v python || command -v python3) || { echo "error: expected python on the PATH, found none" >&2; exit 2; }
-    if [ -x "$venv/bin/python" ] && requirements_met "$venv/bin/python" - "$@" 2>/dev/null; then
-        PYTHON="$venv/bin/python"
-    elif requirements_met "$active" - "$@"; then
-        PYTHON="$active"
-    else
-        echo "installing into .venv (PyTorch is several GB; a few minutes)"
-        [ -x "$venv/bin/python" ] || "$active" -m venv "$venv"
-        local wanted=()
-        for file in "$@"; do wanted+=(-r "$file"); done
-        "$venv/bin/python" -m pip install --quiet "${wanted[@]}"
-        PYTHON="$venv/bin/python"
-    fi
+choose_python() {   # FILE...  sets PYTHON to one that has what these requirement files name
+    find_python
+    PYTHON=$("$ACTIVE" utils/environment.py "$@") || exit $?
     echo "Python: $PYTHON"
 }
 

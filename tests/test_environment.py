@@ -1,0 +1,62 @@
+"""Which Python the scripts take, and what they say where none can be made."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from utils import environment
+
+
+def test_versions_are_compared_as_pip_does(tmp_path):
+    from pip._vendor.packaging.specifiers import SpecifierSet
+    versions = ("2.4", "2.4.0", "2.4.1+cu121", "2.10.0", "1.26", "3")
+    for version in versions:
+        for bound in (">=2.4", ">=2.4.1", "<2.10", "==2.4", ">=2.5,<3"):
+            (tmp_path / "file.txt").write_text(f"# words\nname{bound}  # more\n\n")
+            ((name, bounds),) = environment.requirements([tmp_path / "file.txt"])
+            met = all(environment.meets(version, *one) for one in bounds)
+            plain = version.split("+")[0]
+            assert name == "name" and met == SpecifierSet(bound).contains(plain), (version, bound)
+    assert environment.meets("2.5.0a0+872d972e41.nv24.08", ">=", "2.5")      # a vendor's build of that version
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "file.txt").write_text("numpy>=1.0\nno-such-package>=2\nnumpy>=1.0,<1.1\n")
+    lacking = environment.missing([tmp_path / "file.txt"])
+    assert len(lacking) == 2 and lacking[0] == "no-such-package>=2"
+    assert lacking[1].startswith("numpy>=1.0,<1.1 (found ")
+
+
+def test_the_lowest_versions_are_those_of_the_files():
+    done = subprocess.run([sys.executable, "utils/environment.py", "--lowest", "requirements.txt"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert "torch==2.4\n" in done.stdout and len(done.stdout.splitlines()) == 9
+
+
+def test_a_venv_that_was_only_begun_is_made_again(tmp_path):
+    venv = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    assert subprocess.run([venv / "bin/python", "-m", "pip", "--version"], capture_output=True).returncode
+    (tmp_path / "file.txt").write_text("")
+    python = environment.make([tmp_path / "file.txt"], venv)
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("said, reason", [
+    ("Retrying ... Failed to establish a new connection: [Errno -3] Temporary failure in name resolution\n"
+     "ERROR: No matching distribution found for torch>=2.4", "no connection"),
+    ("ERROR: No matching distribution found for torch>=2.4", "no package for Python"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "a full disk")])
+def test_the_cause_is_said_before_what_pip_says(tmp_path, monkeypatch, capfd, said, reason):
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    fake = venv / "bin/python"
+    fake.write_text(f"#!/bin/sh\n[ \"$3\" = --version ] && exit 0\ncat >&2 <<'EOF'\n{said}\nEOF\nexit 1\n")
+    fake.chmod(0o755)
+    with pytest.raises(SystemExit) as caught:
+        environment.make([tmp_path / "file.txt"], venv)
+    lines = capfd.readouterr().err.splitlines()
+    assert caught.value.code == 2 and lines[1].startswith("error: expected to install") and reason in lines[1]
+    assert lines[2:] == said.splitlines()

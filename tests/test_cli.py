@@ -176,6 +176,7 @@ def test_gpus_that_do_not_exist(gpu):
 def test_no_gpu_is_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert [d.type for d in select_devices(None)] == ["cpu"] == [d.type for d in select_devices("cpu")]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert [d.index for d in select_devices(None)] == [0, 1, 2] and [d.index for d in select_devices("2,0")] == [2, 0]
 

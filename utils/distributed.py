@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,21 @@ from torch import nn
 from torch.utils.data import Subset
 
 from .cli import UserError
+from .driver import unusable_gpu
 
 
 def select_devices(gpu=None):
     """Parse `--gpu`: "0,1", "cpu", or None for all visible GPUs, else the CPU.
 
-    Returns a list of `torch.device`. Raises `UserError` naming the GPUs there are.
+    Returns a list of `torch.device`. Raises `UserError` naming the GPUs there are, or why one cannot be used; if
+    none is asked for, that is a warning.
     """
-    count = torch.cuda.device_count()
+    with warnings.catch_warnings():     # PyTorch's own words about a driver that is too old
+        warnings.simplefilter("ignore")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reason = unusable_gpu() if count == 0 and gpu != "cpu" else None
+    if gpu is None and reason:
+        print(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}", file=sys.stderr)
     if gpu is None:
         gpu = ",".join(map(str, range(count))) or "cpu"
     if gpu == "cpu":
@@ -30,6 +38,8 @@ def select_devices(gpu=None):
         raise UserError(f"--gpu: expected ids such as 0,1 or cpu, found {gpu!r}") from None
     unknown = [i for i in ids if not 0 <= i < count]
     if unknown or len(set(ids)) < len(ids):
+        if reason:
+            raise UserError(f"--gpu {gpu}: expected a GPU that can be used, found {reason} (--gpu cpu uses the CPU)")
         there = f"GPUs 0 to {count - 1}" if count else "no GPU (--gpu cpu uses the CPU)"
         raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {there}")
     return [torch.device("cuda", i) for i in ids]

@@ -130,7 +130,8 @@ class ABN(nn.Module):
         exchange = self._exchange(x)
         count, mean, moment = functions.local_statistics(x)
         if exchange is not None:
-            packed = torch.cat([mean.new_tensor([count]).double(), mean.double(), moment.double()])   # (1 + 2C,)
+            own = torch.full((1,), count, dtype=torch.double, device=mean.device)   # a copy of a list would wait
+            packed = torch.cat([own, mean.double(), moment.double()])                                 # (1 + 2C,)
             parts = torch.stack(exchange.gather(packed))                                              # (P, 1 + 2C)
             c = self.num_features
             total, mean, moment = (v.to(mean.dtype) for v in combine(parts[:, 0], parts[:, 1:c + 1], parts[:, c + 1:]))

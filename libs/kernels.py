@@ -25,6 +25,8 @@ def backward_sums(dz, z, gamma, beta):
 def backward_elements(dz, z, gamma, beta, invstd, totals, count):
     """dL/dx. The kernel's own (dz - mean dz - (z - mean) · invstd² · mean(dz · z)) · invstd · weight, with
     mean β, invstd 1/γ and weight γ² / sqrt(var + eps), is the gradient through x̂."""
-    counts = torch.tensor([count], dtype=torch.int32, device=dz.device)
+    # A number, or a tensor on the device where processes share the statistics: never read by the host.
+    counts = count.to(torch.int32).view(1) if isinstance(count, torch.Tensor) else torch.full(
+        (1,), count, dtype=torch.int32, device=dz.device)
     return torch.batch_norm_backward_elemt(dz, z, beta, 1 / gamma, gamma ** 2 * invstd, totals[0],
                                            totals[1] * gamma, counts)

@@ -6,7 +6,7 @@ import torch
 from networks import build_network
 from networks.resnet import CHECKPOINTS
 from tests.benchmarks.memory import measure
-from utils.memory import kept_bytes
+from utils.memory import kept_bytes, ran_out
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
           (torch.bfloat16, "full"): 900}
@@ -64,3 +64,11 @@ def test_light_costs_at_most_8_per_cent_more_multiplications():
             sum(logits.sum() for logits in outputs.values()).backward()
         macs[recompute] = counter.get_total_flops()
     assert 1 < macs["light"] / macs["none"] <= 1.08
+
+
+@pytest.mark.parametrize("error", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB",
+    "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_every_way_of_running_out_is_recognised(error):
+    assert ran_out(error) and not ran_out("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")

@@ -23,7 +23,8 @@ def peak_bytes(device):
 
 def ran_out(error):
     """Whether the text of an error is PyTorch's for too little memory, on a GPU or a CPU."""
-    return any(text in error for text in ("out of memory", "can't allocate memory", "not enough memory"))
+    return any(text in error for text in ("out of memory", "can't allocate memory", "not enough memory",
+                                          "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def kept_bytes(network, images, autocast=None):

@@ -1,0 +1,64 @@
+"""Calls of the kernels that exist on CUDA alone, on stand-ins for the CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from libs import kernels
+from libs.abn import InPlaceABNSync
+
+
+def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
+    """torch.batch_norm_backward_elemt written out; like the kernel it takes int32 counts alone."""
+    assert counts.dtype == torch.int32 and counts.ndim == 1
+    mean, invstd, weight, sum_dy, sum_dy_xmu = (
+        values[:, None, None] for values in (mean, invstd, weight, sum_dy, sum_dy_xmu))
+    total = counts.sum()
+    return (dy - sum_dy / total - (x - mean) * invstd ** 2 * sum_dy_xmu / total) * invstd * weight
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor], ids=["alone", "of several processes"])
+def test_the_gradient_of_the_input(kind, monkeypatch):
+    monkeypatch.setattr(torch, "batch_norm_backward_elemt", backward_elemt)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    gamma, beta = torch.rand(4, dtype=torch.float64) + 0.5, torch.randn(4, dtype=torch.float64)
+    z = F.batch_norm(x, None, None, gamma, beta, True, eps=1e-5)
+    dz = torch.randn_like(z)
+    z.backward(dz)
+    normal = (z - beta[:, None, None]) / gamma[:, None, None]
+    totals = torch.stack([dz.sum((0, 2, 3)), (normal * dz).sum((0, 2, 3))]).detach()
+    invstd = (x.var((0, 2, 3), correction=0) + 1e-5).rsqrt().detach()
+    count = kind(90.0) if kind is torch.tensor else 90
+    found = kernels.backward_elements(dz, z.detach(), gamma, beta, invstd, totals, count)
+    torch.testing.assert_close(found, x.grad, rtol=1e-9, atol=1e-9)
+
+
+class NoListBecomesATensor(TorchDispatchMode):
+    """On a GPU that is a copy for which the host waits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten.lift_fresh.default, "a tensor was made from a list or number"
+        return function(*args, **(kwargs or {}))
+
+
+class Twice:
+    """An exchange with one other part that is equal."""
+
+    def gather(self, tensor):
+        return [tensor, tensor]
+
+    def total(self, tensor):
+        return 2 * tensor
+
+
+def test_shared_statistics_make_no_tensor_from_a_list(monkeypatch):
+    norm = InPlaceABNSync(4)
+    monkeypatch.setattr(norm, "_exchange", lambda x: Twice())
+    x = torch.randn(3, 4, 5, 6)
+    expected = F.leaky_relu(F.batch_norm(x, None, None, torch.full((4,), 1 + 1e-5), None, True), 0.01)
+    with NoListBecomesATensor():
+        found = norm(x.clone())
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(AssertionError, match="from a list or number"), NoListBecomesATensor():
+        torch.ones(2).new_tensor([3])

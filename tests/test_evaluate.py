@@ -1,6 +1,9 @@
 """Scoring runs, against the official script on the written files."""
 
 import json
+import os
+import subprocess
+import sys
 
 import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official
 import numpy as np
@@ -11,7 +14,8 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from networks import build_network
-from tests.conftest import finish, start
+from tests.conftest import ROOT, finish, start
+from tests.conftest import SMALL as TRAIN
 from utils import checkpoint
 from utils.cli import UserError
 from utils.inference import Normalization
@@ -222,3 +226,18 @@ def test_the_first_windows_are_a_sign_of_life(streets, snapshot, tmp_path, capsy
     (line,) = [line for line in shown if line.startswith("first image: ")]
     assert line.startswith("first image: 1/2 windows; at this rate 0:") and line.endswith("for 5")
     assert shown.index(line) < next(i for i, text in enumerate(shown) if text.startswith("evaluating: "))
+
+
+def test_relative_paths_are_where_the_user_stands(streets, tmp_path):
+    """Both scripts, called from another folder, with a process that reads samples."""
+    (tmp_path / "data").symlink_to(streets)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words in (["train.py", *TRAIN, "--num-workers", "1", "--num-steps", "1", "--batch-size", "2"],
+                  ["evaluate.py", "--restore-from", "snapshots/CS_scenes_1.pth", "--gpu", "cpu", "--num-workers", "1",
+                   "--output-dir", "r", "--scales", "1.0", "--no-flip"]):
+        script = os.path.relpath(ROOT / words[0], tmp_path)
+        done = subprocess.run([sys.executable, script, *words[1:], "--data-dir", "data"], cwd=tmp_path, text=True,
+                              capture_output=True, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r/result.json").is_file() and len(list((tmp_path / "r/labelIds").iterdir())) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "snapshots", "r"}

@@ -150,6 +150,23 @@ def test_labels_and_tensors(rng):
     assert torch.equal(predictor.labels(image).long(), predictor(torch.from_numpy(image)).argmax(0))
 
 
+@pytest.mark.parametrize("wrong, found", [
+    (lambda image: image / 255, r"float64 \(40, 50, 3\)"), (lambda image: image.astype(np.float32), "float32"),
+    (lambda image: image.transpose(2, 0, 1), r"uint8 \(3, 40, 50\)"), (lambda image: image[..., 0], r"\(40, 50\)"),
+    (lambda image: image[None], r"\(1, 40, 50, 3\)"), (lambda image: image[:0], r"\(0, 50, 3\)"),
+    (lambda image: torch.from_numpy(image).float(), "float32"),
+    (lambda image: np.dstack([image, image[..., :1]]), r"\(40, 50, 4\)"),
+])
+def test_other_kinds_of_images_are_refused(rng, wrong, found):
+    """Numbers from 0 to 1 would pass for a nearly black image."""
+    image = rng.integers(256, size=(40, 50, 3)).astype(np.uint8)
+    predictor = SlidingPredictor(local_network, (33, 33), normalization=PLAIN)
+    with pytest.raises(ValueError, match=rf"image: expected uint8 \(H, W, 3\) RGB, found .*{found}"):
+        predictor(wrong(image))
+    turned = image[::-1, ::-1]      # a view, which torch takes a copy of only
+    assert torch.equal(predictor(turned), predictor(turned.copy()))
+
+
 @pytest.mark.parametrize("wrong", [{"overlap": 1.0}, {"scales": ()}, {"scales": (1.0, 0.0)}])
 def test_impossible_protocols_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loss.criterion import SegmentationCriterion
-from loss.ohem import OhemCrossEntropy
+from loss.ohem import OhemCrossEntropy, kth_smallest
 
 
 def numpy_ohem(logits, labels, thres, min_kept, ignore_index=255):
@@ -142,3 +142,19 @@ def test_base_network_has_no_coarse_term():
     losses = SegmentationCriterion()({"fine": torch.randn(1, 3, 4, 4), "aux": torch.randn(1, 3, 4, 4)},
                                      torch.randint(3, (1, 25, 25)))
     assert set(losses) == {"fine", "aux"}
+
+
+class OnADevice(torch.Tensor):
+    """Takes the way of a GPU."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.clone, OnADevice], ids=["cpu", "device"])
+def test_the_kth_smallest_is_that_of_a_sort(make, monkeypatch):
+    values = torch.randn(500).round(decimals=1)     # with ties
+    values[::7] = -torch.inf
+    ordered = values.sort().values
+    monkeypatch.setattr(torch.Tensor, "kthvalue", None)
+    for k in (1, 2, 250, 499, 500):
+        assert float(kth_smallest(make(values), k)) == ordered[k - 1]

@@ -5,10 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+
+import evaluate as evaluate_script
+import train as train_script
+from utils import local
+from utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,3 +61,75 @@ def test_data_goes_all_the_way_to_a_score(project, streets):
     result = json.loads((project / "snapshots/CS_scenes_2_val/result.json").read_text())
     assert result["protocol"]["scales"] == [0.75, 1.0, 1.25, 1.5, 1.75, 2.0] and result["protocol"]["flip"]
     assert {"single_scale", "multi_scale"} <= set(result) and result["num_images"] == 5
+
+
+def words_of(project, monkeypatch, *words):
+    """What `utils.local` would start from another folder: [words], without starting any of it."""
+    started = []
+
+    def call(*words, folder=None, watch=None):
+        started.append([str(word) for word in words])
+
+    monkeypatch.setattr(local, "PROJECT", project)
+    monkeypatch.setattr(local, "call", call)
+    monkeypatch.setattr(local, "newest", lambda folder: Path(folder) / "CS_scenes_1.pth")
+    monkeypatch.setattr(local.subprocess, "run", lambda words, **_: started.append(words) or Namespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["local", str(project.parent), *words])
+    monkeypatch.chdir(project)
+    local.main()
+    return started
+
+
+def test_words_reach_all_that_they_concern(project, monkeypatch):
+    check, train, evaluate = words_of(
+        project, monkeypatch, "data", "--from-scratch", "--gpu=cpu", "--data-list", "a.lst", "b.lst",
+        "--classes=c.csv", "--amp", "off", "--num-steps", "7", "--keep=2")
+    assert [Path(word) for word in check[3:] if not word.startswith("--")] == [
+        project.parent.resolve() / name for name in ("data", "a.lst", "b.lst", "c.csv")]
+    for words, script in ((train, train_script), (evaluate, evaluate_script)):
+        args = script.get_parser().parse_args(words[1:])
+        assert (args.gpu, args.amp) == ("cpu", "off") and len(args.data_list) == 2 and args.classes.endswith("c.csv")
+        if words is train:
+            assert (args.num_steps, args.keep) == (7, 2) and args.snapshot_dir == str(project / "snapshots")
+
+
+def test_a_first_word_that_is_a_flag_is_no_folder(project, monkeypatch):
+    (project / "demo/streets").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="result.json"):     # nothing was scored
+        words_of(project, monkeypatch, "--gpu", "cpu", "--num-steps", "3")
+    with pytest.raises(UserError, match="--data-list: expected the data's folder as the first word"):
+        words_of(project, monkeypatch, "--data-list", "a.lst")
+
+
+def test_an_unwritable_folder_ends_at_once(project):
+    (project / "demo").write_text("a file")
+    done = run(project)
+    assert done.returncode == 2 and "demo/.writable: expected to write a file there, found" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "drawing" not in done.stdout
+
+
+def test_a_full_disk_ends_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Namespace(free=1e6))
+    with pytest.raises(UserError, match="expected 200 MB free for scenes, snapshots and pictures, found 1 MB"):
+        local.check_writable(tmp_path / "demo")
+
+
+@pytest.mark.parametrize("code, status", [("import sys; sys.exit(130)", 130), ("import sys; sys.exit(2)", 2),
+                                          ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", 143)])
+def test_what_ends_early_ends_all(code, status):
+    with pytest.raises(SystemExit) as caught:
+        local.call("-c", code)
+    assert caught.value.code == status
+
+
+def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(local, "STEPS", 1050)
+    watch = local.announce(tmp_path, local.time.monotonic() - 60)
+    watch()
+    rates = ((25, 1.0), (50, 10.0), (75, 99.0))
+    lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rates]
+    for count in (1, 2, 3):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n")
+        watch()
+    said, = capsys.readouterr().out.splitlines()
+    assert said == "at 10.0 images/s training and scoring take 7 minutes more, 8 in all"    # 1000 · 4 / 10 s, and 5 %

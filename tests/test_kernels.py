@@ -1,5 +1,6 @@
 """Calls of the kernels that exist on CUDA alone, on stand-ins for the CPU."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import kernels
 from libs.abn import InPlaceABNSync
+from utils.inference import Normalization
 
 
 def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
@@ -52,7 +54,7 @@ class Twice:
         return 2 * tensor
 
 
-def test_shared_statistics_make_no_tensor_from_a_list(monkeypatch):
+def test_no_tensor_is_made_from_a_list(monkeypatch):
     norm = InPlaceABNSync(4)
     monkeypatch.setattr(norm, "_exchange", lambda x: Twice())
     x = torch.randn(3, 4, 5, 6)
@@ -60,5 +62,10 @@ def test_shared_statistics_make_no_tensor_from_a_list(monkeypatch):
     with NoListBecomesATensor():
         found = norm(x.clone())
     torch.testing.assert_close(found, expected)
+    images = torch.randint(256, (2, 3, 5, 6), dtype=torch.uint8)
+    expected = (images.numpy() - np.array([[[1.5]], [[2]], [[3]]])) / np.array([[[4]], [[5]], [[0.5]]])
+    with NoListBecomesATensor():
+        found = Normalization("RGB", (1.5, 2.0, 3.0), (4.0, 5.0, 0.5))(images)
+    torch.testing.assert_close(found, torch.from_numpy(expected).float())
     with pytest.raises(AssertionError, match="from a list or number"), NoListBecomesATensor():
         torch.ones(2).new_tensor([3])

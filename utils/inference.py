@@ -25,7 +25,9 @@ class Normalization:
 
     def __call__(self, images):
         """images (B, 3, H, W) uint8 or float RGB, 0 to 255 → (B, 3, H, W) float32, on the same device."""
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+        # Filled on the device: copied there they would make the host wait in every pass.
+        mean, std = (torch.cat([images.new_full((1, 1, 1), value, dtype=torch.get_default_dtype()) for value in values])
+                     for values in (self.mean, self.std))                                       # (3, 1, 1)
         images = images.float() if self.order == "RGB" else images.float().flip(1)
         return (images - mean) / std
 

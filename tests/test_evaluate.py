@@ -241,3 +241,92 @@ def test_relative_paths_are_where_the_user_stands(streets, tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "r/result.json").is_file() and len(list((tmp_path / "r/labelIds").iterdir())) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"data", "snapshots", "r"}
+
+
+def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys):
+    run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip", "--input-size", "64,100", "--save", "none")
+    assert "windows of 64×100 are rounded up to 65×105" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--split", "nowhere"], "expected <city>"),
+    (["--overlap", "1"], "--overlap: expected a share below 1"),
+    (["--restore-from", "a.pth", "b.pth", "--images", "x"], "expected one snapshot with --images, found 2"),
+    (["--images", "nowhere/*.jpg"], r"--images nowhere/\*.jpg: expected an image, a folder or a pattern"),
+    (["--images", "x", "--submission", "y"], "expected one task at a time, found --images and --submission"),
+    (["--submission", "y", "--data-list", "z"], "expected a Cityscapes folder"),
+    (["--classes", "CAMVID"], "expected the 19 classes of .*, found 2"),
+    (["--restore-from", "none.pth"], "none.pth: expected a file of weights, found no such file"),
+])
+def test_bad_input_is_one_sentence(streets, snapshot, tmp_path, words, message):
+    table = tmp_path / "classes.csv"
+    table.write_text("name,id,train_id,red,green,blue\nroad,0,0,0,0,0\ncar,1,1,0,0,0\n")
+    words = [str(table) if word == "CAMVID" else word for word in words]
+    with pytest.raises(UserError, match=message):
+        run(streets, snapshot, tmp_path / "r", *words)
+
+
+def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pth")
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    for name, message in (("plain.pth", "expected a snapshot that train.py wrote, found a file without config, model"),
+                          ("text.pth", "expected a file of tensors written by torch.save")):
+        with pytest.raises(UserError, match=message):
+            run(streets, tmp_path / name, tmp_path / "r")
+    content = checkpoint.load(snapshot)
+    del content["model"]["fine.weight"]
+    checkpoint.save(tmp_path / "short.pth", content)
+    with pytest.raises(UserError, match="expected the weights its config describes, found: .*fine.weight"):
+        run(streets, tmp_path / "short.pth", tmp_path / "r")
+
+
+def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_path):
+    """Five images over two processes, with pictures; and one, which leaves the second process without any."""
+    image = next(streets.glob("leftImg8bit/val/*/*.png"))
+    label = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+    (tmp_path / "one.lst").write_text(f"{image} {label}\n")
+    for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
+        words = ["--scales", "1.0", "--no-flip", "--save", "labels", *map(str, words)]
+        alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
+        status, out, error = finish(start(
+            "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
+            "--amp", "off", "--output-dir", tmp_path / name, *words, processes=2))
+        assert status == 0, error
+        assert json.loads((tmp_path / name / "result.json").read_text()) == alone
+        assert out.count("results in") == 1
+        for path in (tmp_path / "alone" / name / "labelIds").iterdir():
+            assert (tmp_path / name / "labelIds" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_several_snapshots_make_one_table(streets, snapshot, tmp_path, capsys):
+    content = checkpoint.load(snapshot)
+    content["model"]["fine.weight"] = content["model"]["fine.weight"].flip(0)
+    checkpoint.save(tmp_path / "CS_scenes_9.pth", content)
+    evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), str(tmp_path / "CS_scenes_9.pth"),
+                   "--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--save", "none",
+                   "--output-dir", str(tmp_path / "r")])
+    results = [json.loads((tmp_path / f"r/CS_scenes_{step}/result.json").read_text()) for step in (7, 9)]
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0].split()[-2:] == ["single", "fine"]
+    for line, result in zip(lines[1:], results, strict=True):
+        assert line.startswith(result["checkpoint"]) and line.endswith(f"{100 * result['mean_iou']:.2f}")
+    assert results[0]["mean_iou"] != results[1]["mean_iou"]
+
+
+def test_a_split_without_truth_is_a_sentence(streets, snapshot, tmp_path):
+    for path in streets.glob("gtFine/val/*/*_labelIds.png"):
+        target = tmp_path / path.relative_to(streets)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((128, 256), np.uint8)).save(target)
+    (tmp_path / "leftImg8bit").symlink_to(streets / "leftImg8bit")
+    with pytest.raises(UserError, match="--split val: expected labelled pixels to score, found none; .*--submission"):
+        run(tmp_path, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip")
+
+
+def test_scores_do_not_depend_on_workers_or_the_batch_of_windows(streets, snapshot, tmp_path):
+    one, other = (run(streets, snapshot, tmp_path / name, "--save", "none", "--scales", "1.0", "1.25", *words)
+                  for name, words in (("a", ("--batch-size", "1")), ("b", ("--num-workers", "2", "--batch-size", "7"))))
+    assert one["mean_iou"] == pytest.approx(other["mean_iou"], abs=1e-4)
+    again = run(streets, snapshot, tmp_path / "c", "--save", "none", "--scales", "1.0", "1.25", "--num-workers", "2",
+                "--batch-size", "1")
+    assert again == one

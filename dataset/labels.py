@@ -51,6 +51,9 @@ class ClassTable:
         first = {row["train_id"]: row for row in reversed(evaluated)}
         classes = [first[train_id] for train_id in found]
         self.names = [row["name"] for row in classes]
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:       # scores are told by name
+            raise UserError(f"{source}: expected another name for every class, found {', '.join(twice)} several times")
         self.categories = [row["category"] or row["name"] for row in classes]
         self.ids = np.array([row["id"] for row in classes])
         self.palette = np.zeros((256, 3), np.uint8)

@@ -39,6 +39,7 @@ from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split,
 from dataset.labels import IGNORE_INDEX, ClassTable
 from libs.convert import fold_norms
 from networks import build_network
+from networks.pretrained import read_snapshot
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
 from utils.distributed import (
@@ -53,7 +54,7 @@ from utils.distributed import (
     started_by_torchrun,
 )
 from utils.export import export_onnx
-from utils.inference import Normalization, SlidingPredictor, fitting_size, score
+from utils.inference import SlidingPredictor, fitting_size, score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import AUTOCAST, best_precision
@@ -121,15 +122,11 @@ def get_parser():
 
 
 def load_network(path, device):
-    """Snapshot file → (network prepared for evaluation, its config)."""
-    content = checkpoint.load_snapshot(path)
-    network = build_network(**content["config"]["network"])
-    try:
-        network.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: expected the weights its config describes, found: "
-                        f"{str(error).splitlines()[1].strip()}") from None
-    return fold_norms(network).to(device, memory_format=torch.channels_last).eval(), content["config"]
+    """Snapshot file → (network prepared for evaluation, its `utils.snapshot.Config`)."""
+    found = read_snapshot(path)
+    network = build_network(**found.config.network)
+    network.load_state_dict(found.model)
+    return fold_norms(network).to(device, memory_format=torch.channels_last).eval(), found.config
 
 
 class Pictures:
@@ -298,10 +295,10 @@ def check(args):
 def make_predictor(args, network, config, device, images):
     """The `SlidingPredictor` that the flags describe, which tells how the first of its images gets on; and the
     protocol in words."""
-    window = None if args.whole else args.input_size or tuple(config["input_size"])
+    window = None if args.whole else args.input_size or config.input_size
     window = window and fitting_size(window, "windows")
     predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
-                                 Normalization.from_config(config["normalization"]), device, AUTOCAST[args.amp],
+                                 config.normalization, device, AUTOCAST[args.amp],
                                  torch.channels_last, FirstImage(images))
     return predictor, {"window": window and list(window), "overlap": None if args.whole else args.overlap,
                        "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
@@ -310,9 +307,9 @@ def make_predictor(args, network, config, device, images):
 
 def class_table(args, config, path):
     """The classes of a snapshot, or the table that is asked for if it fits."""
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable(config["classes"], f"classes of {path}")
-    if classes.num_classes != config["network"]["num_classes"]:
-        raise UserError(f"--classes {args.classes}: expected the {config['network']['num_classes']} classes of "
+    classes = ClassTable.read(args.classes) if args.classes else ClassTable(config.classes, f"classes of {path}")
+    if classes.num_classes != config.network["num_classes"]:
+        raise UserError(f"--classes {args.classes}: expected the {config.network['num_classes']} classes of "
                         f"{path}, found {classes.num_classes}")
     return classes
 
@@ -324,9 +321,9 @@ def main(argv=None):
     if args.export:
         check_file("--export", args.export)
         network, config = load_network(paths[0], torch.device("cpu"))
-        heads = export_onnx(network, Normalization.from_config(config["normalization"]), args.export)
+        heads = export_onnx(network, config.normalization, args.export)
         print(f"{args.export}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
-              f"{config['network']['num_classes']}, H, W); whole images, no windows")
+              f"{config.network['num_classes']}, H, W); whole images, no windows")
         return
     devices = select_devices(args.gpu)
     if len(devices) > 1 and not started_by_torchrun():

@@ -16,6 +16,7 @@ A batch too large for the memory: --accumulate 4 takes it in four parts
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import WEIGHTS, SegmentationCriterion, upsample
 from networks import ACTIVATIONS, BACKBONES, MODELS, STEMS, build_network, recompute_choices
-from networks.pretrained import CAFFE, choose_backbone, load_weights, read_weights, recognise
+from networks.pretrained import CAFFE, choose_backbone, load_weights, read_snapshot, read_weights, weights_of
 from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
@@ -51,6 +52,7 @@ from utils.engine import Course, Engine, NetworkWithLoss, NotFinite
 from utils.inference import Normalization, SlidingPredictor, fitting_size, round_size, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
+from utils.snapshot import Config
 
 NORMALIZATIONS = {"rgb": Normalization(), "bgr": CAFFE}
 
@@ -187,7 +189,7 @@ def snapshot(engine, step, config):
     generators = checkpoint.random_state(engine.devices)
     rng = [generators] if engine.processes is None else engine.processes.gather_objects(generators)
     return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
-            "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config}
+            "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config.plain()}
 
 
 def draw_panel(network, normalization, sample, classes, device):
@@ -206,72 +208,81 @@ def draw_panel(network, normalization, sample, classes, device):
 
 
 # Flags without which a snapshot belongs to another run: the network, and the sequence of its samples.
-SAME_RUN = ("model", "norm", "activation", "data_list", "split", "input_size", "batch_size", "random_seed",
-            "random_mirror", "random_scale", "sampling", "jitter")
+SAME_RUN = ("model", "norm", "activation", "split", "input_size", "batch_size", "random_seed", "random_mirror",
+            "random_scale", "sampling", "jitter")
 # Flags that change what is learnt from there on: allowed, and said.
 NEW_COURSE = ("learning_rate", "momentum", "weight_decay", "power", "num_steps", "accumulate", "ohem", "ohem_thres",
               "ohem_keep", "amp", "opt_level")
 
 
 def find_snapshot(path, folder, processes):
-    """(path, content) of the snapshot to go on from; (None, None) without any. `path` is a file, or "newest".
+    """The `Snapshot` to go on from; None without any. `path` is a file, or "newest".
 
     The first process reads for all: hosts may share no disk.
     """
     if processes is not None:
         return processes.first(find_snapshot(path, folder, None) if processes.rank == 0 else None)
     if path == "newest":
-        return checkpoint.newest(folder)
-    content = checkpoint.load_snapshot(path)
-    existing = checkpoint.snapshots(folder)
-    if existing and existing[-1][0] > content["step"]:
-        raise UserError(f"--resume {path}, {content['step']} steps done: expected no later snapshot in "
+        return checkpoint.newest(folder, partial(read_snapshot, resuming=True))
+    found, existing = read_snapshot(path, resuming=True), checkpoint.snapshots(folder)
+    if existing and existing[-1][0] > found.step:
+        raise UserError(f"--resume {path}, {found.step} steps done: expected no later snapshot in "
                         f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
-    return path, content
+    return found
 
 
-def resume(path, content, engine, config):
-    """Restore a run from a snapshot; returns the number of steps done."""
+def resume(found, engine):
+    """Restore a run from a `Snapshot`; returns the number of steps done."""
     rank, world = rank_and_size(engine.processes)
-    compare(path, content["config"], config)
-    engine.network.load_state_dict(content["model"])
-    engine.optimizer.load_state_dict(content["optimizer"])
-    engine.precision.load_state_dict(content.get("scaler"))
-    rng = content["rng"]
+    engine.network.load_state_dict(found.model)
+    # The flags of this run, and the momentum of the other.
+    engine.optimizer.load_state_dict(engine.optimizer.state_dict() | {
+        "state": {number: {"momentum_buffer": momentum} for number, momentum in found.momentum.items()}})
+    engine.precision.load_state_dict(found.scaler)
+    rng = found.rng
     if len(rng) == world and len(rng[rank]["cuda"]) == sum(device.type == "cuda" for device in engine.devices):
         checkpoint.set_random_state(rng[rank], engine.devices)
     else:
         print("random generators start anew: the snapshot has those of another number of devices. "
               "Dropout draws other channels than an undisturbed run; samples are the same")
-    print(f"resumed {path}, {content['step']} steps done")
-    return content["step"]
+    print(f"resumed {found.path}, {found.step} steps done")
+    return found.step
 
 
 def compare(path, before, now):
-    """Refuse to go on from a snapshot of another run; say which flags take another course from here on."""
-    for name, value in now["network"].items():
-        found = before["network"].get(name)
+    """Refuse to go on from a snapshot of another run; say which flags take another course from here on.
+
+    before, now: `Config` of the snapshot and of this run.
+    """
+    for name, value in now.network.items():
+        found = before.network.get(name)
         if name not in ("model", "norm", "activation", "num_classes") and found != value:
             raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
                             "flags go on with that run")
-    if before["normalization"] != now["normalization"]:
-        raise UserError(f"--resume {path}: expected an input normalised by {now['normalization']}, found "
-                        f"{before['normalization']}; without --normalization the run goes on")
-    if before["classes"] != now["classes"]:
+    if before.normalization != now.normalization:
+        raise UserError(f"--resume {path}: expected an input normalised by {now.normalization.as_config()}, found "
+                        f"{before.normalization.as_config()}; without --normalization the run goes on")
+    if before.classes != now.classes:
         raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
-    old, new = dict(before["arguments"]), now["arguments"]
-    if old["input_size"] != new["input_size"] == list(round_size(old["input_size"])):
-        print(f"--resume: from here on crops are {new['input_size']}, before they were {old['input_size']}, which "
-              "earlier versions did not round")
+    old, new = dict(before.arguments), now.arguments
+    if before.input_size != now.input_size == round_size(before.input_size):
+        print(f"--resume: from here on crops are {new['input_size']}, before they were {list(before.input_size)}, "
+              "which earlier versions did not round")
         old["input_size"] = new["input_size"]
-    for name in (*SAME_RUN, *NEW_COURSE):
+    # Older snapshots know the lists' names, but not what was in them.
+    for name in (*SAME_RUN, *["data_list"] * (before.samples is None), *NEW_COURSE):
         flag = f"--{name.replace('_', '-')}"
         if old.get(name) == new[name]:
             continue
-        if name in SAME_RUN:
+        if name not in NEW_COURSE:
             raise UserError(f"--resume {path}: expected a run with {flag} {new[name]}, found {old.get(name)}; "
                             "another --snapshot-dir starts another run")
         print(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
+    if before.samples not in (None, now.samples):
+        raise UserError(f"--resume {path}: expected a run on the {now.samples['count']} pairs of image and label of "
+                        f"{'--data-list' if new['data_list'] else '--data-dir'}, found one on "
+                        f"{before.samples['count']} pairs, of other names or in another order; another "
+                        "--snapshot-dir starts another run")
 
 
 def check(args, devices, classes):
@@ -308,18 +319,19 @@ def check(args, devices, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def prepare(args, devices, processes, precision, classes):
+def prepare(args, devices, processes, precision, dataset):
     """Network and optimiser, from random weights, a file's, or a snapshot of this run.
 
     Returns (engine, steps done, what a snapshot says of the run, account of the file's weights or None).
     """
-    path, content = find_snapshot(args.resume, args.snapshot_dir, processes) if args.resume else (None, None)
-    weights = read_weights(args.restore_from[0]) if args.restore_from and content is None else None
-    if content is not None and args.restore_from:
+    classes = dataset.classes
+    found = find_snapshot(args.resume, args.snapshot_dir, processes) if args.resume else None
+    weights = read_weights(args.restore_from[0]) if args.restore_from and found is None else None
+    if found is not None and args.restore_from:
         print("--resume: the weights are the snapshot's; --restore-from is not read")
-    elif args.resume and content is None:
+    elif args.resume and found is None:
         print(f"--resume: no snapshot in {args.snapshot_dir} yet, so this run starts from the beginning")
-    followed = weights if content is None else recognise(content, str(path))
+    followed = weights if found is None else weights_of(found)
     shape = {"model": args.model, "num_classes": classes.num_classes, "norm": args.norm, "activation": args.activation,
              "ablations": args.ablations,
              **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
@@ -332,8 +344,9 @@ def prepare(args, devices, processes, precision, classes):
     print(f"network: {args.model}, {shape['backbone']}, stem {shape['stem']}, "
           f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, mean "
           f"{', '.join(map(str, normalization.mean))}")
-    config = {"network": shape, "normalization": normalization.as_config(), "classes": classes.rows,
-              "input_size": list(args.input_size), "arguments": plain_values(args)}
+    config = Config(shape, normalization, classes.rows, args.input_size, plain_values(args), dataset.fingerprint())
+    if found is not None:
+        compare(found.path, found.config, config)
 
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     network = build_network(**shape, recompute=args.checkpoint).to(devices[0], memory_format=memory_format)
@@ -345,7 +358,7 @@ def prepare(args, devices, processes, precision, classes):
     if weights is not None:
         account = load_weights(network, weights, allow_partial=args.allow_partial)
         print(account)
-    elif content is None:
+    elif found is None:
         print("no --restore-from: the network starts from random weights")
     # A snapshot has the weights, their momentum, and whatever else is small.
     checkpoint.check_room(f"--snapshot-dir {args.snapshot_dir}", args.snapshot_dir,
@@ -361,7 +374,7 @@ def prepare(args, devices, processes, precision, classes):
         network.compile()
     module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
     engine = Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)
-    return engine, 0 if content is None else resume(path, content, engine, config), config, account
+    return engine, 0 if found is None else resume(found, engine), config, account
 
 
 def share_batches(module, devices, processes):
@@ -406,7 +419,7 @@ def quick_validation(args, engine, normalization, classes, workers, log):
     predictor = SlidingPredictor(engine.network.forward, None, normalization=normalization, device=engine.devices[0],
                                  autocast=engine.precision.autocast)
     best = Path(args.snapshot_dir, checkpoint.BEST)
-    highest = checkpoint.load_snapshot(best)["quick_mean_iou"] if best.exists() else -1.0
+    highest = read_snapshot(best).quick_mean_iou if best.exists() else -1.0
     if processes is not None:
         highest = processes.first(highest)      # all must agree when to save
     print(f"quick validation every {args.val_every} steps: {dataset.describe()}")
@@ -508,8 +521,8 @@ def run(args, devices, processes, precision, dataset, workers):
     """Train: this process's part of it, on these devices. Returns the signal that stopped it early, else 0."""
     device, classes = devices[0], dataset.classes
     rank, world = rank_and_size(processes)
-    engine, start, config, account = prepare(args, devices, processes, precision, classes)
-    network, normalization = engine.network, Normalization.from_config(config["normalization"])
+    engine, start, config, account = prepare(args, devices, processes, precision, dataset)
+    network, normalization = engine.network, config.normalization
 
     part = args.batch_size // args.accumulate       # crops of a pass, over all devices
     shares = (args.random_seed, start * args.batch_size, args.num_steps * args.batch_size, part, rank, world)
@@ -525,7 +538,7 @@ def run(args, devices, processes, precision, dataset, workers):
         elif rank == 0:
             checkpoint.save(Path(args.snapshot_dir, checkpoint.BEST), content | {"quick_mean_iou": best})
 
-    about = about_this_run(config["arguments"], devices)
+    about = about_this_run(config.arguments, devices)
     with NoLog() if rank else RunLog(args.snapshot_dir, args.num_steps, start, about) as log:
         if account is not None and rank == 0:
             checkpoint.write_json(Path(args.snapshot_dir, "weights.json"), account.as_json())

@@ -1,5 +1,6 @@
 """Cityscapes, and every data set that a list of files and a class table describe."""
 
+import hashlib
 import itertools
 import os
 import warnings
@@ -67,12 +68,13 @@ class CityscapesDataset(Dataset):
         if self.scanned:
             self.splits, self.weights = parse_split(split)
             found = [_scan(self.root, name) for name in self.splits]
-            self.places = None
+            self.places = self.lists = None
         else:
             lists = [data_list] if isinstance(data_list, str | Path) else data_list
             read = [_read_list(self.root, Path(one)) for one in lists]
             found, self.splits, self.weights = [pairs for pairs, _ in read], (), None
             self.places = [place for _, places in read for place in places]
+            self.lists = [Path(one).parent for one, pairs in zip(lists, found, strict=True) for _ in pairs]
         self.parts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
         self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.root))
@@ -172,6 +174,14 @@ class CityscapesDataset(Dataset):
         if not labelled:
             raise UserError(f"{self.pairs[chosen[0]][1]} and {len(chosen) - 1} other label maps: expected pixels of "
                             f"the {self.classes.num_classes} classes of {self.classes.source}, found only ignored ones")
+
+    def fingerprint(self):
+        """{"count", "sha256"} of the pairs in their order: the same wherever the data and its lists have been moved."""
+        names = hashlib.sha256()
+        for index, pair in enumerate(self.pairs):
+            folders = [self.root] if self.scanned else [self.root, self.lists[index]]
+            names.update("".join(f"{_below(path, folders)}\n" for path in pair).encode(errors="surrogateescape"))
+        return {"count": len(self), "sha256": names.hexdigest()}
 
     def describe(self):
         """One line: how many images, and whether that differs from the official split."""
@@ -274,6 +284,15 @@ def _find(name, root, path, number):
         if os.path.isfile(folder / name):       # false, not an error, for a name too long or a loop of links
             return folder / name
     raise UserError(f"{path}, line {number}: expected the file {root / name}, found {kind_of(root / name)}")
+
+
+def _below(path, folders):
+    """A file's name below the first of these folders that holds it; elsewhere its whole name."""
+    path = Path(os.path.abspath(path))
+    for folder in map(os.path.abspath, folders):
+        if path.is_relative_to(folder):
+            return path.relative_to(folder).as_posix()
+    return path.as_posix()
 
 
 def unique_names(paths):

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from libs.abn import NORMS
@@ -37,12 +38,18 @@ MODELS = {
 def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="7x7",
                    average_downsample=False, eca_kernels=None, output_stride=8, recompute="none"):
     """The `ResNet` of that name. `eca_kernels`: k of stages 1 to 4, instead of the released ones."""
+    for name, value, choices in (("backbone", backbone, BACKBONES), ("norm", norm, NORMS),
+                                 ("activation", activation, ACTIVATIONS), ("stem", stem, STEMS)):
+        _check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
+    _check(isinstance(average_downsample, bool), "average_downsample", average_downsample, "true or false")
     if activation == "relu" and norm != "bn":
         raise ValueError("activation relu: expected norm bn, found "
                          f"{norm}: an in-place norm cannot recover its input from a ReLU's output")
     block, depths, released = BACKBONES[backbone].values()
-    if eca_kernels is not None and released is None:
-        raise ValueError(f"eca_kernels: {backbone} has no channel attention")
+    if eca_kernels is not None:
+        _check(released is not None, "eca_kernels", eca_kernels, f"none, as {backbone} has no channel attention,")
+        _check(isinstance(eca_kernels, list | tuple) and len(eca_kernels) == 4 and all(
+            type(k) is int and k > 0 and k % 2 for k in eca_kernels), "eca_kernels", eca_kernels, "four odd numbers")
     kernels = eca_kernels or released
     attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
     return ResNet(block, depths, norm_maker(norm, activation), ACTIVATIONS[activation], attention,
@@ -80,7 +87,10 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
     Returns:
         nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
         h = ceil(H / output_stride). Evaluation: {"fine", "coarse"}. `base` has no "coarse".
+        Raises ValueError naming the argument that is none of these.
     """
+    _check(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
+    _check(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
     check_ablations(ablations)
     if ablations and not MODELS[model]["acf"]:
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
@@ -97,3 +107,14 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
     if MODELS[model]["acf"]:
         return ACFNet(trunk, context, channels, num_classes, aux, channels, make_norm, tuple(ablations))
     return BaseNet(trunk, context, channels, num_classes, aux)
+
+
+def meta_network(**arguments):
+    """`build_network` without memory: names, shapes and dtypes of the tensors alone. For arguments from a file."""
+    with torch.device("meta"):
+        return build_network(**arguments)
+
+
+def _check(holds, name, value, expected):
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {value!r:.60}")

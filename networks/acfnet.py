@@ -114,8 +114,8 @@ class ACFNet(BaseNet):
 def check_ablations(ablations):
     """Raise ValueError unless these are a tuple or list of names in `ABLATIONS`: one that is misspelt, or a string
     in place of a tuple, would silently be the network without it."""
-    if isinstance(ablations, str) or not all(name in ABLATIONS for name in ablations):
-        raise ValueError(f"ablations: expected a tuple of {', '.join(ABLATIONS)}, found {ablations!r}")
+    if not isinstance(ablations, list | tuple) or not all(name in ABLATIONS for name in ablations):
+        raise ValueError(f"ablations: expected a tuple of {', '.join(ABLATIONS)}, found {ablations!r:.60}")
 
 
 def _classify(features, weights, bias):

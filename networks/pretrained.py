@@ -12,6 +12,7 @@ Families are recognised from the files themselves:
 and so is the input normalisation they expect.
 """
 
+import os
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from pathlib import Path
 import torch
 
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
-from utils import checkpoint
+from utils import checkpoint, snapshot
 from utils.cli import UserError
 from utils.inference import Normalization
 
-from . import BACKBONES, STEMS
+from . import BACKBONES, STEMS, meta_network
 
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -97,7 +98,7 @@ def read_weights(path):
     path: of a file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2.
     """
     path = Path(path)
-    if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not path.exists():
+    if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not os.path.exists(path):
         path = _fetch(str(path))
     _look(path)
     if path.suffix == ".safetensors":
@@ -115,10 +116,34 @@ def read_weights(path):
     return recognise(content, str(path))
 
 
+def read_snapshot(path, resuming=False):
+    """Read one of our own snapshots: the only way to → `utils.snapshot.Snapshot`. Raises `UserError`.
+
+    resuming: a run is to go on from it.
+    """
+    return snapshot.parse(path, checkpoint.load(path), meta_network, resuming)
+
+
+def weights_of(found):
+    """`Snapshot` → `Weights`."""
+    backbone = {key.removeprefix("backbone."): value for key, value in found.model.items()
+                if key.startswith("backbone.")}
+    return Weights(found.path, "ours", found.model, found.config.network["norm"], structure(backbone),
+                   found.config.normalization)
+
+
+def _is_snapshot(content):
+    """Whether train.py wrote it, as far as what it has kept tells: other projects too save a model and a step."""
+    if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
+        return False
+    config = content.get("config")
+    return "rng" in content or isinstance(config, dict) and "network" in config
+
+
 def recognise(content, name):
     """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
-    config = content.get("config") if isinstance(content, dict) else None
-    network = config.get("network", {}) if isinstance(config, dict) else {}
+    if _is_snapshot(content):
+        return weights_of(snapshot.parse(name, content, meta_network))
     state = _state_dict(content, name)
     prefix = next((key.removesuffix(PROBE) for key in state if key.endswith(PROBE)), None)
     if prefix is None:
@@ -132,9 +157,11 @@ def recognise(content, name):
     if whole:
         ours |= {key.removeprefix(outer): value for key, value in state.items()
                  if key.startswith(outer) and not key.startswith(prefix)}
-    normalization = Normalization.from_config(config["normalization"]) if network and "normalization" in config else (
-        CAFFE if _expects_bytes(renamed) else Normalization())
-    return Weights(name, family, ours, network.get("norm", "bn"), structure(renamed), normalization)
+    found = structure(renamed)
+    kernels = found["eca_kernels"] or ()
+    if not all(kernel % 2 for kernel in kernels):
+        raise UserError(f"{name}: expected kernels of odd sizes for the channel attention, found {kernels}")
+    return Weights(name, family, ours, "bn", found, CAFFE if _expects_bytes(renamed) else Normalization())
 
 
 def structure(state):
@@ -144,8 +171,9 @@ def structure(state):
     basic = "layer1.0.conv3.weight" not in state
     stem = "7x7"
     if "conv1.0.weight" in state:
-        stem = "-".join(str(len(state[f"conv1.{index}.weight"])) for index in (0, 2, 4))
-    kernels = [state[key].shape[-1] for stage in (1, 2, 3, 4)
+        stem = "-".join(str(*state[key].shape[:1]) if (key := f"conv1.{index}.weight") in state else "?"
+                        for index in (0, 2, 4))
+    kernels = [state[key].shape[2] if state[key].ndim == 3 else 0 for stage in (1, 2, 3, 4)
                if (key := f"layer{stage}.0.eca.conv.weight") in state]
     return {"depth": (BASIC_DEPTHS if basic else DEPTHS).get(blocks, f"with {'-'.join(map(str, blocks))} blocks"),
             "eca": bool(kernels), "stem": stem, "eca_kernels": kernels or None,
@@ -160,10 +188,11 @@ def _expects_bytes(state):
     pixel, 1.3 for a real network of the latter kind and 58² times as much for one of the former.
     """
     convolution, norm = ("conv1.0", "conv1.1") if "conv1.0.weight" in state else ("conv1", "bn1")
-    if not {f"{convolution}.weight", f"{norm}.running_var"} <= state.keys():
+    filters, variance = state.get(f"{convolution}.weight"), state.get(f"{norm}.running_var")
+    if filters is None or variance is None or filters.ndim != 4 or variance.shape != filters.shape[:1]:
         return False
-    squares = state[f"{convolution}.weight"].float().square().flatten(1).sum(1)          # (filters,)
-    return float((state[f"{norm}.running_var"].float() / squares.clamp(min=1e-12)).median()) > 100
+    squares = filters.float().square().flatten(1).sum(1)          # (filters,)
+    return float((variance.float() / squares.clamp(min=1e-12)).median()) > 100
 
 
 def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca_kernels=None):
@@ -253,7 +282,11 @@ def load_weights(network, weights, name="", allow_partial=False):
 
 def _fetch(name):
     """The file of weights that torchvision names so, in PyTorch's cache; downloaded if it is not there yet."""
-    import torchvision
+    try:
+        import torchvision
+    except Exception as error:  # noqa: BLE001, beside ImportError what its compiled part raises beside another torch
+        raise UserError(f"{name}: expected torchvision, which knows where to fetch it, found none that can be imported "
+                        f"({str(error).splitlines()[0]}); the file itself will do") from None
     try:
         url = torchvision.models.get_weight(name).url
     except (ValueError, KeyError):
@@ -272,7 +305,7 @@ def _fetch(name):
 
 def _look(path):
     """Recognise what is no file of weights from its first bytes, before the rest is read."""
-    if path.is_dir():
+    if os.path.isdir(path):
         names = {file.name for file in path.iterdir()}
         if "latest" in names or any("zero_pp_rank" in name or "mp_rank" in name for name in names):
             raise UserError(f"{path}: expected a file of weights, found a folder that looks like DeepSpeed's; its "
@@ -283,7 +316,7 @@ def _look(path):
         raise UserError(f"{path}: expected a file of weights, found a folder{lightning}"
                         + (f"; give a file in it: {', '.join(inside[:3])}" if inside else
                            "; give the .ckpt file in checkpoints/" * bool(lightning)))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: expected a file of weights, found no such file")
     with open(path, "rb") as file:
         head = file.read(512)
@@ -310,7 +343,8 @@ def _state_dict(content, name):
             break
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{name}: expected named tensors (a state dict), found none")
-    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    field = snapshot.Field(name, "", content)
+    return {str(key): field[key].tensor() for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def _rename(state, ours):

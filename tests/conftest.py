@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dataset.labels import ClassTable
 from dataset.streets import write_dataset
+from networks import build_network
+from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -82,3 +85,25 @@ def randomise(module):
             tensor.normal_(std=0.2)
         elif tensor.is_floating_point():
             tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)
+
+
+def snapshot_content(step=7, classes=None, **shape):
+    """What train.py wrote into a snapshot before it kept a hash of the samples: the layout that must go on loading."""
+    rows = (classes or ClassTable.read()).rows
+    shape = {"model": "acfnet_resnet", "num_classes": ClassTable(rows).num_classes, "norm": "inplace_abn", "activation":
+             "leaky_relu", "ablations": [], "backbone": "eca_resnet18", "stem": "7x7", "average_downsample": False,
+             "eca_kernels": [3, 5, 7, 7]} | shape
+    network = build_network(**shape)
+    randomise(network)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter) / 1000
+    optimizer.step()
+    arguments = {"model": shape["model"], "norm": shape["norm"], "activation": shape["activation"], "data_list": None,
+                 "split": "train", "input_size": [65, 97], "batch_size": 2, "random_seed": 1234, "random_mirror": False,
+                 "random_scale": None, "sampling": "uniform", "jitter": None, "learning_rate": 0.01, "num_steps": 60000}
+    return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}, "step": step,
+            "rng": [checkpoint.random_state()],
+            "config": {"network": shape, "normalization": {"order": "RGB", "mean": [123.675, 116.28, 103.53],
+                                                           "std": [58.395, 57.12, 57.375]},
+                       "classes": rows, "input_size": [65, 97], "arguments": arguments}}

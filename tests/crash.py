@@ -97,7 +97,7 @@ def main():
         if disturb(start(folder / "streets", folder / "undisturbed"), folder, False, rng, 1e9) != "done":
             sys.exit("the undisturbed run did not end")
         longest = (time.monotonic() - began) / 2
-        expected = checkpoint.load_snapshot(folder / "undisturbed" / f"CS_scenes_{STEPS}.pth")
+        expected = checkpoint.load(folder / "undisturbed" / f"CS_scenes_{STEPS}.pth")
         kills, writing, rounds, attempt = 0, 0, 0, folder / "disturbed"
         while kills < args.kills or rounds == 0:
             more = kills < args.kills
@@ -106,7 +106,7 @@ def main():
             kills += ended != "done"
             writing += ended == "killed while writing"
             if ended == "done":
-                if not same(expected, checkpoint.load_snapshot(attempt / f"CS_scenes_{STEPS}.pth")):
+                if not same(expected, checkpoint.load(attempt / f"CS_scenes_{STEPS}.pth")):
                     sys.exit(f"after {kills} kills the end differs from the undisturbed run's")
                 steps = [line["step"] for line in train.read_lines(attempt / "metrics.jsonl")]
                 if steps != list(range(1, STEPS + 1)):

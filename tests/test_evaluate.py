@@ -14,26 +14,22 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from networks import build_network
-from tests.conftest import ROOT, finish, start
+from tests.conftest import ROOT, finish, snapshot_content, start
 from tests.conftest import SMALL as TRAIN
 from utils import checkpoint
 from utils.cli import UserError
-from utils.inference import Normalization
 
 
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory):
     """A network that knows nothing but predicts several classes."""
     torch.manual_seed(2)
-    shape = {"model": "acfnet_resnet", "num_classes": 19, "backbone": "eca_resnet18", "norm": "inplace_abn",
-             "activation": "leaky_relu"}
-    network = build_network(**shape)
+    content = snapshot_content()
+    network = build_network(**content["config"]["network"])
     torch.nn.init.normal_(network.fine.weight, std=0.3)
     torch.nn.init.normal_(network.coarse.weight, std=0.3)
     path = tmp_path_factory.mktemp("snapshots") / "CS_scenes_7.pth"
-    checkpoint.save(path, {"model": network.state_dict(), "optimizer": {}, "scaler": {}, "step": 7, "rng": {},
-                           "config": {"network": shape, "normalization": Normalization().as_config(),
-                                      "classes": ClassTable.read().rows, "input_size": [65, 97]}})
+    checkpoint.save(path, content | {"model": network.state_dict()})
     return path
 
 

@@ -15,7 +15,7 @@ from dataset.images import ImageFiles, find_images, images_of_split, write_submi
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.cli import UserError
-from utils.inference import Normalization, SlidingPredictor
+from utils.inference import SlidingPredictor
 
 QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
 
@@ -120,7 +120,7 @@ def test_the_exported_network_gives_the_labels_of_the_whole_image(snapshot, tmp_
     assert "fine, coarse logits" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     network, config = evaluate.load_network(snapshot, torch.device("cpu"))
-    predictor = SlidingPredictor(network, None, normalization=Normalization.from_config(config["normalization"]))
+    predictor = SlidingPredictor(network, None, normalization=config.normalization)
     for height, width in ((64, 64), (65, 97), (128, 256), (480, 640), (71, 40), (100, 37), (97, 130), (33, 200),
                           (16, 16), (3, 50), (1, 1)):
         images = np.stack([picture(height, width), picture(height, width)[::-1, ::-1]])

@@ -12,7 +12,7 @@ from torch import nn
 import train
 from networks import BACKBONES, build_backbone, build_network
 from networks.pretrained import CAFFE, load_weights, read_weights, recognise
-from tests.conftest import SHARED, SMALL, randomise
+from tests.conftest import SHARED, SMALL, randomise, snapshot_content
 from utils import checkpoint
 from utils.cli import UserError
 from utils.inference import Normalization
@@ -254,9 +254,9 @@ def test_real_weights_see(real):
 
 def test_a_snapshot_of_the_other_norm_computes_the_same():
     for source, target in (("bn", "inplace_abn"), ("inplace_abn", "bn")):
-        first, second = (build_network("acfnet", 4, "eca_resnet18", norm=norm) for norm in (source, target))
-        randomise(first)
-        content = {"model": first.state_dict(), "step": 1, "config": {"network": {"norm": source}}}
+        first, second = (build_network("acfnet", 19, "eca_resnet18", norm=norm) for norm in (source, target))
+        content = snapshot_content(1, model="acfnet", norm=source)
+        first.load_state_dict(content["model"])
         account = load_weights(second, content, "CS_scenes_1.pth")
         assert account.family == "ours" and not account.initialised and not account.ignored
         assert "in-place norms" in str(account)
@@ -320,14 +320,14 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
                 "--num-steps", "1", "--restore-from", str(tmp_path / "w.pth"), "--normalization", "bgr"])
     shown = capsys.readouterr().out
     assert "network: acfnet_resnet, eca_resnet18, stem 32-32-64, average downsampling; input BGR" in shown
-    config = checkpoint.load_snapshot(tmp_path / "s/CS_scenes_1.pth")["config"]
+    config = checkpoint.load(tmp_path / "s/CS_scenes_1.pth")["config"]
     assert config["network"]["eca_kernels"] == [5, 5, 5, 7] and config["network"]["average_downsample"]
     assert Normalization.from_config(config["normalization"]) == CAFFE
     account = json.loads((tmp_path / "s/weights.json").read_text())
     assert account["backbone_loaded"] == 1 and account["family"] == "ours" and "fine.weight" in account["initialised"]
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
-    assert checkpoint.load_snapshot(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"
+    assert checkpoint.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"
 
 
 @pytest.mark.parametrize("flags, message", [

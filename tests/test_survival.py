@@ -30,7 +30,7 @@ def words(streets, folder, *more, steps=4):
 
 
 def end(folder, steps=4):
-    return checkpoint.load_snapshot(folder / f"CS_scenes_{steps}.pth")
+    return checkpoint.load(folder / f"CS_scenes_{steps}.pth")
 
 
 def cut(whole, part):
@@ -77,7 +77,7 @@ def test_keep_and_latest(streets, tmp_path):
     train.main(words(streets, folder, "--save-pred-every", "1", "--keep", "2", steps=4))
     assert [step for step, _ in checkpoint.snapshots(folder)] == [3, 4]
     assert (folder / "latest.pth").is_symlink() and os.readlink(folder / "latest.pth") == "CS_scenes_4.pth"
-    assert checkpoint.load_snapshot(folder / "latest.pth")["step"] == 4
+    assert checkpoint.load(folder / "latest.pth")["step"] == 4
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -252,7 +252,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path, launch
     status, out, error = finish(process, 60)
     (step, path), = checkpoint.snapshots(tmp_path / "s")
     assert f"stopped after step {step}" in out, error
-    assert checkpoint.load_snapshot(path)["step"] == step
+    assert checkpoint.load(path)["step"] == step
     assert status == (1 if launcher == "torchrun" else 128 + number)     # torchrun has no other for it
 
 
@@ -323,7 +323,7 @@ def test_a_closed_terminal_saves_and_ends(streets, tmp_path):
     os.close(master)
     assert process.wait(60) == 128 + signal.SIGHUP
     (step, path), = checkpoint.snapshots(tmp_path / "s")
-    assert checkpoint.load_snapshot(path)["step"] == step
+    assert checkpoint.load(path)["step"] == step
 
 
 def test_too_little_memory_names_the_flags_that_help(streets, tmp_path):

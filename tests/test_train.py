@@ -28,7 +28,7 @@ def run(streets, folder, *words, steps=3):
                 "--model", "acfnet_resnet", "--input-size", "49,65", "--batch-size", "2", "--num-workers", "0",
                 "--num-steps", str(steps), "--log-every", "1", "--random-mirror", "--random-scale", "--amp", "off",
                 *words])
-    return checkpoint.load_snapshot(f"{folder}/CS_scenes_{steps}.pth")
+    return checkpoint.load(f"{folder}/CS_scenes_{steps}.pth")
 
 
 def lines(folder):
@@ -210,7 +210,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path,
     assert process.wait(timeout=60) == 128 + number, rest
     (step, path), = checkpoint.snapshots(tmp_path / "s")
     assert f"stopped after step {step}; the same command with --resume goes on" in rest
-    assert checkpoint.load_snapshot(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
+    assert checkpoint.load(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
 
 
 def test_loss_falls(streets, tmp_path):
@@ -225,7 +225,7 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
     lines = [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     best = max(lines, key=lambda line: line["quick_mean_iou_fine"])
-    content = checkpoint.load_snapshot(folder / "best_quick.pth")
+    content = checkpoint.load(folder / "best_quick.pth")
     assert content["step"] == best["step"] and content["quick_mean_iou"] == best["quick_mean_iou_fine"]
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(folder / "best_quick.pth"), "--gpu", "cpu",
                    "--whole", "--scales", "1.0", "--no-flip", "--save", "none", "--num-workers", "0", "--amp", "off",
@@ -243,7 +243,7 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
     if best["step"] == 2:
         run(streets, folder, "--val-every", "2", "--learning-rate", "0.03", "--resume", steps=4)
         assert [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()] == lines
-        assert checkpoint.load_snapshot(folder / "best_quick.pth")["step"] == 2
+        assert checkpoint.load(folder / "best_quick.pth")["step"] == 2
 
 
 def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -60,11 +61,14 @@ def write_json(path, values):
 
 
 def load(path):
-    """Read a file that `torch.save` wrote, on the CPU, as data only. Raises `UserError`."""
+    """Read a file that `torch.save` wrote, on the CPU, as data only. Raises `UserError`, also where a bit has flipped
+    since it was written: torch itself does not look at the check sums that the file holds."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file of weights, found {'a folder' if path.is_dir() else 'no such file'}")
+    if not os.path.isfile(path):        # false, not an error, for a name too long
+        raise UserError(f"{path}: expected a file of weights, found "
+                        f"{'a folder' if os.path.isdir(path) else 'no such file'}")
     try:
+        _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, torch raises many kinds for a file that is not its own
         reason = str(error).strip().split("\n")[0][:160]
@@ -72,37 +76,44 @@ def load(path):
                         f"read as data alone ({reason})") from None
 
 
-def load_snapshot(path):
-    """Read one of our own snapshots; see `train.snapshot` for its keys. Raises `UserError`."""
-    content = load(path)
-    missing = {"model", "config", "step"} - set(content if isinstance(content, dict) else ())
-    if missing:
-        raise UserError(f"{path}: expected a snapshot that train.py wrote, found a file without "
-                        f"{', '.join(sorted(missing))}")
-    return content
+def _check_sums(path):
+    """Raise ValueError where the bytes of a zip file are not those that were written; other files have no sums."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":       # by which torch tells them too
+            return
+    with zipfile.ZipFile(path) as members:
+        written = any(member.CRC for member in members.infolist())      # torch can be told to leave them out
+        damaged = members.testzip() if written else None
+    if damaged:
+        raise ValueError(f"damaged since it was written: {damaged} has another check sum")
 
 
-def newest(folder):
-    """(path, content) of the newest snapshot in a folder that can be read; (None, None) without any.
+def newest(folder, read):
+    """`read(path)` of the newest snapshot in a folder that is sound; None without any.
 
-    Damaged ones are passed over and said. Raises `UserError` if all are damaged.
+    Those of which it raises `UserError` are passed over and said. Raises it if there is no sound one among them.
     """
     found = [path for _, path in reversed(snapshots(folder))]
     for number, path in enumerate(found):
         try:
-            return path, load_snapshot(path)
+            return read(path)
         except UserError as error:
             if number == len(found) - 1:
                 raise
             print(f"{error}; taking the snapshot before it")
-    return None, None
+    return None
+
+
+def step_of(path):
+    """The step in a snapshot's name; None for other names."""
+    match = re.fullmatch(re.escape(NAME).replace(r"\{step\}", r"(\d+)"), Path(path).name)
+    return match and int(match[1])
 
 
 def snapshots(folder):
     """Snapshots in a folder as [(step, path)], oldest first."""
-    pattern = re.compile(re.escape(NAME).replace(r"\{step\}", r"(\d+)"))
-    found = [(pattern.fullmatch(path.name), path) for path in Path(folder).glob("*.pth")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    found = [(step_of(path), path) for path in Path(folder).glob("*.pth")]
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def save_step(folder, step, content, keep=None, sound=None):

@@ -73,7 +73,8 @@ class Precision:
         return self.scaler.state_dict() if self.apex is None else self.apex.state_dict()
 
     def load_state_dict(self, state):
-        if state:
+        """What `state_dict` gave; of another kind of scaling, nothing, so that the scale starts anew."""
+        if state and state.keys() == self.state_dict().keys():
             (self.scaler if self.apex is None else self.apex).load_state_dict(state)
 
 

@@ -265,14 +265,15 @@ def test_bad_input_is_one_sentence(streets, snapshot, tmp_path, words, message):
 def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pth")
     (tmp_path / "text.pth").write_text("<html>not found</html>")
-    for name, message in (("plain.pth", "expected a snapshot that train.py wrote, found a file without config, model"),
+    for name, message in (("plain.pth", "expected a snapshot that train.py wrote, found a file without config, model, "
+                           "step"),
                           ("text.pth", "expected a file of tensors written by torch.save")):
         with pytest.raises(UserError, match=message):
             run(streets, tmp_path / name, tmp_path / "r")
     content = checkpoint.load(snapshot)
     del content["model"]["fine.weight"]
     checkpoint.save(tmp_path / "short.pth", content)
-    with pytest.raises(UserError, match="expected the weights its config describes, found: .*fine.weight"):
+    with pytest.raises(UserError, match="expected the tensors .* its config describes as model, found none named fine"):
         run(streets, tmp_path / "short.pth", tmp_path / "r")
 
 
@@ -295,7 +296,7 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
 
 
 def test_several_snapshots_make_one_table(streets, snapshot, tmp_path, capsys):
-    content = checkpoint.load(snapshot)
+    content = checkpoint.load(snapshot) | {"step": 9}
     content["model"]["fine.weight"] = content["model"]["fine.weight"].flip(0)
     checkpoint.save(tmp_path / "CS_scenes_9.pth", content)
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), str(tmp_path / "CS_scenes_9.pth"),

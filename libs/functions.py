@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 
-TINY = torch.finfo(torch.float32).tiny
-
 
 class Settings(NamedTuple):
     """What a layer is: see `libs.abn.ABN`; `absolute`: γ is |weight| + eps; `keep_input`: not in place."""
@@ -72,7 +70,7 @@ def undo_activation(y, dy, settings):
         return F.leaky_relu(y, 1 / param), torch.ops.aten.leaky_relu_backward(dy, y, param, True)
     if settings.activation == "elu":
         # Far below zero y rounds to -α and z would be -∞. The clamp keeps it finite; its gradient is zero there.
-        below = torch.log((y / param + 1).clamp_min(TINY))
+        below = torch.log((y / param + 1).clamp_min(torch.finfo(y.dtype).tiny))
         return torch.where(y < 0, below, y), torch.ops.aten.elu_backward(dy, param, 1, 1, True, y)
     return y, dy
 
@@ -89,47 +87,70 @@ def through_activation(z, dy, settings):
     return dy
 
 
+def affine(x, mean, invstd, gamma, beta, out):
+    """x̂ · γ + β (B, C, ...) in `out`, which may be x; from half precision on a CPU a new map in the statistics' dtype,
+    so that the activation comes before rounding."""
+    if kernels.serve(x):
+        return kernels.transform(x, gamma, beta, mean, invstd, out)
+    scale = gamma * invstd
+    shift = along(beta - mean * scale, x)
+    return torch.mul(x, along(scale, x), out=out if x.dtype == invstd.dtype else None).add_(shift)
+
+
 def normalise(x, mean, invstd, weight, bias, settings):
     """y (B, C, ...): in the storage of x unless the input is to be kept."""
     gamma, beta = factors(weight, bias, settings, invstd)
-    if x.is_cuda and x.dtype != torch.float64:
-        out = torch.empty_like(x) if settings.keep_input else x
-        return activate_(kernels.transform(x, gamma, beta, mean, invstd, out), settings)
-    scale = gamma * invstd
-    shift = along(beta - mean * scale, x)
-    if x.dtype == invstd.dtype and not settings.keep_input:
-        return activate_(x.mul_(along(scale, x)).add_(shift), settings)
-    # Half precision rounds once, at the end.
-    z = activate_((x * along(scale, x)).add_(shift), settings)
-    return z.to(x.dtype) if settings.keep_input else x.copy_(z)
+    out = torch.empty_like(x) if settings.keep_input else x
+    z = activate_(affine(x, mean, invstd, gamma, beta, out), settings)
+    return z if z is out else out.copy_(z)
 
 
-def recover(buffer, dy, mean, invstd, weight, bias, settings):
-    """The kept buffer (x or y) and dL/dy → x̂ and dL/dz, both (B, C, ...) in the statistics' dtype."""
+class Operands(NamedTuple):
+    """What the backward pass computes with: dL/dz, and x̂ = (source - center) · scale."""
+
+    source: torch.Tensor        # (B, C, ...): the kept input x, or z found again from y
+    dz: torch.Tensor            # (B, C, ...)
+    center: torch.Tensor        # (C,)
+    scale: torch.Tensor         # (C,)
+
+
+def operands(buffer, dy, mean, invstd, weight, bias, settings):
+    """The kept buffer (x or y) and dL/dy, both (B, C, ...) → `Operands`.
+
+    Maps are in the statistics' dtype, but where CUDA's kernels serve: those take half precision as it is.
+    """
     gamma, beta = factors(weight, bias, settings, invstd)
-    buffer, dy = buffer.to(invstd.dtype), dy.to(invstd.dtype)
-    if settings.keep_input:
-        normal = (buffer - along(mean, buffer)) * along(invstd, buffer)
-        if settings.activation == "identity":
-            return normal, dy
-        z = torch.addcmul(along(beta, buffer), normal, along(gamma, buffer))
-        return normal, through_activation(z, dy, settings)
-    z, dz = undo_activation(buffer, dy, settings)
-    return (z - along(beta, z)) / along(gamma, z), dz
+    if kernels.serve(buffer):
+        dy = kernels.laid_out_like(dy, buffer)
+    else:
+        buffer, dy = buffer.to(invstd.dtype), dy.to(invstd.dtype)
+    if not settings.keep_input:
+        z, dz = undo_activation(buffer, dy, settings)
+        return Operands(z, dz, beta, 1 / gamma)
+    if settings.activation == "identity":
+        return Operands(buffer, dy, mean, invstd)
+    z = affine(buffer, mean, invstd, gamma, beta, torch.empty_like(buffer))
+    return Operands(buffer, through_activation(z, dy, settings), mean, invstd)
 
 
-def channel_sums(normal, dz):
-    """x̂ and dL/dz → (2, C): the sums over each channel of dL/dz and of x̂ · dL/dz."""
-    dims = [0, *range(2, dz.ndim)]
-    return torch.stack([dz.sum(dims), (normal * dz).sum(dims)])
+def channel_sums(found):
+    """`Operands` → (2, C): the sums over each channel of dL/dz and of x̂ · dL/dz."""
+    if kernels.serve(found.source):
+        return kernels.backward_sums(*found)
+    dims = [0, *range(2, found.dz.ndim)]
+    centered = found.source - along(found.center, found.source)
+    return torch.stack([found.dz.sum(dims), (centered * found.dz).sum(dims) * found.scale])
 
 
-def input_gradient(normal, dz, totals, count, gamma, invstd, training):
-    """dL/dx from x̂ and dL/dz; totals (2, C) and count are those of the whole batch."""
-    if not training:
-        return dz * along(gamma * invstd, dz)
+def input_gradient(found, factor, totals, count):
+    """dL/dx in training, from `Operands` and factor γ / sqrt(var + eps) (C,); totals (2, C) and count are those of
+    the whole batch."""
+    if kernels.serve(found.source):
+        return kernels.backward_elements(*found, factor, totals, count)
+    source, dz, center, scale = found
     mean_dz, mean_normal_dz = totals / count
-    return torch.addcmul(dz - along(mean_dz, dz), normal, -along(mean_normal_dz, dz)).mul_(along(gamma * invstd, dz))
+    dx = torch.addcmul(dz - along(mean_dz, dz), source - along(center, source), -along(mean_normal_dz * scale, dz))
+    return dx.mul_(along(factor, dz))
 
 
 def parameter_gradients(sums, weight, settings):
@@ -142,22 +163,12 @@ def parameter_gradients(sums, weight, settings):
     return d_gamma.to(weight.dtype), sums[0].to(weight.dtype)
 
 
-def gradients_alone(buffer, dy, mean, invstd, weight, bias, settings):
-    """dL/dx and the (2, C) sums in training without other parts: one call of ATen's kernel.
-
-    In place, the kernel is given z for its input, β for its mean and 1/γ for its inverse deviation: its x̂ is
-    ours, and its gradient of x̂ · γ² / sqrt(var + eps) with regard to z is that of z with regard to x.
-    """
-    gamma, beta = factors(weight, bias, settings, invstd)
-    buffer, dy = buffer.to(invstd.dtype), dy.to(invstd.dtype)
-    if settings.keep_input:
-        z = (buffer - along(mean, buffer)).mul_(along(gamma * invstd, buffer)).add_(along(beta, buffer))
-        source, dz, factor = buffer, through_activation(z, dy, settings), gamma
-    else:
-        source, dz = undo_activation(buffer, dy, settings)
-        mean, invstd, factor = beta, 1 / gamma, gamma ** 2 * invstd
+def gradients_alone(found, factor, eps):
+    """dL/dx and the (2, C) sums in training without other parts, on a CPU: one call of ATen's kernel, for which
+    `source` is the input, `center` its mean and `scale` its inverse deviation."""
     dx, sum_normal_dz, sum_dz = torch.ops.aten.native_batch_norm_backward(
-        dz, source, factor, None, None, mean, invstd, True, settings.eps, [True, True, True])
+        found.dz, found.source, factor / found.scale, None, None, found.center, found.scale, True, eps,
+        [True, True, True])
     return dx, torch.stack([sum_dz, sum_normal_dz])
 
 
@@ -183,35 +194,18 @@ class Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         buffer, mean, invstd, weight, bias = ctx.saved_tensors
-        if ctx.settings.training and not ctx.processes:
-            dx, sums = gradients_alone(buffer, dy, mean, invstd, weight, bias, ctx.settings)
-            return dx.to(dy.dtype), *parameter_gradients(sums, weight, ctx.settings), None, None, None, None, None
-        if kernels.fit(buffer, ctx.settings):
-            return _cuda_backward(ctx, buffer, dy, invstd, weight, bias)
-        normal, dz = recover(buffer, dy, mean, invstd, weight, bias, ctx.settings)
-        sums = channel_sums(normal, dz)
-        totals = ctx.processes.total(sums) if ctx.processes and ctx.settings.training else sums
-        gamma, _ = factors(weight, bias, ctx.settings, invstd)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = input_gradient(normal, dz, totals, ctx.count, gamma, invstd, ctx.settings.training).to(dy.dtype)
-        return dx, *parameter_gradients(sums, weight, ctx.settings), None, None, None, None, None
-
-
-def _cuda_backward(ctx, y, dy, invstd, weight, bias):
-    """The same with ATen's kernels, in the dtype of y."""
-    settings = ctx.settings
-    z, dz = undo_activation(y, dy.contiguous(memory_format=torch.channels_last) if _is_channels_last(y)
-                            else dy.contiguous(), settings)
-    gamma, beta = factors(weight, bias, settings, invstd)
-    sums = kernels.backward_sums(dz, z, gamma, beta)
-    totals = ctx.processes.total(sums)
-    dx = kernels.backward_elements(dz, z, gamma, beta, invstd, totals, ctx.count) if ctx.needs_input_grad[0] else None
-    return dx, *parameter_gradients(sums, weight, settings), None, None, None, None, None
-
-
-def _is_channels_last(x):
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        settings, processes = ctx.settings, ctx.processes
+        found = operands(buffer, dy, mean, invstd, weight, bias, settings)
+        factor = factors(weight, bias, settings, invstd)[0] * invstd
+        if settings.training and not processes and not kernels.serve(found.source):
+            dx, sums = gradients_alone(found, factor, settings.eps)
+        else:
+            sums = channel_sums(found)
+            if not settings.training:
+                dx = found.dz * along(factor, found.dz)
+            else:
+                dx = input_gradient(found, factor, processes.total(sums) if processes else sums, ctx.count)
+        return dx.to(dy.dtype), *parameter_gradients(sums, weight, settings), None, None, None, None, None
 
 
 class NormaliseReplica(torch.autograd.Function):
@@ -230,9 +224,9 @@ class NormaliseReplica(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, totals):
         buffer, mean, invstd, weight, bias = ctx.saved_tensors
-        normal, dz = recover(buffer, dy, mean, invstd, weight, bias, ctx.settings)
-        gamma, _ = factors(weight, bias, ctx.settings, invstd)
-        dx = input_gradient(normal, dz, totals, ctx.count, gamma, invstd, training=True)
+        found = operands(buffer, dy, mean, invstd, weight, bias, ctx.settings)
+        factor = factors(weight, bias, ctx.settings, invstd)[0] * invstd
+        dx = input_gradient(found, factor, totals, ctx.count)
         return dx.to(dy.dtype), None, None, None, None, None, None
 
 
@@ -263,5 +257,5 @@ class MeasureReplica(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         buffer, mean, invstd, weight, bias = ctx.saved_tensors
-        sums = channel_sums(*recover(buffer, dy, mean, invstd, weight, bias, ctx.settings))
+        sums = channel_sums(operands(buffer, dy, mean, invstd, weight, bias, ctx.settings))
         return dy, sums, None, *parameter_gradients(sums, weight, ctx.settings), None, None, None

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import abn, backend, functions, kernels, recompute
 from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync
@@ -258,44 +259,126 @@ def test_compiled_network_falls_back_cleanly(kind):
 
 # ---- on CUDA's kernels, by their formulas: the kernels themselves exist on GPUs alone ----
 
-def test_algebra_of_the_cuda_path(monkeypatch):
-    """ATen's kernels written out (aten/src/ATen/native/cuda/Normalization.cuh), so that what is passed to them and
-    made of what they return is checked here. They serve one of several processes."""
+class OneProcess:
+    """A group of one process: what is gathered and summed is its own."""
+
+    def gather(self, packed):
+        return [packed]
+
+    def total(self, sums):
+        return sums
+
+
+class NoWideMaps(TorchDispatchMode):
+    """Nothing of the size of a map is computed in float32 outside of the kernels: no casts there."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values, self.inside_kernel, self.found = values, False, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self.inside_kernel and isinstance(result, torch.Tensor) and result.numel() >= self.values:
+            if result.dtype == torch.float32:
+                self.found.append(str(function))
+        return result
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """ATen's CUDA kernels written out (aten/src/ATen/native/cuda/Normalization.cuh) with what they ask of dtypes and
+    layouts, so that what is passed to them and made of what they return is checked here."""
+    watch = NoWideMaps(0)
+
     def along(v, x):
         return v.view(1, -1, *[1] * (x.ndim - 2))
 
+    def check(maps, vectors):
+        x = maps[0]
+        assert {m.dtype for m in maps} == {x.dtype} and {m.stride() for m in maps} == {x.stride()}
+        assert x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        assert all(v.dtype == torch.float32 and v.is_contiguous() and v.shape == (x.shape[1],) for v in vectors)
+
+    def kernel(function):
+        def called(*args, **named):
+            watch.inside_kernel = True
+            try:
+                return function(*args, **named)
+            finally:
+                watch.inside_kernel = False
+        return called
+
     def elemt(x, weight, bias, mean, invstd, eps, out):
-        y = (x.float() - along(mean, x)) * along(invstd * weight, x) + along(bias, x)
-        return out.copy_(y)
+        check([x, out], [weight, bias, mean, invstd])
+        return out.copy_((x.float() - along(mean, x)) * along(invstd * weight, x) + along(bias, x))
 
     def reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
+        check([dy, x], [mean, invstd, weight])
         dims = [0, *range(2, x.ndim)]
-        return dy.sum(dims), (dy * (x - along(mean, x))).sum(dims), None, None
+        return dy.float().sum(dims), (dy.float() * (x.float() - along(mean, x))).sum(dims), None, None
 
     def backward(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+        check([dy, x], [mean, invstd, weight, sum_dy, sum_dy_xmu])
+        assert count.dtype == torch.int32 and count.ndim == 1
         norm = 1 / count.sum()
         factor = invstd * invstd * sum_dy_xmu * norm
-        return (dy - along(sum_dy * norm, x) - (x - along(mean, x)) * along(factor, x)) * along(invstd * weight, x)
+        return ((dy.float() - along(sum_dy * norm, x) - (x.float() - along(mean, x)) * along(factor, x))
+                * along(invstd * weight, x)).to(x.dtype)
+
+    def update_stats(x, mean, var, momentum):
+        dims = [0, *range(2, x.ndim)]
+        return x.float().mean(dims), x.float().var(dims, correction=0)
 
     for name, function in (("elemt", elemt), ("backward_reduce", reduce), ("backward_elemt", backward)):
-        monkeypatch.setattr(torch, f"batch_norm_{name}", function)
+        monkeypatch.setattr(torch, f"batch_norm_{name}", kernel(function))
+    monkeypatch.setattr(functions, "local_statistics", kernel(lambda x: (
+        x.numel() // x.shape[1], *(v * f for v, f in zip(update_stats(x, None, None, 0), (1, x.numel() // x.shape[1]),
+                                                         strict=True)))))
+    monkeypatch.setattr(kernels, "serve", lambda x: x.dtype != torch.float64)
+    return watch
 
-    class Alone:        # a group of one process: what is summed is its own
-        def gather(self, packed):
-            return [packed]
 
-        def total(self, sums):
-            return sums
-
-    x, dy = torch.randn(4, 5, 6, 7) + 2, torch.randn(4, 5, 6, 7)
-    layer = randomised(InPlaceABN(5))
-    expected = gradients(copy.deepcopy(layer), x, dy)
-    monkeypatch.setattr(layer, "_exchange", lambda x: Alone(), raising=False)
-    monkeypatch.setattr(kernels, "fit", lambda y, settings: settings.training and not settings.keep_input)
-    monkeypatch.setattr(functions, "normalise", lambda x, mean, invstd, weight, bias, s: functions.activate_(
-        kernels.transform(x, *functions.factors(weight, bias, s, invstd), mean, invstd, x), s))
-    for a, b in zip(gradients(layer, x, dy), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kind, activation", [
+    (InPlaceABNSync, "leaky_relu"), (InPlaceABNSync, "elu"), (InPlaceABNSync, "identity"), (ABNSync, "leaky_relu"),
+    (ABNSync, "relu"), (ABNSync, "identity"), ("kept", "leaky_relu")])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("setting", ["alone", "process", "two replicas"])
+def test_the_path_of_cuda(cuda_kernels, monkeypatch, kind, activation, layout, dtype, tolerance, setting):
+    """Alone, as one of several processes and of several threads, against nn.BatchNorm2d in float64; half precision is
+    never raised to float32."""
+    slope = 1.0 if activation == "elu" else 0.01
+    layer = randomised((InPlaceABNSync if kind == "kept" else kind)(5, activation=activation, activation_param=slope))
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.sign() * layer.weight.abs().clamp(min=0.3))
+    if kind == "kept":
+        monkeypatch.setattr(InPlaceABN, "_is_ill_conditioned", lambda self: True)
+    truth = nn.BatchNorm2d(5, momentum=layer.momentum).double()
+    truth.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    if kind is not ABNSync:
+        truth.weight.data = truth.weight.data.abs() + layer.eps
+    if setting != "two replicas":      # an ordinary norm that is alone is ATen's own
+        shared = setting == "process" or kind is ABNSync
+        monkeypatch.setattr(layer, "_exchange", lambda x: OneProcess() if shared else None, raising=False)
+    x = (torch.randn(4, 5, 6, 7) * 2 + 1).to(dtype).contiguous(memory_format=layout)
+    dy = torch.randn(4, 5, 6, 7).to(dtype)              # of another layout than x, once in two
+    x.requires_grad_()
+    module = nn.Sequential(nn.ZeroPad2d(0), layer)      # a copy, which the layer may overwrite
+    y = (ThreadReplicas(module, 2) if setting == "two replicas" else module)(x)
+    cuda_kernels.values = x.numel() // 2
+    with cuda_kernels:
+        found = [y.detach().clone(), *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
+    assert dtype == torch.float32 or cuda_kernels.found == []
+    exact = x.detach().double().requires_grad_()
+    z = truth(exact)
+    z = {"leaky_relu": lambda: F.leaky_relu(z, 0.01), "relu": lambda: F.relu(z), "elu": lambda: F.elu(z),
+         "identity": lambda: z}[activation]()
+    expected = [z.detach(), *torch.autograd.grad(z, [exact, truth.weight, truth.bias], dy.double())]
+    if kind is not ABNSync:
+        expected[2] = expected[2] * layer.weight.sign()
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+    torch.testing.assert_close(layer.running_var, truth.running_var.float(), rtol=1e-2, atol=1e-3)
 
 
 # ---- replicas in threads ----

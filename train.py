@@ -48,7 +48,7 @@ from utils.distributed import (
     start_processes,
     started_by_torchrun,
 )
-from utils.engine import Course, Engine, NetworkWithLoss, NotFinite
+from utils.engine import Course, Engine, NetworkWithLoss, NotFinite, compile_network
 from utils.inference import Normalization, SlidingPredictor, fitting_size, round_size, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
 from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
@@ -371,7 +371,7 @@ def prepare(args, devices, processes, precision, dataset):
     if rank:
         checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
     if args.compile:
-        network.compile()
+        compile_network(network)
     module = share_batches(NetworkWithLoss(network, criterion, normalization, precision.autocast), devices, processes)
     engine = Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)
     return engine, 0 if found is None else resume(found, engine), config, account

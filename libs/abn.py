@@ -178,9 +178,24 @@ class InPlaceABN(ABN):
         self.keeps_input = False
         self._forwards = 0
 
-    @torch.compiler.disable
     def forward(self, x):
-        """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value a channel."""
+        """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value a channel.
+
+        Compiled, and alone, it is written in operations that the compiler knows, so that the graph stays whole: what
+        is kept for the backward pass is then the compiler's to choose, and x is not overwritten.
+        """
+        if torch.compiler.is_compiling() and not recompute.active() and self._exchange(x) is None:
+            return self._forward_compiled(x)
+        return self._forward_in_place(x)
+
+    def _forward_compiled(self, x):
+        momentum, training = self._momentum_and_training()
+        weight = None if self.weight is None else self.weight.abs() + self.eps
+        z = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, training, momentum, self.eps)
+        return functions.activate_(z, super()._settings(z))
+
+    @torch.compiler.disable
+    def _forward_in_place(self, x):
         with without_autocast(x):
             settings = self._settings(x)
             recomputed = recompute.active()

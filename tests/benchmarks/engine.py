@@ -21,7 +21,7 @@ from loss.criterion import SegmentationCriterion
 from networks import BACKBONES, build_network
 from utils import cli
 from utils.distributed import join_processes, leave_processes, own_device, select_devices, started_by_torchrun
-from utils.engine import Engine, NetworkWithLoss
+from utils.engine import Engine, NetworkWithLoss, compile_network
 from utils.inference import Normalization
 from utils.logger import speak_for_all
 from utils.precision import AUTOCAST, Precision
@@ -46,7 +46,7 @@ def make(variant, args, devices, processes):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     network = build_network(backbone=args.backbone, recompute=recompute).to(devices[0], memory_format=memory_format)
     if compiled:
-        network.compile()
+        compile_network(network)
     precision, criterion = Precision(amp, devices[0]), SegmentationCriterion()
     module = train.share_batches(NetworkWithLoss(network.train(), criterion, Normalization(), precision.autocast),
                                  devices, processes)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks import build_network
-from utils.distributed import Processes, ThreadReplicas, share_cores
+from utils.cli import UserError
+from utils.distributed import Processes, ThreadReplicas, launched, share_cores
 from utils.engine import Engine, NetworkWithLoss, step_loss
 from utils.inference import Normalization
 from utils.precision import Precision
@@ -135,6 +137,49 @@ def test_accumulated_ohem_is_the_mean_of_its_parts():
     assert found["fine"] == pytest.approx(sum(each) / 2, rel=1e-9)
 
 
+TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29500"}
+
+
+def test_the_place_among_processes(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert launched() is None
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == (8, 5, 4, 1)
+
+
+@pytest.mark.parametrize("name, value", [
+    *((name, value) for name in TORCHRUN for value in (None, "", " ")), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"),
+    ("WORLD_SIZE", "1e3"), ("WORLD_SIZE", "9" * 5000), ("RANK", "8"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "9"),
+    ("LOCAL_RANK", "4"), ("LOCAL_RANK", "1.0"), ("LOCAL_RANK", "²"), ("MASTER_PORT", "0"), ("MASTER_PORT", "65536"),
+])
+def test_senseless_variables_are_a_sentence(monkeypatch, name, value):
+    for other, good in TORCHRUN.items():
+        monkeypatch.setenv(other, good)
+    monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=f"^{name}: expected .*as torchrun sets it, found "):
+        launched()
+
+
+@pytest.mark.parametrize("rank, address", [("0", "localhost"), ("1", "localhost"), ("1", "nowhere.invalid")])
+def test_nobody_waits_forever_for_the_others(rank, address):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = ("from datetime import timedelta\nimport torch\nfrom utils import cli, distributed\n"
+            "distributed.MEETING = timedelta(seconds=2)\n"
+            "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")
+    variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": address,
+                 "MASTER_PORT": str(port)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          env={**os.environ, **variables}, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"MASTER_PORT {address}:{port}: expected the 2 processes of the run to meet there within 2 s" in said
+
+
 def test_cores_are_shared_and_said(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -142,8 +187,8 @@ def test_cores_are_shared_and_said(monkeypatch):
     threads = torch.get_num_threads()
     assert share_cores(cpu)[0] == 2 and share_cores(gpus)[0] == 28 and share_cores(gpus[:1])[0] == 8
     assert share_cores(gpus, 3)[0] == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4"), monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     assert share_cores(gpus[:1]) == (7, "32 cores for 4 processes here: 7 --num-workers that read samples each")
     try:
         workers, sentence = share_cores(cpu)

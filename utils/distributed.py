@@ -6,10 +6,13 @@ import os
 import sys
 import threading
 import warnings
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Subset
 
 from .cli import UserError
@@ -158,13 +161,47 @@ def share_items(dataset, processes):
     return Subset(dataset, range(rank, len(dataset), size))
 
 
+class Place(NamedTuple):
+    """Of a process among those that torchrun started: in the whole run, and on its host."""
+
+    size: int
+    rank: int
+    local_size: int
+    local_rank: int
+
+
+def launched():
+    """The `Place` of this process; None if torchrun did not start it. Raises `UserError` where the variables that
+    torchrun sets are missing or senseless."""
+    if "WORLD_SIZE" not in os.environ and "LOCAL_RANK" not in os.environ:
+        return None
+    size = _variable("WORLD_SIZE", 1, 1 << 20)
+    rank = _variable("RANK", 0, size - 1)
+    local_size = _variable("LOCAL_WORLD_SIZE", 1, size)
+    local_rank = _variable("LOCAL_RANK", 0, local_size - 1)
+    _variable("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR", "").strip():
+        raise UserError("MASTER_ADDR: expected the address of the first host, as torchrun sets it, found none")
+    return Place(size, rank, local_size, local_rank)
+
+
+def _variable(name, least, most):
+    found = os.environ.get(name)
+    if found is None or not found.isascii() or not found.isdigit() or len(found) > 9 or not least <= int(found) <= most:
+        raise UserError(f"{name}: expected a number from {least} to {most}, as torchrun sets it, found "
+                        f"{'none' if found is None else repr(found[:40])}; without WORLD_SIZE and LOCAL_RANK the "
+                        "command runs alone")
+    return int(found)
+
+
 def started_by_torchrun():
-    return "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
+    return launched() is not None
 
 
 def processes_started():
     """How many processes torchrun started, over all nodes; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+    place = launched()
+    return 1 if place is None else place.size
 
 
 def start_processes(count, argv=None):
@@ -200,7 +237,8 @@ def share_cores(devices, workers=None):
     a sentence about it): as many as asked for, else what the share allows, at most 8, and on the CPU, where
     they take turns with the network, at most 2.
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if started_by_torchrun() else 1
+    place = launched()
+    local = 1 if place is None else place.local_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, cores // local)
     on_cpu = devices[0].type == "cpu"
@@ -215,7 +253,8 @@ def share_cores(devices, workers=None):
 
 def own_device(devices):
     """The device of this process among those of the machine. Raises `UserError` if there is none left for it."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    place = launched()
+    local = 0 if place is None else place.local_rank
     if devices[0].type == "cpu":
         return devices[0]
     if local >= len(devices):
@@ -224,13 +263,37 @@ def own_device(devices):
     return devices[local]
 
 
+MEETING = timedelta(minutes=5)      # how long processes wait for each other at the start
+WAITING = timedelta(minutes=30)     # and later for what only some of them do, as PyTorch has it
+
+
 def join_processes(device):
-    """Join the processes that torchrun started. Returns `Processes`, or None if this one is alone."""
-    if not started_by_torchrun():
+    """Join the processes that torchrun started. Returns `Processes`, or None if this one is alone.
+
+    Raises `UserError` where they do not meet within `MEETING`.
+    """
+    place = launched()
+    if place is None:
         return None
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes() if dist.get_world_size() > 1 else None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meet(place), rank=place.rank,
+                                world_size=place.size)
+    return Processes() if place.size > 1 else None
+
+
+def _meet(place):
+    """The store of the run, when all of its processes have come there."""
+    try:
+        store, *_ = next(rendezvous("env://", timeout=MEETING))
+        store.set(f"met/{place.rank}", "here")
+        store.wait([f"met/{rank}" for rank in range(place.size)], MEETING)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"MASTER_ADDR, MASTER_PORT {where}: expected the {place.size} processes of the run to meet "
+                        f"there within {MEETING.total_seconds():.0f} s, found: {str(error).splitlines()[0][:200]}"
+                        ) from None
+    store.set_timeout(WAITING)
+    return store
 
 
 def leave_processes():

@@ -1,9 +1,12 @@
 """What a training run tells: a progress line, `metrics.jsonl`, TensorBoard."""
 
+import contextlib
 import json
 import os
 import platform
 import shlex
+import stat
+import struct
 import subprocess
 import sys
 import time
@@ -11,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from . import checkpoint
@@ -49,9 +54,9 @@ class RunLog:
         self.started = time.monotonic()
         self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
-        self.files = {name: _continued(self.folder / name, start) for name in (METRICS, QUICK)}
-        self.board = SummaryWriter(str(self.folder / "tensorboard"))
         _remember(self.folder / "runs.json", about or {})
+        self.files = {name: _continued(self.folder / name, start) for name in (METRICS, QUICK)}
+        self.board = Board(self.folder / "tensorboard")
 
     def __enter__(self):
         return self
@@ -70,7 +75,7 @@ class RunLog:
         self._write(METRICS, {"step": step, **values})
         for name, value in values.items():
             if value is not None:
-                self.board.add_scalar(name, value, step)
+                self.board.add(summary.scalar(name, value), step)
         terms = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
                           if name.startswith("loss"))
         speed = (f"{values['images_per_second']:.1f} images/s, {100 * values['seconds_data'] / seconds:.0f} % of the "
@@ -89,25 +94,76 @@ class RunLog:
         for head, score in scores.items():
             values[f"quick_mean_iou_{head}"] = score["mean_iou"]
             values[f"quick_class_iou_{head}"] = score["class_iou"]
-            self.board.add_scalar(f"quick_mean_iou/{head}", score["mean_iou"] or 0, step)
+            self.board.add(summary.scalar(f"quick_mean_iou/{head}", score["mean_iou"] or 0), step)
             for name, iou in score["class_iou"].items():
                 if iou is not None:
-                    self.board.add_scalar(f"quick_class_iou_{head}/{name}", iou, step)
+                    self.board.add(summary.scalar(f"quick_class_iou_{head}/{name}", iou), step)
         self._write(QUICK, values)
         self.say(f"quick validation after step {step} (whole images at scale 1, not the official protocol): mIoU "
                  + ", ".join(f"{head} {100 * (score['mean_iou'] or 0):.2f} %" for head, score in scores.items()))
 
     def picture(self, name, image, step):
         """image (H, W, 3) uint8."""
-        self.board.add_image(name, image, step, dataformats="HWC")
+        self.board.add(summary.image(name, image, dataformats="HWC"), step)
 
     def say(self, text):
         """A line that stays, above the bar."""
         tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
     def _write(self, name, values):
-        self.files[name].write(json.dumps(values) + "\n")
-        self.files[name].flush()
+        self.files[name].append((json.dumps(values) + "\n").encode())
+
+
+class Lines:
+    """A file that grows by whole entries. What cannot be written, as on a full disk, is left out, and that is said
+    once: a log is not worth a training."""
+
+    def __init__(self, path):
+        self.path, self.failed = path, False
+        with _as_sentence(path, "a file to write to"):
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115, open as long as the run
+
+    def append(self, entry):
+        """entry: bytes."""
+        end = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(entry) != len(entry):
+                raise OSError("no room for the whole entry")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(end)     # half an entry would spoil the next one
+            if not self.failed:
+                print(f"{self.path}: expected to write there, found: {error}; training goes on, and what does not fit "
+                      "is missing in this file", file=sys.stderr, flush=True)
+            self.failed = True
+
+    def close(self):
+        self.file.close()
+
+
+class Board:
+    """A TensorBoard file in a folder, written by this thread: that of `SummaryWriter` dies with a full disk, and
+    the run would wait for it forever."""
+
+    def __init__(self, folder):
+        with _as_sentence(folder, "a folder to write to"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.lines = Lines(folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}")
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, values, step):
+        """values: what `tensorboardX.summary` makes."""
+        self._append(Event(wall_time=time.time(), step=step, summary=values))
+
+    def _append(self, event):
+        """As a TFRecord: length, its checksum, the data, their checksum."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self.lines.append(b"".join((length, struct.pack("<I", masked_crc32c(length)), data,
+                                    struct.pack("<I", masked_crc32c(data)))))
+
+    def close(self):
+        self.lines.close()
 
 
 class NoLog:
@@ -147,13 +203,20 @@ def about_this_run(arguments, devices):
 
 
 def read_lines(path):
-    """The objects of a file of JSON lines, without a last one that was cut off; none without the file."""
+    """The entries of a file of JSON lines that have a step; none without the file. What else stands there, such as
+    a last line that was cut off, is left out."""
+    if not path.exists():
+        return []
+    with _as_sentence(path, "a text file of JSON lines"):
+        text = path.read_text(encoding="utf-8")
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in text.splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            found.append(entry)
     return found
 
 
@@ -205,18 +268,39 @@ class FirstImage:
 def _continued(path, step):
     """A file of JSON lines opened to go on after a step, without lines of later steps."""
     if path.exists():
-        kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
+        found = read_lines(path)
+        strange = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()) - len(found)
+        if strange > 1:     # one that was cut off is what a killed run leaves
+            print(f"{path}: {strange} lines without a step are left out")
+        kept = "".join(json.dumps(line) + "\n" for line in found if line["step"] <= step)
         checkpoint.write_atomically(path, lambda file: file.write(kept.encode()))
-    return open(path, "a", encoding="utf-8")
+    return Lines(path)
+
+
+@contextlib.contextmanager
+def _as_sentence(path, expected):
+    """Turn what goes wrong with a path of the run's folder into a `UserError`."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected {expected}, found a binary file") from None
+    except OSError as error:
+        raise UserError(f"{path}: expected {expected}, found: {error.strerror or error}") from None
 
 
 def _lock(folder):
     """The folder's lock file, held until it is closed or the process ends. The folder is made."""
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115, open as long as the run
+        # Neither through a link nor by cutting what lies there; and not waiting for the other end of a pipe.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                                 | getattr(os, "O_NONBLOCK", 0), 0o666), "rb")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
     except OSError as error:
-        raise UserError(f"--snapshot-dir {folder}: expected a folder to write to, found: {error}") from None
+        what = "an ordinary file .lock there" if os.path.lexists(path) else "a folder to write to"
+        raise UserError(f"--snapshot-dir {folder}: expected {what}, found: {error}") from None
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,10 +315,17 @@ def _lock(folder):
 
 def _remember(path, about):
     """Add one start of a run to the list in `runs.json`."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = []
+    before = []
+    if os.path.lexists(path):
+        with _as_sentence(path, "the list of this folder's runs"):
+            text = path.read_text(encoding="utf-8")
+        try:
+            before = json.loads(text)
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, list):
+            raise UserError(f"{path}: expected the list of this folder's runs, found something else; without the file "
+                            "a new list begins")
     checkpoint.write_json(path, [*before, about])
 
 

@@ -51,7 +51,7 @@ from utils.distributed import (
 from utils.engine import Course, Engine, NetworkWithLoss, NotFinite, compile_network
 from utils.inference import Normalization, SlidingPredictor, fitting_size, round_size, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
-from utils.precision import AUTOCAST, CHOICES, OPT_LEVELS, Precision, best_precision
+from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision
 from utils.snapshot import Config
 
 NORMALIZATIONS = {"rgb": Normalization(), "bgr": CAFFE}
@@ -305,6 +305,9 @@ def check(args, devices, classes):
     if args.compile and len(devices) > 1 and processes_started() == 1:
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")
+    if args.compile and args.checkpoint == "full":
+        raise UserError("--compile: expected --checkpoint none or light with it, found full, whose recomputation "
+                        "cannot be compiled")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
     if args.val_every and args.data_list and not args.val_list:
@@ -439,30 +442,29 @@ def quick_validation(args, engine, normalization, classes, workers, log):
     return validate
 
 
-def explain(error, args, num_classes, crops):
-    """The sentence for what a user can help; None for any other error. crops: of a pass on one device."""
-    if not memory.ran_out(error):
-        return None
+def explain(found, args, crops):
+    """The `UserError` for too little memory. found: the error's own words; crops: of a pass on one device."""
     pixels = args.input_size[0] * args.input_size[1]
 
-    def kept(recompute, amp):
-        network = build_network(args.model, num_classes, args.backbone, args.norm, args.activation,
-                                recompute=recompute)
-        sizes, _ = memory.kept_bytes(network, torch.zeros(2, 3, 129, 129), AUTOCAST[amp])
-        return sum(sizes.values()) / (2 * 129 * 129) * crops * pixels / 1e9
+    def kept(recompute, amp, share=1):
+        """" 1.2 GB", or nothing for a network that nobody has counted."""
+        size = memory.bytes_a_pixel(model=args.model, backbone=args.backbone, norm=args.norm, recompute=recompute,
+                                    amp=amp)
+        return f" {size * crops * pixels / share / 1e9:.1f} GB" if size else ""
 
     now = kept(args.checkpoint, args.amp)
-    choices = [f"--checkpoint {recompute} {kept(recompute, args.amp):.1f} GB"
+    choices = [f"--checkpoint {recompute}{kept(recompute, args.amp)}"
                for recompute in recompute_choices(args.backbone)
                if CHECKPOINTS.index(recompute) > CHECKPOINTS.index(args.checkpoint)]
     if args.amp == "off":
-        choices.insert(0, f"--amp bf16 {kept(args.checkpoint, 'bf16'):.1f} GB")
+        choices.insert(0, f"--amp bf16{kept(args.checkpoint, 'bf16')}")
     if crops > 1:
-        choices.append(f"--accumulate {2 * args.accumulate} {now / 2:.1f} GB")
+        choices.append(f"--accumulate {2 * args.accumulate}{kept(args.checkpoint, args.amp, 2) or ' half as much'}")
     choices.append("a smaller --input-size less in proportion to its pixels")
+    what = f"about{now}" if now else "most of the memory"
     return UserError(f"out of memory: expected room for {crops} crops of {args.input_size[0]}×{args.input_size[1]} on "
-                     f"a device, which keep about {now:.1f} GB for the backward pass besides the weights, found: "
-                     f"{error.strip().splitlines()[0][:160]}; what helps, and what it would keep: {', '.join(choices)}")
+                     f"a device, which keep {what} for the backward pass besides the weights, found: "
+                     f"{found.strip().splitlines()[0][:160]}; what helps, and what it would keep: {', '.join(choices)}")
 
 
 def plain_values(args):
@@ -502,16 +504,15 @@ def main(argv=None):
             dataset.fill_cache(workers)
         if processes is not None:
             processes.wait()
-    failed = None
+    found = None
     try:
         stopped = run(args, devices, processes, precision, dataset, workers)
-    except (RuntimeError, MemoryError) as error:        # torch's of memory and of worker processes are RuntimeErrors
-        failed = explain(str(error) or "out of memory", args, classes.num_classes,
-                         args.batch_size // args.accumulate // max(len(devices), processes_started()))
-        if failed is None:
+    except (RuntimeError, MemoryError) as error:        # torch's of memory are RuntimeErrors
+        if not memory.ran_out(error):
             raise
-    if failed:      # outside of the block above: its traceback holds the memory that ran out
-        raise failed
+        found = str(error) or "out of memory"
+    if found:       # outside of the block above: its traceback holds the memory that ran out
+        raise explain(found, args, args.batch_size // args.accumulate // max(len(devices), processes_started()))
     leave_processes()
     if stopped:     # after everything else: nothing that waits for a finished training may follow
         raise cli.Interrupted(stopped)
@@ -556,7 +557,10 @@ def run(args, devices, processes, precision, dataset, workers):
             log.say(f"{engine.skipped} steps were left out, because gradients overflowed in half precision")
     metrics, quick = ([] if rank else read_lines(Path(args.snapshot_dir, name)) for name in (METRICS, QUICK))
     if metrics:
-        visualize.training_curves(Path(args.snapshot_dir, "curves.png"), metrics, quick)
+        try:
+            visualize.training_curves(Path(args.snapshot_dir, "curves.png"), metrics, quick)
+        except (OSError, UserError) as error:       # a full disk: the snapshots are what counts
+            print(f"curves.png is missing: {error}")
     return stopped
 
 

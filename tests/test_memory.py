@@ -1,12 +1,15 @@
 """What a network keeps for its backward pass, and that recomputation changes nothing else."""
 
+import itertools
+
 import pytest
 import torch
 
-from networks import build_network
+from libs.abn import NORMS
+from networks import MODELS, build_network, recompute_choices
 from networks.resnet import CHECKPOINTS
-from tests.benchmarks.memory import measure
-from utils.memory import kept_bytes, ran_out
+from tests.benchmarks.memory import AMP, COUNTED, measure
+from utils.memory import bytes_a_pixel, kept_bytes, ran_out
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
           (torch.bfloat16, "full"): 900}
@@ -18,6 +21,22 @@ def test_bytes_a_pixel_of_the_whole_network(autocast, recompute):
     kept = sum(parts.values()) / pixels
     assert 0.5 * BOUNDS[autocast, recompute] < kept <= BOUNDS[autocast, recompute], parts
     assert parts["outside"] < 0.01 * sum(parts.values())
+
+
+@pytest.mark.parametrize("recompute, amp", [("none", "off"), ("full", "bf16")])
+def test_the_table_says_what_is_counted(recompute, amp):
+    parts, pixels = measure("resnet18", AMP[amp], recompute, (129, 129), model="acfnet_resnet")
+    network = {"backbone": "resnet18", "norm": "inplace_abn", "recompute": recompute, "amp": amp}
+    assert bytes_a_pixel(model="acfnet_resnet", **network) == pytest.approx(sum(parts.values()) / pixels, rel=0.02)
+    assert bytes_a_pixel(model="another", **network) is None
+
+
+def test_the_table_has_every_usual_network():
+    for backbone, model, norm, recompute, amp in itertools.product(COUNTED, MODELS, NORMS, CHECKPOINTS,
+                                                                   ("off", "bf16", "fp16")):
+        if recompute in recompute_choices(backbone):
+            size = bytes_a_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
+            assert 100 < size < 20000, (model, backbone, norm, recompute, amp)
 
 
 def test_the_measure_sees_a_second_copy():

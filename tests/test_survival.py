@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -13,13 +14,17 @@ import termios
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 import train
 from tests.conftest import ROOT, SMALL, finish, read_until, start
 from tests.crash import same
-from utils import checkpoint, cli
+from utils import checkpoint, cli, memory
 from utils.cli import UserError
 from utils.logger import RunLog
 
@@ -153,8 +158,88 @@ def test_a_run_that_is_done_says_so(streets, tmp_path, capsys):
     assert "nothing is left to do: 2 steps are done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, kind, message", [
+    ("metrics.jsonl", "folder", "metrics.jsonl: expected a text file of JSON lines, found: Is a directory"),
+    ("metrics.jsonl", "binary", "metrics.jsonl: expected a text file of JSON lines, found a binary file"),
+    ("quick_validation.jsonl", "binary", "quick_validation.jsonl: expected a text file"),
+    ("tensorboard", "binary", "tensorboard: expected a folder to write to, found: File exists"),
+    ("runs.json", "folder", "runs.json: expected the list of this folder's runs, found: Is a directory"),
+    ("runs.json", "binary", "runs.json: expected the list of this folder's runs, found a binary file"),
+    ("runs.json", "object", "runs.json: expected the list of this folder's runs, found something else"),
+    (".lock", "folder", "--snapshot-dir .*: expected an ordinary file .lock there, found: .*Is a directory"),
+    (".lock", "link", "--snapshot-dir .*: expected an ordinary file .lock there, found: .*symbolic links"),
+    (".lock", "pipe", "--snapshot-dir .*: expected an ordinary file .lock there, found: not a regular file"),
+])
+def test_what_is_no_log_of_ours_stays_as_it_is(tmp_path, name, kind, message):
+    path, other = tmp_path / "s" / name, tmp_path / "precious.txt"
+    path.parent.mkdir()
+    other.write_text("precious")
+    {"folder": path.mkdir, "binary": lambda: path.write_bytes(b"\x89PNG\xff"), "link": lambda: path.symlink_to(other),
+     "object": lambda: path.write_text('{"a": 1}'), "pipe": lambda: os.mkfifo(path)}[kind]()
+    with pytest.raises(UserError, match=message):
+        RunLog(tmp_path / "s", 1)
+    assert other.read_text() == "precious"
+    assert kind != "binary" or path.read_bytes() == b"\x89PNG\xff"
+    assert kind != "object" or path.read_text() == '{"a": 1}'
+
+
+def test_lines_without_a_step_are_left_out_with_a_word(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"loss": 3}\n[4]\n5\n"x"\n{"step": "6"}\n{"st')
+    with RunLog(tmp_path, 9, start=3):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2}\n'
+    assert "metrics.jsonl: 6 lines without a step are left out" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets, tmp_path):
+    """RLIMIT_FSIZE lets no file grow beyond 1500 bytes, as a full disk would, until the snapshot is written."""
+    (tmp_path / "limited.py").write_text(
+        f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom utils import cli, checkpoint\n"
+        "def limit(size):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n"
+        "def save(*args, before=checkpoint.save_step):\n    limit(-1)\n    before(*args)\n"
+        "def step(self, *args, before=train.Engine.step, **named):\n    limit(1500)\n"
+        "    return before(self, *args, **named)\n"
+        "checkpoint.save_step, train.Engine.step = save, step\ncli.run(train.main)\n")
+    status, out, error = finish(start(tmp_path / "limited.py", *words(
+        streets, tmp_path / "s", "--save-pred-every", "12", "--panel-every", "5", steps=12)), 100)
+    assert status == 0, error
+    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [12]
+    for name in ("metrics.jsonl", "events.out.tfevents"):
+        said = [line for line in error.splitlines() if name in line]
+        assert len(said) == 1 and "expected to write there" in said[0] and "training goes on" in said[0]
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "s/metrics.jsonl")]     # whole lines only
+    assert 2 < len(steps) < 12 and steps == sorted(set(steps)) and "Traceback" not in error
+    assert "step 12/12" in out
+
+
+def test_the_tensorboard_file_holds_whole_records(tmp_path):
+    """The same as tensorboardX's own writer, but for times."""
+    with RunLog(tmp_path, 2) as log:
+        log.metric(2, {"loss": 0.5, "lr": 0.1, "images_per_second": 1.0, "seconds_data": 0.0}, 1.0)
+        log.picture("panel", np.full((4, 6, 3), 7, np.uint8), 2)
+    with SummaryWriter(str(tmp_path / "theirs")) as theirs:
+        for name, value in (("loss", 0.5), ("lr", 0.1), ("images_per_second", 1.0), ("seconds_data", 0.0)):
+            theirs.add_scalar(name, value, 2)
+        theirs.add_image("panel", np.full((4, 6, 3), 7, np.uint8), 2, dataformats="HWC")
+
+    def events(folder):
+        (path,), found = folder.iterdir(), []
+        data = path.read_bytes()
+        while data:
+            length, = struct.unpack("<Q", data[:8])
+            assert struct.unpack("<I", data[8:12]) == (masked_crc32c(data[:8]),)
+            assert struct.unpack("<I", data[12 + length:16 + length]) == (masked_crc32c(data[12:12 + length]),)
+            event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
+            event.wall_time = 0
+            found.append(event)
+        return found
+
+    assert events(tmp_path / "tensorboard") == events(tmp_path / "theirs") and len(events(tmp_path / "theirs")) == 6
+
+
 def children(pid, script="train.py"):
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in listed.splitlines() if script in line]
 
 
@@ -324,6 +409,27 @@ def test_a_closed_terminal_saves_and_ends(streets, tmp_path):
     assert process.wait(60) == 128 + signal.SIGHUP
     (step, path), = checkpoint.snapshots(tmp_path / "s")
     assert checkpoint.load(path)["step"] == step
+
+
+def test_the_sentence_about_memory_builds_nothing(monkeypatch):
+    """It is said when the memory has run out, and in one of several processes, where norms would wait for others."""
+    monkeypatch.setattr(train, "build_network", None)
+    parse = train.get_parser().parse_args
+    for more, figure in ((["--backbone", "eca_resnet101"], r"about \d+\.\d GB for .*--checkpoint full \d+\.\d GB"),
+                         (["--backbone", "eca_resnet152"],
+                          "most of the memory .*--checkpoint light, --checkpoint full, --accumulate 2 half as much"),
+                         (["--amp", "apex", "--backbone", "resnet18"], "most of the memory")):
+        args = parse(["--data-dir", "x", "--amp", "bf16", *more])
+        error = train.explain("CUDA out of memory. Tried to allocate 2 GiB\nmore", args, crops=4)
+        assert re.match(f"out of memory: expected room for 4 crops of 769×769 .*{figure}", str(error)), str(error)
+    assert memory.ran_out(MemoryError()) and memory.ran_out(RuntimeError("[enforce fail] can't allocate memory"))
+    assert not memory.ran_out(RuntimeError("a bug"))
+
+
+def test_compiled_code_cannot_recompute_in_full(streets, tmp_path):
+    with pytest.raises(UserError, match="--compile: expected --checkpoint none or light with it, found full"):
+        train.main(words(streets, tmp_path / "s", "--compile", "--checkpoint", "full"))
+    assert not (tmp_path / "s").exists()
 
 
 def test_too_little_memory_names_the_flags_that_help(streets, tmp_path):

@@ -1,8 +1,10 @@
 """Memory: what a network keeps for its backward pass, counted; what a process has used; whether it ran out."""
 
 import gc
+import json
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,20 @@ try:
     import resource
 except ImportError:     # not on Windows
     resource = None
+
+
+TABLE = Path(__file__).with_name("memory.json")     # written by `python -m tests.benchmarks.memory --write`
+
+
+def table_key(*, model, backbone, norm, recompute, amp):
+    """Under which `TABLE` has a network's bytes a pixel."""
+    return f"{model} {backbone} {norm} {recompute} {'bf16' if amp == 'fp16' else amp}"
+
+
+def bytes_a_pixel(**network):
+    """What a network, named as for `table_key`, keeps for its backward pass, a pixel of its input; None where the
+    table does not know it. Nothing is built: this is asked when the memory has run out."""
+    return json.loads(TABLE.read_text(encoding="utf-8")).get(table_key(**network))
 
 
 def peak_bytes(device):
@@ -22,9 +38,10 @@ def peak_bytes(device):
 
 
 def ran_out(error):
-    """Whether the text of an error is PyTorch's for too little memory, on a GPU or a CPU."""
-    return any(text in error for text in ("out of memory", "can't allocate memory", "not enough memory",
-                                          "CUBLAS_STATUS_ALLOC_FAILED"))
+    """Whether an error, or its text, is for too little memory, on a GPU or a CPU."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory",
+                                        "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def kept_bytes(network, images, autocast=None):

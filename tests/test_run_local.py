@@ -55,7 +55,7 @@ def test_a_missing_data_set_is_one_sentence(project):
 
 def test_data_goes_all_the_way_to_a_score(project, streets):
     done = run(project, streets, "--from-scratch", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size",
-               "65,129", "--batch-size", "2", "--num-steps", "2", "--num-workers", "0", "--gpu", "cpu")
+               "129,257", "--batch-size", "2", "--num-steps", "2", "--num-workers", "0", "--gpu", "cpu")
     assert done.returncode == 0, done.stderr
     assert "train: 9 images, 19 classes" in done.stdout and "val: 5 images" in done.stdout
     result = json.loads((project / "snapshots/CS_scenes_2_val/result.json").read_text())

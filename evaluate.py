@@ -80,7 +80,7 @@ def get_parser():
     data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
                       help="files of \"image label\" lines, paths relative "
                       "to --data-dir or to the list")
-    data.add_argument("--split", default="val", help="split to scan (val)")
+    data.add_argument("--split", type=cli.split, default="val", help="split to scan (val)")
     data.add_argument("--classes", type=cli.path,
                       help="class table (CSV); default: the one the snapshot was trained with")
     data.add_argument("--num-workers", type=cli.num_workers,

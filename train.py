@@ -74,8 +74,8 @@ def add_data(parser):
     data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
                       help="files of \"image label\" lines, paths relative "
                       "to --data-dir or to the list; without it the folder is scanned")
-    data.add_argument("--split", default="train", help="split to scan, or several with weights if wanted: train+val, "
-                      "train:2+train_extra:1 (train)")
+    data.add_argument("--split", type=cli.split, default="train", help="split to scan, or several with weights if "
+                      "wanted: train+val, train:2+train_extra:1 (train)")
     data.add_argument("--cache", type=cli.path, metavar="DIR", help="decode images once, into arrays in this folder")
     data.add_argument("--sampling", choices=("uniform", "class"), default="uniform",
                       help="class: each crop holds a pixel of a class drawn uniformly, so that rare ones are seen "
@@ -159,7 +159,7 @@ def add_run(parser):
     val = parser.add_argument_group("quick validation, whole images at scale 1; the official number is evaluate.py's")
     val.add_argument("--val-every", type=cli.not_negative(int), default=0, metavar="STEPS",
                      help="steps between quick validations; 0: none (0)")
-    val.add_argument("--val-split", default="val", help="split to scan (val)")
+    val.add_argument("--val-split", type=cli.split, default="val", help="split to scan (val)")
     val.add_argument("--val-list", type=cli.path, metavar="FILE",
                      help="file of \"image label\" lines, instead of a split")
 

@@ -87,6 +87,9 @@ def test_documented_commands_parse(source):
         parser.parse_args(words)
 
 
+NO_SPLITS = ("", ".", "..", "/", "val/", "../val", "a/b", "a\0b", "x" * 256, "ü" * 128)
+
+
 @pytest.mark.parametrize("words, message", [
     (["--input-size", "0,5"], "expected HEIGHT,WIDTH"),
     (["--input-size", "a"], "expected HEIGHT,WIDTH"),
@@ -116,6 +119,7 @@ def test_documented_commands_parse(source):
     (["--snapshot-dir", "x" * 256], "expected names of at most 255 bytes"),
     (["--snapshot-dir", "ü" * 128], "expected names of at most 255 bytes"),
     (["--snapshot-dir", "x/" * 2000], "paths of at most 3800"),
+    *(([flag, name], "expected the name of a split") for flag in ("--split", "--val-split") for name in NO_SPLITS),
 ])
 def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -143,6 +147,7 @@ def test_no_path_may_be_empty(script, capsys):
 @pytest.mark.parametrize("words, message", [
     (["--scales", "1e9"], "above 0 and at most 100"), (["--input-size", "1e9"], "expected HEIGHT,WIDTH"),
     (["--batch-size", "1000000"], "at most 65536"), (["--num-workers", "100000"], "at most 1024"),
+    *((["--split", name], "expected the name of a split") for name in NO_SPLITS),
 ])
 def test_bad_values_of_evaluation(words, message, capsys):
     with pytest.raises(SystemExit):

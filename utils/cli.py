@@ -184,6 +184,15 @@ def path(text):
     return text
 
 
+def split(text):
+    """Flag type: a split, or several as `--split` joins them: the name of a folder, not a path."""
+    if os.path.basename(text) != text or "\0" in text or text in ("", ".", "..") or len(
+            os.fsencode(text)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError("expected the name of a split, such as train or val, "
+                                         f"found {_shortened(text)}")
+    return text
+
+
 def size(text):
     """Flag type: "H,W" or one number for both → (height, width) in pixels."""
     try:

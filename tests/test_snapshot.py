@@ -95,6 +95,7 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "class colour": ("config.classes", first_row(red=-3), "config.classes.0.red, found -3"),
     "class train id": ("config.classes", first_row(train_id=NAN), "config.classes.0.train_id, found nan"),
     "class missing": ("config.classes", lambda rows: [row for row in rows if row["train_id"] != 2], "num_classes"),
+    "classes of one name": ("config.classes", lambda rows: [row | {"name": "road"} for row in rows], "another name"),
     **{f"input_size {value!r}": ("config.input_size", value, "config.input_size") for value in (
         None, NAN, -9, 100000, [65], [65, NAN], [65, -9], [100000, 100000], ["65", "97"], [65.0, 97.0], [])},
     **{f"step {value!r}": ("step", value, "as step, found") for value in (-5, NAN, "7", True, 7.0, None, [7])},
@@ -173,7 +174,8 @@ def test_a_wrong_snapshot_is_one_sentence(sound, files, what):
     assert "\n" not in sentence(caught.value) and len(sentence(caught.value)) < 400
 
 
-@pytest.mark.parametrize("what", [*list(WRONG)[::12], "another step than its name", "weight NaN"])
+@pytest.mark.parametrize("what", [*list(WRONG)[::12], "another step than its name", "weight NaN",
+                                  "classes of one name"])
 def test_resume_passes_over_a_wrong_snapshot_and_says_so(sound, files, capsys, what):
     place, value, message = WRONG[what]
     files["CS_scenes_7.pth"] = change(sound, place, value)

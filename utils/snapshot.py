@@ -216,7 +216,9 @@ def _config(field, resuming):
                                   "blue": (0, 255)}.items():
             row[name].whole(low, high)
         row["name"].text(), row["category"].text()
-    count = len({row["train_id"] for row in classes.value} - {-1, 255})
+    scored = {row["train_id"]: row["name"] for row in reversed(classes.value) if row["train_id"] not in (-1, 255)}
+    count = len(scored)
+    classes.need(len(set(scored.values())) == count, "another name for every class")
     field["network"]["num_classes"].need(
         type(network.get("num_classes")) is int and network["num_classes"] == count,
         f"the number of its classes, {count},")

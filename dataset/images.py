@@ -7,14 +7,13 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
-from .reading import read_image
+from .reading import load, open_image, read_file, read_image, upright_size
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
 SUBMISSION = "submission.zip"
@@ -117,13 +116,9 @@ def write_submission(folder, dataset, classes):
     target = folder.parent / SUBMISSION
     files = [folder / f"{name}.png" for name in dataset.names]
     for file, path in zip(files, dataset.paths, strict=True):
-        with Image.open(path) as image:
-            size = image.size
-        try:
-            with Image.open(file) as labels:
-                found, values, mode = labels.size, set(np.unique(np.asarray(labels)).tolist()), labels.mode
-        except OSError as error:
-            raise UserError(f"{file}: expected the prediction for {path}, found: {error}") from None
+        size, labels = upright_size(path), open_image(file, read_file(file, f"the prediction for {path}"))
+        load(file, labels)
+        found, values, mode = labels.size, set(np.unique(np.asarray(labels)).tolist()), labels.mode
         if found != size or not values <= known or mode != "L":
             raise UserError(f"{file}: expected 8-bit label ids of {size[0]}×{size[1]} pixels, found mode {mode}, "
                             f"{found[0]}×{found[1]}, values {sorted(values - known) or 'known'}")

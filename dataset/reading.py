@@ -157,6 +157,12 @@ def turn_upright(array, image):
     return array if turn is None else np.ascontiguousarray(turn(array))
 
 
+def upright_size(path):
+    """(width, height) of an image file as `read_image` turns it, from its header. Raises `UserError`."""
+    image = open_image(path, read_file(path))
+    return image.size[::-1] if orientation(image) > 4 else image.size       # sides change places
+
+
 def sizes_differ(path, image, label_path, ids):
     """The sentence for an image and a label map, (H, W, ...), of two sizes; it names EXIF where that may be why."""
     text = (f"{label_path}: expected the size of {path}, {image.shape[1]}×{image.shape[0]}, "

@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import evaluate
 import train
@@ -11,6 +13,7 @@ from networks import build_network
 from tests.benchmarks import camvid as comparison
 from tests.benchmarks import contribution
 from tests.conftest import randomise
+from utils.cli import UserError
 
 
 def test_a_network_learns_from_real_photographs(camvid, tmp_path):
@@ -49,6 +52,18 @@ def test_the_comparison_goes_through_and_goes_on(camvid, tmp_path, capsys):
     contribution.main([str(tmp_path), str(tmp_path / "r"), "--gpu", "cpu"])
     shown = capsys.readouterr().out
     assert "acfnet_resnet, 2 networks" in shown and "another photograph's centers" in shown
+
+
+def test_a_file_of_something_else_is_a_sentence(tmp_path):
+    classes = tmp_path / "classes.csv"
+    classes.write_text("name,id,train_id,red,green,blue\nroad,0,0,0,0,0\n")
+    for name in ("train", "val"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+        Image.new("L", (9, 9)).save(tmp_path / f"{name}_label.png")
+        (tmp_path / f"{name}.lst").write_text(f"{name}.png {name}_label.png\n")
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth: expected a network of .*camvid, found a file without variant"):
+        contribution.main([str(tmp_path), str(tmp_path), "--gpu", "cpu"])
 
 
 def test_the_term_by_its_matrix_is_the_networks():

@@ -112,6 +112,25 @@ def test_a_submission_with_a_wrong_file_is_refused(streets, tmp_path):
     assert not (tmp_path / "submission.zip").exists()
 
 
+def test_a_submission_fits_images_as_they_are_seen(tmp_path):
+    """Upright by EXIF; and whatever stands in place of an image or a prediction is said, not waited for."""
+    exif = Image.Exif()
+    exif[0x0112] = 6        # to be turned by 90 degrees
+    Image.fromarray(picture(40, 70)).save(tmp_path / "a.png", exif=exif)
+    dataset, labels = ImageFiles([tmp_path / "a.png"]), tmp_path / "labelIds/a.png"
+    labels.parent.mkdir()
+    Image.fromarray(np.full((70, 40), 7, np.uint8)).save(labels)
+    write_submission(labels.parent, dataset, ClassTable.read())
+    Image.fromarray(np.full((40, 70), 7, np.uint8)).save(labels)
+    with pytest.raises(UserError, match="a.png: expected 8-bit label ids of 40×70 pixels, found mode L, 70×40"):
+        write_submission(labels.parent, dataset, ClassTable.read())
+    for file, what in ((labels, "the prediction for .*a.png"), (tmp_path / "a.png", "an image")):
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(UserError, match=f"a.png: expected {what}, found a pipe"):
+            write_submission(labels.parent, dataset, ClassTable.read())
+
+
 def test_the_exported_network_gives_the_labels_of_the_whole_image(snapshot, tmp_path, capsys):  # noqa: F811
     """At any size: logits equal those under the labels of --whole, and so do labels but where two classes tie."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -23,6 +23,7 @@ from networks.acf import mix, true_logits
 from networks.pretrained import choose_backbone, recognise
 from tests.benchmarks.camvid import interval
 from utils import checkpoint, cli
+from utils.cli import UserError
 from utils.distributed import select_devices
 from utils.inference import Normalization, most_probable, window_starts
 from utils.logger import progress
@@ -113,6 +114,8 @@ def main(argv=None):
     found = {}
     for path in progress(sorted(args.folder.glob("*.pth")), "networks", "network", every=60):
         content = checkpoint.load(path)
+        if "variant" not in content:
+            raise UserError(f"{path}: expected a network of tests.benchmarks.camvid, found a file without variant")
         model = content["variant"]
         if model not in ("acfnet_resnet", "acfnet"):
             continue
@@ -132,4 +135,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -341,6 +341,27 @@ def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path, launch
     assert status == (1 if launcher == "torchrun" else 128 + number)     # torchrun has no other for it
 
 
+def test_the_launcher_waits_for_what_is_saved_although_it_is_told_again(tmp_path):
+    """Supervisors send SIGTERM twice or more, here while the processes take two seconds to save."""
+    (tmp_path / "slow.py").write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils import cli, distributed\n"
+        "def main():\n"
+        "    if not distributed.started_by_torchrun():\n        distributed.start_processes(2)\n"
+        "    with cli.StopRequest() as stop:\n        print('ready', flush=True)\n"
+        "        while not stop.asked:\n            time.sleep(0.01)\n        time.sleep(2)\n"
+        "        open(sys.argv[1] + os.environ['RANK'], 'w').close()\n"
+        "    raise cli.Interrupted(stop.number)\ncli.run(main)\n")
+    process = start(tmp_path / "slow.py", tmp_path / "saved")
+    for _ in range(2):
+        read_until(process, "ready")
+    for _ in range(4):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.wait(40) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+    finish(process)
+
+
 def test_one_signalled_process_stops_all_with_its_status(streets, tmp_path):
     process = start_with_launcher(*words(streets, tmp_path / "s", "--save-pred-every", "100000", steps=100000))
     read_until(process, "step 3/")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import math
 import os
 import re
 import signal
@@ -123,6 +124,19 @@ def sentence(error):
     """The message of a `UserError`, also where a worker process of a DataLoader wrapped it in its traceback."""
     *_, last = re.split(r"UserError: ", str(error))
     return last.strip()
+
+
+def deaf_for_a_second(handler):
+    """A signal handler that hears nothing for a second after it was called: a request to end often comes twice or
+    more, and the first is being followed."""
+    heard = -math.inf
+
+    def hear(number, frame):
+        nonlocal heard
+        if time.monotonic() - heard >= 1.0:
+            heard = time.monotonic()
+            handler(number, frame)
+    return hear
 
 
 class StopRequest:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Subset
 
-from .cli import UserError
+from .cli import UserError, deaf_for_a_second
 from .driver import unusable_gpu
 
 
@@ -207,17 +207,19 @@ def processes_started():
 def start_processes(count, argv=None):
     """Run this command in `count` processes, as torchrun would, and exit with their status. Does not return.
 
-    When one of them ends with an error, the others get ten seconds to follow.
+    When one of them ends with an error, or a signal ends this process, the others get half a minute to follow.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     words = sys.argv[1:] if argv is None else argv
     # The processes speak for themselves; the launcher's own account of a failure would bury what they said.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # A signal that comes again meanwhile would end the launcher's waiting for what the processes save.
+    api._terminate_process_handler = deaf_for_a_second(api._terminate_process_handler)
     config = LaunchConfig(1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                          max_restarts=0, shutdown_timeout=10)
+                          max_restarts=0)
     try:
         elastic_launch(config, sys.executable)("-u", sys.argv[0], *words)
     except ChildFailedError as error:
@@ -225,7 +227,7 @@ def start_processes(count, argv=None):
         # 2 is that of a process which found the user's input at fault; the others then lost it.
         first = 2 if 2 in found else error.get_first_failure()[1].exitcode
         sys.exit(first if first > 0 else 128 - first)
-    except SignalException as error:
+    except api.SignalException as error:
         sys.exit(128 + error.sigval)    # the processes were told, have saved and ended
     sys.exit(0)
 

@@ -1,0 +1,139 @@
+"""Evaluation on a device: sliding windows, scores and folded norms against the CPU; its speed."""
+
+import functools
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from libs.convert import fold_norms
+from networks import build_network
+from utils.inference import Normalization, SlidingPredictor, score, window_starts
+from utils.precision import AUTOCAST
+
+from .rows import median_ms, near
+
+
+def make_network(size=65, **shape):
+    """A network whose running statistics are of images, on the CPU."""
+    torch.manual_seed(0)
+    network = build_network(**shape).train()
+    with torch.no_grad():
+        for _ in range(5):
+            network(torch.randn(4, 3, size, size))
+        for head in (network.fine, network.coarse):     # small at the start: every class as likely as any other
+            head.weight.mul_(200)
+    return network.eval()
+
+
+def make_image(size):
+    return torch.randint(256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def slowly(size, window, overlap, scales, flip, **shape):
+    """Probabilities of an image (H, W, 3) in float64 on the CPU: one window after the other, at full size."""
+    network, image = make_network(**shape).double(), make_image(size)
+    pixels = Normalization()(image.permute(2, 0, 1)[None]).double()
+    total = 0
+    for scale, mirrored in itertools.product(scales, (False, True) if flip else (False,)):
+        scaled = [round(length * scale) for length in size]
+        crop = F.interpolate(pixels, size=scaled, mode="bilinear", align_corners=False)
+        crop = crop.flip(-1) if mirrored else crop
+        padded = [max(pair) for pair in zip(scaled, window, strict=True)]
+        crop = F.pad(crop, (0, padded[1] - scaled[1], 0, padded[0] - scaled[0]))
+        added, count = torch.zeros(1, 19, *padded, dtype=torch.float64), torch.zeros(padded)
+        for top, left in itertools.product(*(window_starts(length, side, overlap) for length, side
+                                             in zip(scaled, window, strict=True))):
+            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            logits = F.interpolate(network(crop[place])["fine"], size=window, mode="bilinear", align_corners=True)
+            added[place] += logits.softmax(1)
+            count[place] += 1
+        mean = (added / count)[..., :scaled[0], :scaled[1]]
+        mean = mean.flip(-1) if mirrored else mean
+        total = total + F.interpolate(mean, size=size, mode="bilinear", align_corners=False)[0]
+    return total / (len(scales) * (2 if flip else 1))
+
+
+@torch.no_grad()
+def windows(device, amp, layout, size, window=(65, 65), *, scales, flip=True, **shape):
+    """Probabilities of sliding windows against those of the slow way."""
+    expected = slowly(size, window, 1 / 3, scales, flip, **shape)
+    assert float(expected.amax(0).mean()) > 0.2, "expected classes that differ, found all alike"
+    network = make_network(**shape).to(device, memory_format=layout)
+    predictor = SlidingPredictor(network, window, scales=scales, flip=flip, autocast=AUTOCAST[amp],
+                                 memory_format=layout)
+    found = predictor(make_image(size))
+    return f"probabilities {near(found, expected, 1e-4 if amp == 'off' else 0.1, 'probabilities'):.1e}"
+
+
+def scores(device, size, window=(65, 65), **shape):
+    """The confusion matrix of `score` against a count of the labels by NumPy."""
+    predictor = SlidingPredictor(make_network(**shape).to(device), window)
+    items = []
+    for _ in range(2):
+        label = torch.randint(19, size, dtype=torch.uint8)
+        label[:9] = 255
+        items.append({"image": torch.randint(256, (3, *size), dtype=torch.uint8), "label": label})
+    found = score(predictor, items, 19, 255)["single_scale"]["fine"].matrix.cpu().numpy()
+    expected = np.zeros((19, 20), dtype=np.int64)
+    for item in items:
+        predicted = predictor.labels(item["image"].permute(1, 2, 0)).cpu().numpy()
+        known = item["label"].numpy() != 255
+        np.add.at(expected, (item["label"].numpy()[known], predicted[known]), 1)
+    assert np.array_equal(found, expected), f"expected {expected.sum()} pixels counted, found {found.sum()}"
+    return f"{expected.sum()} pixels counted alike"
+
+
+@torch.no_grad()
+def folded(device, amp, size=129, **shape):
+    """Logits with norms folded into convolutions against those without."""
+    network = make_network(**shape).to(device)
+    images = torch.randn(2, 3, size, size, device=device)
+    with torch.autocast(device.type, dtype=AUTOCAST[amp], enabled=AUTOCAST[amp] is not None):
+        found = fold_norms(network).to(memory_format=torch.channels_last)(
+            images.contiguous(memory_format=torch.channels_last))["fine"]
+        expected = network(images)["fine"]
+    return f"logits {near(found, expected, 1e-4 if amp == 'off' else 0.1, 'logits'):.1e}"
+
+
+def section(rows, device, size=(129, 201), scales=(0.75, 1.0, 1.5), **shape):
+    """Correctness; on CUDA without TF32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    shape = {"backbone": "eca_resnet18"} | shape
+    for amp in ("off", "bf16", "fp16") if device.type == "cuda" else ("off", "bf16"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            rows.check(f"windows, scales, mirror: {amp}, {str(layout).removeprefix('torch.')}", windows, device, amp,
+                       layout, size, scales=scales, **shape)
+        rows.check(f"folded norms, {amp}", folded, device, amp, **shape)
+    rows.check("scores", scores, device, size, **shape)
+
+
+def speed(device, network, scales, flip, size, window, batch_size, runs):
+    """Time of an image, and the share of it that is not the network's: that of ready logits in its place."""
+    image = make_image(size)
+    options = {"window": window, "scales": scales, "flip": flip, "batch_size": batch_size, "device": device,
+               "autocast": torch.bfloat16, "memory_format": torch.channels_last}
+    logits = torch.randn(batch_size, 19, *((side - 1) // 8 + 1 for side in window), device=device)
+    ready = dict.fromkeys(("fine", "coarse"), logits)
+
+    def stand_in(crops):
+        return {head: maps[:len(crops)] for head, maps in ready.items()}
+
+    whole, rest = (median_ms(functools.partial(SlidingPredictor(way, **options).labels, image), runs, device)
+                   for way in (network, stand_in))
+    return whole | {"images_per_s": 1e3 / whole["ms"], "beyond_the_network": rest["ms"] / whole["ms"]}
+
+
+def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size=8, runs=3, **shape):
+    """An image by the quick protocol and by the paper's, in bf16."""
+    torch.backends.cudnn.benchmark = True
+    network = fold_norms(make_network(**shape)).to(device, memory_format=torch.channels_last)
+    for name, scales, flip in (("single-scale", (1.0,), False),
+                               ("multi-scale, mirrored", (0.75, 1.0, 1.25, 1.5, 1.75, 2.0), True)):
+        found = rows.figure(name, speed, device, network, scales, flip, size, window, batch_size, runs)
+        if found:
+            share = found["beyond_the_network"]
+            rows.goal(f"{name}: evaluation beyond the network", "at most 10 % of its time", f"{share:.1%}",
+                      share <= 0.1)

@@ -1,0 +1,87 @@
+"""What the sections find: rows of plain values, handed on as soon as they are known."""
+
+import time
+import traceback
+from statistics import median
+
+import torch
+
+
+class Rows:
+    """Rows of one section.
+
+    Args:
+        section: its name.
+        emit: called with each row, a dict of plain values with `section`, `name`, `kind`: "check",
+            "figure", "goal" or "note".
+    """
+
+    def __init__(self, section, emit):
+        self.section, self.emit = section, emit
+
+    def check(self, name, function, *args, **options):
+        """Call a function that raises if something is wrong, and returns a few words on what it found."""
+        try:
+            ok, found = True, function(*args, **options)
+        except Exception as error:  # noqa: BLE001, whatever it is, the next check is still of interest
+            ok, found = False, _words(error)
+        self._row("check", name, ok=ok, found=found)
+
+    def figure(self, name, function, *args, **options):
+        """Call a function that returns {unit: number}, and hand them on. Returns them; {} where it failed."""
+        try:
+            found = function(*args, **options)
+        except Exception as error:  # noqa: BLE001, such as too little memory for one way of several
+            self._row("figure", name, failed=_words(error))
+            return {}
+        self._row("figure", name, **found)
+        return found
+
+    def goal(self, name, goal, found, met):
+        """What was hoped for, in words, beside what was found; it decides nothing."""
+        self._row("goal", name, goal=goal, found=found, met=bool(met))
+
+    def note(self, name, words):
+        """What was left out, and why."""
+        self._row("note", name, found=words)
+
+    def _row(self, kind, name, **values):
+        self.emit({"section": self.section, "kind": kind, "name": name, **values})
+
+
+def _words(error):
+    """An error in one line, with the place in this project where it came up."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    said = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {said[:200]} ({frames[-1].filename.split('/')[-1]}:{frames[-1].lineno})"
+
+
+def distance(found, expected):
+    """Euclidean norm of the difference, as a share of that of the expected tensor; both as float64 on the CPU."""
+    found, expected = (tensor.detach().cpu().double() for tensor in (found, expected))
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def near(found, expected, tolerance, what):
+    """Raise AssertionError unless a tensor is within a relative distance of another; returns the distance."""
+    assert found.shape == expected.shape, f"{what}: expected shape {tuple(expected.shape)}, found {tuple(found.shape)}"
+    error = distance(found, expected)
+    assert error <= tolerance, f"{what}: expected a distance of at most {tolerance:.1e}, found {error:.1e}"
+    return error
+
+
+def finished(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ms(function, runs, device):
+    """{"ms", "spread_ms"} of calls of a function; one call before them is not counted."""
+    times = []
+    for _ in range(runs + 1):
+        finished(device)
+        start = time.perf_counter()
+        function()
+        finished(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"ms": median(times[1:]), "spread_ms": max(times[1:]) - min(times[1:])}

@@ -1,0 +1,119 @@
+"""Processes of torch.distributed: a group of one on any device, and steps that several devices share."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from loss.criterion import WEIGHTS
+from utils.distributed import Processes
+
+from .rows import near
+from .steps import RATE, make_batch, make_engine
+
+
+def backend_of(device):
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+@contextlib.contextmanager
+def group_of_one(device):
+    """torch.distributed with this process alone."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Processes()
+    finally:
+        dist.destroy_process_group()
+
+
+def collectives(processes, device):
+    """Every exchange that the project makes."""
+    values = torch.arange(5.0, device=device)
+    assert torch.equal(processes.gather(values)[processes.rank], values)
+    assert torch.equal(processes.total(values), values * processes.size)
+    assert processes.first({"a": [1]}) == {"a": [1]}
+    assert processes.gather_objects("b") == ["b"] * processes.size
+    processes.wait()
+    return f"{backend_of(device)}: gather, total, first, gather_objects, wait"
+
+
+def step_as_without(processes, device, **shape):
+    """A step of DistributedDataParallel with one process equals one without it."""
+    found = []
+    for shared in (None, processes):
+        engine = make_engine(device, processes=shared, **shape)
+        terms, _ = engine.step([make_batch(33)], RATE)
+        found.append(([terms[head] for head in WEIGHTS],
+                      torch.cat([weight.detach().flatten() for weight in engine.network.parameters()])))
+    (alone, weights), (shared, same) = found
+    losses = near(torch.tensor(shared), torch.tensor(alone), 1e-6, "losses")
+    return f"losses {losses:.1e}, weights {near(same, weights, 1e-6, 'weights'):.1e}"
+
+
+def losses_of(devices, processes, steps, size, images, **shape):
+    """Losses (steps, terms) of a run on these devices; `images` are those of the whole batch."""
+    engine = make_engine(devices[0], devices=devices, processes=processes, **shape)
+    found = []
+    for seed in range(steps):
+        batch = make_batch(size, seed, images)
+        if processes is not None:
+            batch = {key: value.chunk(processes.size)[processes.rank] for key, value in batch.items()}
+        terms, _ = engine.step([batch], RATE)
+        found.append([terms[head] for head in WEIGHTS])
+    return found
+
+
+def work(rank, kind, world, folder, steps, size, images, shape):
+    """One of the processes that share a run; the first one writes its losses."""
+    torch.set_num_threads(1)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+    dist.init_process_group(backend_of(device), init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    processes = Processes()
+    collectives(processes, device)
+    losses = losses_of([device], processes, steps, size, images, **shape)
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def shared_by_processes(kind, world, steps, size, expected, **shape):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (kind, world, folder, steps, size, 2 * world, shape), nprocs=world)
+        found = json.loads(Path(folder, "losses.json").read_text())
+    return as_alone(found, expected)
+
+
+def as_alone(found, expected):
+    """The first step's losses are one device's; later ones drift apart by what rounding grows to."""
+    found, expected = torch.tensor(found), torch.tensor(expected)
+    first = near(found[0], expected[0], 1e-5, "losses of the first step")
+    return f"losses of the first step {first:.1e}, of all {near(found, expected, 1e-2, 'losses of all steps'):.1e}"
+
+
+def section(rows, device, world=None, steps=20, size=129, **shape):
+    """world: devices to share steps; None for all GPUs there are."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with group_of_one(device) as processes:
+        rows.check("all exchanges, one process", collectives, processes, device)
+        rows.check("a step of DistributedDataParallel, one process", step_as_without, processes, device, **shape)
+    world = world or torch.cuda.device_count()
+    if world < 2:
+        rows.note("several GPUs", "not looked at: there is one")
+        return
+    expected = losses_of([device], None, steps, size, 2 * world, **shape)
+    rows.check(f"{steps} steps of {world} processes as on one device", shared_by_processes, device.type, world, steps,
+               size, expected, **shape)
+    if device.type == "cuda":
+        devices = [torch.device("cuda", index) for index in range(world)]
+        rows.check(f"{steps} steps of DataParallel on {world} GPUs as on one", lambda: as_alone(
+            losses_of(devices, None, steps, size, 2 * world, **shape), expected))

@@ -32,7 +32,12 @@ def sound():
     return snapshot_content(7, ClassTable([row for row in ClassTable.read().rows if row["train_id"] < 3]))
 
 
-DELETE = object()
+class Delete:
+    def __repr__(self):         # stands in names of tests, which must be the same in every process
+        return "left out"
+
+
+DELETE = Delete()
 
 
 def change(content, place, value):

@@ -40,7 +40,7 @@ from dataset.labels import IGNORE_INDEX, ClassTable
 from libs.convert import fold_norms
 from networks import build_network
 from networks.pretrained import read_snapshot
-from utils import checkpoint, cli, visualize
+from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
 from utils.distributed import (
     join_processes,
@@ -314,9 +314,22 @@ def class_table(args, config, path):
     return classes
 
 
+def explain(found, args):
+    """The `UserError` for too little memory; found: the error's first words."""
+    windows = "windows, by --input-size, instead of --whole" if args.whole else "a smaller --input-size"
+    return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
+                     f"what helps: a smaller --batch-size than {args.batch_size}, {windows}, --scales below "
+                     f"{max(args.scales):g}, fewer --num-workers")
+
+
 def main(argv=None):
     args = get_parser().parse_args(argv)
     check(args)
+    memory.explained(lambda: perform(args, argv), lambda found: explain(found, args))
+
+
+def perform(args, argv):
+    """The task that the flags name."""
     paths = [Path(name) for name in args.restore_from]
     if args.export:
         check_file("--export", args.export)

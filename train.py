@@ -443,7 +443,7 @@ def quick_validation(args, engine, normalization, classes, workers, log):
 
 
 def explain(found, args, crops):
-    """The `UserError` for too little memory. found: the error's own words; crops: of a pass on one device."""
+    """The `UserError` for too little memory. found: the error's first words; crops: of a pass on one device."""
     pixels = args.input_size[0] * args.input_size[1]
 
     def kept(recompute, amp, share=1):
@@ -464,7 +464,7 @@ def explain(found, args, crops):
     what = f"about{now}" if now else "most of the memory"
     return UserError(f"out of memory: expected room for {crops} crops of {args.input_size[0]}×{args.input_size[1]} on "
                      f"a device, which keep {what} for the backward pass besides the weights, found: "
-                     f"{found.strip().splitlines()[0][:160]}; what helps, and what it would keep: {', '.join(choices)}")
+                     f"{found}; what helps, and what it would keep: {', '.join(choices)}")
 
 
 def plain_values(args):
@@ -504,15 +504,9 @@ def main(argv=None):
             dataset.fill_cache(workers)
         if processes is not None:
             processes.wait()
-    found = None
-    try:
-        stopped = run(args, devices, processes, precision, dataset, workers)
-    except (RuntimeError, MemoryError) as error:        # torch's of memory are RuntimeErrors
-        if not memory.ran_out(error):
-            raise
-        found = str(error) or "out of memory"
-    if found:       # outside of the block above: its traceback holds the memory that ran out
-        raise explain(found, args, args.batch_size // args.accumulate // max(len(devices), processes_started()))
+    crops = args.batch_size // args.accumulate // max(len(devices), processes_started())
+    stopped = memory.explained(lambda: run(args, devices, processes, precision, dataset, workers),
+                               lambda found: explain(found, args, crops))
     leave_processes()
     if stopped:     # after everything else: nothing that waits for a finished training may follow
         raise cli.Interrupted(stopped)

@@ -16,7 +16,7 @@ from dataset.labels import ClassTable
 from networks import build_network
 from tests.conftest import ROOT, finish, snapshot_content, start
 from tests.conftest import SMALL as TRAIN
-from utils import checkpoint
+from utils import checkpoint, memory
 from utils.cli import UserError
 
 
@@ -202,6 +202,41 @@ cli.run(evaluate.main)
         "--output-dir", tmp_path / "r", *SMALL, processes=2))
     assert status != 0 and "found a full disk" in error and "results in" not in out
     assert not (tmp_path / "r/result.json").exists()
+
+
+@pytest.mark.parametrize("words, flags", [
+    (("--scales", "100"), "--batch-size than 4, a smaller --input-size, --scales below 100, fewer --num-workers"),
+    (("--scales", "2", "100", "--whole", "--batch-size", "1"), "than 1, windows, by --input-size, instead of --whole"),
+    (("--input-size", "16384"), "a smaller --input-size")])
+def test_memory_that_a_protocol_would_need_is_computed(streets, snapshot, tmp_path, monkeypatch, words, flags):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10e9)
+    with pytest.raises(UserError, match="out of memory: expected room for the passes .* found: an image of 256×128 "
+                       r"needs at least \d\d.\d GB, of which 10.0 GB are free; what helps: a smaller .*" + flags):
+        run(streets, snapshot, tmp_path / "r", *words)
+
+
+def test_too_little_memory_in_one_process_is_a_sentence(streets, snapshot, tmp_path):
+    """What torch raises on a GPU, in the second of two processes while the first waits for it."""
+    script = tmp_path / "fails.py"
+    script.write_text("""
+import os, sys
+sys.path.insert(0, os.getcwd())
+import evaluate, torch
+from utils import cli
+def fail(self, crops):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\\nand more")
+if os.environ.get("RANK") == "1":
+    evaluate.SlidingPredictor._forward = fail
+cli.run(evaluate.main)
+""")
+    code = ("import sys; from utils import cli; from utils.distributed import start_processes; "
+            f"sys.argv[0] = {str(script)!r}; cli.run(lambda: start_processes(2, sys.argv[1:]))")
+    status, _, error = finish(start("-c", code, "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu",
+                                    "--num-workers", "0", "--amp", "off", "--output-dir", tmp_path / "r", *SMALL))
+    (said,) = [line for line in error.splitlines() if "error: " in line]
+    assert status == 2 and said.startswith("[process 1] error: out of memory: expected room for")
+    assert "found: CUDA out of memory. Tried to allocate 9 GiB; what helps: a smaller --batch-size than 4, wi" in said
+    assert "Traceback" not in error
 
 
 def test_snapshots_of_one_name_need_folders_of_their_own(streets, snapshot, tmp_path):

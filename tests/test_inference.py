@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from networks import build_network
+from utils import memory
 from utils.inference import Normalization, SlidingPredictor, add_probabilities, round_size, window_starts
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -207,6 +208,34 @@ def test_the_batch_of_windows_does_not_matter(window):
         for protocol, heads in results[0].items():
             for head, probabilities in heads.items():
                 torch.testing.assert_close(other[protocol][head], probabilities, rtol=0, atol=1e-5)
+
+
+class Cells(torch.nn.Module):
+    """One convolution to logits of five classes at stride 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 5, 1, stride=8)
+
+    def forward(self, images):
+        return {"fine": self.convolution(images)}
+
+
+@pytest.mark.parametrize("window, scales, flip, needed", [
+    # pixels of three channels, and then either the maps of all classes or the batch with its logits
+    (None, (1.0,), False, 65 * 73 * (12 + 20)), (None, (100.0,), False, 6505 * 7305 * (12 + 20)),
+    ((1025, 1025), (1.0,), False, 1025 ** 2 * (12 + 20)),
+    ((1025, 1025), (0.5, 1.0), True, 1025 ** 2 * (12 + 4 * (65 ** 2 * 12 + 81 * 20) / 72 ** 2)),
+])
+def test_memory_that_is_not_there_is_not_asked_for(monkeypatch, window, scales, flip, needed):
+    predictor = SlidingPredictor(Cells(), window, scales=scales, flip=flip)
+    image = np.zeros((65, 73, 3), np.uint8)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 0.99)
+    monkeypatch.setattr(predictor, "_run", lambda passes, pixels: iter(()))
+    with pytest.raises(MemoryError, match=f"an image of 73×65 needs at least {needed / 1e9:.1f} GB, of which .* free"):
+        predictor.predict(image)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 1.01)
+    predictor.predict(image)
 
 
 def test_calls_of_the_network_are_as_few_as_its_batch_allows():

@@ -1,15 +1,21 @@
 """What a network keeps for its backward pass, and that recomputation changes nothing else."""
 
 import itertools
+import os
 
+import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from libs.abn import NORMS
+from libs.convert import fold_norms
 from networks import MODELS, build_network, recompute_choices
 from networks.resnet import CHECKPOINTS
 from tests.benchmarks.memory import AMP, COUNTED, measure
-from utils.memory import bytes_a_pixel, kept_bytes, ran_out
+from utils.memory import bytes_a_pixel, free_bytes, kept_bytes, passing_bytes, ran_out
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
           (torch.bfloat16, "full"): 900}
@@ -91,3 +97,36 @@ def test_light_costs_at_most_8_per_cent_more_multiplications():
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
 def test_every_way_of_running_out_is_recognised(error):
     assert ran_out(error) and not ran_out("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
+
+
+class LiveTensors(TorchDispatchMode):
+    """The most bytes of tensors that were made inside this context and alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for storage in (one.untyped_storage() for one in tree_leaves(made) if isinstance(one, torch.Tensor)):
+            self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize("backbone", ["eca_resnet18", "eca_resnet50"])
+def test_a_pass_takes_at_least_what_is_said(backbone):
+    network = fold_norms(build_network("acfnet_resnet", 19, backbone))
+    a_pixel, maps = passing_bytes(network, torch.device("cpu"))
+    with LiveTensors() as live, torch.no_grad():
+        network(torch.zeros(1, 3, 257, 257))
+    assert maps == 38 and 0.25 < a_pixel * 257 ** 2 / live.most <= 1
+    assert 0.4 < passing_bytes(network, torch.device("cpu"), torch.bfloat16)[0] / a_pixel < 0.7
+
+
+def test_free_memory_is_that_of_the_machine():
+    free = free_bytes(torch.device("cpu"))
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    taken = np.ones(1 << 26)        # 0.5 GB
+    assert free_bytes(torch.device("cpu")) < free - taken.nbytes / 2

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import memory
 from .metrics import ConfusionMatrix
 
 
@@ -107,6 +108,7 @@ class SlidingPredictor:
         self.autocast = autocast
         self.memory_format = memory_format
         self.watch = watch
+        self.fitted = 0         # bytes that are known to be there
 
     def __call__(self, image):
         """image (H, W, 3) uint8 RGB, array or tensor → fine probabilities (N, H, W) float32."""
@@ -123,17 +125,19 @@ class SlidingPredictor:
 
         Protocols: `single_scale`, the plain pass at scale 1 (or at the only scale), where it is among the
         passes; `multi_scale`, the mean over all passes, where there is more than one. Raises `ValueError` for any
-        other kind of array: 0 to 1 would pass for a dark image.
+        other kind of array: 0 to 1 would pass for a dark image. Raises `MemoryError` before memory is asked for that
+        the device has not.
         """
         image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"image: expected uint8 (H, W, 3) RGB, found {str(image.dtype).removeprefix('torch.')} "
                              f"{tuple(image.shape)}")
-        image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
-        size = image.shape[-2:]
+        size = image.shape[:2]
         sides = (False, True) if self.flip else (False,)
         passes = [_Pass(scale, mirrored, size, self.window, self.overlap)
                   for scale, mirrored in itertools.product(self.scales, sides)]
+        self._check_memory(passes)
+        image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
         total, results = {}, {}
         for done in self._run(passes, self.normalization(image)):
             heads = done.result()
@@ -149,6 +153,28 @@ class SlidingPredictor:
         if total:
             results["multi_scale"] = {name: p.div_(len(passes)) for name, p in total.items()}
         return results
+
+    @functools.cached_property
+    def _passing(self):
+        known = isinstance(self.network, torch.nn.Module)
+        return memory.passing_bytes(self.network, self.device, self.autocast) if known else (0, 0)
+
+    def _check_memory(self, passes):
+        """Raise `MemoryError` if the device has less memory than passes over an image take at the least."""
+        a_pixel, maps = self._passing
+        needed = 0
+        for one in passes:
+            batch = min(self.batch_size, sum(other.left for other in passes if other.window == one.window))
+            area = math.prod(one.padded)
+            needed = max(needed, 3 * 4 * area + max(batch * math.prod(one.window) * a_pixel, maps * 4 * area))
+        if needed <= self.fitted:
+            return
+        free = memory.free_bytes(self.device)
+        if needed > free:
+            height, width = passes[0].size
+            raise MemoryError(f"an image of {width}×{height} needs at least {needed / 1e9:,.1f} GB, of which "
+                              f"{free / 1e9:,.1f} GB are free")
+        self.fitted = needed
 
     def _run(self, passes, pixels):
         """Run the network over the windows of all passes, several a time; yields each pass when it is complete."""
@@ -211,8 +237,8 @@ class _Pass:
         self.padded = tuple(max(pair) for pair in zip(self.scaled, self.window, strict=True))
         starts = [window_starts(length, side, overlap)
                   for length, side in zip(self.scaled, self.window, strict=True)]
-        self.places = list(itertools.product(*starts))
-        self.left = len(self.places)
+        self.starts = starts
+        self.left = math.prod(map(len, starts))
         # 1 / the number of windows on each row and column: their product is that of a pixel.
         self.weights = [_inverse_counts(length, side, first)
                         for length, side, first in zip(self.padded, self.window, starts, strict=True)]
@@ -227,7 +253,7 @@ class _Pass:
         # The padding is the mean colour, which normalisation takes to zero. It never enters a score.
         pixels = F.pad(pixels, (0, self.padded[1] - self.scaled[1], 0, self.padded[0] - self.scaled[0]))
         height, width = self.window
-        for top, left in self.places:
+        for top, left in itertools.product(*self.starts):
             yield (top, left), pixels[..., top:top + height, left:left + width]
 
     def add(self, name, logits, place):

@@ -1,7 +1,10 @@
 """Memory: what a network keeps for its backward pass, counted; what a process has used; whether it ran out."""
 
+import contextlib
 import gc
 import json
+import math
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -42,6 +45,58 @@ def ran_out(error):
     return isinstance(error, MemoryError) or any(
         text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory",
                                         "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+def explained(work, explain):
+    """What `work()` returns; where the memory runs out meanwhile, the error `explain(first words found)` is raised."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:        # torch's of memory are RuntimeErrors
+        if not ran_out(error):
+            raise
+        found = (str(error).strip() or "no memory left").splitlines()[0][:160]
+    raise explain(found)        # outside of the block above: its traceback holds the memory that ran out
+
+
+def free_bytes(device):
+    """Memory that can still be had on a device, swap space included; infinite where nobody tells."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    limits = []
+    with contextlib.suppress(OSError, ValueError, KeyError):        # Linux
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = {name: int(size.split()[0]) << 10 for name, size in (line.split(":") for line in file)}
+        limits.append(sizes["MemAvailable"] + sizes["SwapFree"])
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):     # of a container
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))     # elsewhere: all that there is
+    return min(limits, default=math.inf)
+
+
+@torch.inference_mode()
+def passing_bytes(network, device, autocast=None):
+    """What a forward pass in evaluation holds at once, at the least: (bytes a pixel of its input, maps of logits).
+
+    Found by one small pass: the largest input and output of a module. Maps are counted over all heads.
+    """
+    most = 0
+
+    def measure(module, args, output):
+        nonlocal most
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                    for tensor in (*args, output) if isinstance(tensor, torch.Tensor)}
+        most = max(most, sum(storages.values()))
+
+    hooks = [module.register_forward_hook(measure) for module in network.modules()]
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        outputs = network(torch.zeros(1, 3, 65, 65, device=device))
+    for hook in hooks:
+        hook.remove()
+    # 9 logits to a side, or 72 pixels: taken by itself the border of a crop so small would count too much.
+    return most / 72 ** 2, sum(logits.shape[1] for logits in outputs.values())
 
 
 def kept_bytes(network, images, autocast=None):

@@ -1,11 +1,11 @@
 """The training loss: 0.7 · fine + 0.6 · coarse + 0.4 · aux, each a cross-entropy over the labelled pixels."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils.distributed import find_parts
 from utils.precision import at_least_float32
+from utils.upsampling import upsample_by_products
 
 from .ohem import keep_hardest, masked_cross_entropy
 
@@ -41,13 +41,11 @@ class SegmentationCriterion(nn.Module):
     def sums(self, outputs, labels):
         """Logits by name (each (B, N, h, w)), labels (B, H, W) → {name: (sum of losses, pixels counted)}.
 
-        With OHEM, processes or replicas that share a batch agree which of its pixels are the hardest.
+        With OHEM, processes or replicas that share a batch, equally, agree which of its pixels are the hardest.
         """
         def hardest(losses, valid):
             parts = find_parts()
-            images = len(labels)
-            if parts is not None:
-                images = sum(map(int, parts.gather(torch.tensor([images], device=labels.device))))
+            images = len(labels) * (1 if parts is None else parts.size)
             return keep_hardest(losses, valid, self.ohem_thres, self.ohem_keep * images // 2, parts)
 
         return {name: masked_cross_entropy(upsample(outputs[name], labels.shape[-2:]), labels,
@@ -66,4 +64,7 @@ class SegmentationCriterion(nn.Module):
 
 def upsample(logits, size):
     """Logits (B, N, h, w) → (B, N, *size) in at least float32, bilinear with aligned corners."""
-    return F.interpolate(at_least_float32(logits), size=size, mode="bilinear", align_corners=True)
+    logits = at_least_float32(logits)
+    if logits.is_cuda:
+        return upsample_by_products(logits, size)
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)

@@ -18,23 +18,20 @@ def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
         valid: (P,) bool, False where the label is to be ignored.
         thres: probability.
         min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
-        parts: `utils.distributed.Processes` or `Replicas` with other pixels of the batch, among which the k-th
-            smallest is found; None if these are all.
+        parts: `utils.distributed.Processes` or `Replicas` with as many other pixels of the batch each, among all of
+            which the k-th smallest is found; None if these are all.
 
     Returns:
         (P,) bool.
     """
     # In the order of losses: largest first. Ignored pixels sort last.
-    limit = pixel_losses.new_tensor(-math.log(thres) if thres > 0 else math.inf)
+    limit = -math.log(thres) if thres > 0 else math.inf
     if min_kept > 0:
         ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
         if parts is not None:       # the k hardest of all are among the k hardest of each part
-            longest = max(map(int, parts.gather(torch.tensor([len(ranked)], device=ranked.device))))
-            hardest = ranked.topk(min(min_kept, len(ranked))).values
-            room = min(min_kept, longest) - len(hardest)
-            ranked = torch.cat(parts.gather(F.pad(hardest, (0, room), value=-math.inf)))
+            ranked = torch.cat(parts.gather(ranked.topk(min(min_kept, len(ranked)), sorted=False).values))
         k = min(min_kept, len(ranked))
-        limit = torch.minimum(limit, kth_smallest(ranked, len(ranked) - k + 1))
+        limit = kth_smallest(ranked, len(ranked) - k + 1).clamp(max=limit)
     # Not "≥": a loss that is not a number must reach the sum and be seen.
     return ~(pixel_losses < limit) & valid
 

@@ -248,3 +248,13 @@ def test_calls_of_the_network_are_as_few_as_its_batch_allows():
     SlidingPredictor(network, (33, 49), scales=(1.0, 1.5), flip=True, batch_size=5)(np.zeros((70, 110, 3), np.uint8))
     windows = 2 * (3 * 3 + 5 * 5)
     assert sum(calls) == windows and len(calls) == -(-windows // 5)
+
+
+def test_the_watch_is_left_alone_when_it_has_heard_enough():
+    told = []
+    network = lambda x: {"fine": F.avg_pool2d(x, 8, 8, ceil_mode=True)}     # noqa: E731
+    predictor = SlidingPredictor(network, (33, 33), batch_size=1,
+                                 watch=lambda done, windows: told.append(done) or done == windows)
+    image = torch.zeros(33, 49, 3, dtype=torch.uint8)
+    predictor(image), predictor(image)
+    assert told == [0, 1, 2] and predictor.watch is None

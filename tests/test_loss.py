@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loss import criterion
 from loss.criterion import SegmentationCriterion
-from loss.ohem import OhemCrossEntropy, kth_smallest
+from loss.ohem import OhemCrossEntropy, keep_hardest, kth_smallest
 
 
 def numpy_ohem(logits, labels, thres, min_kept, ignore_index=255):
@@ -158,3 +159,28 @@ def test_the_kth_smallest_is_that_of_a_sort(make, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "kthvalue", None)
     for k in (1, 2, 250, 499, 500):
         assert float(kth_smallest(make(values), k)) == ordered[k - 1]
+
+
+class _Parts:
+    """Stands for processes: what one of them gives is met by what the others, told beforehand, give."""
+
+    def __init__(self, others):
+        self.others, self.size, self.exchanges = others, len(others) + 1, 0
+
+    def gather(self, tensor):
+        self.exchanges += 1
+        return [tensor, *(losses.topk(len(tensor)).values for losses in self.others)]
+
+
+def test_shared_ohem_takes_one_exchange(monkeypatch):
+    torch.manual_seed(0)
+    losses, valid = torch.rand(4, 50), torch.ones(4, 50, dtype=torch.bool)
+    expected = keep_hardest(losses.flatten(), valid.flatten(), 0.0, 23).view(4, 50)
+    parts = _Parts(list(losses[1:]))
+    found = keep_hardest(losses[0], valid[0], 0.0, 23, parts)
+    assert found.tolist() == expected[0].tolist() and 0 < found.sum() < 23 and parts.exchanges == 1
+
+    parts = _Parts([])
+    monkeypatch.setattr(criterion, "find_parts", lambda: parts)
+    SegmentationCriterion(ohem=True).sums({"fine": torch.randn(2, 3, 5, 5)}, torch.zeros(2, 9, 9))
+    assert parts.exchanges == 1

@@ -1,6 +1,7 @@
 """Scores against cityscapesScripts' pixel-level evaluation."""
 
 import math
+import pickle
 
 import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official
 import numpy as np
@@ -134,3 +135,42 @@ def test_sizes_of_instances_are_the_official_ones():
     classes = ClassTable.read()
     assert {id2label[i].name: size for i, size in classes.instance_sizes.items()} == official.args.avgClassSize
     assert classes.whole_categories == {"human", "vehicle"}
+
+
+def elsewhere(monkeypatch):
+    """Tensors say that they are on a device that must not be waited for."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+
+
+@pytest.mark.parametrize("ignore", [255, 1])
+def test_counts_on_a_device_are_those_of_the_cpu(monkeypatch, ignore):
+    torch.manual_seed(0)
+    prediction, label = torch.randint(-1, 6, (3, 40)), torch.randint(0, 4, (3, 40))
+    label[0, ::3] = ignore
+    here, there = ConfusionMatrix(4, ignore), ConfusionMatrix(4, ignore)
+    here.update(prediction, label)
+    with monkeypatch.context() as patch:
+        elsewhere(patch)
+        for p, y in zip(prediction, label, strict=True):
+            there.update(p, y)
+    assert there.matrix.tolist() == here.matrix.tolist() and there.matrix.sum() == (label != ignore).sum()
+
+
+def test_a_wrong_label_on_a_device_is_found_when_the_counts_are_read(monkeypatch):
+    matrix, whole = ConfusionMatrix(4), ConfusionMatrix(4)
+    with monkeypatch.context() as patch:
+        elsewhere(patch)
+        matrix.update(torch.tensor([0, 1, 2]), torch.tensor([0, 4, -1]))
+        whole.add(matrix)
+    sent = pickle.loads(pickle.dumps(whole))        # to another process
+    for one in (matrix, whole, sent):
+        with pytest.raises(ValueError, match="label: expected train ids 0 to 3 or 255, found 2 pixels of other values"):
+            one.class_iou()
+
+
+def test_a_refused_label_leaves_the_counts_as_they_were():
+    matrix = ConfusionMatrix(4)
+    matrix.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="found 7 to 9"):
+        matrix.update(torch.tensor([0, 1, 2]), torch.tensor([0, 7, 9]))
+    assert matrix.matrix.diagonal().tolist() == [1, 1, 0, 0]

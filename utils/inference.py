@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from . import memory
 from .metrics import ConfusionMatrix
+from .upsampling import upsampling_matrix
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class SlidingPredictor:
         device: where to compute; None for the device of the network's parameters.
         autocast: dtype of mixed precision, or None.
         memory_format: of the network's input.
-        watch: called with the windows done and those of the image, when it begins and after each batch; or None.
+        watch: called with the windows done and those of the image, when it begins and after each batch, until it
+            returns True; or None.
     """
 
     def __init__(self, network, window=(769, 769), overlap=1 / 3, scales=(1.0,), flip=False, batch_size=4,
@@ -134,7 +136,7 @@ class SlidingPredictor:
                              f"{tuple(image.shape)}")
         size = image.shape[:2]
         sides = (False, True) if self.flip else (False,)
-        passes = [_Pass(scale, mirrored, size, self.window, self.overlap)
+        passes = [_Pass(scale, mirrored, size, self.window, self.overlap, self.device)
                   for scale, mirrored in itertools.product(self.scales, sides)]
         self._check_memory(passes)
         image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
@@ -185,7 +187,8 @@ class SlidingPredictor:
             if self.watch is not None:
                 if self.device.type == "cuda":      # it is told when windows are done, not when they are queued
                     torch.cuda.synchronize(self.device)
-                self.watch(windows - sum(one.left for one in passes), windows)
+                if self.watch(windows - sum(one.left for one in passes), windows):
+                    self.watch = None
 
         def flush():
             if not waiting:
@@ -228,9 +231,10 @@ class _Pass:
         size: (height, width) of the image.
         window: (height, width) at most; None for the whole scaled image.
         overlap: of neighbouring windows.
+        device: of the probabilities.
     """
 
-    def __init__(self, scale, mirrored, size, window, overlap):
+    def __init__(self, scale, mirrored, size, window, overlap, device):
         self.scale, self.mirrored, self.size = scale, mirrored, size
         self.scaled = size if scale == 1 else tuple(max(1, round(length * scale)) for length in size)
         self.window = window or round_size(self.scaled)
@@ -240,7 +244,7 @@ class _Pass:
         self.starts = starts
         self.left = math.prod(map(len, starts))
         # 1 / the number of windows on each row and column: their product is that of a pixel.
-        self.weights = [_inverse_counts(length, side, first)
+        self.weights = [_inverse_counts(length, side, first, device)
                         for length, side, first in zip(self.padded, self.window, starts, strict=True)]
         self.totals = {}
 
@@ -262,8 +266,7 @@ class _Pass:
             self.totals[name] = logits.new_zeros(len(logits), *self.padded)
         top, left = place
         rows, columns = (slice(first, first + length) for first, length in zip(place, self.window, strict=True))
-        add_probabilities(self.totals[name][:, rows, columns], logits,
-                          self.weights[0][rows].to(logits.device), self.weights[1][columns].to(logits.device))
+        add_probabilities(self.totals[name][:, rows, columns], logits, self.weights[0][rows], self.weights[1][columns])
 
     def result(self):
         """{head: probabilities (N, H, W)} at the size of the image, not mirrored."""
@@ -277,9 +280,9 @@ class _Pass:
         return results
 
 
-def _inverse_counts(length, window, starts):
-    """1 / the number of windows that cover each place of an axis: (length,)."""
-    counts = torch.zeros(length)
+def _inverse_counts(length, window, starts, device):
+    """1 / the number of windows that cover each place of an axis: (length,), made on the device: a copy would wait."""
+    counts = torch.zeros(length, device=device)
     for start in starts:
         counts[start:start + window] += 1
     return 1 / counts
@@ -305,7 +308,7 @@ def add_probabilities(total, logits, row_weights, column_weights):
     # classes lie so far apart that all could vanish between two pixels, the shift is found again after upsampling.
     logits = logits - logits.amax(0)
     shift_again = total.is_cuda or bool(logits.amin() < -LARGEST_GAP)     # on a GPU asking costs more
-    from_rows, from_columns = (_upsampling(length, source, logits.device) for length, source
+    from_rows, from_columns = (upsampling_matrix(length, source, logits.device) for length, source
                                in zip((height, width), logits.shape[1:], strict=True))
     wide = logits @ from_columns.T                                                  # (N, h, W)
     rows = height if total.is_cuda else max(1, STRIP // (len(total) * width))
@@ -319,20 +322,6 @@ def add_probabilities(total, logits, row_weights, column_weights):
         values.exp_()
         factor = row_weights[strip, None] * column_weights / values.sum(0)          # (rows, W)
         total[:, strip] += values.mul_(factor)
-
-
-@functools.lru_cache(maxsize=64)
-def _upsampling(length, source, device):
-    """The matrix (length, source) of linear interpolation with aligned corners."""
-    places = torch.arange(length, dtype=torch.float64) * ((source - 1) / max(1, length - 1))
-    low = places.floor().clamp(max=max(0, source - 2)).long()
-    weight = places - low
-    matrix = torch.zeros(length, source, dtype=torch.float64)
-    index = torch.arange(length)
-    matrix[index, low] = 1 - weight
-    if source > 1:
-        matrix[index, low + 1] += weight
-    return matrix.float().to(device)
 
 
 def _span(top, bottom, length, source):
@@ -361,14 +350,16 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
     """
     matrices = {}
     for item in items:
+        truth = item["label"]
         for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
             labels = {head: most_probable(probabilities) for head, probabilities in heads.items()}
             counts = {}
             for head, predicted in labels.items():
+                truth = truth.to(predicted.device)
                 counts[head] = ConfusionMatrix(num_classes, ignore_index)
-                counts[head].update(predicted, item["label"].to(predicted.device))
+                counts[head].update(predicted, truth)
                 matrices.setdefault(protocol, {}).setdefault(
-                    head, ConfusionMatrix(num_classes, ignore_index)).matrix += counts[head].matrix
+                    head, ConfusionMatrix(num_classes, ignore_index)).add(counts[head])
         if seen is not None:
             seen(item, heads, labels, counts)
     if processes is None:
@@ -377,6 +368,5 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
     for part in processes.gather_objects(matrices):
         for protocol, heads in part.items():
             for head, matrix in heads.items():
-                total.setdefault(protocol, {}).setdefault(
-                    head, ConfusionMatrix(num_classes, ignore_index)).matrix += matrix.matrix
+                total.setdefault(protocol, {}).setdefault(head, ConfusionMatrix(num_classes, ignore_index)).add(matrix)
     return total

@@ -252,17 +252,16 @@ class FirstImage:
         self.started = self.said = None
 
     def __call__(self, done, windows):
-        """So many windows of an image are done; none when it begins."""
+        """So many windows of an image are done; none when it begins. Returns whether the image is done."""
         now = time.monotonic()
         if done == 0:
             self.started = self.started or now
-        elif done == windows:
-            self.every = float("inf")       # from here on `progress` speaks
-        elif self.said is None or now - self.said > self.every:
+        elif done < windows and (self.said is None or now - self.said > self.every):
             self.said = now
             image = (now - self.started) / done * windows
             tqdm.write(f"first image: {done}/{windows} windows; at this rate {_duration(image)} an image, "
                        f"{_duration(image * self.images)} for {self.images}")
+        return done == windows      # from there on `progress` speaks
 
 
 def _continued(path, step):

@@ -11,30 +11,54 @@ class ConfusionMatrix:
         num_classes: N.
         ignore_index: truth that does not count; as a prediction it is void and counts as a miss.
 
-    Attributes:
-        matrix: (N, N + 1) int64 tensor, rows the truth, the last column void predictions.
+    The counts stay on the device of the maps, so that nobody waits for it until they are read.
     """
 
     def __init__(self, num_classes, ignore_index=255):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
+        # Of each cell of the matrix, of ignored pixels, and of those whose truth makes no sense.
+        self._counts = torch.zeros(num_classes * (num_classes + 1) + 2, dtype=torch.int64)
+
+    @property
+    def matrix(self):
+        """(N, N + 1) int64 tensor on the CPU, rows the truth, the last column void predictions.
+
+        Raises ValueError where a label held on a GPU a value that is neither a class nor the ignore index.
+        """
+        counts = self._counts.cpu()
+        if counts[-1]:
+            raise ValueError(f"label: expected train ids 0 to {self.num_classes - 1} or {self.ignore_index}, found "
+                             f"{int(counts[-1])} pixels of other values")
+        return counts[:-2].view(self.num_classes, self.num_classes + 1)
+
+    def add(self, other):
+        """Add the counts of another `ConfusionMatrix` of the same classes, on any device."""
+        self._counts = self._counts.to(other._counts.device) + other._counts
+
+    def __getstate__(self):     # another process may not have the device
+        return vars(self) | {"_counts": self._counts.cpu()}
 
     def update(self, prediction, label):
         """Add maps of train ids, any shape, any integer dtype; tensors (any device) or NumPy arrays.
 
-        Raises ValueError where the label holds a value that is neither a class nor the ignore index.
+        Raises ValueError where the label holds a value that is neither a class nor the ignore index; on a GPU, that
+        is found when `matrix` is read.
         """
         prediction, label = (torch.as_tensor(a).reshape(-1).long() for a in (prediction, label))
         n = self.num_classes
-        counted = label != self.ignore_index
-        prediction, label = prediction[counted], label[counted]
-        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < n:
-            raise ValueError(f"label: expected train ids 0 to {n - 1} or {self.ignore_index}, "
-                             f"found {int(label.min())} to {int(label.max())}")
+        ignored, invalid = n * (n + 1), n * (n + 1) + 1
         prediction = torch.where((prediction >= 0) & (prediction < n), prediction, n)
-        counts = torch.bincount(label * (n + 1) + prediction, minlength=n * (n + 1))
-        self.matrix += counts.view(n, n + 1).to(self.matrix.device)
+        place = torch.where((label >= 0) & (label < n), label * (n + 1) + prediction, invalid)
+        place = torch.where(label == self.ignore_index, ignored, place)
+        # Not bincount: on a GPU it asks for the largest value. A CPU counts by it several times as fast.
+        counts = torch.bincount(place, minlength=invalid + 1) if place.is_cpu else torch.zeros(
+            invalid + 1, dtype=torch.int64, device=place.device).scatter_add_(0, place, torch.ones_like(place))
+        if counts.is_cpu and counts[-1]:
+            wrong = label[place == invalid]
+            raise ValueError(f"label: expected train ids 0 to {n - 1} or {self.ignore_index}, "
+                             f"found {int(wrong.min())} to {int(wrong.max())}")
+        self._counts = self._counts.to(counts.device) + counts
 
     def class_iou(self):
         """(N,) float64: TP / (TP + FP + FN); NaN where all three are zero."""

@@ -1,0 +1,36 @@
+"""Bilinear upsampling with aligned corners as what it is: a product with a matrix from each side."""
+
+import functools
+
+import torch
+
+from .precision import without_autocast
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)        # a matrix first needed in evaluation must serve training too
+def upsampling_matrix(length, source, device, dtype=torch.float32):
+    """The matrix (length, source) of linear interpolation with aligned corners."""
+    places = torch.arange(length, dtype=torch.float64) * ((source - 1) / max(1, length - 1))
+    low = places.floor().clamp(max=max(0, source - 2)).long()
+    weight = places - low
+    matrix = torch.zeros(length, source, dtype=torch.float64)
+    index = torch.arange(length)
+    matrix[index, low] = 1 - weight
+    if source > 1:
+        matrix[index, low + 1] += weight
+    return matrix.to(device, dtype)
+
+
+def upsample_by_products(maps, size):
+    """Maps (B, C, h, w) → (B, C, *size), as `F.interpolate(mode="bilinear", align_corners=True)` gives them.
+
+    On a GPU its backward pass adds with atomics, slowly and in another order each time; that of a product does not.
+    """
+    rows, columns = (upsampling_matrix(length, source, maps.device, maps.dtype)
+                     for length, source in zip(size, maps.shape[2:], strict=True))
+    # Products of float32 stay exact on a GPU: unlike convolutions they use TF32 only where a program asks for it.
+    with without_autocast(maps):
+        planes = maps.flatten(0, 1) @ columns.T                                         # (B · C, h, W)
+        planes = torch.bmm(rows.expand(len(planes), -1, -1), planes)                    # (B · C, H, W)
+    return planes.unflatten(0, maps.shape[:2])                                          # (B, C, H, W)

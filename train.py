@@ -167,8 +167,8 @@ def add_run(parser):
     out.add_argument("--snapshot-dir", type=cli.path, default="snapshots", help="(snapshots)")
     out.add_argument("--save-pred-every", type=cli.positive(int), default=5000,
                      help="steps between snapshots (5000)")
-    out.add_argument("--keep", type=cli.positive(int), metavar="N", help="keep the newest N snapshots only, and "
-                     "the newest after which training went on normally; default: all")
+    out.add_argument("--keep", type=cli.positive(int), metavar="N", help="remove all snapshots but "
+                     "the newest N, and never the newest from which training went on normally; default: none")
     out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
     out.add_argument("--panel-every", type=cli.positive(int), default=500,
                      help="steps between TensorBoard pictures (500)")

@@ -104,13 +104,12 @@ def test_without_a_transform_nothing_is_drawn(streets):
     assert torch.equal(dataset[-1]["image"], dataset[8]["image"]) and torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_everything_crosses_to_workers_of_any_start_method(streets, tmp_path, method):
+def test_everything_crosses_to_workers_that_inherit_nothing(streets, tmp_path):
     dataset = CityscapesDataset(streets, "train", transform=train_transform((33, 33)), cache=tmp_path / "c",
                                 jitter=(0.4, 0.4, 0.4, 0.1))
     everything = ConcatDataset([ImageFiles([streets / "gone.png", dataset.pairs[0][0]]), Jobs(dataset.positions, [3]),
                                 Jobs(dataset.decode_pair, [5]), dataset])
-    items = list(DataLoader(everything, None, num_workers=1, multiprocessing_context=method,
+    items = list(DataLoader(everything, None, num_workers=1, multiprocessing_context="spawn",
                             worker_init_fn=train.start_worker))
     assert "gone.png: expected an image" in items[0]["error"]
     assert np.array_equal(items[1]["image"].permute(1, 2, 0), np.asarray(Image.open(dataset.pairs[0][0])))
@@ -122,12 +121,11 @@ def test_everything_crosses_to_workers_of_any_start_method(streets, tmp_path, me
         assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_drawing_and_checking_work_with_any_start_method(tmp_path, method):
-    code = ("import multiprocessing, sys; multiprocessing.set_start_method(sys.argv.pop(1)); "
+def test_drawing_and_checking_work_with_workers_that_inherit_nothing(tmp_path):
+    code = ("import multiprocessing, sys; multiprocessing.set_start_method('spawn'); "
             "from dataset import check, streets; "
             "streets.write_dataset(sys.argv[1], train=1, val=1, size=(32, 64), workers=1); check.main()")
-    status, out, error = finish(start("-c", code, method, tmp_path / "d", "--output-dir", tmp_path / "r",
+    status, out, error = finish(start("-c", code, tmp_path / "d", "--output-dir", tmp_path / "r",
                                       "--num-workers", "1"))
     assert status == 0 and "0 problems" in out, error
 

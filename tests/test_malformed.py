@@ -46,9 +46,9 @@ def turned(array, orientation, kind="PNG"):
     return file.getvalue()
 
 
-def photograph(kind, **options):
-    file = io.BytesIO()
-    Image.fromarray(IMAGE).save(file, kind, **options)
+def photograph(kind, palette=False, **options):
+    file, image = io.BytesIO(), Image.fromarray(IMAGE)
+    (image.quantize(16) if palette else image).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -124,6 +124,7 @@ def table_with(column, value):
 GOOD = "a.png a_label.png\nb.png b_label.png\n"
 LONG = "x" * 300        # more than a file's name may have
 PNG, LABEL_PNG = png(IMAGE), png(LABEL)
+PALETTE = photograph("PNG", palette=True)
 WRONG = {       # what is done to the second pair → what the sentence says
     **{f"image cut after {share:.0%}": (put("b.png", PNG[:int(len(PNG) * share)]), r"b\.png: expected an image, found")
        for share in (0.0, 0.01, 0.05, 0.3, 0.6, 0.9)},
@@ -208,6 +209,17 @@ WRONG = {       # what is done to the second pair → what the sentence says
        for kind, data in (("JPEG", photograph("JPEG")), ("progressive JPEG", photograph("JPEG", progressive=True)),
                           ("WebP", photograph("WEBP", lossless=True)), ("TIFF", photograph("TIFF")),
                           ("BMP", photograph("BMP"))) for share in (0.02, 0.5, 0.9)},
+    **{f"{kind} cut after {share:.0%}": (put("b.png", data[:int(len(data) * share)]), r"b\.png: expected an image")
+       for kind, data in (("16-bit PNG", png(IMAGE[..., 0].astype(np.uint16) * 257)), ("palette PNG", PALETTE),
+                          ("transparent PNG", png(np.dstack([IMAGE, IMAGE[..., :1]])))) for share in (0.1, 0.5, 0.9)},
+    **{f"{kind} label cut after {share:.0%}": (put("b_label.png", data[:int(len(data) * share)]),
+                                               r"b_label\.png: expected an image")
+       for kind, data in (("16-bit PNG", png(LABEL.astype(np.uint16))), ("palette PNG", PALETTE),
+                          ("TIFF", photograph("TIFF")), ("BMP", photograph("BMP")),
+                          ("lossless WebP", photograph("WEBP", lossless=True))) for share in (0.1, 0.3, 0.5)},
+    **{f"{what} damaged after {share:.0%}": (put(name, spoilt(data, share)), rf"{name}: expected an image")
+       for what, name, data in (("image", "b.png", PNG), ("palette PNG label", "b_label.png", PALETTE))
+       for share in (0.2, 0.6, 0.7)},
     **{f"zeros after {share:.0%} of the {what}": (put(name, data[:int(len(data) * share)] + b"\0" * int(
         len(data) * (1 - share) + 1)), rf"{name}: expected an image, found") for share in (0.1, 0.5)
        for what, name, data in (("image", "b.png", PNG), ("label", "b_label.png", LABEL_PNG))},
@@ -268,7 +280,7 @@ def read_all(root, **options):
 
 
 def test_there_are_enough_of_them():
-    assert len(WRONG) >= 150
+    assert len(WRONG) >= 180
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -349,7 +361,7 @@ def test_a_broken_file_ends_training_from_a_worker_without_a_traceback(own):
     status, _, error = finish(start(
         "train.py", "--data-dir", own, "--data-list", own / "list.txt", "--classes", own / "classes.csv", "--gpu",
         "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "17,17", "--batch-size", "3",
-        "--num-workers", "2", "--num-steps", "5", "--snapshot-dir", own / "s"))
+        "--num-workers", "1", "--num-steps", "5", "--snapshot-dir", own / "s"))
     assert status == 2
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "line 2" in lines[0] and "b.png: expected an image" in lines[0]

@@ -57,7 +57,7 @@ from utils.export import export_onnx
 from utils.inference import SlidingPredictor, fitting_size, score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
-from utils.precision import AUTOCAST, best_precision
+from utils.precision import AUTOCAST, best_precision, exact_float32
 from utils.report import WorstImages, score_columns, write_report
 from utils.results import ResultsFolder, check_file
 
@@ -341,12 +341,13 @@ def perform(args, argv):
     devices = select_devices(args.gpu)
     if len(devices) > 1 and not started_by_torchrun():
         start_processes(len(devices), argv)
-    device = own_device(devices) if started_by_torchrun() else devices[0]
+    device = own_device(devices)
     processes = join_processes(device)
     speak_for_all(processes)
     workers, cores = share_cores([device], args.num_workers)
     args.amp = args.amp or best_precision(device)
     print(f"{cores}; --amp {args.amp}")
+    exact_float32(args.amp, device)
     if args.images or args.submission:
         broken = predict(args, paths[0], device, workers, processes)
         leave_processes()

@@ -9,7 +9,7 @@ The paper's setting, four GPUs:
 With OHEM add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
 Go on after an interruption: the same command and --resume. Ctrl-C, SIGTERM and a closed terminal finish the step and
 save; the exit status is then 130, 143 or 129
-A process for each GPU: the same command with torchrun --nproc_per_node 4 in place of python, or --parallel ddp
+Several hosts: torchrun --nproc_per_node 4 ... train.py in place of python train.py
 A batch too large for the memory: --accumulate 4 takes it in four parts
 """
 
@@ -36,7 +36,6 @@ from networks.resnet import CHECKPOINTS
 from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
 from utils.distributed import (
-    DataParallel,
     join_processes,
     leave_processes,
     own_device,
@@ -51,7 +50,8 @@ from utils.distributed import (
 from utils.engine import Course, Engine, NetworkWithLoss, NotFinite, compile_network
 from utils.inference import Normalization, SlidingPredictor, fitting_size, round_size, score
 from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
-from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision
+from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision, exact_float32
+from utils.replicas import DataParallel
 from utils.snapshot import Config
 
 NORMALIZATIONS = {"rgb": Normalization(), "bgr": CAFFE}
@@ -146,14 +146,15 @@ def add_run(parser):
     """Flags that say on which machine, watched by what, and kept where."""
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1,2,3, or cpu; default: all visible GPUs, else the CPU")
-    run.add_argument("--parallel", choices=("dp", "ddp", "none"), default="dp",
-                     help="dp: threads of this process share the GPUs; ddp: a process for each, which torchrun starts "
-                     "too; none: the first GPU only (dp)")
+    run.add_argument("--parallel", choices=("ddp", "dp", "none"), default="ddp",
+                     help="ddp: a process for each GPU, which torchrun starts too; dp: threads of this process share "
+                     "the GPUs, slower because they take turns to run Python; none: the first GPU only (ddp)")
     run.add_argument("--amp", choices=CHOICES, help="mixed precision: autocast to bf16, or fp16 with a gradient "
                      "scaler; apex: NVIDIA's apex.amp of tag 25.04 or older; default: bf16 where the device has "
-                     "instructions for it, else fp16 on a GPU and off on a CPU")
+                     "instructions for it, else fp16 on a GPU and off on a CPU; off is fp32 without TF32")
     run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex (O1)")
-    run.add_argument("--channels-last", action="store_true", help="keep feature maps with channels innermost")
+    run.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
+                     help="keep feature maps with channels innermost; default: on a GPU yes, on the CPU no")
     run.add_argument("--compile", action="store_true", help="torch.compile the network; not with dp over several GPUs")
 
     val = parser.add_argument_group("quick validation, whole images at scale 1; the official number is evaluate.py's")
@@ -195,8 +196,8 @@ def snapshot(engine, step, config):
 def draw_panel(network, normalization, sample, classes, device):
     """Image, truth, the result of each head and where they differ, side by side: (H, W · pictures, 3) uint8."""
     network.eval()
-    with torch.no_grad():
-        outputs = network(normalization(sample["image"][None].to(device)))
+    with torch.no_grad():       # not the network itself: what is compiled for training would be compiled anew
+        outputs = network.forward(normalization(sample["image"][None].to(device)))
     network.train()
     truth = sample["label"].numpy()
     maps = [upsample(outputs[name], truth.shape).argmax(1)[0].cpu().numpy() for name in ("coarse", "fine")
@@ -302,7 +303,7 @@ def check(args, devices, classes):
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")
-    if args.compile and len(devices) > 1 and processes_started() == 1:
+    if args.compile and len(devices) > 1 and args.parallel == "dp":
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")
     if args.compile and args.checkpoint == "full":
@@ -316,6 +317,7 @@ def check(args, devices, classes):
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
                         f"go on, found {existing[-1][1]}")
+    Precision(args.amp or "off", devices[0], args.opt_level)
     try:
         backend.choose(args.abn_backend)
     except RuntimeError as error:
@@ -472,6 +474,19 @@ def plain_values(args):
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
+def prepare_device(args, amp, device):
+    """What this process sets for its device; it says what was not asked for."""
+    on_gpu = device.type == "cuda"
+    if args.channels_last is None:
+        args.channels_last = on_gpu
+        print("--channels-last: the default on a GPU, whose convolutions are made for it" if on_gpu else
+              "--no-channels-last: the default on a CPU, where it makes no difference")
+    if on_gpu:
+        torch.cuda.set_device(device)               # for the thread that pins memory, too
+        torch.backends.cudnn.benchmark = True       # crops are of one size, for which it finds the fastest kernels
+    exact_float32(amp, device)
+
+
 def main(argv=None):
     args = get_parser().parse_args(argv)
     devices = select_devices(args.gpu)
@@ -480,12 +495,13 @@ def main(argv=None):
         devices = [own_device(devices)]
     device = devices[0]
     check(args, devices, classes)
+    if args.parallel == "ddp" and len(devices) > 1:     # before this process uses a GPU, whose memory that would take
+        start_processes(len(devices), argv)
     amp = args.amp or best_precision(device)
     precision = Precision(amp, device, args.opt_level)
-    if args.parallel == "ddp" and len(devices) > 1:
-        start_processes(len(devices), argv)
     processes = join_processes(device)
     speak_for_all(processes)
+    prepare_device(args, amp, device)
     args.input_size = fitting_size(args.input_size, "crops")
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.distributed import Replicas
 from utils.precision import without_autocast
+from utils.replicas import Replicas
 
 from . import backend, functions, recompute
 from .synchronise import combine, find_exchange

@@ -2,12 +2,13 @@
 
 Each part gives its count, mean and centred second moment; Chan, Golub, LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances", 1979, combines them. There are two settings: processes of
-torch.distributed, and threads of `utils.distributed.run_replicas`.
+torch.distributed, and threads of `utils.replicas.run_replicas`.
 """
 
 import torch.distributed as dist
 
-from utils.distributed import current_replica, find_parts
+from utils.distributed import find_parts
+from utils.replicas import current_replica
 
 
 def combine(counts, means, moments):
@@ -33,7 +34,7 @@ def find_exchange(x, group=None, is_replica=False):
     """
     if current_replica() is None:
         if is_replica:
-            raise RuntimeError("InPlaceABNSync: expected utils.distributed.DataParallel around the module, found "
+            raise RuntimeError("InPlaceABNSync: expected utils.replicas.DataParallel around the module, found "
                                "nn.DataParallel, whose replicas cannot exchange statistics")
         ready = dist.is_available() and dist.is_initialized()
         if group is not None and not ready:

@@ -18,8 +18,8 @@ def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
         valid: (P,) bool, False where the label is to be ignored.
         thres: probability.
         min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
-        parts: `utils.distributed.Processes` or `Replicas` with as many other pixels of the batch each, among all of
-            which the k-th smallest is found; None if these are all.
+        parts: `utils.distributed.Processes` or `utils.replicas.Replicas` with as many other pixels of the batch
+            each, among all of which the k-th smallest is found; None if these are all.
 
     Returns:
         (P,) bool.
@@ -29,7 +29,8 @@ def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
     if min_kept > 0:
         ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
         if parts is not None:       # the k hardest of all are among the k hardest of each part
-            ranked = torch.cat(parts.gather(ranked.topk(min(min_kept, len(ranked)), sorted=False).values))
+            hardest = ranked.topk(min(min_kept, len(ranked)), sorted=False).values
+            ranked = torch.cat(parts.gather(hardest))
         k = min(min_kept, len(ranked))
         limit = kth_smallest(ranked, len(ranked) - k + 1).clamp(max=limit)
     # Not "≥": a loss that is not a number must reach the sum and be seen.

@@ -15,7 +15,7 @@ from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync
 from libs.synchronise import combine
 from networks import build_network
 from tests.conftest import SHARED
-from utils.distributed import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
+from utils.replicas import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
 
 CLASSES = [InPlaceABN, InPlaceABNSync]
 SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 7), (2, 3, 4, 5, 3)]
@@ -449,12 +449,20 @@ def test_exchange_keeps_order_over_many_rounds():
 
     def work(rank):
         for turn in range(50):
-            seen[rank].append(group.exchange(rank, (turn, rank)))
+            seen[rank].append(group.exchange(rank, (turn, rank), turn))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert seen[0] == seen[1] == seen[2] == [[(turn, rank) for rank in range(3)] for turn in range(50)]
+
+
+def test_replicas_at_different_places_do_not_take_each_others_values():
+    """A norm of one replica and another norm of the other: their statistics must not be added up."""
+    wide, narrow = InPlaceABNSync(3), InPlaceABNSync(4)
+    shape = r"float64 \([79],\)"
+    with pytest.raises(RuntimeError, match=f"expected to exchange {shape}, as the others do, found {shape}"):
+        run_replicas([lambda: wide(torch.randn(2, 3, 4, 4)), lambda: narrow(torch.randn(2, 4, 4, 4))])
 
 
 def replicate(network, size):
@@ -479,7 +487,7 @@ def replicate(network, size):
 
 @pytest.mark.parametrize("recompute_mode", ["none", "light"])
 def test_replicas_of_data_parallel_train_like_one_batch(recompute_mode):
-    """The whole training module, as `utils.distributed.DataParallel` runs it, against one pass over the batch."""
+    """The whole training module, as `utils.replicas.DataParallel` runs it, against one pass over the batch."""
     torch.manual_seed(0)
     network = build_network("acfnet_resnet", 3, "eca_resnet50", recompute=recompute_mode).double()
     for module in network.modules():
@@ -502,7 +510,7 @@ def test_plain_data_parallel_is_refused():
     layer = InPlaceABNSync(3)
     replica = layer._replicate_for_data_parallel()
     replica.weight, replica.bias = layer.weight, layer.bias
-    with pytest.raises(RuntimeError, match="expected utils.distributed.DataParallel around the module"):
+    with pytest.raises(RuntimeError, match="expected utils.replicas.DataParallel around the module"):
         replica(torch.randn(2, 3, 4, 4))
 
 

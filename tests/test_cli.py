@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 ablations abn-backend accumulate activation allow-partial amp backbone batch-size cache channels-last checkpoint
 classes compile data-dir data-list downsample eca-kernels gpu help input-size jitter keep learning-rate log-every
-model momentum norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level panel-every
+model momentum no-channels-last norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level
+panel-every
 parallel power random-mirror random-scale random-seed restore-from resume sampling save-pred-every snapshot-dir split
 stem val-every val-list val-split weight-decay
 """

@@ -13,14 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+import train as train_script
 from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks import build_network
+from utils import distributed
 from utils.cli import UserError
-from utils.distributed import Processes, ThreadReplicas, launched, share_cores
+from utils.distributed import Processes, launched, share_cores
 from utils.engine import Engine, NetworkWithLoss, step_loss
 from utils.inference import Normalization
 from utils.precision import Precision
+from utils.replicas import ThreadReplicas
 
 STEPS = 20
 
@@ -219,3 +222,59 @@ def test_torchrun_trains_and_one_process_speaks(streets, tmp_path):
     assert done.stdout.count("step 3/3") == 1 and done.stdout.count("saved the snapshot of step 3") == 1
     logged = [json.loads(line) for line in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 2, 3]
+
+
+def test_the_launching_process_leaves_the_gpus_to_those_it_starts(monkeypatch, streets, tmp_path):
+    """Whatever would make a CUDA context there fails; several GPUs are processes unless something else is asked."""
+    gpus = [torch.device("cuda", number) for number in range(4)]
+    monkeypatch.setattr(train_script, "select_devices", lambda gpu: gpus)
+    for name in ("_lazy_init", "set_device", "get_device_capability", "is_bf16_supported"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: pytest.fail("a CUDA context"))
+    started = []
+
+    def start(count, argv):
+        started.append(count)
+        raise SystemExit
+
+    monkeypatch.setattr(train_script, "start_processes", start)
+    words = ["--data-dir", str(streets), "--snapshot-dir", str(tmp_path), "--gpu", "0,1,2,3"]
+    with pytest.raises(SystemExit):
+        train_script.main(words)
+    assert started == [4]
+    with pytest.raises(UserError, match="--compile: expected one GPU or --parallel ddp"):
+        train_script.main([*words, "--compile", "--parallel", "dp"])
+
+
+def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    gpu, words = torch.device("cuda", 3), ["--data-dir", "x"]
+    args = train_script.get_parser().parse_args(words)
+    train_script.prepare_device(args, "bf16", gpu)
+    assert args.channels_last and chosen == [gpu] and torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.allow_tf32 and "--channels-last: " in capsys.readouterr().out
+    args = train_script.get_parser().parse_args([*words, "--no-channels-last"])
+    train_script.prepare_device(args, "off", gpu)
+    said = capsys.readouterr().out
+    assert args.channels_last is False and not torch.backends.cudnn.allow_tf32
+    assert said.startswith("--amp off: fp32, exactly") and said.count("\n") == 1
+    args = train_script.get_parser().parse_args(words)
+    train_script.prepare_device(args, "off", torch.device("cpu"))
+    assert args.channels_last is False and "--no-channels-last: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device, backend, bound", [("cpu", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")])
+def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
+    """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
+    asked = {}
+    monkeypatch.setattr(distributed, "_meet", lambda place: "store")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
+    monkeypatch.setattr(distributed, "Processes", lambda: None)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    distributed.join_processes(torch.device(device))
+    assert asked["backend"] == backend and asked["timeout"].total_seconds() >= 3600
+    assert asked["device_id"] == (bound and torch.device(bound))
+    assert (asked["rank"], asked["world_size"], asked["store"]) == (5, 8, "store")

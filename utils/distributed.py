@@ -1,22 +1,20 @@
-"""Which devices to use, and replicas of a module that work on parts of a batch."""
+"""Which devices to use, and the processes that share a batch."""
 
-import functools
 import logging
 import os
 import sys
-import threading
 import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Subset
 
 from .cli import UserError, deaf_for_a_second
 from .driver import unusable_gpu
+from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
 
 
 def select_devices(gpu=None):
@@ -46,45 +44,6 @@ def select_devices(gpu=None):
         there = f"GPUs 0 to {count - 1}" if count else "no GPU (--gpu cpu uses the CPU)"
         raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {there}")
     return [torch.device("cuda", i) for i in ids]
-
-
-class ReplicaStopped(RuntimeError):
-    """Another replica failed or left, so this one cannot go on."""
-
-
-class ReplicaGroup:
-    """Threads that run the same code on parts of a batch and exchange values along the way."""
-
-    def __init__(self, size):
-        self.size = size
-        self.changed = threading.Condition()
-        self.values, self.arrived, self.round, self.result = [None] * size, 0, 0, None
-        self.stopped = None
-
-    def exchange(self, rank, value):
-        """Give a value, get everybody's in order of rank. Raises `ReplicaStopped` if one of them cannot come."""
-        with self.changed:
-            if self.stopped:
-                raise ReplicaStopped(self.stopped)
-            self.values[rank] = value
-            self.arrived += 1
-            if self.arrived == self.size:
-                self.result, self.values, self.arrived = self.values, [None] * self.size, 0
-                self.round += 1
-                self.changed.notify_all()
-                return self.result
-            this_round = self.round
-            while self.round == this_round and not self.stopped:
-                self.changed.wait()
-            if self.round == this_round:
-                raise ReplicaStopped(self.stopped)
-            return self.result      # the next round cannot end before this replica joins it
-
-    def leave(self, rank, failed):
-        """A replica has ended; those that wait for it, now or later, are told."""
-        with self.changed:
-            self.stopped = self.stopped or f"replica {rank} {'failed' if failed else 'ended'} before the others"
-            self.changed.notify_all()
 
 
 class Processes:
@@ -121,20 +80,6 @@ class Processes:
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
-
-
-class Replicas:
-    """The threads of a `ReplicaGroup`, each with a part of the batch. Values only: no gradient flows."""
-
-    def __init__(self, group, rank):
-        self.group, self.rank, self.size = group, rank, group.size
-
-    def gather(self, tensor):
-        return [other.to(tensor.device) for other in self.share(tensor.detach())]
-
-    def share(self, tensor):
-        """A tensor of each replica → all of them as they are, with their place in the graph."""
-        return self.group.exchange(self.rank, tensor)
 
 
 def find_parts(group=None):
@@ -254,7 +199,10 @@ def share_cores(devices, workers=None):
 
 
 def own_device(devices):
-    """The device of this process among those of the machine. Raises `UserError` if there is none left for it."""
+    """The device of this process among those of the machine, which it uses from now on.
+
+    Raises `UserError` if there is none left for it.
+    """
     place = launched()
     local = 0 if place is None else place.local_rank
     if devices[0].type == "cpu":
@@ -266,7 +214,7 @@ def own_device(devices):
 
 
 MEETING = timedelta(minutes=5)      # how long processes wait for each other at the start
-WAITING = timedelta(minutes=30)     # and later for what only some of them do, as PyTorch has it
+WAITING = timedelta(hours=12)       # and later for what the first one does alone, such as filling a cache
 
 
 def join_processes(device):
@@ -278,8 +226,10 @@ def join_processes(device):
     if place is None:
         return None
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meet(place), rank=place.rank,
-                                world_size=place.size)
+        # Tensors on a GPU go by NCCL; plain objects stay in the memory of the host.
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=_meet(place), rank=place.rank,
+                                world_size=place.size, timeout=WAITING, device_id=device if on_gpu else None)
     return Processes() if place.size > 1 else None
 
 
@@ -302,87 +252,3 @@ def leave_processes():
     """End what `join_processes` began, when all are done."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-_thread = threading.local()
-
-
-def current_replica():
-    """(group, rank) of the calling thread if `run_replicas` started it, else None."""
-    return getattr(_thread, "replica", None)
-
-
-def run_replicas(functions, devices=None):
-    """Call the functions at the same time, one a thread, and return their results in order.
-
-    Each thread is a replica of one group (`current_replica`) and computes under the caller's grad mode and
-    autocast. The first error ends all of them and is raised; none is left waiting.
-
-    Args:
-        functions: without arguments.
-        devices: CUDA device of each thread, or None.
-    """
-    group = ReplicaGroup(len(functions))
-    results, errors = [None] * len(functions), []
-    grad = torch.is_grad_enabled()
-    kind = devices[0].type if devices else "cpu"
-    autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def work(rank):
-        _thread.replica = (group, rank)
-        failed = True
-        try:
-            with (torch.set_grad_enabled(grad), torch.autocast(*autocast),
-                  torch.cuda.device(devices[rank] if devices else -1)):
-                results[rank] = functions[rank]()
-            failed = False
-        except BaseException as error:  # noqa: BLE001, raised again in the caller's thread
-            errors.append(error)
-        finally:
-            _thread.replica = None
-            group.leave(rank, failed)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise next((error for error in errors if not isinstance(error, ReplicaStopped)), errors[0])
-    return results
-
-
-class DataParallel(nn.DataParallel):
-    """`nn.DataParallel` whose replicas can exchange batch statistics."""
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        devices = [torch.device("cuda", index) for index in self.device_ids[:len(replicas)]]
-        return run_replicas([functools.partial(replica, *args, **named) for replica, args, named
-                             in zip(replicas, inputs, kwargs, strict=True)], devices)
-
-
-class ThreadReplicas(nn.Module):
-    """What `DataParallel` does on GPUs, on one device: parts of the batch in threads, parameters shared.
-
-    Args:
-        module: called with tensors; returns a tensor, or a dict, list or tuple of tensors.
-        size: number of replicas. Parts differ by one entry at most, as `torch.tensor_split` cuts them.
-    """
-
-    def __init__(self, module, size):
-        super().__init__()
-        self.module, self.size = module, size
-
-    def forward(self, *tensors):
-        """Tensors (B, ...) → the outputs of all parts, joined along their first dimension."""
-        parts = zip(*(tensor.tensor_split(self.size) for tensor in tensors), strict=True)
-        return _join(run_replicas([functools.partial(self.module, *part) for part in parts]))
-
-
-def _join(outputs):
-    first = outputs[0]
-    if isinstance(first, dict):
-        return {key: _join([output[key] for output in outputs]) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_join(list(parts)) for parts in zip(*outputs, strict=True))
-    return torch.cat(outputs)

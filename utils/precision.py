@@ -86,6 +86,13 @@ def best_precision(device):
     return "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "off"
 
 
+def exact_float32(amp, device):
+    """Let `--amp off` compute in fp32 on a GPU: PyTorch's convolutions would take TF32 there, and says so."""
+    if amp == "off" and device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        print("--amp off: fp32, exactly; convolutions do not round to TF32, which is PyTorch's default and faster")
+
+
 def _import_apex():
     """apex.amp, imported only when it is asked for."""
     try:

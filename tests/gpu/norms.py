@@ -8,7 +8,8 @@ from torch import nn
 
 from libs import backend
 from libs.abn import ABNSync, InPlaceABNSync
-from utils.distributed import Processes, ThreadReplicas
+from utils.distributed import Processes
+from utils.replicas import ThreadReplicas
 
 from .rows import near
 from .several import group_of_one

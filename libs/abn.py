@@ -4,6 +4,8 @@ Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimiz
 CVPR 2018. A layer is a batch norm and the activation after it.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -175,8 +177,8 @@ class InPlaceABN(ABN):
         if activation == "relu" or (activation in ("leaky_relu", "elu") and activation_param <= 0):
             raise ValueError("InPlaceABN: expected an activation that can be undone (identity, leaky_relu or elu with "
                              f"a parameter above zero), found {activation} with {activation_param}")
-        self.keeps_input = False
-        self._forwards = 0
+        # Replicas, which `nn.DataParallel` makes anew for each pass, share this object with the layer they copy.
+        self._choice = SimpleNamespace(keeps_input=False, passes_left=0)
 
     def forward(self, x):
         """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value a channel.
@@ -218,15 +220,28 @@ class InPlaceABN(ABN):
     def _is_ill_conditioned(self):
         """Looked at now and then: on a GPU the answer waits for everything before it."""
         if not recompute.replaying() and self.weight is not None:
-            if self._forwards % CHECK_EVERY == 0:
-                ratio = self.bias.abs() / (self.weight.abs() + self.eps)
-                self.keeps_input = bool(ratio.square().mean().sqrt() > LARGEST_RATIO)
-            self._forwards += 1
+            self.look_ahead([self], 1)
+            self._choice.passes_left -= 1
         return self.keeps_input
+
+    @property
+    def keeps_input(self):
+        return self._choice.keeps_input
+
+    @staticmethod
+    @torch.no_grad()
+    def look_ahead(norms, passes):
+        """Decide which norms keep their input, if that falls due within so many forward passes: the host waits once."""
+        norms = [norm for norm in norms if norm.weight is not None]
+        if not norms or min(norm._choice.passes_left for norm in norms) >= passes:
+            return
+        ratios = torch.stack([(norm.bias.abs() / (norm.weight.abs() + norm.eps)).square().mean() for norm in norms])
+        for norm, ratio in zip(norms, ratios.sqrt().tolist(), strict=True):
+            norm._choice.keeps_input, norm._choice.passes_left = ratio > LARGEST_RATIO, max(CHECK_EVERY, passes)
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self._forwards = 0
+        self._choice.passes_left = 0
 
 
 class _Synchronised:

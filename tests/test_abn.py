@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import abn, backend, functions, kernels, recompute
-from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync
+from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, layers_that_keep_their_input
 from libs.synchronise import combine
 from networks import build_network
 from tests.conftest import SHARED
@@ -622,3 +622,31 @@ def test_sizes_of_statistics_are_combined_exactly():
     assert int(count) == 14 and not math.isnan(float(count))
     torch.testing.assert_close(mean, whole.mean(0))
     torch.testing.assert_close(moment, 14 * whole.var(0, correction=0))
+
+
+def test_replicas_tell_the_layer_they_copy_whether_it_keeps_its_input():
+    """And look no more often than it: copies are made anew for every pass."""
+    layer = InPlaceABNSync(3)
+    nn.init.constant_(layer.bias, 9.0)
+    looks = []
+    for _ in range(3):
+        for copied in replicate(layer, 2):
+            looks.append(copied._choice.passes_left == 0)
+            run_replicas([lambda m=copied: m(torch.randn(2, 3, 4, 4).bfloat16())])
+    assert layer.keeps_input and layers_that_keep_their_input(layer) == (1, 1) and looks == [True] + [False] * 5
+    layer.load_state_dict(InPlaceABNSync(3).state_dict())
+    InPlaceABN.look_ahead([layer], 4)
+    assert not layer.keeps_input
+
+
+def test_norms_of_a_network_decide_in_one_read(monkeypatch):
+    norms = [InPlaceABN(3) for _ in range(5)]
+    nn.init.constant_(norms[2].bias, 9.0)
+    reads, read = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or read(self))
+    for _ in range(200):
+        InPlaceABN.look_ahead(norms, 2)
+        for norm in norms * 2:
+            norm(torch.randn(2, 3, 2, 2).bfloat16())
+    assert [norm.keeps_input for norm in norms] == [False, False, True, False, False]
+    assert len(reads) == 2      # 400 passes, one look every 256

@@ -150,6 +150,10 @@ class Engine:
         self.devices, self.processes = devices, processes
         self.memory_format = memory_format
         self.skipped = 0
+        self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
+        for layer in network.modules():
+            if precision.autocast is not None and hasattr(layer, "look_ahead"):
+                self._looking_ahead[layer.look_ahead].append(layer)
         kinds = defaultdict(list)       # of one dtype each, which are copied by one kernel
         for buffer in network.buffers():
             kinds[buffer.dtype].append(buffer)
@@ -169,6 +173,8 @@ class Engine:
             process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
             before the step.
         """
+        for decide, layers in self._looking_ahead.items():      # each alone would make the host wait
+            decide(layers, len(batches) * len(self.devices))
         for buffers, kept in self._statistics:
             torch._foreach_copy_(kept, buffers)
         generators = random_state(self.devices)

@@ -17,15 +17,18 @@ COMPILED_BUDGET = 0.8
 
 
 def compile_network(network, **options):
-    """Compile a network in place, as `nn.Module.compile` with these options does.
+    """Compile a network in place, as `nn.Module.compile` with these options does; dropout draws what it would draw
+    without.
 
     By itself the compiler keeps the input and the output of a norm, half as much again as in-place norms do. Given a
     budget (`activation_memory_budget`, PyTorch 2.4 and newer), it computes norms and activations again, but no
     convolution, and keeps less than they do.
     """
-    from torch._functorch import config  # imported here: it takes a second
+    import torch._functorch.config  # imported here: it takes seconds
+    import torch._inductor.config
 
-    config.activation_memory_budget = COMPILED_BUDGET
+    torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
+    torch._inductor.config.fallback_random = True
     network.compile(**options)
 
 

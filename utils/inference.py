@@ -121,6 +121,14 @@ class SlidingPredictor:
         """image (H, W, 3) uint8 RGB → train ids (H, W) uint8, the most probable class."""
         return most_probable(self(image)).to(torch.uint8)
 
+    def checked(self, image):
+        """An array or tensor as a tensor; `ValueError` if it is not uint8 (H, W, 3)."""
+        image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image: expected uint8 (H, W, 3) RGB, found {str(image.dtype).removeprefix('torch.')} "
+                             f"{tuple(image.shape)}")
+        return image
+
     @torch.inference_mode()
     def predict(self, image):
         """image (H, W, 3) uint8 RGB → {protocol: {head: probabilities (N, H, W) float32}}.
@@ -130,10 +138,7 @@ class SlidingPredictor:
         other kind of array: 0 to 1 would pass for a dark image. Raises `MemoryError` before memory is asked for that
         the device has not.
         """
-        image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"image: expected uint8 (H, W, 3) RGB, found {str(image.dtype).removeprefix('torch.')} "
-                             f"{tuple(image.shape)}")
+        image = self.checked(image)
         size = image.shape[:2]
         sides = (False, True) if self.flip else (False,)
         passes = [_Pass(scale, mirrored, size, self.window, self.overlap, self.device)

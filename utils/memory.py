@@ -140,7 +140,9 @@ def _live(excluded):
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not excluded(thing):
+        if type(thing) not in (torch.Tensor, torch.nn.Parameter) or thing.layout != torch.strided:
+            continue        # sparse ones have no storage of their own
+        if not excluded(thing):
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -46,6 +46,13 @@ BASES = ("base, fine 1.3", "base")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}        # Student's t, 95 %, by number of seeds
 
 
+class WithTruth(SlidingPredictor):
+    """Takes the truth as a fourth channel of the image."""
+
+    def checked(self, image):
+        return image
+
+
 def validate(network, items, classes, normalization, args, device, autocast):
     """{head: mean IoU}; the ablation with true centers is shown the truth, as a fourth channel of the image."""
     forward, prepare = network.eval(), normalization
@@ -59,8 +66,9 @@ def validate(network, items, classes, normalization, args, device, autocast):
             return torch.cat([normalization(pixels[:, :3]), pixels[:, 3:].float()], dim=1)
     else:
         forward = fold_norms(network).to(memory_format=torch.channels_last)
-    predictor = SlidingPredictor(forward, args.size, normalization=prepare, device=device, autocast=autocast,
-                                 memory_format=torch.channels_last)
+    kind = WithTruth if prepare is not normalization else SlidingPredictor
+    predictor = kind(forward, args.size, normalization=prepare, device=device, autocast=autocast,
+                     memory_format=torch.channels_last)
     scores = score(predictor, items, classes.num_classes, IGNORE_INDEX)["single_scale"]
     return {head: matrix.mean_iou() for head, matrix in scores.items()}
 
@@ -104,7 +112,8 @@ def run(variant, seed, args, weights, device):
             scores = validate(network, items, classes, weights.normalization, args, device, AUTOCAST[amp])
             with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"variant": variant, "seed": seed, "steps": args.steps, "step": step,
-                                       "loss": criterion.total(terms), **scores}) + "\n")
+                                       "loss": criterion.total({name: terms[name] for name in criterion.weights}),
+                                       **scores}) + "\n")
             print(f"{variant}, seed {seed}, step {step}: "
                   + ", ".join(f"{head} {100 * value:.2f} %" for head, value in scores.items()), flush=True)
     checkpoint.save(args.output_dir / f"{variant}, seed {seed}.pth".replace(", ", "_").replace(" ", "_"),

@@ -24,4 +24,4 @@ if [ "${1:-}" = --short ]; then
     export OTHER_PYTHON=$PYTHON
     set -- tests/test_versions.py "$@"
 fi
-.venv-oldest/bin/python -m pytest --durations=5 "$@"
+OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=5 "$@"

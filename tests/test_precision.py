@@ -23,9 +23,11 @@ def losses(streets, folder, amp, steps):
 
 
 def test_bf16_trains_like_float32(streets, tmp_path):
-    exact, rough = (losses(streets, tmp_path / amp, amp, 200) for amp in ("off", "bf16"))
-    mean, other = (sum(values[-50:]) / 50 for values in (exact, rough))
-    assert mean < 0.5 * exact[0] and exact != rough
+    """Over fewer steps on a CPU that has no instructions for bf16, where they take four times as long."""
+    steps, falls = (200, 0.5) if best_precision(CPU) == "bf16" else (48, 0.8)
+    exact, rough = (losses(streets, tmp_path / amp, amp, steps) for amp in ("off", "bf16"))
+    mean, other = (sum(values[-steps // 4:]) / (steps // 4) for values in (exact, rough))
+    assert mean < falls * exact[0] and exact != rough
     assert abs(other - mean) < 0.05 * mean
 
 

@@ -316,10 +316,11 @@ def class_table(args, config, path):
 
 def explain(found, args):
     """The `UserError` for too little memory; found: the error's first words."""
-    windows = "windows, by --input-size, instead of --whole" if args.whole else "a smaller --input-size"
+    choices = [f"a --batch-size below {args.batch_size}"] * (args.batch_size > 1) + [
+        "windows, by --input-size, instead of --whole" if args.whole else "a smaller --input-size",
+        f"--scales below {max(args.scales):g}", "fewer --num-workers"]
     return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
-                     f"what helps: a smaller --batch-size than {args.batch_size}, {windows}, --scales below "
-                     f"{max(args.scales):g}, fewer --num-workers")
+                     f"what helps: {', '.join(choices)}")
 
 
 def main(argv=None):

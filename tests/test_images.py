@@ -217,6 +217,19 @@ def test_every_image_of_a_list_has_a_name_of_its_own(tmp_path):
     assert dataset.names == ["root_x.jpg", "root_x.png", "other_x", "root_x.png_2"]
 
 
+def test_names_as_long_as_the_file_system_takes(snapshot, tmp_path):  # noqa: F811
+    """One that just fits is written; where stems meet and the folder comes before, it is said before anything is."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(picture()).save(tmp_path / "a" / f"{'x' * 251}.png")
+    words = ["--restore-from", str(snapshot), "--output-dir", str(tmp_path / "r"), *QUICK, "--images"]
+    evaluate.main([*words, str(tmp_path / "a"), "--save", "labels"])
+    assert [path.stem for path in (tmp_path / "r/labelIds").iterdir()] == ["x" * 251]
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match="--output-dir .*: expected names of at most 255 bytes, found ._xxx.* 257$"):
+        evaluate.main([*words, *(str(path) for path in (tmp_path / "a", tmp_path / "b")), "--overwrite"])
+    assert [path.stem for path in (tmp_path / "r/labelIds").iterdir()] == ["x" * 251]
+
+
 def test_as_many_files_are_written_as_are_said(zoo, snapshot, tmp_path, capsys):  # noqa: F811
     for name in ("plain.JPG", "inner folder_plain.png"):
         Image.fromarray(picture()).save(zoo / name)

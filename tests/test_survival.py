@@ -24,6 +24,7 @@ from tensorboardX.record_writer import masked_crc32c
 import train
 from tests.conftest import ROOT, SMALL, finish, read_until, start
 from tests.crash import same
+from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils import checkpoint, cli, memory
 from utils.cli import UserError
 from utils.logger import RunLog
@@ -251,6 +252,17 @@ def test_a_dead_worker_ends_the_run_with_a_sentence(streets, tmp_path):
     status, _, error = finish(process, 30)
     assert status == 2 and "error: a process that reads samples died" in error and "Killed" in error
     assert "Traceback" not in error
+
+
+def test_a_dead_worker_ends_an_evaluation_with_a_sentence(streets, snapshot, tmp_path):  # noqa: F811
+    process = start("evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers",
+                    "1", "--amp", "off", "--batch-size", "1", "--output-dir", tmp_path / "r")
+    read_until(process, "first image: ")        # the worker waits until another is wanted
+    worker, = children(process.pid, "evaluate.py")
+    os.kill(worker, signal.SIGKILL)
+    status, _, error = finish(process, 60)
+    assert status == 2 and "error: a process that reads samples died" in error and "Killed" in error
+    assert "Traceback" not in error and not (tmp_path / "r/result.json").exists()
 
 
 def test_a_dead_process_ends_the_others(streets, tmp_path):

@@ -194,7 +194,8 @@ def evaluate(predictor, dataset, pictures, workers, processes=None):
         worst.merge(processes.gather_objects(worst.kept))
         for terms in processes.gather_objects(instances.terms):
             instances.terms |= terms
-    return matrices, worst, instances if len(instances.terms) == len(dataset) else None
+    counted = len(instances.terms) == len(dataset) and not classes.train_ids.keys().isdisjoint(sizes)
+    return matrices, worst, instances if counted else None
 
 
 def summarise(matrices, instances, classes, checkpoint_path, num_images, protocol):

@@ -174,3 +174,17 @@ def test_a_refused_label_leaves_the_counts_as_they_were():
     with pytest.raises(ValueError, match="found 7 to 9"):
         matrix.update(torch.tensor([0, 1, 2]), torch.tensor([0, 7, 9]))
     assert matrix.matrix.diagonal().tolist() == [1, 1, 0, 0]
+
+
+def test_instances_of_classes_that_a_table_has_merged():
+    """Each counts with the average size of its own kind; a class of which one kind has none is left out."""
+    metric = InstanceIoU({26: 10.0, 27: 40.0}, {26: 0, 27: 0, 28: 1, 7: 2}, ["vehicle", "other", "flat"], {"vehicle"})
+    instances = np.array([[26001, 26001, 27001, 27001, 28001, 7]])
+    prediction = np.array([[0, 2, 0, 0, 1, 2]])
+    metric.update(0, instances, prediction)
+    matrix = ConfusionMatrix(3)
+    matrix.update(prediction, np.array([[0, 0, 0, 0, 1, 2]]))
+    found = metric.scores(matrix, ["vehicle", "other", "flat"])
+    # 10 / 2 and 40 / 2 a pixel: 5 + 40 of 10 + 40 are found, and nothing else is taken for a vehicle.
+    assert found["class_iiou"] == {"vehicle": 45 / 50, "other": None, "flat": None}
+    assert found["mean_iiou"] == 45 / 50

@@ -18,15 +18,17 @@ from . import checkpoint, cli
 from .cli import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
-# The demonstration: scenes to draw, and what is learnt from them. Its length, in steps, decides how long it takes.
-SCENES = ("--train", 200, "--val", 50, "--size", "256,512", "--seed", 0)
-STEPS = 1500
-TRAINING = ("--backbone", "eca_resnet18", "--random-mirror", "--input-size", "129,257", "--batch-size", 4,
-            "--num-steps", STEPS, "--learning-rate", "4e-2", "--ohem", 1, "--ohem-keep", 10000, "--parallel", "none",
-            "--log-every", 25)
+# The demonstration: scenes to draw, and what is learnt from them. Its length, in steps, decides how long it takes. So
+# short a training does not learn poles and riders of their own: it learns the seven categories of Cityscapes.
+SCENES = ("--train", 120, "--val", 30, "--size", "256,512", "--seed", 0)
+CLASSES = PROJECT / "dataset/list/cityscapes/categories.csv"
+STEPS = 400
+TRAINING = ("--backbone", "eca_resnet18", "--random-mirror", "--sampling", "class", "--input-size", "97,193",
+            "--batch-size", 4, "--num-steps", STEPS, "--learning-rate", "4e-2", "--ohem", 1, "--ohem-keep", 10000,
+            "--parallel", "none", "--log-every", 10)
 SCORING = ("--input-size", "257,513", "--scales", "1.0", "--no-flip")
-EXPECTED = "four runs of three seeds gave 55 to 58 % and 60 to 64 %"
-SCORING_SHARE = 0.05        # of the time for training
+EXPECTED = "the seed of this run gave 54.6 and 55.1 %"
+SCORING_SHARE = 0.12        # of the time for training
 ROOM = 200e6                # bytes: the scenes, a snapshot, pictures
 PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--input-size", "769,769", "--weight-decay",
          "1e-4", "--batch-size", 8, "--num-steps", 60000)
@@ -116,17 +118,18 @@ def demonstrate(args, words):
         call("-m", "dataset.streets", part, *SCENES, folder=PROJECT)
         part.rename(streets)
     call(PROJECT / "train.py", "--data-dir", streets, "--snapshot-dir", run, *TRAINING,
-         *flags(args, "gpu", "amp", "classes", "restore-from"), *words, watch=announce(run, began))
+         "--classes", args.classes or CLASSES, *flags(args, "gpu", "amp", "restore-from"), *words,
+         watch=announce(run, began))
     last = newest(run)
     call(PROJECT / "evaluate.py", "--data-dir", streets, "--restore-from", last, *SCORING,
-         *flags(args, "gpu", "amp", "classes"))
+         *flags(args, "gpu", "amp"))
     folder = last.with_name(f"{last.stem}_val")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     fine = f"fine {100 * result['mean_iou']:.1f} %"
     if "coarse" in result:
         fine = f"coarse {100 * result['coarse']['single_scale']['mean_iou']:.1f} %, {fine}"
     print(f"\nmIoU of the demonstration: {fine} ({EXPECTED})")
-    print("most of the difference is OHEM's, which only the fine loss uses: without it one seed gave 53.8 and 54.2 %")
+    print("what fine has more is not ACF's alone: its loss weighs more, and only it uses OHEM")
     print(f"look at {folder}/report.html for what went right and wrong, {folder}/overlay/ for all pictures")
     print(f"this took {(time.monotonic() - began) / 60:.1f} minutes")
 

@@ -115,7 +115,7 @@ class InstanceIoU:
         whole_categories: names of the categories all of whose classes have instances.
 
     Attributes:
-        terms: {number of the image: [(train id, pixels found, of them or their category, size in pixels), ...]}.
+        terms: {number of the image: [(label id, pixels found, of them or their category, size in pixels), ...]}.
     """
 
     def __init__(self, average_sizes, train_ids, categories, whole_categories):
@@ -132,22 +132,23 @@ class InstanceIoU:
         places = places.reshape(instances.shape)
         terms = self.terms[number] = []
         for index in np.flatnonzero(found > 1000):
-            train_id = self.train_ids.get(int(found[index]) // 1000)
-            if train_id is None:
+            label = int(found[index]) // 1000
+            train_id = self.train_ids.get(label)
+            if train_id is None or label not in self.average_sizes:
                 continue
             inside = prediction[places == index]
-            terms.append((train_id, int((inside == train_id).sum()),
+            terms.append((label, int((inside == train_id).sum()),
                           int((category[inside] == category[train_id]).sum()), inside.size))
 
     def scores(self, matrix, names):
         """Class and category iIoU and their means, given the `ConfusionMatrix` of the same images; None for NaN."""
         n = len(names)
-        ids = {train_id: label for label, train_id in self.train_ids.items()}
+        without = {train_id for label, train_id in self.train_ids.items() if label not in self.average_sizes}
         hit, missed = [0.0] * n, [0.0] * n
         group_hit, group_missed = dict.fromkeys(self.categories, 0.0), dict.fromkeys(self.categories, 0.0)
         for number in sorted(self.terms):
-            for train_id, pixels, group_pixels, size in self.terms[number]:
-                weight = self.average_sizes[ids[train_id]] / float(size)
+            for label, pixels, group_pixels, size in self.terms[number]:
+                train_id, weight = self.train_ids[label], self.average_sizes[label] / float(size)
                 hit[train_id] += float(pixels) * weight
                 missed[train_id] += float(size - pixels) * weight
                 group_hit[self.categories[train_id]] += float(group_pixels) * weight
@@ -156,7 +157,7 @@ class InstanceIoU:
         member = {name: np.array([category == name for category in self.categories]) for name in group_hit}
         class_iiou = {
             name: _ratio(hit[i], int(counts[:, i].sum() - counts[i, i]), missed[i])
-            if ids.get(i) in self.average_sizes else None for i, name in enumerate(names)}
+            if i not in without else None for i, name in enumerate(names)}
         category_iiou = {
             name: _ratio(group_hit[name], int(counts[~inside][:, inside].sum()), group_missed[name])
             if name in self.whole_categories else None for name, inside in member.items()}

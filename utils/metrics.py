@@ -58,7 +58,8 @@ class ConfusionMatrix:
             wrong = label[place == invalid]
             raise ValueError(f"label: expected train ids 0 to {n - 1} or {self.ignore_index}, "
                              f"found {int(wrong.min())} to {int(wrong.max())}")
-        self._counts = self._counts.to(counts.device) + counts
+        # The host need not wait until the zeros of a new matrix are on a GPU; for what comes from there it must.
+        self._counts = self._counts.to(counts.device, non_blocking=self._counts.is_cpu) + counts
 
     def class_iou(self):
         """(N,) float64: TP / (TP + FP + FN); NaN where all three are zero."""

@@ -1,0 +1,242 @@
+"""A GPU that is not there: PyTorch's fake tensors of device `cuda`, which have shapes, dtypes and layouts, no values.
+
+What code asks of CUDA is rehearsed on them: each operator that exists on CUDA alone checks its arguments as ATen's
+kernel would, and where the host would wait for the device is noted. Autograd's own engine wants a driver for tensors of
+this kind, so the backward pass walks the graph here.
+"""
+
+import collections
+import contextlib
+import traceback
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+aten = torch.ops.aten
+# Composite operators, which are taken apart so that what they consist of is seen.
+COMPOSITE = {"to", "conv2d", "conv1d", "linear", "matmul", "item", "cpu", "reshape", "contiguous", "flatten", "type_as",
+             "log_softmax", "softmax", "einsum", "pad"}
+GPU = torch.device("cuda", 0)
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+def place():
+    """The innermost lines of the project, "file:line"."""
+    frames = [f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno}" for frame in traceback.extract_stack()
+              if Path(frame.filename).is_relative_to(ROOT) and Path(frame.filename).parent != ROOT / "tests"
+              and "site-packages" not in frame.filename]
+    return " < ".join(reversed(frames[-2:])) or "elsewhere"
+
+
+def backward(loss, gradient=None):
+    """`loss.backward()` without autograd's engine: every node once all gradients that flow into it are there."""
+    waiting, known, stack = collections.Counter(), {loss.grad_fn}, [loss.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is None:
+                continue
+            waiting[node] += 1
+            if node not in known:
+                known.add(node)
+                stack.append(node)
+    arrived = collections.defaultdict(dict)         # {node: {input: gradient}}
+    arrived[loss.grad_fn][0] = torch.ones_like(loss) if gradient is None else gradient
+    ready = [loss.grad_fn]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            given = [arrived[node].get(number) for number in range(len(node._input_metadata))]
+            del arrived[node]
+            if isinstance(node, torch.autograd.function.BackwardCFunction):     # written in Python
+                results = node.apply(*(torch.zeros(like.shape, dtype=like.dtype, device=like.device) if one is None
+                                       else one for one, like in zip(given, node._input_metadata, strict=True)))
+            else:
+                results = node(*given)
+            results = results if isinstance(results, tuple) else (results,)
+            for (after, number), result in zip(node.next_functions, results, strict=False):
+                if after is None:
+                    continue
+                if result is not None:
+                    like = after._input_metadata[number]
+                    result = result.sum_to_size(like.shape).to(like.dtype)
+                    before = arrived[after].get(number)
+                    arrived[after][number] = result if before is None else before + result
+                waiting[after] -= 1
+                if not waiting[after]:
+                    ready.append(after)
+
+
+class FakeDevice(TorchDispatchMode):
+    """Entered inside a `FakeTensorMode`.
+
+    Attributes:
+        waits: places where the host waits for the device.
+        called: {name of an operator that this class knows: how often}.
+        maps: {(dtype, layout) of the maps that norms were given: how many}; not of maps of one pixel.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.called, self.maps = [], collections.Counter(), collections.Counter()
+
+    def clear(self):
+        self.waits.clear()
+        self.called.clear()
+        self.maps.clear()
+
+    def wait(self, what):
+        self.waits.append(f"{what} {place()}")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name in COMPOSITE and function._can_decompose():
+            with self:
+                found = function.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        mixed = on_gpu and any(tensor.is_cpu and tensor.ndim for tensor in tensors)
+        assert not mixed or "copy" in name, f"{function} of tensors on both devices, {place()}"
+        if function is aten._local_scalar_dense.default:
+            return self.read(args[0])
+        if function is aten._to_copy.default and kwargs.get("device") is not None:
+            self.note_copy(args[0].device, torch.device(kwargs["device"]), kwargs.get("non_blocking", False))
+        if function is aten.copy_.default:
+            self.note_copy(args[1].device, args[0].device, args[2] if len(args) > 2 else False)
+        if on_gpu and function is aten.index.Tensor and any(
+                index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+            self.wait("an index by a mask")
+            return args[0].flatten()[:args[1][0].numel()].clone()       # as if all were picked
+        if on_gpu and function is aten.bincount.default:
+            self.wait("bincount")
+            self.wait("bincount")
+            return torch.empty(kwargs.get("minlength") or args[2], dtype=torch.int64, device=args[0].device)
+        if on_gpu and hasattr(self, name):
+            self.called[name] += 1
+            return getattr(self, name)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def note_copy(self, source, target, non_blocking):
+        if source.type != target.type and not (non_blocking and target.type == "cuda"):
+            self.wait(f"a copy from {source.type} to {target.type}")
+
+    def read(self, tensor):
+        """A scalar as a number, of which nothing is known on the device: any that is finite."""
+        if tensor.is_cuda:
+            self.wait("a value is read")
+        elif tensor.constant is not None:
+            return tensor.constant.item()
+        return {torch.bool: False}.get(tensor.dtype, 0.5 if tensor.dtype.is_floating_point else 7)
+
+    # Convolutions, whose results cuDNN lays out as the map or the filters are.
+
+    def convolution(self, x, weight, *rest):
+        need(x.dtype == weight.dtype, f"expected one dtype, found {x.dtype} and {weight.dtype}")
+        return aten.convolution.default(x, weight, *rest).contiguous(memory_format=layout_of(x, weight))
+
+    def convolution_backward(self, dy, x, weight, *rest):
+        need(dy.dtype == x.dtype == weight.dtype, f"expected one dtype, found {dy.dtype}, {x.dtype}, {weight.dtype}")
+        dx, dweight, dbias = aten.convolution_backward.default(dy, x, weight, *rest)
+        return dx if dx is None else dx.contiguous(memory_format=layout_of(x, weight)), dweight, dbias
+
+    # Norms, by kernels that exist on CUDA alone.
+
+    def batch_norm_update_stats(self, x, mean, var, momentum):
+        self.take(x, mean, var)
+        return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+
+    def batch_norm_elemt(self, x, weight, bias, mean, invstd, eps, *, out=None):
+        self.take(x, weight, bias, mean, invstd)
+        out = torch.empty_like(x) if out is None else out
+        need_alike(x, out)
+        return out
+
+    def batch_norm_backward_reduce(self, dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
+        self.take(x, mean, invstd, *[weight] * (weight is not None))
+        need_alike(x, dy)
+        return tuple(x.new_empty(x.shape[1] if asked else 0, dtype=torch.float32)
+                     for asked in (input_g, input_g, weight_g, bias_g))
+
+    def batch_norm_backward_elemt(self, dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+        self.take(x, mean, invstd, weight, sum_dy, sum_dy_xmu)
+        need_alike(x, dy)
+        need(count.dtype == torch.int32 and count.ndim == 1 and count.is_cuda, f"counts: found {count.dtype}, "
+             f"{count.ndim} dimensions, on {count.device}")
+        return torch.empty_like(x)
+
+    def take(self, x, *vectors):
+        """A map and vectors of one value a channel, float32, on its device."""
+        for vector in vectors:
+            need(vector.dtype == torch.float32 and vector.shape == (x.shape[1],) and vector.device == x.device
+                 and vector.is_contiguous(), f"expected float32 ({x.shape[1]},) on {x.device}, found {vector.dtype} "
+                 f"{tuple(vector.shape)} on {vector.device}")
+        if x.shape[2:].numel() > 1:
+            self.maps[x.dtype, next((name for name, layout in LAYOUTS.items() if x.is_contiguous(memory_format=layout)),
+                                    "neither")] += 1
+
+
+def layout_of(*tensors):
+    """Channels-last where one of them is, and is not contiguous as well."""
+    last = any(tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+               and not tensor.is_contiguous() for tensor in tensors)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def need(holds, words):
+    assert holds, f"{words}, {place()}"
+
+
+def need_alike(x, other):
+    """Maps of one dtype and one layout, contiguous or channels-last."""
+    layouts = [layout for layout in LAYOUTS.values()
+               if x.is_contiguous(memory_format=layout) and other.is_contiguous(memory_format=layout)]
+    need(x.dtype == other.dtype and x.shape == other.shape and layouts, f"expected a map like {x.dtype} {x.stride()}, "
+         f"found {other.dtype} {other.stride()}")
+
+
+def nested(values, shape):
+    """A flat list as nested ones."""
+    if len(shape) < 2:
+        return values if shape else values[0]
+    step = len(values) // shape[0]
+    return [nested(values[start:start + step], shape[1:]) for start in range(0, len(values), step)]
+
+
+@contextlib.contextmanager
+def fake_gpu(monkeypatch):
+    """One GPU, as far as PyTorch is asked about it: `FakeDevice`. Tensors made inside are fake, on any device."""
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), FakeDevice()
+
+    def tolist(tensor):
+        if tensor.is_cuda:
+            device.wait("a list is read")
+        return nested([0.5] * tensor.numel(), list(tensor.shape))
+
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda tensor, data, **options: torch.tensor(
+        data, **{"dtype": tensor.dtype, "device": tensor.device} | options))
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)      # by which checkpoints tell backward passes
+    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", property(lambda self: True))
+    for name, value in {"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
+                        "is_bf16_supported": True, "get_device_capability": (9, 0), "_lazy_init": None,
+                        "set_device": None, "synchronize": None, "max_memory_allocated": 0,
+                        "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (1 << 40, 1 << 40),
+                        "set_rng_state": None,
+                        "get_rng_state": torch.zeros(16, dtype=torch.uint8)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
+    monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    only_lift = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        with mode, device:
+            yield device
+    finally:
+        torch._C._set_only_lift_cpu_tensors(only_lift)

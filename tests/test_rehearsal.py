@@ -1,0 +1,173 @@
+"""Training steps and evaluation on a GPU that is not there: what CUDA's kernels are given, where the host waits."""
+
+import pytest
+import torch
+
+from libs import backend
+from loss.criterion import WEIGHTS, SegmentationCriterion
+from networks import build_network
+from tests.fake_cuda import GPU, LAYOUTS, backward, fake_gpu
+from utils import upsampling
+from utils.distributed import Processes
+from utils.engine import Engine, NetworkWithLoss
+from utils.inference import Normalization, SlidingPredictor, score
+from utils.precision import AUTOCAST, Precision
+from utils.versions import torch_version
+
+pytestmark = pytest.mark.skipif(torch_version() < (2, 9), reason="older fake tensors know other operators")
+NORM_KERNELS = ("batch_norm_update_stats", "batch_norm_backward_reduce", "batch_norm_backward_elemt")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(backend, "_choice", "torch")
+    upsampling.upsampling_matrix.cache_clear()
+    with fake_gpu(monkeypatch) as device:
+        yield device
+    upsampling.upsampling_matrix.cache_clear()     # what is fake must not outlive it
+
+
+def make_network(layout, **shape):
+    with torch.device(GPU):
+        network = build_network(**{"model": "acfnet", "num_classes": 19, "backbone": "eca_resnet18"} | shape)
+    for module in network.modules():        # `Module.to` wants a device that is there
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.ndim == 4:
+                module._parameters[name] = torch.nn.Parameter(weight.detach().contiguous(memory_format=layout))
+    return network
+
+
+def make_batch(size=65):
+    return {"image": torch.zeros(4, 3, size, size, dtype=torch.uint8),
+            "label": torch.zeros(4, size, size, dtype=torch.uint8)}
+
+
+def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, processes=None, **shape):
+    """Two steps, of which the second waits once (with fp16 twice): the first one asks the norms about half precision.
+    Returns the network."""
+    layout = LAYOUTS[layout]
+    network = make_network(layout, **shape).train()
+    weights = {head: weight for head, weight in WEIGHTS.items() if hasattr(network, head)}
+    criterion = SegmentationCriterion(weights, ohem=ohem)
+    precision = Precision(amp, GPU)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
+    engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes, layout)
+    for _ in range(2):
+        gpu.clear()
+        engine.step([make_batch() for _ in range(parts)], 0.01)
+    assert all(weight.grad is not None and weight.grad.is_cuda for weight in network.parameters())
+    assert len(gpu.waits) == (2 if amp == "fp16" else 1), gpu.waits
+    return network
+
+
+def check_norms(gpu, network, amp, layout):
+    """Every norm runs on CUDA's own kernels, in the dtype and layout that was asked for."""
+    norms = sum(hasattr(module, "running_var") for module in network.modules())
+    assert [gpu.called[name] for name in NORM_KERNELS] == [norms] * 3
+    assert gpu.called["batch_norm_elemt"] >= norms      # more often where the output is computed again
+    assert set(gpu.maps) == {(AUTOCAST[amp] or torch.float32, layout)}, gpu.maps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", ["inplace_abn", "bn"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_step(gpu, amp, norm, layout):
+    network = take_steps(gpu, amp, layout, norm=norm)
+    if norm == "inplace_abn":
+        check_norms(gpu, network, amp, layout)
+
+
+@pytest.mark.parametrize("options", [{"ohem": True}, {"parts": 2}, {"model": "base"}], ids=str)
+def test_other_steps(gpu, options):
+    take_steps(gpu, **options)
+
+
+@pytest.mark.parametrize("recompute", ["light", "full"])
+def test_recomputation(gpu, recompute):
+    network = take_steps(gpu, recompute=recompute, backbone="eca_resnet50", model="acfnet_resnet")
+    check_norms(gpu, network, "bf16", "channels-last")
+    assert gpu.called["batch_norm_elemt"] > gpu.called["batch_norm_update_stats"]
+
+
+class FourAlike(Processes):
+    """Stands in for the collectives of four processes with the same part of a batch."""
+
+    def __init__(self, group=None):
+        self.group, self.size, self.rank = None, 4, 0
+
+    def gather(self, tensor):
+        return [tensor.clone() for _ in range(self.size)]
+
+    def total(self, tensor):
+        return self.size * tensor
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"norm": "bn"}, {"amp": "off"}, {"amp": "fp16"}, {"ohem": True},
+                                     {"recompute": "full"}], ids=str)
+def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
+    for module in ("libs.synchronise", "loss.criterion"):
+        monkeypatch.setattr(f"{module}.find_parts", lambda group=None: FourAlike())
+    network = take_steps(gpu, layout=layout, processes=FourAlike(), **options)
+    check_norms(gpu, network, options.get("amp", "bf16"), layout)
+
+
+@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.75, 1.0, 1.5), True)])
+@pytest.mark.parametrize("amp, layout", [("bf16", "channels-last"), ("fp16", "channels-last"), ("off", "NCHW")])
+def test_evaluation(gpu, amp, layout, scales, flip):
+    """The host waits until an image and its truth are on the device, and for no window."""
+    network = make_network(LAYOUTS[layout], model="acfnet_resnet").eval()
+    for size in ((65, 65), (129, 193)):
+        windows, waits = [], []
+        predictor = SlidingPredictor(network.forward, (65, 65), scales=scales, flip=flip, device=GPU,
+                                     autocast=AUTOCAST[amp], memory_format=LAYOUTS[layout],
+                                     watch=lambda done, of, seen=windows: seen.append(of))
+
+        def items(size=size, waits=waits):
+            for _ in range(2):      # of which the first one makes what is made once
+                gpu.clear()
+                yield {"image": torch.zeros(3, *size, dtype=torch.uint8),
+                       "label": torch.zeros(size, dtype=torch.uint8)}
+            waits += gpu.waits
+
+        score(predictor, items(), 19, 255)
+        assert len(waits) == 2 and "to cuda" in waits[0] and "to cuda" in waits[1], waits
+    assert windows[0] > 10
+
+
+def test_the_walk_is_a_backward_pass(monkeypatch):
+    """Gradients equal those of autograd's engine to the bit, on the CPU, with recomputation and autocast."""
+    network = build_network("acfnet_resnet", 5, "eca_resnet50", recompute="light")
+    images, found = torch.randn(2, 3, 33, 33), []
+    for run in (torch.Tensor.backward, backward):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = sum(logits.float().square().mean() for logits in network(images).values())
+        if run is backward:
+            monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+        run(loss)
+        found.append([weight.grad.clone() for weight in network.parameters()])
+        network.zero_grad()
+    assert all(map(torch.equal, *found))
+
+
+def test_what_is_wrong_is_seen(gpu):
+    x, vector = torch.zeros(2, 3, 5, 5, device=GPU), torch.zeros(3, device=GPU)
+    arguments = [x, x, *[vector] * 5]
+    torch.batch_norm_backward_elemt(*arguments, torch.full((1,), 50, dtype=torch.int32, device=GPU))
+    with pytest.raises(AssertionError, match="counts: found torch.int64"):
+        torch.batch_norm_backward_elemt(*arguments, torch.full((1,), 50, device=GPU))
+    with pytest.raises(AssertionError, match="expected a map like"):
+        torch.batch_norm_backward_elemt(x.contiguous(memory_format=torch.channels_last), *arguments[1:],
+                                        torch.full((1,), 50, dtype=torch.int32, device=GPU))
+    with pytest.raises(AssertionError, match="expected float32"):
+        torch.batch_norm_elemt(x, vector.half(), vector, vector, vector, 0.0)
+    with pytest.raises(AssertionError, match="on both devices"):
+        x + torch.zeros(5)
+    assert gpu.waits == []
+    for wait in (lambda: vector.new_tensor([1.0]), lambda: bool(vector.sum() > 1), lambda: vector.tolist(),
+                 lambda: x[x > 0], lambda: x.cpu(), lambda: torch.zeros(5).to(GPU)):
+        gpu.clear()
+        wait()
+        assert len(gpu.waits) == 1, gpu.waits

@@ -7,6 +7,7 @@ this kind, so the backward pass walks the graph here.
 
 import collections
 import contextlib
+import threading
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from utils.replicas import ReplicaGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
@@ -51,23 +54,29 @@ def backward(loss, gradient=None):
             node = ready.pop()
             given = [arrived[node].get(number) for number in range(len(node._input_metadata))]
             del arrived[node]
+            after = node.next_functions
             if isinstance(node, torch.autograd.function.BackwardCFunction):     # written in Python
                 results = node.apply(*(torch.zeros(like.shape, dtype=like.dtype, device=like.device) if one is None
                                        else one for one, like in zip(given, node._input_metadata, strict=True)))
+                results = results if isinstance(results, tuple) else (results,)
+                # A result for every argument, of which some are no tensors and have no place in the graph.
+                results = [one for one, needed in zip(results, node.needs_input_grad, strict=True) if needed]
+                after = [edge for edge in after if edge[0] is not None]
             else:
                 results = node(*given)
-            results = results if isinstance(results, tuple) else (results,)
-            for (after, number), result in zip(node.next_functions, results, strict=False):
-                if after is None:
+                results = results if isinstance(results, tuple) else (results,)
+            for (follower, number), result in zip(after, results, strict=bool(after)):
+                if follower is None:
                     continue
                 if result is not None:
-                    like = after._input_metadata[number]
+                    like = follower._input_metadata[number]
                     result = result.sum_to_size(like.shape).to(like.dtype)
-                    before = arrived[after].get(number)
-                    arrived[after][number] = result if before is None else before + result
-                waiting[after] -= 1
-                if not waiting[after]:
-                    ready.append(after)
+                    before = arrived[follower].get(number)
+                    arrived[follower][number] = result if before is None else before + result
+                waiting[follower] -= 1
+                if not waiting[follower]:
+                    ready.append(follower)
+    assert not any(waiting.values()), "a node was never reached"
 
 
 class FakeDevice(TorchDispatchMode):
@@ -77,6 +86,7 @@ class FakeDevice(TorchDispatchMode):
         waits: places where the host waits for the device.
         called: {name of an operator that this class knows: how often}.
         maps: {(dtype, layout) of the maps that norms were given: how many}; not of maps of one pixel.
+        mode: the `FakeTensorMode` it was entered in.
     """
 
     def __init__(self):
@@ -237,6 +247,31 @@ def fake_gpu(monkeypatch):
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with mode, device:
+            device.mode = mode
             yield device
     finally:
         torch._C._set_only_lift_cpu_tensors(only_lift)
+
+
+class InTurns(torch.nn.Module):
+    """A module for threads of replicas inside `fake_gpu`, whose modes know the thread alone that entered them, and no
+    other at the same time: one runs until it waits for another's value."""
+
+    def __init__(self, module, gpu, monkeypatch):
+        super().__init__()
+        self.module, self.gpu, self.turn = module, gpu, threading.Lock()
+        exchange = ReplicaGroup.exchange
+
+        def exchange_and_wait(group, *value):
+            self.turn.release()
+            try:
+                return exchange(group, *value)
+            finally:
+                self.turn.acquire()
+
+        monkeypatch.setattr(ReplicaGroup, "exchange", exchange_and_wait)
+
+    def forward(self, *tensors):
+        with self.turn, self.gpu.mode, self.gpu:
+            torch._C._set_only_lift_cpu_tensors(True)
+            return self.module(*tensors)

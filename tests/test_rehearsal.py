@@ -6,12 +6,13 @@ import torch
 from libs import backend
 from loss.criterion import WEIGHTS, SegmentationCriterion
 from networks import build_network
-from tests.fake_cuda import GPU, LAYOUTS, backward, fake_gpu
+from tests.fake_cuda import GPU, LAYOUTS, InTurns, backward, fake_gpu
 from utils import upsampling
 from utils.distributed import Processes
 from utils.engine import Engine, NetworkWithLoss
 from utils.inference import Normalization, SlidingPredictor, score
 from utils.precision import AUTOCAST, Precision
+from utils.replicas import ThreadReplicas
 from utils.versions import torch_version
 
 pytestmark = pytest.mark.skipif(torch_version() < (2, 9), reason="older fake tensors know other operators")
@@ -42,7 +43,7 @@ def make_batch(size=65):
             "label": torch.zeros(4, size, size, dtype=torch.uint8)}
 
 
-def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, processes=None, **shape):
+def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, processes=None, wrap=None, **shape):
     """Two steps, of which the second waits once (with fp16 twice): the first one asks the norms about half precision.
     Returns the network."""
     layout = LAYOUTS[layout]
@@ -52,6 +53,7 @@ def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, pro
     precision = Precision(amp, GPU)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
+    module = module if wrap is None else wrap(module)
     engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes, layout)
     for _ in range(2):
         gpu.clear()
@@ -113,7 +115,16 @@ def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
     check_norms(gpu, network, options.get("amp", "bf16"), layout)
 
 
-@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.75, 1.0, 1.5), True)])
+@pytest.mark.parametrize("options", [{}, {"norm": "bn"}, {"layout": "NCHW", "amp": "off"}, {"ohem": True},
+                                     {"recompute": "full"}], ids=str)
+def test_a_step_of_replicas(gpu, options, monkeypatch):
+    """Two threads, as `--parallel dp` has them, on one device: statistics and sums are exchanged all the same."""
+    network = take_steps(gpu, wrap=lambda module: ThreadReplicas(InTurns(module, gpu, monkeypatch), 2), **options)
+    norms = sum(hasattr(module, "running_var") for module in network.modules())
+    assert gpu.called["batch_norm_update_stats"] == 2 * norms
+
+
+@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.75, 1.25), True)])
 @pytest.mark.parametrize("amp, layout", [("bf16", "channels-last"), ("fp16", "channels-last"), ("off", "NCHW")])
 def test_evaluation(gpu, amp, layout, scales, flip):
     """The host waits until an image and its truth are on the device, and for no window."""
@@ -150,6 +161,21 @@ def test_the_walk_is_a_backward_pass(monkeypatch):
         found.append([weight.grad.clone() for weight in network.parameters()])
         network.zero_grad()
     assert all(map(torch.equal, *found))
+
+
+def test_the_walk_goes_through_replicas():
+    """Where sums of all replicas meet in the graph: as autograd's engine, but for the order of additions."""
+    network, found = build_network("acfnet_resnet", 5, "eca_resnet18").double().eval(), []
+    for module in network.modules():
+        module.training = hasattr(module, "running_var")        # no dropout
+    images = torch.randn(4, 3, 33, 33, dtype=torch.float64)
+    for run in (torch.Tensor.backward, backward):
+        run(sum(logits.square().mean() for logits in ThreadReplicas(network, 2)(images).values()))
+        found.append([weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None])
+        network.zero_grad()
+    assert len(found[0]) > 50
+    for expected, walked in zip(*found, strict=True):
+        torch.testing.assert_close(walked, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_what_is_wrong_is_seen(gpu):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A demonstration on drawn streets, on any machine, in ten to fifteen minutes:
+# A demonstration on drawn streets, on any machine, in about five minutes on two cores:
 #
 #     ./run_local.sh [--gpu 0 ...]
 #

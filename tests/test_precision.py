@@ -32,6 +32,7 @@ def test_bf16_trains_like_float32(streets, tmp_path):
 
 
 def test_the_default_is_what_the_device_has_instructions_for(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
                                    ({"bf16": True, "neon": True}, "bf16"), ({"avx2": True}, "off")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)

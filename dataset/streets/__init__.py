@@ -1,0 +1,74 @@
+"""Draw labelled street scenes, laid out and named like Cityscapes, for a machine without the real data.
+
+    python -m dataset.streets OUT --train 200 --val 50 --size 256,512 --seed 0
+
+A camera stands on a road and looks along it. Ground and house fronts are planes; everything else is polygons in
+metres, drawn from far to near. Colours are drawn at random within each class, so that shape, place and texture have
+to tell what something is. The same seed gives the same files, byte for byte.
+
+    camera.py       projection, and drawing into image and label maps
+    surfaces.py     sky, ground, fronts of houses, walls, fences
+    objects.py      vehicles, people, plants, street furniture
+    scene.py        what stands where: `draw_scene`
+"""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import cli
+from utils.logger import progress
+
+from ..labels import ClassTable
+from .scene import draw_scene
+
+__all__ = ["draw_scene", "main", "write_dataset", "write_scene"]
+
+CITY = "drawn"      # the folder of the files, as of a Cityscapes city
+
+
+def write_scene(out, split, index, size, seed):
+    """Draw scene `index` of a split and write its four files below `out`; size is (height, width)."""
+    image, ids, instances = draw_scene(*size, seed, split, index)
+    table = np.zeros((256, 4), np.uint8)
+    for row in ClassTable.read().rows:
+        table[row["id"] % 256] = row["red"], row["green"], row["blue"], 255
+    stem = f"{CITY}_{index:06d}_000019"
+    images, labels = (Path(out) / kind / split / CITY for kind in ("leftImg8bit", "gtFine"))
+    for folder in (images, labels):
+        folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(images / f"{stem}_leftImg8bit.png")
+    Image.fromarray(ids).save(labels / f"{stem}_gtFine_labelIds.png")
+    Image.fromarray(instances).save(labels / f"{stem}_gtFine_instanceIds.png")
+    Image.fromarray(table[ids]).save(labels / f"{stem}_gtFine_color.png")
+
+
+def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None):
+    """Draw a data set below the folder `out`. Raises `UserError` if images lie there already.
+
+    train, val: scenes of each split; size: (height, width), pixels; workers: processes, None for one a core.
+    """
+    out = Path(out)
+    existing = next((out / "leftImg8bit").glob("*/*/*.png"), None)
+    if existing:
+        raise cli.UserError(f"{out}: expected a folder without images, found {existing}")
+    jobs = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        tasks = [pool.submit(write_scene, out, split, index, size, seed) for split, index in jobs]
+        for task in progress(tasks, f"drawing {out}", "scene"):
+            task.result()
+
+
+def main():
+    parser = cli.Parser(description="Draw labelled street scenes in the layout of Cityscapes.")
+    parser.add_argument("out", type=cli.path, help="folder to make")
+    parser.add_argument("--train", type=cli.not_negative(int, 999999), default=200, help="training scenes (200)")
+    parser.add_argument("--val", type=cli.not_negative(int, 999999), default=50, help="validation scenes (50)")
+    parser.add_argument("--size", type=cli.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
+    parser.add_argument("--seed", type=cli.random_seed, default=0, help="other seeds draw other streets (0)")
+    args = parser.parse_args()
+    write_dataset(args.out, args.train, args.val, args.size, args.seed)
+    print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.size[1]}×{args.size[0]}")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
+from utils.jitter import draw_jitter
 from utils.logger import progress
 
 from .labels import IGNORE_INDEX, ClassTable
@@ -21,7 +22,6 @@ from .sampling import Jobs, class_positions
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 COARSE = "train_extra"      # the split whose truth is in gtCoarse
-JITTER = ("brightness", "contrast", "saturation", "hue")
 DECODERS = (read_image, read_ids)       # of a pair
 
 
@@ -211,12 +211,6 @@ def parse_split(text):
             raise UserError(f"--split {text}: expected a weight for every split or for none, found some")
         return names, None
     return names, weights
-
-
-def draw_jitter(amounts, rng):
-    """Factors of brightness, contrast and saturation, and a shift of hue: 4 floats."""
-    return [*(rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts[:3]),
-            rng.uniform(-amounts[3], amounts[3])]
 
 
 def check_name(path, classes):

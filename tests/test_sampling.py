@@ -12,14 +12,13 @@ from PIL import Image
 
 import train
 from dataset import reading
-from dataset.cityscapes import CityscapesDataset, draw_jitter, parse_split
+from dataset.cityscapes import CityscapesDataset, parse_split
 from dataset.reading import DecodedCache, read_ids, read_image
 from dataset.sampling import ClassSampler, WeightedSampler, class_index, class_positions
 from dataset.transforms import train_transform
 from tests.test_reading import OTHER, other_content
 from utils import checkpoint
 from utils.cli import UserError
-from utils.engine import apply_jitter
 
 
 def index_of(dataset):
@@ -115,23 +114,6 @@ def test_class_sampling_trains_and_keeps_its_index(streets, tmp_path, capsys):
     train.main([*words, "--num-steps", "2", "--resume"])
     shown = capsys.readouterr().out
     assert "finding classes" not in shown and "to decode" not in shown
-
-
-def test_jitter_changes_colours_as_drawn_and_nothing_else(streets):
-    torch.manual_seed(0)
-    images = torch.randint(256, (3, 3, 9, 11), dtype=torch.uint8)
-    same = apply_jitter(images, torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 3))
-    assert (same.int() - images.int()).abs().max() <= 1 and same.dtype == torch.uint8
-    darker = apply_jitter(images, torch.tensor([[0.5, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]]))
-    assert (darker[0].int() * 2 - images[0].int()).abs().max() <= 3
-    assert (darker[1] == darker[1][:1]).all()                        # no saturation: grey
-    assert darker[2].float().std() < 1                               # no contrast: one value
-    dataset = CityscapesDataset(streets, "train", jitter=(0.4, 0.4, 0.4, 0.1))
-    assert torch.equal(dataset[0, 5]["jitter"], dataset[1, 5]["jitter"])
-    assert not torch.equal(dataset[0, 5]["jitter"], dataset[0, 6]["jitter"])
-    drawn = np.array([draw_jitter((0.4, 0.2, 1.0, 0.1), np.random.default_rng(k)) for k in range(500)])
-    for column, (low, high) in zip(drawn.T, ((0.6, 1.4), (0.8, 1.2), (0.0, 2.0), (-0.1, 0.1)), strict=True):
-        assert low <= column.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < column.max() <= high
 
 
 def test_the_cache_gives_the_same_samples_and_decodes_once(streets, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import random_state, set_random_state
+from .jitter import apply_jitter
 from .versions import total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
@@ -81,23 +82,6 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
     # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
     loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
     return loss, terms.detach()
-
-
-def apply_jitter(images, factors):
-    """Change brightness, contrast, saturation and hue of each image, on its device.
-
-    images (B, 3, H, W) uint8, factors (B, 4) as `dataset.cityscapes.draw_jitter` draws them → images of that shape.
-    """
-    from torchvision.transforms.v2 import functional
-
-    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation,
-               functional.adjust_hue)
-    changed = []
-    for image, values in zip(images, factors.tolist(), strict=True):
-        for change, value in zip(changes, values, strict=True):
-            image = change(image, value)
-        changed.append(image)
-    return torch.stack(changed)
 
 
 class NotFinite(ArithmeticError):

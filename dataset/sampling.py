@@ -105,6 +105,32 @@ class ClassSampler(EntrySampler):
         return image, entry, images[image][rng.integers(len(images[image]))]
 
 
+def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_size: int, rank: int = 0,
+                 world: int = 1, index: np.ndarray | None = None) -> EntrySampler:
+    """The sampler of a `CityscapesDataset` for the entries start to stop - 1 of a run.
+
+    Args:
+        kind: "uniform": every image once an epoch or, where the data set's splits have weights, splits by their
+            weights; "class": class-uniform crops.
+        seed, start, stop, batch_size, rank, world: as in `EntrySampler`.
+        index: of `class_index`, the same in all processes; with "class" only.
+
+    Raises `ValueError` for another kind, "class" without an index, and "class" for splits with weights, which it would
+    not heed.
+    """
+    entries = {"seed": seed, "start": start, "stop": stop, "batch_size": batch_size, "rank": rank, "world": world}
+    if kind == "class":
+        if index is None or dataset.weights:
+            raise ValueError("class sampling: expected an index of classes and splits without weights, found "
+                             f"{'no index' if index is None else f'weights {dataset.weights}'}")
+        return ClassSampler(index, **entries)
+    if kind != "uniform":
+        raise ValueError(f"kind of sampling: expected uniform or class, found {kind}")
+    if dataset.weights:
+        return WeightedSampler(dataset.parts, dataset.weights, **entries)
+    return EpochSampler(len(dataset), **entries)
+
+
 def class_positions(train_ids, seed, ignore_index=255):
     """Where the classes of a label map are: rows (class, row, column), up to `POSITIONS` random pixels of each."""
     rng = np.random.default_rng(seed)

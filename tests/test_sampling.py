@@ -14,7 +14,7 @@ import train
 from dataset import reading
 from dataset.cityscapes import CityscapesDataset, parse_split
 from dataset.reading import DecodedCache, read_ids, read_image
-from dataset.sampling import ClassSampler, WeightedSampler, class_index, class_positions
+from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler, class_index, class_positions, make_sampler
 from dataset.transforms import train_transform
 from tests.test_reading import OTHER, other_content
 from utils import checkpoint
@@ -73,6 +73,33 @@ def test_weights_of_splits_are_shares_of_samples():
     assert abs(counts[False] - 3000) < 4 * (4000 * 0.75 * 0.25) ** 0.5
     images = {image for image, _ in WeightedSampler([5, 50], [3, 1], 0, 0, 4000)}
     assert images == set(range(55))
+
+
+@pytest.mark.parametrize("kind, weights, expected", [
+    ("uniform", None, lambda index, *entries: EpochSampler(9, *entries)),
+    ("uniform", [3.0, 1.0], lambda index, *entries: WeightedSampler([4, 5], [3.0, 1.0], *entries)),
+    ("class", None, lambda index, *entries: ClassSampler(index, *entries)),
+])
+def test_a_sampler_is_made_for_the_data_set_and_the_kind(streets, kind, weights, expected):
+    dataset = CityscapesDataset(streets, "train")
+    dataset.parts, dataset.weights = [4, 5], weights
+    index = index_of(dataset) if kind == "class" else None
+    made = make_sampler(dataset, kind=kind, seed=3, start=6, stop=24, batch_size=6, rank=1, world=2, index=index)
+    same = expected(index, 3, 6, 24, 6, 1, 2)
+    assert type(made) is type(same) and list(made) == list(same)
+    assert [entry for _, entry, *_ in made] == [9, 10, 11, 15, 16, 17, 21, 22, 23]      # second half of every batch
+    alone = make_sampler(dataset, kind=kind, seed=3, start=6, stop=24, batch_size=6, index=index)
+    assert list(alone) == list(expected(index, 3, 6, 24, 6, 0, 1))
+
+
+@pytest.mark.parametrize("kind, weights, message", [
+    ("class", None, "found no index"), ("class", [1.0], "found weights"), ("Class", None, "found Class")])
+def test_a_sampler_is_never_another_than_asked_for(streets, kind, weights, message):
+    dataset = CityscapesDataset(streets, "train")
+    dataset.weights = weights
+    with pytest.raises(ValueError, match=message):
+        make_sampler(dataset, kind=kind, seed=3, start=0, stop=6, batch_size=6,
+                     index=np.zeros((1, 4), np.int64) if weights else None)
 
 
 @pytest.mark.parametrize("text, expected", [("train", (["train"], None)), ("train+val", (["train", "val"], None)),

@@ -1,11 +1,13 @@
-"""What a careful person looks at before a run of days: `python -m dataset.check DATA`.
+"""Check a data set before a long training: `python -m dataset.check DATA`.
 
     python -m dataset.check CITYSCAPES
     python -m dataset.check DATA --data-list DATA/train.lst DATA/val.lst --classes DATA/classes.csv
     python -m dataset.check CITYSCAPES --fast        a few files of each split
 
-Every image and label map is decoded once, by all cores. Prints a table; writes check.json, class frequencies and
-contact sheets. Exit status 1 when something is wrong.
+Decodes every image and label map, on all cores. Looks for files that are missing, unreadable or twice there, label maps
+of another size than their image, and values that the class table does not know. Prints a summary of each split; writes
+check.json, a chart of the class frequencies and contact sheets (images under their label maps). Exit status 1 when
+something is wrong.
 """
 
 import argparse
@@ -29,14 +31,19 @@ from .labels import IGNORE_INDEX, ClassTable
 from .reading import read_file, read_ids, read_image, sizes_differ
 
 FAST = 16           # pairs of each split that --fast looks into
-SHEET = 12          # pictures of a contact sheet
-WIDTH = 320         # pixels of each
-SHOWN = 5           # problems of one kind that are printed
+SHEET = 12          # pairs on a contact sheet
+WIDTH = 320         # of each of its pictures, pixels
+SHOWN = 5           # problems of one kind that are printed; check.json holds all
 SPLITS = ("train", "val", "test", COARSE)
 
 
 def inspect(job):
-    """Facts of one pair of files; job: (image path, label path, `ClassTable`). Problems are sentences."""
+    """What can be said of one image and its label map: a dict of plain values, also for files that cannot be read.
+
+    job: (image path, label path, `ClassTable`). The dict holds image, label (paths) and problems [(kind, sentence)];
+    of a readable image size (H, W), hash, sum and squares (of the values of each channel); of a readable label map
+    classes (256 counts of pixels by train id).
+    """
     image_path, label_path, classes = job
     facts = {"image": str(image_path), "label": str(label_path), "problems": []}
     image = ids = None
@@ -64,7 +71,7 @@ def inspect(job):
 
 
 def find_pairs(root, split):
-    """Files of a scanned split: pairs, and problems of files that lack their partner."""
+    """The [(image, label map)] of a split, and problems [(kind, sentence)]: files that lack their partner."""
     images, labels, truth = split_files(root, split)
     problems = [("label map missing", f"{images[key]}: expected its label map in {truth}/{split}, found none")
                 for key in sorted(images.keys() - labels.keys()) if split != "test"]
@@ -90,7 +97,7 @@ def find_splits(root, lists, classes):
 
 
 def duplicates(facts):
-    """Problems of images whose files are equal, in one split or across; facts: {split: list of facts}."""
+    """Problems [(kind, sentence)]: images whose files are equal. facts: {split: [what `inspect` says]}."""
     places = {}
     for split, entries in facts.items():
         for entry in entries:
@@ -106,7 +113,10 @@ def duplicates(facts):
 
 
 def summarise(split, entries, problems, classes, listed):
-    """What `check.json` says of a split."""
+    """What check.json holds of a split.
+
+    entries: what `inspect` says of its pairs; problems: [(kind, sentence)]; listed: number of pairs in the split.
+    """
     sums, squares = (np.sum([entry[key] for entry in entries if key in entry] or [[0, 0, 0]], axis=0, dtype=float)
                      for key in ("sum", "squares"))
     pixels = sum(math.prod(entry["size"]) for entry in entries if "size" in entry)
@@ -129,7 +139,7 @@ def summarise(split, entries, problems, classes, listed):
 
 
 def contact_sheet(path, entries, classes):
-    """Images with their label maps over them, side by side, evenly from a split."""
+    """Write pairs, spread evenly over a split: each image, and beside it the same under its label map."""
     good = [entry for entry in entries if not entry["problems"]]
     if not good:
         return
@@ -147,9 +157,12 @@ def contact_sheet(path, entries, classes):
 
 
 def check(splits, classes, fast, workers):
-    """Look into everything. Returns ({split: what `check.json` holds of it}, {split: facts of its pairs})."""
+    """Inspect the pairs of all splits, or with `fast` some of each, in `workers` processes.
+
+    Returns {split: what check.json holds of it}, {split: [what `inspect` says]}.
+    """
     facts, report = {}, {}
-    with ProcessPoolExecutor(workers, initializer=quiet) as pool:
+    with ProcessPoolExecutor(workers, initializer=allow_large_images) as pool:
         for split, (pairs, _) in splits.items():
             chosen = pairs if not fast else [pairs[len(pairs) * k // FAST] for k in range(FAST)] if len(
                 pairs) > FAST else pairs
@@ -160,7 +173,7 @@ def check(splits, classes, fast, workers):
         entries = facts[split]
         problems = [*problems, *(problem for entry in entries for problem in entry["problems"]),
                     *(leak for leak in leaks if f"({split})" in leak[1])]
-        # Every label of the official test split is ignored, on purpose.
+        # The label maps of the official test split hold ignored ids only: its truth is not published.
         labelled = sum(sum(entry["classes"][:classes.num_classes]) for entry in entries if "classes" in entry)
         if entries and not labelled and split != "test":
             problems.append(("nothing labelled", f"{split}: expected pixels of the {classes.num_classes} classes, "
@@ -170,7 +183,7 @@ def check(splits, classes, fast, workers):
 
 
 def draw(folder, report, facts, classes):
-    """Contact sheets and the chart of the classes; none where nothing is sound."""
+    """Write contact sheets and the chart of class frequencies, of what could be read."""
     for split, entries in facts.items():
         contact_sheet(folder / f"sheet_{Path(split).stem[:60]}.png", entries, classes)
     pixels = {split: found["pixels"] for split, found in report.items() if any(found["pixels"].values())}
@@ -178,13 +191,13 @@ def draw(folder, report, facts, classes):
         visualize.frequency_chart(folder / "classes.png", pixels, classes.palette)
 
 
-def quiet():
-    """Large images are no news here."""
+def allow_large_images():
+    """Do without Pillow's warning of large images, which are usual here."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def table(report):
-    """The findings as lines of text."""
+    """The findings as text, a paragraph for each split."""
     lines = []
     for split, found in report.items():
         official = f" (official: {found['official']})" if found["official"] else ""
@@ -225,7 +238,7 @@ def main():
     root = Path(args.data_dir)
     folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(os.path.abspath(root))}")
     classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
-    quiet()
+    allow_large_images()
     splits = find_splits(root, args.data_list, classes)
     try:
         folder.mkdir(parents=True, exist_ok=True)

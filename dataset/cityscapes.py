@@ -1,4 +1,4 @@
-"""Cityscapes, and every data set that a list of files and a class table describe."""
+"""Images with label maps: Cityscapes, and any data set that a list of files and a class table describe."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ from .sampling import Jobs, class_positions
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 COARSE = "train_extra"      # the split whose truth is in gtCoarse
-DECODERS = (read_image, read_ids)       # of a pair
+DECODERS = (read_image, read_ids)       # of an image and of its label map
 
 
 class CityscapesDataset(Dataset):
@@ -37,22 +37,32 @@ class CityscapesDataset(Dataset):
             `train:2+train_extra:1`.
         data_list: text file of "image label" lines, paths relative to root or to the list; or several of them.
         classes: `ClassTable`, or the CSV file of one; None for Cityscapes.
-        transform: (image (H, W, 3) uint8, label (H, W), NumPy Generator) → image, label.
-        seed: of the draws of `transform` and `jitter`.
-        instances: also read *_instanceIds.png beside *_labelIds.png, where there is one.
+        transform: (image (H, W, 3) uint8, label (H, W), NumPy Generator) → image, label; such as
+            `dataset.transforms.train_transform`.
+        seed: of what `transform` and `jitter` draw at random.
+        instances: whether to read *_instanceIds.png beside *_labelIds.png too, where there is one.
         cache: folder for decoded arrays (`dataset.reading.DecodedCache`), or None.
-        jitter: largest change of brightness, contrast, saturation (factors 1 ± that) and hue (turns), or None.
+        jitter: largest change of brightness, contrast, saturation (factors 1 ± that) and hue (turns), or None; as in
+            `utils.jitter`.
 
     An item is {"image": uint8 (3, H, W) RGB, "label": uint8 (H, W) train ids, "name": str}, with instances also
-    {"instances": int32 (H, W), "index": int}, with jitter also {"jitter": (4,) float32}, factors that the device is
-    to apply. An index alone draws anew every time, from PyTorch's generator, which a DataLoader seeds in each worker
-    and epoch. It may be (index, entry): the draws are a function of (seed, entry) alone, so it does not matter which
-    worker makes the sample; or (index, entry, (row, column)) for a window that holds this pixel. Image and label map
-    are upright by their EXIF orientation. Raises `UserError` where a file or the list is at fault.
+    {"instances": int32 (H, W), "index": int}, with jitter also {"jitter": (4,) float32}: factors for
+    `utils.jitter.apply_jitter`. Image and label map are upright by their EXIF orientation. Raises `UserError` where a
+    file or the list is at fault.
+
+    What is asked for is one of
+        index: the random draws are new every time, from PyTorch's generator, which a DataLoader seeds in each worker
+            and epoch;
+        (index, entry): they are a function of (seed, entry) alone, so it does not matter which worker makes the
+            sample (`dataset.sampling`);
+        (index, entry, (row, column)): the same, and the transform's window holds this pixel.
 
     Attributes:
+        pairs: [(path of the image, path of its label map)].
+        names: of the images, each another: `unique_names`.
         splits: names of the scanned splits; none with lists.
-        parts, weights: images of each split or list, in order, and their weights or None.
+        parts: number of images of each split or list, in order.
+        weights: of the splits, or None.
     """
 
     def __init__(self, root, split="train", data_list=None, classes=None, transform=None, seed=0,
@@ -68,13 +78,14 @@ class CityscapesDataset(Dataset):
         if self.scanned:
             self.splits, self.weights = parse_split(split)
             found = [_scan(self.root, name) for name in self.splits]
-            self.places = self.lists = None
+            self.lines = self.list_folders = None
         else:
             lists = [data_list] if isinstance(data_list, str | Path) else data_list
             read = [_read_list(self.root, Path(one)) for one in lists]
             found, self.splits, self.weights = [pairs for pairs, _ in read], (), None
-            self.places = [place for _, places in read for place in places]
-            self.lists = [Path(one).parent for one, pairs in zip(lists, found, strict=True) for _ in pairs]
+            # Of each pair: "FILE, line N", which messages name, and the folder of its list.
+            self.lines = [line for _, lines in read for line in lines]
+            self.list_folders = [Path(one).parent for one, pairs in zip(lists, found, strict=True) for _ in pairs]
         self.parts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
         self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.root))
@@ -89,7 +100,7 @@ class CityscapesDataset(Dataset):
         try:
             return self._item(index, np.random.default_rng((self.seed, entry or 0)), focus)
         except UserError as error:
-            raise self._placed(index, error) from None
+            raise self._with_line(index, error) from None
 
     def _item(self, index, rng, focus):
         path, label_path = self.pairs[index]
@@ -98,7 +109,7 @@ class CityscapesDataset(Dataset):
             raise UserError(sizes_differ(path, image, label_path, ids))
         check_name(label_path, self.classes)
         choose = getattr(self.transform, "choose", None)
-        if choose is not None:      # ids become train ids in the window alone
+        if choose is not None:      # a transform that cuts a window first: only its ids need to become train ids
             window = choose(ids.shape, rng, focus)
             image, label = window.image(image), self.classes.encode(window.label(ids), label_path)
             label = window.ignore_outside(label, ids.shape, self.transform.ignore_index)
@@ -117,14 +128,14 @@ class CityscapesDataset(Dataset):
     def _decode(self, path, decode):
         return decode(path) if self.cache is None else self.cache.read(path, decode)
 
-    def _placed(self, index, error):
-        """An error of a sample, with the line of the list that names it."""
-        return error if self.scanned else UserError(f"{self.places[index]}: {error}")
+    def _with_line(self, index, error):
+        """The `UserError` of a sample; with lists, it begins with the list and line that name the sample."""
+        return error if self.scanned else UserError(f"{self.lines[index]}: {error}")
 
     def fill_cache(self, workers):
-        """Decode what is not in the cache yet, with so many worker processes, and progress.
+        """Decode the files that are not in the cache yet, in `workers` processes, and show how far it is.
 
-        Raises `UserError` before it begins if the disk has no room for it.
+        Raises `UserError` before it begins if the disk has too little room.
         """
         missing, needed = self.cache.missing([file for pair in self.pairs for file in zip(pair, DECODERS, strict=True)])
         if not missing:
@@ -137,27 +148,27 @@ class CityscapesDataset(Dataset):
             pass
 
     def decode_pair(self, index):
-        """Decode a pair into the cache, without looking at it further. Returns its number."""
+        """Decode image and label map of an index into the cache. Returns the index."""
         for path, decode in zip(self.pairs[index], DECODERS, strict=True):
             try:
                 self.cache.read(path, decode)
             except UserError as error:
-                raise self._placed(index, error) from None
+                raise self._with_line(index, error) from None
         return index
 
     def positions(self, index):
-        """Rows (index, class, row, column) of some pixels of each class in a label map: `class_positions`."""
+        """[(index, class, row, column)] of some pixels of each class in a label map, drawn by `class_positions`."""
         try:
             train_ids = self.classes.encode(self._decode(self.pairs[index][1], read_ids), self.pairs[index][1])
         except UserError as error:
-            raise self._placed(index, error) from None
+            raise self._with_line(index, error) from None
         return [(index, *row) for row in class_positions(train_ids, (self.seed, index), IGNORE_INDEX)]
 
     def check_labels(self, count=8):
-        """Read some label maps, spread evenly, before a long run begins.
+        """Read `count` label maps, spread evenly over the data set, before a long run begins.
 
-        Raises `UserError` where one holds values that the class table does not know, as reading any does, or where
-        nothing in them is labelled. Warns of maps that look like train ids.
+        Raises `UserError` where one holds values that the class table does not know, or where every pixel of all of
+        them is ignored. Warns of maps that look like train ids.
         """
         chosen = sorted({len(self) * k // count for k in range(count)})
         labelled = False
@@ -167,7 +178,7 @@ class CityscapesDataset(Dataset):
                 ids = read_ids(path)
                 labelled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
             except UserError as error:
-                raise self._placed(index, error) from None
+                raise self._with_line(index, error) from None
             if ids.ndim == 2 and self.classes.looks_like_train_ids(ids):
                 warnings.warn(f"{path}: its values look like train ids, but are read as ids ({self.classes.source}); "
                               "as ids the map is mostly void", stacklevel=2)
@@ -176,15 +187,15 @@ class CityscapesDataset(Dataset):
                             f"the {self.classes.num_classes} classes of {self.classes.source}, found only ignored ones")
 
     def fingerprint(self):
-        """{"count", "sha256"} of the pairs in their order: the same wherever the data and its lists have been moved."""
+        """{"count", "sha256"} of the pairs' names in their order; it stays when the data and its lists are moved."""
         names = hashlib.sha256()
         for index, pair in enumerate(self.pairs):
-            folders = [self.root] if self.scanned else [self.root, self.lists[index]]
+            folders = [self.root] if self.scanned else [self.root, self.list_folders[index]]
             names.update("".join(f"{_below(path, folders)}\n" for path in pair).encode(errors="surrogateescape"))
         return {"count": len(self), "sha256": names.hexdigest()}
 
     def describe(self):
-        """One line: how many images, and whether that differs from the official split."""
+        """One line: how many images and classes, and whether the official split has another number of images."""
         text = f"{self.split if self.scanned else 'list'}: {len(self)} images, {self.classes.num_classes} classes"
         for name, found in zip(self.splits, self.parts, strict=False):
             official = OFFICIAL_COUNTS.get(name)
@@ -238,6 +249,7 @@ def split_files(root, split):
 
 
 def _scan(root, split):
+    """[(image, label map)] of a split in the folders of Cityscapes. Raises `UserError`."""
     images, labels, truth = split_files(root, split)
     if not images:
         raise UserError(f"{root / 'leftImg8bit' / split}: expected <city>/*_leftImg8bit.png in it, found none "
@@ -250,13 +262,14 @@ def _scan(root, split):
 
 
 def _read_list(root, path):
+    """[(image, label map)] of a list, and ["FILE, line N"], where each stands. Raises `UserError`."""
     try:
         lines = read_file(path, "a text file").decode("utf-8-sig").splitlines()
     except UserError as error:
         raise UserError(f"--data-list {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
-    pairs, places = [], []
+    pairs, lines_of_pairs = [], []
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -266,14 +279,14 @@ def _read_list(root, path):
             raise UserError(f"{path}, line {number}: expected \"image label\" (a tab between names with spaces), found "
                             f"{line!r}")
         pairs.append(tuple(_find(part.strip(), root, path, number) for part in parts))
-        places.append(f"{path}, line {number}")
+        lines_of_pairs.append(f"{path}, line {number}")
     if not pairs:
         raise UserError(f"--data-list {path}: expected lines \"image label\", found an empty list")
-    return pairs, places
+    return pairs, lines_of_pairs
 
 
 def _find(name, root, path, number):
-    """A file of a list: relative to the root, else to the list. Raises `UserError`."""
+    """The path of a file that a list names: relative to the root, else to the list's folder. Raises `UserError`."""
     for folder in (root, path.parent):
         if os.path.isfile(folder / name):       # false, not an error, for a name too long or a loop of links
             return folder / name
@@ -281,7 +294,7 @@ def _find(name, root, path, number):
 
 
 def _below(path, folders):
-    """A file's name below the first of these folders that holds it; elsewhere its whole name."""
+    """A path relative to the first of these folders that holds it; its absolute path where none does."""
     path = Path(os.path.abspath(path))
     for folder in map(os.path.abspath, folders):
         if path.is_relative_to(folder):
@@ -290,18 +303,19 @@ def _below(path, folders):
 
 
 def unique_names(paths):
-    """A flat name for each relative path, never the same twice and never hidden.
+    """A name without folders for each relative path, never the same twice and never beginning with a dot.
 
-    The stem; where stems meet, with the folders before it; where these still meet, with its suffix; then numbered.
+    The file's stem; where several have the same, with the folders before it (a_b_stem); where these are the same too,
+    with the suffix; and where even these are, numbered.
     """
     choices = [[name.lstrip(".") or "image" for name in (path.stem, "_".join(path.with_suffix("").parts),
                                                          "_".join(path.parts))] for path in paths]
-    lengths, meeting = [0] * len(paths), True
-    while meeting:
+    lengths, clashing = [0] * len(paths), True
+    while clashing:
         names = [choice[length] for choice, length in zip(choices, lengths, strict=True)]
         count = Counter(names)
-        meeting = [i for i, name in enumerate(names) if count[name] > 1 and lengths[i] < 2]
-        for i in meeting:
+        clashing = [i for i, name in enumerate(names) if count[name] > 1 and lengths[i] < 2]
+        for i in clashing:
             lengths[i] += 1
     taken, seen = set(names), set()
     for i, name in enumerate(names):
@@ -313,7 +327,7 @@ def unique_names(paths):
 
 
 def relative_paths(paths, root):
-    """Paths relative to a folder; where some lie outside, to the folder that they have in common."""
+    """Paths relative to a folder; where some of them lie outside it, relative to the folder common to all."""
     paths, root = [os.path.abspath(path) for path in paths], os.path.abspath(root)
     if paths and os.path.commonpath([root, *paths]) != root:
         root = os.path.commonpath(map(os.path.dirname, paths))
@@ -321,5 +335,5 @@ def relative_paths(paths, root):
 
 
 def as_tensor(array):
-    """An array as a tensor of its own; what is mapped from the cache is copied."""
+    """An array as a tensor; one that is mapped from the cache, and so read-only, is copied."""
     return torch.from_numpy(np.require(array, requirements="CW"))

@@ -1,4 +1,4 @@
-"""Images without truth: any files to predict, and what the Cityscapes server takes."""
+"""Images without label maps: any files to predict, and the archive that the Cityscapes server takes."""
 
 import glob
 import os
@@ -26,7 +26,7 @@ class ImageFiles(Dataset):
     "name": str}.
 
     Args:
-        paths: of the files; or {path: the same relative to the folder that counts}, which their names are made of.
+        paths: of the files; or {path: relative path}, as `find_images` gives them, where names are made of the latter.
     """
 
     def __init__(self, paths):
@@ -45,8 +45,11 @@ class ImageFiles(Dataset):
 
 
 def find_images(places):
-    """Files, folders (searched through) and patterns → {path of an image: the same relative to the folder given, with
-    that folder's name before it if there are several places}, each once. Raises `UserError`."""
+    """Find the images that files, folders (with all below them) and patterns such as "a/*.png" stand for, each once.
+
+    Returns {path: relative path}: relative to the folder that was given, with that folder's name before it if there
+    are several places; of single files to the folder of the first, or the one common to all. Raises `UserError`.
+    """
     found, single = {}, []
     for place in map(str, places):
         if os.path.isdir(place):
@@ -73,7 +76,7 @@ def find_images(places):
 
 
 def _search(top):
-    """Images below a folder, sorted. Links to folders are followed, each folder once; what is hidden is left alone."""
+    """Images below a folder, sorted. Links to folders are followed, each folder once; hidden files are left out."""
     found, seen, waiting = [], set(), deque([Path(top)])
     while waiting:
         folder = waiting.popleft()
@@ -85,7 +88,7 @@ def _search(top):
         except OSError as error:
             raise UserError(f"--images {folder}: expected a folder that can be read, found: {error}") from None
         for path in (folder / name for name in names):
-            if path.is_dir():       # links come last: what they lead to may lie here under its own name
+            if path.is_dir():       # links last: a folder that lies here too is found under its own name
                 (waiting.append if path.is_symlink() else waiting.appendleft)(path)
             elif path.suffix.lower() in SUFFIXES and path.is_file():
                 found.append(path)
@@ -93,7 +96,7 @@ def _search(top):
 
 
 def images_of_split(root, split):
-    """The images of a Cityscapes split, whose truth may be missing. Raises `UserError`."""
+    """The images of a Cityscapes split, which needs no label maps. Raises `UserError`."""
     folder = Path(root) / "leftImg8bit" / split
     found = sorted(folder.glob("*/*_leftImg8bit.png"))
     if not found:

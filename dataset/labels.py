@@ -1,7 +1,8 @@
 """Class tables: what the ids in a label map mean.
 
 A table is a CSV file with the columns name, id, train_id, red, green, blue and, if wanted, category.
-`id` is what label maps hold, `train_id` the network's channel; -1 or 255 is ignored in training and scores.
+`id` is the value in label maps, `train_id` the channel of the network's output; pixels of the train ids -1 and 255 are
+ignored in training and scores.
 The Cityscapes table is that of cityscapesScripts, helpers/labels.py.
 """
 
@@ -20,7 +21,7 @@ from .reading import read_file
 IGNORE_INDEX = 255
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
 COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
-UNKNOWN = 254       # train ids end at 253
+UNKNOWN = 254       # stands for ids that are not in the table, so train ids end at 253
 
 
 class ClassTable:
@@ -29,7 +30,7 @@ class ClassTable:
     Attributes:
         names: N names, by train id.
         categories: N category names, by train id; the class's own name where the table has none.
-        ids: (N,) the id that stands for each train id in written label maps (the first of the table).
+        ids: (N,) the id written for each train id in predictions: of several with that train id, the table's first.
         palette: (256, 3) uint8 RGB by train id; black for what is ignored.
         lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
         color_lookup: {red · 65536 + green · 256 + blue: the rows of that colour}.
@@ -52,7 +53,7 @@ class ClassTable:
         classes = [first[train_id] for train_id in found]
         self.names = [row["name"] for row in classes]
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:       # scores are told by name
+        if twice:       # scores are reported by name
             raise UserError(f"{source}: expected another name for every class, found {', '.join(twice)} several times")
         self.categories = [row["category"] or row["name"] for row in classes]
         self.ids = np.array([row["id"] for row in classes])
@@ -99,11 +100,11 @@ class ClassTable:
         if ids.dtype not in (np.uint8, np.uint16):
             outside = (ids < 0) | (ids >= len(self.lookup))
             if outside.any():
-                self._complain(ids, outside, name)
+                self._raise_unknown(ids, outside, name)
         train_ids = self.lookup[ids]
         unknown = train_ids == UNKNOWN
         if unknown.any():
-            self._complain(ids, unknown, name)
+            self._raise_unknown(ids, unknown, name)
         return train_ids
 
     def _encode_colors(self, colors, name):
@@ -126,7 +127,8 @@ class ClassTable:
             return next(iter(meant))
         scored = sorted(meant.keys() - {IGNORE_INDEX})
         names = ", ".join(f"{row['name']} (train id {row['train_id']})" for row in rows)
-        # Cityscapes paints pole and polegroup alike. They are of one kind, and the second is rare.
+        # Cityscapes gives pole and polegroup, which is ignored, one colour. They are of one category, and polegroup is
+        # rare: such pixels count as pole. Anything more ambiguous is an error.
         if len(scored) > 1 or len({row["category"] for row in rows}) > 1 or not rows[0]["category"]:
             raise UserError(f"{name}: expected a colour for each class, found {shown}, which {self.source} gives to "
                             f"{names}; use a map of ids")
@@ -145,8 +147,8 @@ class ClassTable:
         return self.palette[train_ids]
 
     def looks_like_train_ids(self, ids):
-        """Whether a map that passes as ids is rather one of train ids: its values all are train ids, no
-        value is an id beyond them, and read as ids it is mostly void."""
+        """Whether a map (H, W) that was given as ids probably holds train ids: all its values are train ids, and read
+        as ids most of its pixels would be ignored."""
         if self.is_identity or not 0 <= ids.min() <= ids.max() < self.num_classes:
             return False
         counts = np.bincount(ids.ravel(), minlength=self.num_classes)
@@ -154,7 +156,7 @@ class ClassTable:
 
     @property
     def instance_sizes(self):
-        """{id: pixels of an average instance} of the scored classes that have instances in Cityscapes."""
+        """{id: pixels of an average instance} of the classes that have instances in Cityscapes; iIoU needs them."""
         known = _average_sizes()
         return {row["id"]: known[row["name"]] for row in self.rows if row["name"] in known and row["id"] >= 0}
 
@@ -165,17 +167,18 @@ class ClassTable:
 
     @property
     def whole_categories(self):
-        """Categories all of whose classes have instances."""
+        """The categories all of whose classes have instances, for which there is an iIoU."""
         sizes = self.instance_sizes
         without = {row["category"] or row["name"] for row in self.rows if row["id"] >= 0 and row["id"] not in sizes}
         return set(self.categories) - without
 
     @property
     def is_identity(self):
-        """Whether every evaluated id is its own train id."""
+        """Whether ids and train ids of the scored classes are the same numbers."""
         return np.array_equal(self.ids, np.arange(self.num_classes))
 
-    def _complain(self, ids, wrong, name):
+    def _raise_unknown(self, ids, wrong, name):
+        """Raise the `UserError` for ids (H, W) of which those where `wrong` (H, W) is true are not in the table."""
         unknown = np.unique(ids[wrong])
         everything = np.unique(ids)
         hint = ""
@@ -189,12 +192,13 @@ class ClassTable:
 
 @functools.cache
 def _average_sizes():
-    """Facts of cityscapesScripts, evalPixelLevelSemanticLabeling.py: {class name: pixels}."""
+    """{class name: pixels of an average instance}, from cityscapesScripts, evalPixelLevelSemanticLabeling.py."""
     with open(CITYSCAPES.with_name("instance_sizes.csv"), newline="", encoding="utf-8") as file:
         return {row["name"]: float(row["pixels"]) for row in csv.DictReader(file)}
 
 
 def _parse(row, where):
+    """A row of the file with its numbers as int; where: file and line, for messages. Raises `UserError`."""
     numbers = {}
     for column in COLUMNS[1:]:
         try:

@@ -1,7 +1,7 @@
-"""Files → arrays: images of all kinds, label maps, and a cache of what was decoded.
+"""From files to arrays: images, label maps, and a cache of decoded arrays.
 
-Images and label maps alike are upright by their EXIF orientation, as `cv2.imread` and Pillow's `exif_transpose` have
-them, wherever they are read: in training, scoring, checking and prediction.
+Wherever they are read (training, evaluation, checking, prediction), images and label maps are turned upright by their
+EXIF orientation, as `cv2.imread` and Pillow's `exif_transpose` turn them.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from utils import checkpoint
 from utils.cli import UserError
 
 LOSSY = {"JPEG", "WEBP"}        # formats that may change the values of a label map
-MOST_BYTES = 1 << 30            # of a file that is read at once
+MOST_BYTES = 1 << 30            # of a file; a larger one is refused
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
          stat.S_IFSOCK: "a socket"}
 ORIENTATION = 0x0112            # the EXIF tag
 TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
          6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)}
-# Chunks of a PNG that change no pixel. Text may hold an orientation: `_plain_png` looks at it.
+# Chunks of a PNG that do not change its pixels. Text chunks may hold an EXIF orientation: `_plain_png` looks at them.
 HARMLESS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD", b"tEXt",
             b"zTXt"}
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")       # but for restarts, none stands inside a scan
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")       # any but a restart, the only one within a scan
 
 
 def kind_of(path):
@@ -44,7 +44,7 @@ def kind_of(path):
 def open_file(path, what="an image"):
     """A regular file, open for reading in binary. Raises `UserError`: `what` was expected, and what was found.
 
-    A pipe is not waited for, and no device read until the memory ends.
+    Pipes and devices are refused at once: waiting for a pipe, or reading a device, may never end.
     """
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
@@ -76,7 +76,10 @@ def read_file(path, what="an image"):
 
 
 def read_image(path):
-    """File → RGB (H, W, 3) uint8, upright: grey, palettes, 16 bits and transparency become RGB. Raises `UserError`."""
+    """Read an image file as RGB (H, W, 3) uint8, upright: grey, palettes, 16 bits and transparency become RGB.
+
+    Raises `UserError`.
+    """
     data = read_file(path)
     image = open_image(path, data)
     if _plain_jpeg(image, data) or _plain_png(image, data, ((8, 0), (8, 2))):
@@ -94,9 +97,10 @@ def read_image(path):
 
 
 def read_ids(path):
-    """File → what a label map holds, upright: ids (H, W) of any integer dtype, or colours (H, W, 3) uint8.
+    """Read a label map, upright: ids (H, W) of any integer dtype, or colours (H, W, 3) uint8.
 
-    A palette's indices are ids. Colours become ids by the class table (`ClassTable.encode`). Raises `UserError`.
+    With a palette the indices are the ids. Colours are looked up in the class table later (`ClassTable.encode`).
+    Raises `UserError`.
     """
     data = read_file(path)
     image = open_image(path, data)
@@ -144,10 +148,10 @@ def load(path, image):
 
 
 def orientation(image):
-    """The EXIF orientation of a `PIL.Image`, 1 to 8. Metadata that cannot be read is none, as viewers have it."""
+    """The EXIF orientation of a `PIL.Image`, 1 to 8; 1, upright, where it has none that can be read."""
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:   # Pillow raises whatever the bytes lead it to
+    except Exception:   # damaged metadata makes Pillow raise errors of any kind
         return 1
 
 
@@ -160,7 +164,7 @@ def turn_upright(array, image):
 def upright_size(path):
     """(width, height) of an image file as `read_image` turns it, from its header. Raises `UserError`."""
     image = open_image(path, read_file(path))
-    return image.size[::-1] if orientation(image) > 4 else image.size       # sides change places
+    return image.size[::-1] if orientation(image) > 4 else image.size       # 5 to 8 exchange width and height
 
 
 def sizes_differ(path, image, label_path, ids):
@@ -168,16 +172,16 @@ def sizes_differ(path, image, label_path, ids):
     text = (f"{label_path}: expected the size of {path}, {image.shape[1]}×{image.shape[0]}, "
             f"found {ids.shape[1]}×{ids.shape[0]}")
     for file in (path, label_path):
-        if orientation(open_image(file, read_file(file))) > 4:      # sides change places
+        if orientation(open_image(file, read_file(file))) > 4:      # 5 to 8 exchange width and height
             text += f"; {file} was turned upright by its EXIF orientation"
     return text
 
 
 def _plain_png(image, data, kinds):
-    """Whether OpenCV may decode a file: a whole PNG of one of these kinds (bits, colour type), with nothing special.
+    """Whether OpenCV may decode a file: a whole PNG of one of these kinds (bits, colour type), with harmless chunks.
 
-    OpenCV is faster than Pillow, but may take a cut or damaged file for a whole one: so the checksum of every chunk
-    is compared here.
+    OpenCV is faster than Pillow, but accepts files that are cut short or damaged: so the checksum of every chunk is
+    compared here.
     """
     if image.format != "PNG" or data[12:16] != b"IHDR" or (data[24], data[25]) not in kinds:
         return False
@@ -205,7 +209,7 @@ def _plain_jpeg(image, data):
 
 
 def _by_opencv(image, data, flags):
-    """What OpenCV decodes, or None where it cannot (Pillow will say why)."""
+    """The array that OpenCV decodes, or None where it cannot: the caller then tries Pillow, which says why."""
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
@@ -214,36 +218,37 @@ def _by_opencv(image, data, flags):
 
 
 class DecodedCache:
-    """Decoded arrays as files that all processes map into memory.
+    """Decoded arrays, kept in files that all processes map into memory.
 
-    A file is keyed by path, size and time of change: one that changed is decoded again, and its old array is removed.
-    Arrays are written whole or not at all, so an interrupted build goes on where it was. What stands in the place of
-    an array and is none of that picture (cut, of another shape, a pickle) is said, once, and replaced.
+    An array's file is named by path, size and time of change of the picture: a picture that changed is decoded again,
+    and its old array is removed. Arrays are written whole or not at all, so after an interruption only the rest is
+    decoded. A file in the cache that does not hold its picture's array (cut short, of another shape, a pickle) is
+    replaced; the first one is reported by a warning.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
 
-    RULES = 2       # of decoding; another number when the same file comes to give another array
+    VERSION = 2     # of the decoding, part of the names; to be raised when the same picture gives another array
 
     def __init__(self, folder):
-        self.folder, self.said = Path(folder), False
+        self.folder, self.warned = Path(folder), False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--cache {folder}: expected a folder, found: {error}") from None
 
     def place(self, path, decode):
-        """Where the array that `decode` makes of a file lies, or would lie."""
+        """The path of the array that `decode` makes of a picture, whether it exists or not."""
         size, changed = stamp(path)
-        return self.folder / f"{self._name(path)}_{size}_{changed}_{decode.__name__}{self.RULES}.npy"
+        return self.folder / f"{self._name(path)}_{size}_{changed}_{decode.__name__}{self.VERSION}.npy"
 
     @staticmethod
     def _name(path):
         return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:24]
 
     def read(self, path, decode):
-        """The array of a file: mapped from the cache, where `decode(path)` puts it if it is not there yet."""
+        """The array of a picture, from the cache; if it is not there yet, `decode(path)` makes it, and it is kept."""
         array = self._mapped(path, decode)
         if array is not None:
             return array
@@ -258,30 +263,31 @@ class DecodedCache:
         return array
 
     def missing(self, files):
-        """Those (path, decode) that are not in the cache, and about how many bytes their arrays will take."""
+        """Those of the (path, decode) that are not in the cache, and about how many bytes their arrays will take."""
         files = [(path, decode) for path, decode in files if self._mapped(path, decode) is None]
         return files, sum(decoded_bytes(path) for path, _ in files)
 
     def _mapped(self, path, decode):
-        """The array of a file, or None where nothing, or something else, stands in its place."""
+        """The array of a picture, mapped from the cache, or None where its file is missing or holds something else."""
         place = self.place(path, decode)
         if not os.path.lexists(place):
             return None
-        array = self._fitting(place, path, decode) if os.path.isfile(place) else None       # else a folder, a pipe
-        if array is None and not self.said:
-            self.said = True
+        is_file = os.path.isfile(place)     # not a folder or a pipe
+        array = self._load_if_valid(place, path, decode) if is_file else None
+        if array is None and not self.warned:
+            self.warned = True
             warnings.warn(f"--cache {self.folder}: {place.name} is no array of {path}, which is decoded again, as is "
                           "any other file of which this is so", stacklevel=3)
         return array
 
     @staticmethod
-    def _fitting(place, path, decode):
-        """The array in a file, or None where it is none that `decode` makes of a picture."""
+    def _load_if_valid(place, path, decode):
+        """The array in a file of the cache, or None if `decode` cannot have made it of the picture at `path`."""
         try:
             array = np.lib.format.open_memmap(place, mode="r")
             with open_file(path) as file, Image.open(file) as picture:
                 size = picture.size
-        except Exception:       # NumPy raises whatever the bytes of the header lead it to
+        except Exception:       # a damaged header makes NumPy raise errors of any kind
             return None
         colors = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
         fits = colors if decode is read_image else colors or (array.dtype.kind in "iu" and array.ndim == 2)
@@ -298,7 +304,7 @@ def stamp(path):
 
 
 def decoded_bytes(path):
-    """Bytes of a file's array, from its header; 0 where that cannot be read (decoding will say why)."""
+    """Bytes of a picture's array, from the picture's header; 0 where that cannot be read (decoding will say why)."""
     try:
         with open_file(path) as file, Image.open(file) as image:
             channels = {"RGB": 3, "RGBA": 3, "I;16": 2, "I": 4}.get(image.mode, 1)

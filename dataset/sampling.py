@@ -1,6 +1,8 @@
-"""Which sample comes when: a function of (seed, entry) alone, whoever makes it.
+"""The order of the samples of a run.
 
-Entries are counted from 0 over the whole run; batch t of size B is entries tB to (t+1)B - 1.
+Entries are the places in that order, counted from 0 over the whole run: batch t of size B is entries tB to (t+1)B - 1.
+Which sample stands at an entry is a function of seed and entry alone. So it does not matter how many processes and
+workers there are, and a resumed run goes on with the samples that would have come.
 """
 
 import hashlib
@@ -17,38 +19,39 @@ from utils.logger import progress
 
 from .reading import stamp
 
-POSITIONS = 16      # pixels of each class that the index keeps of each image
+POSITIONS = 16      # pixels of a class that the class index keeps of an image
 
 
 class EntrySampler(Sampler):
-    """Yields what `pick` says of every entry of this process.
+    """Yields the sample of every entry that belongs to this process.
 
     Args:
-        seed: of all draws.
-        start, stop: first entry, and the one to stop before; whole batches.
+        seed: of everything drawn at random.
+        start, stop: first entry, and the one to stop before; multiples of batch_size.
         batch_size: entries of a batch, over all processes.
         rank, world: this process, and their number: it gets the rank-th slice of every batch.
     """
 
     def __init__(self, seed, start, stop, batch_size=1, rank=0, world=1):
         self.seed, self.start, self.stop = seed, start, stop
-        self.batch_size, self.rank, self.share = batch_size, rank, batch_size // world
+        self.batch_size, self.rank, self.per_process = batch_size, rank, batch_size // world
 
     def __len__(self):
-        return (self.stop - self.start) // self.batch_size * self.share
+        return (self.stop - self.start) // self.batch_size * self.per_process
 
     def __iter__(self):
         for entry in range(self.start, self.stop):
-            if entry % self.batch_size // self.share == self.rank:
-                yield self.pick(entry)
+            if entry % self.batch_size // self.per_process == self.rank:
+                yield self.sample(entry)
 
-    def pick(self, entry):
-        """What the data set's `__getitem__` gets: (index, entry), or (index, entry, (row, column))."""
+    def sample(self, entry):
+        """What the data set's `__getitem__` gets for an entry: (index, entry), or (index, entry, (row, column)) for a
+        crop that holds this pixel."""
         raise NotImplementedError
 
 
 class EpochSampler(EntrySampler):
-    """Endless permutations of a data set, one after the other; that of epoch e is a function of (seed, e).
+    """Every image once an epoch, in another order each time; that of epoch e is a function of (seed, e).
 
     length: images of the data set; the rest as in `EntrySampler`.
     """
@@ -57,7 +60,7 @@ class EpochSampler(EntrySampler):
         super().__init__(seed, start, stop, batch_size, rank, world)
         self.length, self.epoch, self.order = length, None, None
 
-    def pick(self, entry):
+    def sample(self, entry):
         if entry // self.length != self.epoch:
             self.epoch = entry // self.length
             self.order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
@@ -65,20 +68,21 @@ class EpochSampler(EntrySampler):
 
 
 class WeightedSampler(EntrySampler):
-    """Draws a part of the data set by its weight, then one of its images.
+    """Draws a split of the data set with a probability in proportion to its weight, then one of its images.
 
-    lengths, weights: images of each part, in the data set's order, and their weights; the rest as in `EntrySampler`.
+    lengths, weights: number of images of each split, in the data set's order, and its weight; the rest as in
+        `EntrySampler`.
     """
 
     def __init__(self, lengths, weights, seed, start, stop, batch_size=1, rank=0, world=1):
         super().__init__(seed, start, stop, batch_size, rank, world)
-        self.first = np.concatenate([[0], np.cumsum(lengths)])
-        self.shares = np.asarray(weights, float) / np.sum(weights)
+        self.first = np.concatenate([[0], np.cumsum(lengths)])      # index of each split's first image
+        self.probabilities = np.asarray(weights, float) / np.sum(weights)
 
-    def pick(self, entry):
+    def sample(self, entry):
         rng = np.random.default_rng((self.seed, entry, 1))
-        part = rng.choice(len(self.shares), p=self.shares)
-        return int(rng.integers(self.first[part], self.first[part + 1])), entry
+        split = rng.choice(len(self.probabilities), p=self.probabilities)
+        return int(rng.integers(self.first[split], self.first[split + 1])), entry
 
 
 class ClassSampler(EntrySampler):
@@ -93,14 +97,14 @@ class ClassSampler(EntrySampler):
 
     def __init__(self, index, seed, start, stop, batch_size=1, rank=0, world=1):
         super().__init__(seed, start, stop, batch_size, rank, world)
-        self.places = {}        # class → {image: its rows}
-        for image, kind, row, column in index.tolist():
-            self.places.setdefault(kind, {}).setdefault(image, []).append((row, column))
-        self.classes = sorted(self.places)
+        self.pixels = {}        # {class: {image: [(row, column)]}}
+        for image, train_id, row, column in index.tolist():
+            self.pixels.setdefault(train_id, {}).setdefault(image, []).append((row, column))
+        self.classes = sorted(self.pixels)
 
-    def pick(self, entry):
+    def sample(self, entry):
         rng = np.random.default_rng((self.seed, entry, 2))
-        images = self.places[self.classes[rng.integers(len(self.classes))]]
+        images = self.pixels[self.classes[rng.integers(len(self.classes))]]
         image = list(images)[rng.integers(len(images))]
         return image, entry, images[image][rng.integers(len(images[image]))]
 
@@ -132,24 +136,27 @@ def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_
 
 
 def class_positions(train_ids, seed, ignore_index=255):
-    """Where the classes of a label map are: rows (class, row, column), up to `POSITIONS` random pixels of each."""
+    """Where the classes of a label map are: [(class, row, column)] of up to `POSITIONS` random pixels of each class.
+
+    train_ids: (H, W) uint8.
+    """
     rng = np.random.default_rng(seed)
     flat = train_ids.ravel()
     found = []
-    for kind in np.flatnonzero(np.bincount(flat, minlength=256)):
-        if kind == ignore_index:
+    for train_id in np.flatnonzero(np.bincount(flat, minlength=256)):
+        if train_id == ignore_index:
             continue
-        pixels = np.flatnonzero(flat == kind)
+        pixels = np.flatnonzero(flat == train_id)
         pixels = rng.choice(pixels, min(POSITIONS, len(pixels)), replace=False)
-        found += [(int(kind), *divmod(int(pixel), train_ids.shape[1])) for pixel in pixels]
+        found += [(int(train_id), *divmod(int(pixel), train_ids.shape[1])) for pixel in pixels]
     return found
 
 
 def class_index(dataset, folder, workers):
-    """Where the classes are in the label maps of a `CityscapesDataset`: (M, 4) rows of image, class, row, column.
+    """Where the classes are in the label maps of a `CityscapesDataset`: (M, 4) int64 rows of image, class, row, column.
 
-    Built once by so many worker processes, and kept in `folder` until files or classes change; built again, with a
-    warning, where what is kept there is no such index.
+    Made once by `workers` processes that read all label maps, and kept in `folder`. It is made again when files or
+    classes have changed, and, with a warning, when the file in its place is damaged or something else.
     """
     files = [(str(path), *stamp(path)) for _, path in dataset.pairs]
     key = hashlib.sha256(repr((files, dataset.classes.rows, dataset.seed)).encode()).hexdigest()[:16]
@@ -171,7 +178,7 @@ def class_index(dataset, folder, workers):
 
 
 def _read_index(path):
-    """The array of a class index, or None where it is not there or none."""
+    """The array of a class index, or None where there is no file, or one that does not hold such an array."""
     try:
         if not os.path.isfile(path):
             return None

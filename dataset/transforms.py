@@ -1,6 +1,6 @@
-"""Training transforms. Image and label always go through the same geometry, in one step.
+"""Training transforms: random scale, crop and mirror, the same for image and label map.
 
-What to cut out is chosen first, then only the pixels of that window are touched.
+A `Window` is chosen first. Then image and label map are resampled in one step, and only inside that window.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# What lies outside the image is painted in the ImageNet mean, which normalisation takes to about zero.
+# The colour outside the image: the mean of ImageNet, which normalisation takes to about zero.
 PADDING_COLOR = (124, 116, 104)
 
 
@@ -43,16 +43,19 @@ class Window:
                               borderMode=cv2.BORDER_CONSTANT, borderValue=PADDING_COLOR)
 
     def label(self, label):
-        """label (H, W[, C]), any dtype → its values in the window, nearest, of `size`; the nearest there is outside."""
+        """label (H, W[, C]), any dtype → its values in the window, nearest neighbour, of `size`.
+
+        Outside the source the values at its edge are repeated; `ignore_outside` overwrites them.
+        """
         rows, columns = self._nearest()
         return label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
 
     def pair(self, image, label, ignore_index):
-        """Image and label (H, W) in the window; the ignore index where it lies outside."""
+        """Image (H, W, 3) and label (H, W) in the window, with the ignore index where it lies outside them."""
         return self.image(image), self.ignore_outside(self.label(label), label.shape, ignore_index)
 
     def ignore_outside(self, label, shape, ignore_index):
-        """Write the ignore index where the window lies outside a source of `shape`."""
+        """Write the ignore index into a window's label where it lies outside a source of `shape`, and return it."""
         rows, columns = self._nearest()
         label[(rows < 0) | (rows >= shape[0])] = ignore_index
         label[:, (columns < 0) | (columns >= shape[1])] = ignore_index
@@ -67,14 +70,14 @@ class Window:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random scale, random window, mirror.
+    """Random scale s, random window, random mirroring.
 
-    Pixels have half-pixel centres: a point x of the source, measured from its edge, goes to s · x.
+    Coordinates are measured from the image's edge (pixel centres at 0.5, 1.5, ...): x in the source becomes s · x.
 
     Args:
         input_size: (height, width) of the window, pixels.
         scale_range: lowest and highest scale, drawn uniformly; None to keep the size.
-        mirror: mirror left-right every second time.
+        mirror: mirror left-right with probability 1/2.
         ignore_index: label outside the image.
     """
 
@@ -103,7 +106,10 @@ class TrainTransform:
 
 
 def _offset(length, window, u, point=None):
-    """First pixel of the window along an axis of that many pixels; a shorter axis is padded at its end."""
+    """First pixel of a window on an axis of `length` pixels; an axis shorter than the window is padded at its end.
+
+    u: random number in 0 to 1; point: place on the axis that the window must hold, or None.
+    """
     low, high = 0, max(0, length - window)
     if point is not None:
         low, high = max(low, int(np.ceil(point - window))), min(high, int(point))
@@ -118,9 +124,9 @@ def warp(image, label, size, scale, top, left, mirrored, ignore_index):
     return Window(tuple(size), scale, top, left, mirrored).pair(image, label, ignore_index)
 
 
-train_transform = TrainTransform
+train_transform = TrainTransform        # the name for callers, to whom it is a function
 
 
 def one_thread():
-    """Let OpenCV compute in the calling thread alone: a worker process has one core."""
+    """Let OpenCV use no threads of its own: there is a worker process for each core already."""
     cv2.setNumThreads(0)

@@ -179,7 +179,7 @@ def test_every_byte_of_a_cached_header_may_be_wrong(tmp_path):
     path, cache = tmp_path / "a.png", DecodedCache(tmp_path / "c")
     Image.fromarray(NOISE).save(path)
     cache.read(path, read_image)
-    place, cache.said = cache.place(path, read_image), True
+    place, cache.warned = cache.place(path, read_image), True
     whole = place.read_bytes()
     for byte in range(128):
         place.write_bytes(whole[:byte] + bytes([whole[byte] ^ (1, 0x10, 0xFF)[byte % 3]]) + whole[byte + 1:])

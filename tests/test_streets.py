@@ -1,6 +1,9 @@
 """The drawn data set: layout, classes, repeatability."""
 
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 from cityscapesscripts.helpers.csHelpers import getCsFileInfo
@@ -8,6 +11,7 @@ from cityscapesscripts.helpers.labels import id2label
 from PIL import Image
 
 from dataset.streets import draw_scene, write_dataset
+from tests.conftest import ROOT
 
 
 def test_files_are_named_and_encoded_like_cityscapes(streets):
@@ -51,6 +55,15 @@ def test_same_seed_same_bytes(tmp_path):
     for name, seed, workers in (("a", 1, 1), ("b", 1, 2), ("c", 2, 2)):
         write_dataset(tmp_path / name, train=2, val=1, size=(64, 128), seed=seed, workers=workers)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
+
+
+def test_the_hash_seed_of_the_process_does_not_matter():
+    """Sets of strings come in another order in every process; scene 7 must hold two classes that take one place."""
+    code = ("import hashlib; from dataset.streets import draw_scene; "
+            "print(hashlib.sha256(b''.join(map(bytes, draw_scene(64, 128, 0, 'train', 7)))).hexdigest())")
+    found = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(seed)},
+                            capture_output=True, text=True, check=True).stdout for seed in range(4)}
+    assert len(found) == 1 and len(found.pop()) == 65
 
 
 def test_splits_show_different_streets():

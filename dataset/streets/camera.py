@@ -35,9 +35,9 @@ class Scene:
 
     def __init__(self, height, width, rng):
         self.height, self.width, self.rng = height, width, rng
-        self.focal = width * rng.uniform(0.75, 0.95)                  # pixels
-        self.center = width * rng.uniform(0.42, 0.58)                     # column of x = 0
-        self.horizon = height * rng.uniform(0.40, 0.48)                   # row of the horizon
+        self.focal = width * rng.uniform(0.75, 0.95)      # focal length, pixels
+        self.center = width * rng.uniform(0.42, 0.58)     # column of x = 0
+        self.horizon = height * rng.uniform(0.40, 0.48)   # row of the horizon
         self.image = np.zeros((height, width, 3), np.uint8)
         self.ids = np.zeros((height, width), np.uint8)
         self.instances = np.zeros((height, width), np.uint16)

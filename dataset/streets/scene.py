@@ -84,9 +84,10 @@ def draw_fronts(scene, layout, required):
         low = front_segments(scene, ("wall", "fence", "vegetation", None), (0.25, 0.27, 0.16, 0.32),
                              {"wall": (1.0, 2.6), "fence": (0.9, 1.9), "vegetation": (0.8, 1.8)})
         near = [segment for segment in low if segment["start"] < 14]
-        for name in {"wall", "fence"} & required:
-            segment = near[0] if near else low[0]
-            segment |= {"name": name, "height": rng.uniform(1.2, 2.2), "color": scene.color(60, 215, 0.45)}
+        for name in ("wall", "fence"):      # in this order: that of a set changes from process to process
+            if name in required:
+                segment = near[0] if near else low[0]
+                segment |= {"name": name, "height": rng.uniform(1.2, 2.2), "color": scene.color(60, 215, 0.45)}
         draw_front(scene, side, edge + setback, houses)
         for _ in range(rng.integers(0, 3)):
             draw_tree(scene, side * (edge + setback * rng.uniform(0.3, 0.8)), rng.uniform(12, 60))

@@ -138,13 +138,19 @@ def summarise(split, entries, problems, classes, listed):
             "problems": [{"kind": kind, "text": text} for kind, text in problems]}
 
 
+def evenly(items, count):
+    """Up to `count` items of a list, spread evenly over it."""
+    count = min(count, len(items))
+    return [items[len(items) * k // count] for k in range(count)]
+
+
 def contact_sheet(path, entries, classes):
     """Write pairs, spread evenly over a split: each image, and beside it the same under its label map."""
     good = [entry for entry in entries if not entry["problems"]]
     if not good:
         return
     tiles = []
-    for entry in (good[len(good) * k // min(SHEET, len(good))] for k in range(min(SHEET, len(good)))):
+    for entry in evenly(good, SHEET):
         image, labels = read_image(entry["image"]), classes.encode(read_ids(entry["label"]), entry["label"])
         pair = visualize.panel([image, visualize.overlay(image, classes.color(labels))])
         height = max(1, round(image.shape[0] * WIDTH / image.shape[1]))
@@ -164,8 +170,7 @@ def check(splits, classes, fast, workers):
     facts, report = {}, {}
     with ProcessPoolExecutor(workers, initializer=allow_large_images) as pool:
         for split, (pairs, _) in splits.items():
-            chosen = pairs if not fast else [pairs[len(pairs) * k // FAST] for k in range(FAST)] if len(
-                pairs) > FAST else pairs
+            chosen = evenly(pairs, FAST) if fast else pairs
             jobs = pool.map(inspect, [(*pair, classes) for pair in chosen], chunksize=2)
             facts[split] = list(progress(jobs, f"checking {split}", "image", total=len(chosen)))
     leaks = duplicates(facts)

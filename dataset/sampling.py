@@ -28,7 +28,7 @@ class EntrySampler(Sampler):
     Args:
         seed: of everything drawn at random.
         start, stop: first entry, and the one to stop before; multiples of batch_size.
-        batch_size: entries of a batch, over all processes.
+        batch_size: entries of a batch, over all processes; a multiple of world.
         rank, world: this process, and their number: it gets the rank-th slice of every batch.
     """
 

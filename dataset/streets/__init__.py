@@ -63,7 +63,8 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 
 
 def main():
-    parser = cli.Parser(description="Draw labelled street scenes in the layout of Cityscapes.")
+    parser = cli.Parser(prog="python -m dataset.streets",
+                        description="Draw labelled street scenes in the layout of Cityscapes.")
     parser.add_argument("out", type=cli.path, help="folder to make")
     parser.add_argument("--train", type=cli.not_negative(int, 999999), default=200, help="training scenes (200)")
     parser.add_argument("--val", type=cli.not_negative(int, 999999), default=50, help="validation scenes (50)")

@@ -1,7 +1,8 @@
 """Objects that stand on the ground: vehicles, people and two-wheelers, plants, street furniture.
 
-Every `draw_*(scene, x, z, ...)` draws one of them at x metres to the right and z metres ahead (its near end). What is
-called `half` is half of a width, in metres.
+Every `draw_*(scene, x, z, ...)` draws one of them at x metres to the right and z metres ahead (its near end). Names
+that they share: `half` is half of a width, `top` a height, both in metres; `away` says whether a vehicle drives away
+from the camera or towards it, `ridden` whether somebody sits on a two-wheeler.
 """
 
 import cv2
@@ -42,7 +43,6 @@ def wheels(t, half, length, radius, axles):
 
 
 def draw_car(scene, x, z, away):
-    """A car that drives away from the camera or towards it."""
     rng = scene.rng
     instance = scene.new_instance("car")
     length, half, top = rng.uniform(3.8, 4.8), rng.uniform(0.82, 0.95), rng.uniform(1.38, 1.75)

@@ -104,6 +104,9 @@ def get_parser():
                           help="(0.75 1.0 1.25 1.5 1.75 2.0)")
     protocol.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="run mirrored too (yes)")
 
+    protocol.add_argument("--raw-weights", action="store_true", help="the weights of the last step, also of a run with "
+                          "--ema, whose moving average is scored otherwise")
+
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
                      "else the CPU")
@@ -121,11 +124,16 @@ def get_parser():
     return parser
 
 
-def load_network(path, device):
-    """Snapshot file → (network prepared for evaluation, its `utils.snapshot.Config`)."""
+def load_network(path, device, raw_weights=False):
+    """Snapshot file → (network prepared for evaluation, its `utils.snapshot.Config`).
+
+    raw_weights: those of the last step, also where the snapshot has a moving average of the weights.
+    """
     found = read_snapshot(path)
     network = build_network(**found.config.network)
-    network.load_state_dict(found.model)
+    if found.average is not None:
+        print(f"{path}: {'the weights of the last step' if raw_weights else 'the moving average of the weights'}")
+    network.load_state_dict(found.model if raw_weights or found.average is None else found.average)
     return fold_norms(network).to(device, memory_format=torch.channels_last).eval(), found.config
 
 
@@ -271,7 +279,7 @@ def make_folder(results, files, processes):
     if rank == 0:
         results.prepare(files, FOLDERS.values())
     if processes is not None:
-        processes.wait()
+        processes.barrier()
 
 
 def check(args):
@@ -335,7 +343,7 @@ def perform(args, argv):
     paths = [Path(name) for name in args.restore_from]
     if args.export:
         check_file("--export", args.export)
-        network, config = load_network(paths[0], torch.device("cpu"))
+        network, config = load_network(paths[0], torch.device("cpu"), args.raw_weights)
         heads = export_onnx(network, config.normalization, args.export)
         print(f"{args.export}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
               f"{config.network['num_classes']}, H, W); whole images, no windows")
@@ -367,7 +375,7 @@ def perform(args, argv):
 
 def run(args, path, device, workers, processes):
     """Score one snapshot. Returns what `result.json` holds; None in all processes but the first."""
-    network, config = load_network(path, device)
+    network, config = load_network(path, device, args.raw_weights)
     classes = class_table(args, config, path)
     dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
     folder, (rank, _) = results_folder(args, path), rank_and_size(processes)
@@ -379,7 +387,7 @@ def run(args, path, device, workers, processes):
     with Pictures(folder, kinds, classes) as pictures:
         matrices, worst, instances = evaluate(predictor, dataset, pictures, workers, processes)
     if processes is not None:
-        processes.wait()        # nothing is said of pictures that another could not write
+        processes.barrier()        # nothing is said of pictures that another could not write
     headline = list(matrices.values())[-1]
     if not headline["fine"].matrix.any():
         raise UserError(f"--split {args.split}: expected labelled pixels to score, found none; predictions for the "
@@ -402,7 +410,7 @@ def run(args, path, device, workers, processes):
 
 def predict(args, path, device, workers, processes):
     """Predict images without truth. Returns the number of images that could not be read."""
-    network, config = load_network(path, device)
+    network, config = load_network(path, device, args.raw_weights)
     classes = class_table(args, config, path)
     rank, _ = rank_and_size(processes)
     if args.images:

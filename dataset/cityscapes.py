@@ -156,13 +156,20 @@ class CityscapesDataset(Dataset):
                 raise self._with_line(index, error) from None
         return index
 
-    def positions(self, index):
-        """[(index, class, row, column)] of some pixels of each class in a label map, drawn by `class_positions`."""
+    def train_ids(self, index):
+        """A label map: (H, W) uint8 train ids."""
         try:
-            train_ids = self.classes.encode(self._decode(self.pairs[index][1], read_ids), self.pairs[index][1])
+            return self.classes.encode(self._decode(self.pairs[index][1], read_ids), self.pairs[index][1])
         except UserError as error:
             raise self._with_line(index, error) from None
-        return [(index, *row) for row in class_positions(train_ids, (self.seed, index), IGNORE_INDEX)]
+
+    def positions(self, index):
+        """[(index, class, row, column)] of some pixels of each class in a label map, drawn by `class_positions`."""
+        return [(index, *row) for row in class_positions(self.train_ids(index), (self.seed, index), IGNORE_INDEX)]
+
+    def count_classes(self, index):
+        """Pixels of each class in a label map: (N,) int64."""
+        return np.bincount(self.train_ids(index).ravel(), minlength=256)[:self.classes.num_classes]
 
     def check_labels(self, count=8):
         """Read `count` label maps, spread evenly over the data set, before a long run begins.

@@ -86,8 +86,7 @@ def norms_and_convolutions(network, example):
             module.register_forward_pre_hook(normed(name))
             module.forward = torch.clone        # shapes are enough; statistics might be asked of other processes
     with torch.no_grad():
-        truth = (torch.empty(len(example), *example.shape[-2:], device="meta"),)
-        network(example.to("meta").float(), *(truth if getattr(network, "true_centers", False) else ()))
+        network(example.to("meta").float())
     return pairs
 
 

@@ -204,7 +204,7 @@ class Normalise(torch.autograd.Function):
             if not settings.training:
                 dx = found.dz * along(factor, found.dz)
             else:
-                dx = input_gradient(found, factor, processes.total(sums) if processes else sums, ctx.count)
+                dx = input_gradient(found, factor, processes.all_reduce(sums) if processes else sums, ctx.count)
         return dx.to(dy.dtype), *parameter_gradients(sums, weight, settings), None, None, None, None, None
 
 

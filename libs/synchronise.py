@@ -7,7 +7,7 @@ torch.distributed, and threads of `utils.replicas.run_replicas`.
 
 import torch.distributed as dist
 
-from utils.distributed import find_parts
+from utils.distributed import find_peers
 from utils.replicas import current_replica
 
 
@@ -42,4 +42,4 @@ def find_exchange(x, group=None, is_replica=False):
                                "found that it is not")
         if ready and dist.get_backend(group) == "nccl" and x.device.type != "cuda":
             raise RuntimeError(f"InPlaceABNSync: expected tensors on a GPU for the backend nccl, found {x.device}")
-    return find_parts(group)
+    return find_peers(group)

@@ -10,7 +10,7 @@ from torch import nn
 from utils.precision import at_least_float32
 
 
-def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
+def keep_hardest(pixel_losses, valid, thres, min_kept, peers=None):
     """Which pixels count: those with p ≤ max(thres, k-th smallest p), p the probability of the true class.
 
     Args:
@@ -18,7 +18,7 @@ def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
         valid: (P,) bool, False where the label is to be ignored.
         thres: probability.
         min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
-        parts: `utils.distributed.Processes` or `utils.replicas.Replicas` with as many other pixels of the batch
+        peers: `utils.distributed.Processes` or `utils.replicas.Replicas` with as many pixels of the batch
             each, among all of which the k-th smallest is found; None if these are all.
 
     Returns:
@@ -28,9 +28,9 @@ def keep_hardest(pixel_losses, valid, thres, min_kept, parts=None):
     limit = -math.log(thres) if thres > 0 else math.inf
     if min_kept > 0:
         ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
-        if parts is not None:       # the k hardest of all are among the k hardest of each part
+        if peers is not None:       # the k hardest of all are among the k hardest of each
             hardest = ranked.topk(min(min_kept, len(ranked)), sorted=False).values
-            ranked = torch.cat(parts.gather(hardest))
+            ranked = torch.cat(peers.gather(hardest))
         k = min(min_kept, len(ranked))
         limit = kth_smallest(ranked, len(ranked) - k + 1).clamp(max=limit)
     # Not "≥": a loss that is not a number must reach the sum and be seen.
@@ -71,21 +71,28 @@ class OhemCrossEntropy(nn.Module):
         return total / count.clamp(min=1)
 
 
-def masked_cross_entropy(logits, labels, ignore_index, select=None):
-    """Sum of the pixels' cross-entropies and the number of pixels in it.
+def masked_cross_entropy(logits, labels, ignore_index, select=None, class_weights=None):
+    """Sum of the pixels' cross-entropies and the number of pixels in it; or, with weights of the classes, the weighted
+    sum and the sum of the weights, as `torch.nn.CrossEntropyLoss` does.
 
     Args:
         logits: (B, N, H, W).
         labels: (B, H, W), any integer dtype.
         ignore_index: label that does not count.
-        select: (losses (P,), valid (P,)) → (P,) bool, the pixels to count; None for every valid one.
+        select: (losses (P,) without weights, valid (P,)) → (P,) bool, the pixels to count; None for every valid one.
+        class_weights: (N,) float, or None.
 
     Returns:
-        (scalar of the logits' dtype, at least float32; scalar int64), both on the device of the logits.
+        (scalar of the logits' dtype, at least float32; scalar int64, or float with weights), both on the device of the
+        logits.
     """
     labels = labels.long()
     losses = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none").flatten()
     valid = (labels != ignore_index).flatten()
     kept = valid if select is None else select(losses, valid)
+    weights = kept
+    if class_weights is not None:
+        weights = class_weights[labels.flatten().where(valid, 0)].where(kept, 0)
+        losses = losses * weights.where(kept, 1)
     # where, not a product: 0 · inf would be nan.
-    return torch.where(kept, losses, 0).sum(), kept.sum()
+    return torch.where(kept, losses, 0).sum(), weights.sum()

@@ -1,5 +1,6 @@
 """Networks by name. This is the only place that knows sizes."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -7,32 +8,93 @@ from torch import nn
 
 from libs.abn import NORMS
 
-from .acfnet import ACFNet, BaseNet, auxiliary_head, check_ablations
+from .acf import ACFHead
+from .acfnet import PlainHead, SegmentationNet, auxiliary_head
 from .aspp import ASPP
 from .eca import ECA
-from .resnet import CHECKPOINTS, BasicBlock, Bottleneck, ResNet
+from .resnet import RECOMPUTE, BasicBlock, Bottleneck, ResNet
 
-# ECA kernel sizes of stages 1 to 4 are in the names of the files ECANet released: 18 k3577, 50 k3557, others k3357.
-BACKBONES = {
-    "eca_resnet18": {"block": BasicBlock, "depths": (2, 2, 2, 2), "eca_kernels": (3, 5, 7, 7)},
-    "eca_resnet34": {"block": BasicBlock, "depths": (3, 4, 6, 3), "eca_kernels": (3, 3, 5, 7)},
-    "eca_resnet50": {"block": Bottleneck, "depths": (3, 4, 6, 3), "eca_kernels": (3, 5, 5, 7)},
-    "eca_resnet101": {"block": Bottleneck, "depths": (3, 4, 23, 3), "eca_kernels": (3, 3, 5, 7)},
-    "eca_resnet152": {"block": Bottleneck, "depths": (3, 8, 36, 3), "eca_kernels": (3, 3, 5, 7)},
-    "resnet18": {"block": BasicBlock, "depths": (2, 2, 2, 2), "eca_kernels": None},
-    "resnet34": {"block": BasicBlock, "depths": (3, 4, 6, 3), "eca_kernels": None},
-    "resnet50": {"block": Bottleneck, "depths": (3, 4, 6, 3), "eca_kernels": None},
-    "resnet101": {"block": Bottleneck, "depths": (3, 4, 23, 3), "eca_kernels": None},
-    "resnet152": {"block": Bottleneck, "depths": (3, 8, 36, 3), "eca_kernels": None},
-}
 STEMS = {"7x7": None, "64-64-128": (64, 64, 128), "32-32-64": (32, 32, 64)}
 ACTIVATIONS = {"leaky_relu": partial(nn.LeakyReLU, 0.01, inplace=True), "relu": partial(nn.ReLU, inplace=True)}
-# What each model is: context between backbone and heads, and whether the ACF module follows.
-MODELS = {
-    "acfnet": {"context": "aspp", "acf": True},
-    "acfnet_resnet": {"context": "conv", "acf": True},
-    "base": {"context": "aspp", "acf": False},
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A residual network.
+
+    Attributes:
+        block: `BasicBlock` or `Bottleneck`.
+        depths: blocks of stages 1 to 4.
+        eca_kernels: k of the channel attention in stages 1 to 4, as ECANet released it; None without attention.
+    """
+
+    block: type
+    depths: tuple
+    eca_kernels: tuple | None = None
+
+    def build(self, *, norm, activation, stem, average_downsample, eca_kernels, output_stride, recompute):
+        """The `ResNet`; norm: makes norms, eca_kernels: instead of the released ones; the rest by name."""
+        kernels = eca_kernels or self.eca_kernels
+        attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
+        return ResNet(self.block, self.depths, norm, ACTIVATIONS[activation], attention, STEMS[stem],
+                      average_downsample, output_stride, recompute)
+
+    def recompute_choices(self):
+        """What `recompute` can be: `light` drops what only bottlenecks have."""
+        return [kind for kind in RECOMPUTE if kind != "light" or self.block is Bottleneck]
+
+
+BACKBONE = "eca_resnet101"      # where nobody says another
+# ECA kernel sizes are in the names of the files ECANet released: 18 k3577, 50 k3557, others k3357.
+BACKBONES = {
+    "eca_resnet18": Backbone(BasicBlock, (2, 2, 2, 2), (3, 5, 7, 7)),
+    "eca_resnet34": Backbone(BasicBlock, (3, 4, 6, 3), (3, 3, 5, 7)),
+    "eca_resnet50": Backbone(Bottleneck, (3, 4, 6, 3), (3, 5, 5, 7)),
+    "eca_resnet101": Backbone(Bottleneck, (3, 4, 23, 3), (3, 3, 5, 7)),
+    "eca_resnet152": Backbone(Bottleneck, (3, 8, 36, 3), (3, 3, 5, 7)),
+    "resnet18": Backbone(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Backbone(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Backbone(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Backbone(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Backbone(Bottleneck, (3, 8, 36, 3)),
 }
+
+
+def convolution(in_channels, channels, norm):
+    """3×3 convolution with norm and activation: (B, in_channels, h, w) → (B, channels, h, w)."""
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), norm(channels))
+
+
+# Between backbone and head: `context(in_channels, channels, norm)`.
+CONTEXTS = {"aspp": ASPP, "convolution": convolution}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model is made of.
+
+    Attributes:
+        context: a key of `CONTEXTS`.
+        acf: whether the ACF head follows, or one classifier.
+        loss_weights: factor of each output's loss.
+    """
+
+    context: str
+    acf: bool
+    loss_weights: dict
+
+
+# The paper's factors. The only head of `base` weighs as much as both of ACFNet, 0.7 + 0.6: what the two share then
+# learns from gradients of one size at one learning rate, without which a comparison would mostly measure that.
+ACF_LOSS, BASE_LOSS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}, {"fine": 1.3, "aux": 0.4}
+MODELS = {
+    "acfnet": Model("aspp", acf=True, loss_weights=ACF_LOSS),
+    "acfnet_resnet": Model("convolution", acf=True, loss_weights=ACF_LOSS),
+    "base": Model("aspp", acf=False, loss_weights=BASE_LOSS),
+}
+# What is not in the paper's module, to see what it would bring: norm and activation after its two convolutions; a
+# convolution with norm and activation before the fine classifier.
+ABLATIONS = ("norms", "fusion")
 
 
 def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="7x7",
@@ -45,20 +107,14 @@ def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="
     if activation == "relu" and norm != "bn":
         raise ValueError("activation relu: expected norm bn, found "
                          f"{norm}: an in-place norm cannot recover its input from a ReLU's output")
-    block, depths, released = BACKBONES[backbone].values()
     if eca_kernels is not None:
-        _check(released is not None, "eca_kernels", eca_kernels, f"none, as {backbone} has no channel attention,")
+        _check(BACKBONES[backbone].eca_kernels is not None, "eca_kernels", eca_kernels,
+               f"none, as {backbone} has no channel attention,")
         _check(isinstance(eca_kernels, list | tuple) and len(eca_kernels) == 4 and all(
             type(k) is int and k > 0 and k % 2 for k in eca_kernels), "eca_kernels", eca_kernels, "four odd numbers")
-    kernels = eca_kernels or released
-    attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
-    return ResNet(block, depths, norm_maker(norm, activation), ACTIVATIONS[activation], attention,
-                  STEMS[stem], average_downsample, output_stride, recompute)
-
-
-def recompute_choices(backbone):
-    """What `recompute` can be with a backbone: `light` drops what only bottlenecks have."""
-    return [kind for kind in CHECKPOINTS if kind != "light" or BACKBONES[backbone]["block"] is Bottleneck]
+    return BACKBONES[backbone].build(
+        norm=norm_maker(norm, activation), activation=activation, stem=stem, average_downsample=average_downsample,
+        eca_kernels=eca_kernels, output_stride=output_stride, recompute=recompute)
 
 
 def norm_maker(norm, activation):
@@ -66,7 +122,7 @@ def norm_maker(norm, activation):
     return lambda channels, activation=activation: NORMS[norm](channels, activation=activation)
 
 
-def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm="inplace_abn",
+def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
                   output_stride=8, recompute="none", ablations=()):
     """Build a network by name.
@@ -82,7 +138,7 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
         eca_kernels: k of stages 1 to 4; None for the released ones.
         output_stride: 8 or 16.
         recompute: `none`, `light` or `full`: memory for time, see `networks.resnet.ResNet`.
-        ablations: names of `networks.acfnet.ABLATIONS`, for models with ACF; none is the network as published.
+        ablations: names of `ABLATIONS`, for models with ACF; none is the network as published.
 
     Returns:
         nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
@@ -91,22 +147,27 @@ def build_network(model="acfnet", num_classes=19, backbone="eca_resnet101", norm
     """
     _check(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
     _check(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
-    check_ablations(ablations)
-    if ablations and not MODELS[model]["acf"]:
+    # A string in place of a tuple, or a name that is misspelt, must not silently build the network without it.
+    _check(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
+           ablations, f"a tuple of {', '.join(ABLATIONS)}")
+    if ablations and not MODELS[model].acf:
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
                            recompute)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels = stage4 // 4          # 512 for a ResNet-101, as in the paper; 128 for a ResNet-18
-    if MODELS[model]["context"] == "aspp":
-        context = ASPP(stage4, channels, make_norm)
+    context = CONTEXTS[MODELS[model].context](stage4, channels, make_norm)
+    if MODELS[model].acf:
+        head = ACFHead(channels, num_classes, channels, make_norm if "norms" in ablations else None,
+                       partial(_fusion, norm=make_norm) if "fusion" in ablations else None)
     else:
-        context = nn.Sequential(nn.Conv2d(stage4, channels, 3, padding=1, bias=False), make_norm(channels))
-    aux = auxiliary_head(stage3, stage3 // 2, num_classes, make_norm)
-    if MODELS[model]["acf"]:
-        return ACFNet(trunk, context, channels, num_classes, aux, channels, make_norm, tuple(ablations))
-    return BaseNet(trunk, context, channels, num_classes, aux)
+        head = PlainHead(channels, num_classes)
+    return SegmentationNet(trunk, context, head, auxiliary_head(stage3, stage3 // 2, num_classes, make_norm))
+
+
+def _fusion(in_channels, out_channels, norm):
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), norm(out_channels))
 
 
 def meta_network(**arguments):

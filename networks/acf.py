@@ -1,74 +1,73 @@
 """The attentional class feature module. Zhang et al., ACFNet, ICCV 2019, arXiv 1909.09408, section 3.
 
-Symbols of the paper: N classes, F the feature map (C×H×W), P the coarse probabilities (N×H×W), C' the key
-channels. The paper draws, for every image,
+Symbols of the paper: N classes, F the feature map (C×H×W), P the coarse probabilities (N×H×W), C' the key channels,
+j a pixel, i a class. For every image, equations 1 to 3 and figure 3:
 
-    F' = conv1x1(F)                                           CCB, class center block
-    F_class[i] = sum_j P[i, j] F'[:, j] / sum_j P[i, j]       the center of class i, over pixels j
-    F_a[:, j] = sum_i P[i, j] F_class[i]                      CAB, class attention block
-    F'_a = conv1x1(F_a)
+    F'            = conv1x1(F)                                   CCB, class center block
+    F_class[i]    = Σ_j P[i,j] F'[:,j] / Σ_j P[i,j]              the center of class i: its mean feature
+    F_a[:,j]      = Σ_i P[i,j] F_class[i]                        CAB, class attention block
+    F'_a          = conv1x1(F_a)
+    fine logits   = conv1x1(concat(F'_a, F))
 
-Everything after P is linear in F, and the weights of a mean sum to one, as do the probabilities of a pixel.
-So the order may be exchanged exactly: pool first and convolve N centers instead of H·W pixels. F' and F_a
-never exist.
+What this can do: everything after P is linear in F, and the weights of a mean sum to one, as do the probabilities of a
+pixel. So F'_a adds P[:,j] · M to the logits of pixel j, with one N×N matrix M an image, in which row i is what the
+classifier makes of the center of class i (`tests/benchmarks/contribution.py` measures M in trained networks). For the
+same reason pooling and convolutions could change places, N centers in place of H·W pixels; the order below is the
+paper's, at 0.7 % of the network's multiplications.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from utils.precision import at_least_float32, without_autocast
 
+DROPOUT = 0.1   # whole channels, before each classifier (ours: the paper does not say)
+
 
 class ClassCenterBlock(nn.Module):
-    """CCB: one feature vector a class (section 3.2). `conv` is plain, with bias, as drawn.
+    """CCB: one feature vector a class (section 3.2).
 
-    norm: `norm(channels)` makes a norm with activation after it, as an ablation; then nothing can be exchanged.
+    Args:
+        in_channels, key_channels: C and C'.
+        norm: `norm(channels)` makes a norm with activation after the convolution, an ablation; None as in the paper.
     """
 
     def __init__(self, in_channels, key_channels, norm=None):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, key_channels, 1)
-        self.norm = norm(key_channels) if norm else None
+        self.norm = norm(key_channels) if norm else nn.Identity()
 
     def forward(self, features, coarse_logits):
-        """features (B, C, H, W), coarse_logits (B, N, H, W) → class centers (B, N, C')."""
-        # P divided by its class mass is the softmax over pixels of log P. That form needs no epsilon: a
-        # class with no mass anywhere gets the plain mean of all pixels.
-        shares = coarse_logits.flatten(2).log_softmax(dim=1).softmax(dim=2)    # (B, N, HW)
-        if self.norm is not None:
-            keys = self.norm(self.conv(features))                              # (B, C', H, W)
-            return torch.einsum("bnj,bcj->bnc", shares, keys.flatten(2))
-        pooled = torch.einsum("bnj,bcj->bnc", shares, features.flatten(2))     # (B, N, C)
-        return conv1x1_on_vectors(self.conv, pooled)
+        """features F (B, C, H, W), coarse_logits (B, N, H, W) → class centers F_class (B, N, C')."""
+        keys = self.norm(self.conv(features))                                   # F' (B, C', H, W)
+        # P[i,j] / Σ_j P[i,j] is the softmax over pixels of log P. In this form a class without any mass needs no
+        # epsilon: it gets the mean of all pixels.
+        weights = coarse_logits.flatten(2).log_softmax(dim=1).softmax(dim=2)    # (B, N, HW)
+        return torch.einsum("bij,bcj->bic", weights, keys.flatten(2))
 
 
 class ClassAttentionBlock(nn.Module):
-    """CAB: every pixel takes the centers in the proportions P (section 3.3). `conv` is plain, with bias.
+    """CAB: every pixel takes the class centers in the proportions of its probabilities (section 3.3).
 
-    norm: as in `ClassCenterBlock`.
+    Arguments as in `ClassCenterBlock`.
     """
 
     def __init__(self, key_channels, norm=None):
         super().__init__()
         self.conv = nn.Conv2d(key_channels, key_channels, 1)
-        self.norm = norm(key_channels) if norm else None
+        self.norm = norm(key_channels) if norm else nn.Identity()
 
-    def forward(self, centers):
-        """Class centers (B, N, C') → convolved centers (B, N, C'), whose mixture by P is F'_a."""
-        return conv1x1_on_vectors(self.conv, centers)
+    def forward(self, centers, coarse_logits):
+        """centers F_class (B, N, C'), coarse_logits (B, N, H, W) → F'_a (B, C', H, W)."""
+        probabilities = coarse_logits.softmax(dim=1)                            # P (B, N, H, W)
+        attended = torch.einsum("bic,bihw->bchw", centers, probabilities)       # F_a (B, C', H, W)
+        return self.norm(self.conv(attended))
 
 
 class ACFModule(nn.Module):
-    """Class centers and per-pixel attention to them.
+    """The class centers of an image, and every pixel's attention to them (figure 3).
 
-    Inputs are raised to float32 at least, also under autocast; float64 stays float64.
-
-    Args:
-        in_channels: C.
-        key_channels: C'.
-        norm: `norm(channels)` makes a norm with activation after each of the two convolutions: an ablation, not the
-            paper's module; None for the module as drawn.
+    Computes in float32 at least, also under autocast; float64 stays float64. Arguments as in `ClassCenterBlock`.
     """
 
     def __init__(self, in_channels, key_channels=512, norm=None):
@@ -77,49 +76,50 @@ class ACFModule(nn.Module):
         self.cab = ClassAttentionBlock(key_channels, norm)
 
     def class_centers(self, features, coarse_logits):
-        """features (B, C, H, W), coarse_logits (B, N, H, W) → F_class (B, N, C')."""
+        """features F (B, C, H, W), coarse_logits (B, N, H, W) → F_class (B, N, C')."""
         with without_autocast(features):
             return self.ccb(at_least_float32(features), at_least_float32(coarse_logits))
 
-    def convolved_centers(self, features, coarse_logits, center_logits=None):
-        """As `class_centers`, followed by CAB's convolution: (B, N, C').
-
-        center_logits: (B, N, H, W) that say which pixels make the centers, instead of the coarse ones.
-        """
+    def forward(self, features, coarse_logits):
+        """features F (B, C, H, W), coarse_logits (B, N, H, W) → F'_a (B, C', H, W)."""
+        centers = self.class_centers(features, coarse_logits)
         with without_autocast(features):
-            return self.cab(self.class_centers(features, coarse_logits if center_logits is None else center_logits))
-
-    def forward(self, features, coarse_logits, center_logits=None):
-        """features (B, C, H, W), coarse_logits (B, N, H, W) → F'_a (B, C', H, W), in full size.
-
-        The network as drawn never calls this: it classifies the centers instead (`networks.acfnet`).
-        """
-        if self.cab.norm is None:
-            return mix(self.convolved_centers(features, coarse_logits, center_logits), coarse_logits)
-        centers = self.class_centers(features, coarse_logits if center_logits is None else center_logits)
-        with without_autocast(features):
-            return self.cab.norm(self.cab.conv(mix(centers, coarse_logits)))
+            return self.cab(centers, at_least_float32(coarse_logits))
 
 
-def true_logits(labels, num_classes, size, dtype=torch.float32):
-    """Labels (B, H, W), any other value than a class ignored → logits (B, N, *size) whose softmax they are.
+class ACFHead(nn.Module):
+    """Coarse classifier, ACF module and fine classifier (figure 2): puts ACF on any network with one feature map.
 
-    An ignored pixel belongs to all classes alike.
+        head = ACFHead(in_channels=2048, num_classes=19)
+        logits = head(features)     # {"fine", "coarse"}; train both, 0.7 and 0.6 in the paper's loss
+
+    Args:
+        in_channels, num_classes, key_channels: C, N and C'.
+        norm: as in `ClassCenterBlock`.
+        fusion: `fusion(in_channels, out_channels)` makes the module between concatenation and classifier, an ablation;
+            None as in the paper.
     """
-    labels = F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
-    known = labels < num_classes
-    chosen = F.one_hot(labels.where(known, 0), num_classes) * known[..., None]                # (B, h, w, N)
-    return 50 * chosen.permute(0, 3, 1, 2).to(dtype)
+
+    def __init__(self, in_channels, num_classes, key_channels=512, norm=None, fusion=None):
+        super().__init__()
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.coarse = classifier(in_channels, num_classes)
+        self.acf = ACFModule(in_channels, key_channels, norm)
+        joined = key_channels + in_channels
+        self.fusion = fusion(joined, in_channels) if fusion else nn.Identity()
+        self.fine = classifier(in_channels if fusion else joined, num_classes)
+
+    def forward(self, features):
+        """features F (B, C, h, w) → {"fine", "coarse"}, logits (B, N, h, w)."""
+        coarse = self.coarse(self.dropout(features))                            # (B, N, h, w)
+        attended = self.acf(features, coarse).to(features.dtype)                # F'_a (B, C', h, w)
+        joined = self.fusion(torch.cat([attended, features], dim=1))            # (B, C' + C, h, w)
+        return {"fine": self.fine(self.dropout(joined)), "coarse": coarse}
 
 
-def mix(vectors, coarse_logits):
-    """Per-class vectors (B, N, K), coarse_logits (B, N, H, W) → their mixture by P (B, K, H, W)."""
-    with without_autocast(vectors):
-        probabilities = at_least_float32(coarse_logits).softmax(dim=1)
-        return torch.einsum("bnk,bnhw->bkhw", vectors, probabilities)
-
-
-def conv1x1_on_vectors(conv, vectors):
-    """Apply the 1×1 convolution `conv` to vectors (B, N, C) → (B, N, C')."""
-    bias = None if conv.bias is None else conv.bias.to(vectors.dtype)
-    return F.linear(vectors, conv.weight[:, :, 0, 0].to(vectors.dtype), bias)
+def classifier(in_channels, num_classes):
+    """1×1 convolution to logits, small at the start so that no class is favoured."""
+    conv = nn.Conv2d(in_channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv

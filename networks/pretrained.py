@@ -23,16 +23,13 @@ import torch
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
 from utils import checkpoint, snapshot
 from utils.cli import UserError
-from utils.inference import Normalization
+from utils.normalization import CAFFE, Normalization
 
-from . import BACKBONES, STEMS, meta_network
+from . import BACKBONE, BACKBONES, STEMS, meta_network
 
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
-# Caffe's order and mean, no division by a deviation: CSAIL's networks until August 2019 (pull request 190 of
-# CSAILVision/semantic-segmentation-pytorch), and others that come from Caffe. Files do not say it; their norms do.
-CAFFE = Normalization("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 CSAIL_STEM = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.2", "bn2": "conv1.3", "conv3": "conv1.4",
               "bn3": "bn1"}
 TIMM_STEM = {"conv1.0": "conv1.0", "conv1.1": "conv1.1", "conv1.3": "conv1.2", "conv1.4": "conv1.3",
@@ -121,7 +118,7 @@ def read_snapshot(path, resuming=False):
 
     resuming: a run is to go on from it.
     """
-    return snapshot.parse(path, checkpoint.load(path), meta_network, resuming)
+    return snapshot.parse(path, _with_head(checkpoint.load(path)), meta_network, resuming)
 
 
 def weights_of(found):
@@ -130,6 +127,32 @@ def weights_of(found):
                 if key.startswith("backbone.")}
     return Weights(found.path, "ours", found.model, found.config.network["norm"], structure(backbone),
                    found.config.normalization)
+
+
+# Parameters in the order of the network; in snapshots until November 2026 those of the head stood beside it.
+PARTS = ("backbone", "context", "head", "coarse", "acf", "fusion", "fine", "aux")
+
+
+def _in_head(key):
+    """A tensor's name in the network of an earlier version → its name now."""
+    return f"head.{key}" if key.split(".")[0] in ("coarse", "acf", "fusion", "fine") else key
+
+
+def _with_head(content):
+    """The content of a snapshot of an earlier version, by the names and in the order of parameters of now."""
+    if not (isinstance(content, dict) and isinstance(content.get("model"), dict) and "fine.weight" in content["model"]
+            and all(isinstance(key, str) and key.split(".")[0] in PARTS for key in content["model"])):
+        return content
+    content = content | {"model": {_in_head(key): value for key, value in content["model"].items()}}
+    state = content["optimizer"].get("state") if isinstance(content.get("optimizer"), dict) else None
+    if isinstance(state, dict):     # by the number of the parameter
+        before = [key for key in content["model"]
+                  if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+        now = sorted(before, key=lambda key: PARTS.index(key.removeprefix("head.").split(".")[0]))
+        moved = {number: now.index(key) for number, key in enumerate(before)}
+        content["optimizer"] = content["optimizer"] | {
+            "state": {moved.get(number, number): value for number, value in state.items()}}
+    return content
 
 
 def _is_snapshot(content):
@@ -143,7 +166,7 @@ def _is_snapshot(content):
 def recognise(content, name):
     """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
     if _is_snapshot(content):
-        return weights_of(snapshot.parse(name, content, meta_network))
+        return weights_of(snapshot.parse(name, _with_head(content), meta_network))
     state = _state_dict(content, name)
     prefix = next((key.removesuffix(PROBE) for key in state if key.endswith(PROBE)), None)
     if prefix is None:
@@ -157,6 +180,7 @@ def recognise(content, name):
     if whole:
         ours |= {key.removeprefix(outer): value for key, value in state.items()
                  if key.startswith(outer) and not key.startswith(prefix)}
+        ours = {_in_head(key): value for key, value in ours.items()}
     found = structure(renamed)
     kernels = found["eca_kernels"] or ()
     if not all(kernel % 2 for kernel in kernels):
@@ -222,8 +246,8 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
         if found["stem"] not in STEMS:
             raise UserError(f"{weights.name}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
     chosen = {name: found[name] if flags[name] is None else flags[name] for name in flags}
-    backbone = backbone or "eca_resnet101"
-    kernels = chosen["eca-kernels"] or BACKBONES[backbone]["eca_kernels"]
+    backbone = backbone or BACKBONE
+    kernels = chosen["eca-kernels"] or BACKBONES[backbone].eca_kernels
     return {"backbone": backbone, "stem": chosen["stem"], "average_downsample": chosen["downsample"] == "average",
             "eca_kernels": kernels and list(kernels)}
 
@@ -368,8 +392,7 @@ def _rename(state, ours):
 
 def _why_ignored(key, value, target):
     if key in target:
-        kind = "another number of classes" if key.split(".")[0] in ("fine", "coarse", "aux") else "another shape"
-        return kind
+        return "another number of classes" if re.match(r"(head\.(fine|coarse)|aux)\.", key) else "another shape"
     if re.match(r"backbone\.(fc|classifier|last_linear)\.", key):
         return "the classifier of the file"
     if ".eca." in key:

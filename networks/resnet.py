@@ -10,7 +10,8 @@ from torch import nn
 
 from libs.recompute import checkpoint
 
-CHECKPOINTS = ("none", "light", "full")
+RECOMPUTE = ("none", "light", "full")
+STAGES = ("stem", "1", "2", "3", "4")
 
 
 def conv3x3(in_channels, out_channels, stride=1, dilation=1):
@@ -128,8 +129,8 @@ class ResNet(nn.Module):
     def __init__(self, block, depths, norm, activation, attention=None, stem_widths=None,
                  average_downsample=False, output_stride=8, recompute="none"):
         super().__init__()
-        if recompute not in CHECKPOINTS:
-            raise ValueError(f"recompute: expected one of {', '.join(CHECKPOINTS)}, found {recompute!r}")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute: expected one of {', '.join(RECOMPUTE)}, found {recompute!r}")
         if recompute == "light" and block is not Bottleneck:
             raise ValueError("recompute light: expected a backbone of bottlenecks (50 layers and more), found one of "
                              "two 3×3 convolutions a block, where it would save nothing; full does")
@@ -186,6 +187,14 @@ class ResNet(nn.Module):
                 x = checkpoint(group, x) if self.groups and torch.is_grad_enabled() else group(x)
             stages.append(x)
         return stages
+
+    def first_stages(self, names):
+        """The modules of the first stages, in the order of the data; names: some of `STAGES`, from the first one on."""
+        if tuple(names) != STAGES[:len(names)]:
+            raise ValueError(f"stages: expected some of {','.join(STAGES)} from the first one on, found "
+                             f"{','.join(map(str, names))}")
+        stages = ([self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4])
+        return [module for stage in stages[:len(names)] for module in stage]
 
     @staticmethod
     def group(stage):

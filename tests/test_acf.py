@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks import build_network
-from networks.acf import ACFModule
-from networks.acfnet import ACFNet
+from libs.abn import InPlaceABN
+from loss.criterion import WEIGHTS
+from networks import MODELS, build_network
+from networks.acf import ACFHead, ACFModule
 from tests.conftest import randomise
 
 
@@ -79,22 +80,33 @@ def test_centers_equal_the_drawn_ones():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("model", ["acfnet", "acfnet_resnet"])
-def test_fine_logits_equal_the_drawn_network(model, training):
+def test_the_head_equals_the_drawn_one(training):
     """conv1x1(dropout(concat(F'_a, F))), forward and gradients; Dropout2d with the same draws."""
-    network = build_network(model, num_classes=3, backbone="resnet18").double().train(training)
-    features = torch.randn(2, 128, 3, 4, dtype=torch.float64, requires_grad=True)
-    coarse = (2 * torch.randn(2, 3, 3, 4, dtype=torch.float64)).requires_grad_()
-    watched = [features, coarse, *network.acf.parameters(), *network.fine.parameters()]
+    head = ACFHead(6, 3, key_channels=5).double().train(training)
+    features, _ = inputs()
+    watched = [features, *head.parameters()]
     torch.manual_seed(7)
-    found = network.fine_logits(features, coarse)
+    found = head(features)
     torch.manual_seed(7)
-    joined = torch.cat([drawn(network.acf, features, coarse), features], dim=1)
-    dropped = F.dropout2d(joined, 0.1, training)
-    assert training == bool((dropped == 0).any())
-    expected = network.fine(dropped)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert_same_gradients(found, expected, watched, rtol=1e-9, atol=1e-11)
+    coarse = head.coarse(F.dropout2d(features, 0.1, training))
+    dropped = F.dropout2d(torch.cat([drawn(head.acf, features, coarse), features], dim=1), 0.1, training)
+    expected = {"fine": head.fine(dropped), "coarse": coarse}
+    assert found.keys() == expected.keys() and head.fine.in_channels == 5 + 6
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found["fine"].square().sum(), watched),
+                               torch.autograd.grad(expected["fine"].square().sum(), watched), rtol=1e-9, atol=1e-11)
+
+
+def test_the_head_fits_any_network_with_one_feature_map():
+    """In one line, as its docstring says: on torchvision's FCN, with its own backbone and classes."""
+    from torchvision.models.segmentation import fcn_resnet50
+
+    network = fcn_resnet50(weights=None, weights_backbone=None, num_classes=4).eval()
+    network.classifier = ACFHead(2048, 4)
+    with torch.no_grad():
+        logits = network.classifier(network.backbone(torch.randn(1, 3, 33, 41))["out"])
+    assert {name: tuple(one.shape) for name, one in logits.items()} == {"fine": (1, 4, 5, 6), "coarse": (1, 4, 5, 6)}
 
 
 def test_whole_network_uses_the_module_as_drawn():
@@ -105,9 +117,9 @@ def test_whole_network_uses_the_module_as_drawn():
     with torch.no_grad():
         outputs = network(torch.randn(2, 3, 33, 41, dtype=torch.float64))
         features = caught["features"]
-        torch.testing.assert_close(outputs["coarse"], network.coarse(features))
-        joined = torch.cat([drawn(network.acf, features, outputs["coarse"]), features], dim=1)
-        torch.testing.assert_close(outputs["fine"], network.fine(joined), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(outputs["coarse"], network.head.coarse(features))
+        joined = torch.cat([drawn(network.head.acf, features, outputs["coarse"]), features], dim=1)
+        torch.testing.assert_close(outputs["fine"], network.head.fine(joined), rtol=1e-9, atol=1e-12)
 
 
 def test_one_hot_maps_give_class_means():
@@ -162,81 +174,52 @@ def test_network_under_autocast_is_close_to_float32():
         assert (found[name].float() - exact[name]).abs().max() < 0.05 * scale, name
 
 
-def test_nothing_of_key_channels_exists_at_full_size():
-    """Neither F' nor F'_a is made: C' is chosen so that it cannot be mistaken for another size."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Sizes(TorchDispatchMode):
-        seen = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.seen.append(tuple(out.shape))
-            return out
-
-    network = build_network("acfnet", num_classes=3, backbone="resnet18")
-    network.acf = ACFModule(128, key_channels=77)
-    network.fine = torch.nn.Conv2d(77 + 128, 3, 1)
-    for training in (True, False):
-        network.train(training)
-        with Sizes() as sizes:
-            outputs = network.heads(torch.randn(2, 128, 13, 11, requires_grad=True))
-            outputs["fine"].sum().backward()
-        large = [shape for shape in sizes.seen if {77, 77 + 128} & set(shape) and {13, 11, 143} & set(shape)]
-        assert sizes.seen and not large
-
-
-def drawn_with_norms(network, features, coarse, labels=None):
+def drawn_with_norms(head, features, coarse):
     """The ablations in the drawn order, with loops over classes and pixels' sums written out, in float64."""
     p = coarse.softmax(1)
-    weights = p
-    if labels is not None:
-        weights = torch.zeros_like(p)
-        for b, i in itertools.product(range(p.shape[0]), range(p.shape[1])):
-            weights[b, i] = (labels[b] == i).double()
-    keys = network.acf.ccb.conv(features)
-    keys = keys if network.acf.ccb.norm is None else network.acf.ccb.norm(keys)
+    keys = head.acf.ccb.norm(head.acf.ccb.conv(features))
     attended = torch.zeros_like(keys)
     for b, i in itertools.product(range(p.shape[0]), range(p.shape[1])):
-        mass = weights[b, i].sum()
-        center = (weights[b, i] * keys[b]).sum((1, 2)) / mass if mass > 0 else keys[b].mean((1, 2))
-        attended[b] += p[b, i] * center[:, None, None]
-    attended = network.acf.cab.conv(attended)
-    attended = attended if network.acf.cab.norm is None else network.acf.cab.norm(attended)
-    joined = torch.cat([attended, features], 1)
-    return network.fine(joined if network.fusion is None else network.fusion(joined))
+        attended[b] += p[b, i] * ((p[b, i] * keys[b]).sum((1, 2)) / p[b, i].sum())[:, None, None]
+    attended = head.acf.cab.norm(head.acf.cab.conv(attended))
+    return head.fine(head.fusion(torch.cat([attended, features], 1)))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ablations", [("norms",), ("fusion",), ("norms", "fusion"), ("true_centers",),
-                                       ("norms", "true_centers"), ("norms", "fusion", "true_centers")])
+@pytest.mark.parametrize("ablations", [("norms",), ("fusion",), ("norms", "fusion")])
 def test_ablations_compute_what_they_are_named_after(ablations):
     network = build_network("acfnet_resnet", 4, "resnet18", ablations=ablations)
     randomise(network)
     network.double().eval()
+    head, norms = network.head, {"norms": 0, "fusion": 0}
+    for block in (head.acf.ccb.norm, head.acf.cab.norm):
+        norms["norms"] += isinstance(block, InPlaceABN)
+    norms["fusion"] = sum(isinstance(module, InPlaceABN) for module in head.fusion.modules())
+    assert norms == {"norms": 2 * ("norms" in ablations), "fusion": int("fusion" in ablations)}
     features = torch.randn(2, 128, 5, 6, dtype=torch.float64)
-    coarse = network.coarse(features) * 3
-    labels = torch.randint(3, (2, 5, 6))        # the fourth class is nowhere
-    expected = drawn_with_norms(network, features, coarse, labels if "true_centers" in ablations else None)
-    network.coarse.forward = lambda x: coarse
-    found = network.heads(features, labels)["fine"]
+    coarse = head.coarse(features) * 3
+    expected = drawn_with_norms(head, features, coarse)
+    head.coarse.forward = lambda x: coarse
+    found = head(features)["fine"]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
-    plain = build_network("acfnet_resnet", 4, "resnet18")
-    assert plain.fusion is None and plain.acf.cab.norm is None and not plain.true_centers
+    plain = build_network("acfnet_resnet", 4, "resnet18").head
+    assert not [module for module in plain.modules() if isinstance(module, InPlaceABN)]
 
 
-def test_centers_from_the_truth_need_it_and_ablations_need_acf():
-    network = build_network("acfnet_resnet", 4, "resnet18", ablations=("true_centers",)).eval()
-    with pytest.raises(ValueError, match="true_centers: expected the truth"):
-        network(torch.zeros(1, 3, 33, 33))
+def test_ablations_need_acf():
     with pytest.raises(ValueError, match="expected a model with ACF, found base"):
         build_network("base", 4, "resnet18", ablations=("norms",))
 
 
-@pytest.mark.parametrize("ablations", [("norm",), ("Fusion",), "norms", "", ["norms", "fusions"]])
+@pytest.mark.parametrize("ablations", [("norm",), ("Fusion",), "norms", "", ["norms", "fusions"], ("true_centers",)])
 @pytest.mark.parametrize("model", ["acfnet", "base"])
 def test_an_unknown_ablation_is_not_the_plain_network(model, ablations):
-    for build in (build_network, lambda *args, ablations: ACFNet(None, None, 8, 4, None, 8, ablations=ablations)):
-        with pytest.raises(ValueError, match="ablations: expected a tuple of norms, fusion, true_centers, found"):
-            build(model, 4, "resnet18", ablations=ablations)
+    with pytest.raises(ValueError, match="ablations: expected a tuple of norms, fusion, found"):
+        build_network(model, 4, "resnet18", ablations=ablations)
+
+
+def test_loss_weights_stand_beside_the_models():
+    """Those of ACFNet are the criterion's own, and every model has one for each of its outputs."""
+    assert MODELS["acfnet"].loss_weights == WEIGHTS
+    for name, model in MODELS.items():
+        assert build_network(name, 3, "resnet18")(torch.zeros(2, 3, 17, 17)).keys() == model.loss_weights.keys()

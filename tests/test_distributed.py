@@ -21,7 +21,7 @@ from utils import distributed
 from utils.cli import UserError
 from utils.distributed import Processes, launched, share_cores
 from utils.engine import Engine, NetworkWithLoss, step_loss
-from utils.inference import Normalization
+from utils.normalization import Normalization
 from utils.precision import Precision
 from utils.replicas import ThreadReplicas
 
@@ -54,7 +54,7 @@ def train(share, dtype, ohem, rank=0, world=1):
     losses = []
     for _ in range(STEPS):
         loss, terms = step_loss(module, criterion, images, labels, processes)
-        terms = dict(zip(criterion.weights, terms if processes is None else processes.total(terms), strict=True))
+        terms = dict(zip(criterion.weights, terms if processes is None else processes.all_reduce(terms), strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -118,7 +118,7 @@ def test_accumulated_parts_add_up_to_the_whole_batch(parts):
         engine = Engine(module, network, criterion, optimizer, Precision("off", torch.device("cpu")),
                         [torch.device("cpu")])
         slices = [{"image": i, "label": y} for i, y in zip(images.chunk(count), labels.chunk(count), strict=True)]
-        found, _ = engine.step(slices, 0.0)
+        found, _ = engine.step(slices)
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
         terms.append(found)
     for a, b in zip(*gradients, strict=True):
@@ -135,7 +135,7 @@ def test_accumulated_ohem_is_the_mean_of_its_parts():
     engine = Engine(module, network, criterion, torch.optim.SGD(network.parameters(), 0.0),
                     Precision("off", torch.device("cpu")), [torch.device("cpu")])
     slices = [{"image": i, "label": y} for i, y in zip(images.chunk(2), labels.chunk(2), strict=True)]
-    found, _ = engine.step(slices, 0.0)
+    found, _ = engine.step(slices)
     each = [criterion(network(normalize(part["image"]).double()), part["label"])["fine"].item() for part in slices]
     assert found["fine"] == pytest.approx(sum(each) / 2, rel=1e-9)
 

@@ -16,7 +16,7 @@ from tests.crash import same
 from utils import checkpoint
 from utils.distributed import Processes
 from utils.engine import Course, Engine, NetworkWithLoss, NotFinite
-from utils.inference import Normalization
+from utils.normalization import Normalization
 from utils.precision import Precision
 
 CPU = torch.device("cpu")
@@ -49,22 +49,22 @@ def spoil(engine, what):
     if what == "gradient":
         weight = engine.network.backbone.layer2[0].conv1.weight
         return weight.register_hook(lambda gradient: gradient * torch.inf)
-    return engine.network.coarse.register_forward_hook(lambda module, args, logits: logits * torch.inf)
+    return engine.network.head.coarse.register_forward_hook(lambda module, args, logits: logits * torch.inf)
 
 
 def check_nothing_is_learnt(engine, what, parts, mine=True):
     """`mine`: spoil this process's step; otherwise another one's is."""
     batches = [make_batch(seed) for seed in range(parts)]
-    engine.step(batches, 0.01)
+    engine.step(batches)
     before = state(engine)
     hook = spoil(engine, what) if mine else None
     with pytest.raises(NotFinite) as caught:
-        engine.step(batches, 0.005)
+        engine.step(batches, 0.5)
     assert caught.value.what == what
     assert same(before, state(engine)) and all(weight.grad is None for weight in engine.network.parameters())
     if hook is not None:
         hook.remove()
-    engine.step(batches, 0.005)     # and the next one learns
+    engine.step(batches, 0.5)     # and the next one learns
     after = state(engine)
     assert not same(before["model"], after["model"]) and not same(before["rng"], after["rng"])
     assert all(value.isfinite().all() for value in after["model"].values())
@@ -83,7 +83,7 @@ def work(rank, folder):
     check_nothing_is_learnt(make_engine(processes=Processes()), "gradient", 1, mine=rank == 1)
     check_nothing_is_learnt(make_engine(processes=Processes()), "loss", 2, mine=rank == 1)
     engine = make_engine(processes=Processes())
-    assert [engine.step([make_batch(rank)], 0.01, asked=asked and rank == 0)[1] for asked in (False, True)] == \
+    assert [engine.step([make_batch(rank)], asked=asked and rank == 0)[1] for asked in (False, True)] == \
         [False, True]
     dist.destroy_process_group()
 
@@ -95,24 +95,24 @@ def test_no_process_learns_what_is_not_finite_in_one(tmp_path):
 
 def test_fp16_leaves_out_overflows_until_the_scale_is_not_at_fault():
     engine = make_engine("fp16")
-    engine.step([make_batch()], 0.01)
+    engine.step([make_batch()])
     weights = copy.deepcopy(engine.network.state_dict())
     scale = engine.precision.state_dict()["scale"]
     hook = spoil(engine, "gradient")
-    terms, _ = engine.step([make_batch()], 0.01)
+    terms, _ = engine.step([make_batch()])
     assert terms["gradient_norm"] is None and terms["fine"] > 0 and engine.skipped == 1
     assert engine.precision.state_dict()["scale"] == scale / 2
     assert all(torch.equal(engine.network.state_dict()[name], weights[name]) for name, _
                in engine.network.named_parameters())
     engine.precision.load_state_dict(engine.precision.state_dict() | {"scale": 1.0})
-    engine.step([make_batch()], 0.01)
+    engine.step([make_batch()])
     with pytest.raises(NotFinite, match="gradient"):
-        engine.step([make_batch()], 0.01)
+        engine.step([make_batch()])
     assert engine.precision.state_dict()["scale"] == 0.5
     hook.remove()
-    terms, _ = engine.step([make_batch()], 0.01)
+    terms, _ = engine.step([make_batch()])
     assert terms["gradient_norm"] > 0 and engine.skipped == 2
-    assert not torch.equal(engine.network.coarse.weight, weights["coarse.weight"])
+    assert not torch.equal(engine.network.head.coarse.weight, weights["head.coarse.weight"])
 
 
 class Waits(TorchDispatchMode):
@@ -143,14 +143,14 @@ class Waits(TorchDispatchMode):
 def test_the_host_waits_once_a_step(amp, parts, expected, monkeypatch):
     engine = make_engine(amp)
     batches = [make_batch(seed) for seed in range(parts)]
-    engine.step(batches, 0.01)      # the first one asks the norms about half precision
+    engine.step(batches)      # the first one asks the norms about half precision
     monkeypatch.setattr("utils.engine.random_state", lambda devices: None)      # generators are the host's own
     waits = Waits(monkeypatch)
     with waits:
         assert float(torch.ones(())) and torch.ones(2).tolist()
         assert waits.found == ["scalar", "tolist"]
         waits.found.clear()
-        engine.step(batches, 0.01)
+        engine.step(batches)
     assert len(waits.found) == expected, waits.found
 
 

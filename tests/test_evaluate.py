@@ -26,8 +26,8 @@ def snapshot(tmp_path_factory):
     torch.manual_seed(2)
     content = snapshot_content()
     network = build_network(**content["config"]["network"])
-    torch.nn.init.normal_(network.fine.weight, std=0.3)
-    torch.nn.init.normal_(network.coarse.weight, std=0.3)
+    torch.nn.init.normal_(network.head.fine.weight, std=0.3)
+    torch.nn.init.normal_(network.head.coarse.weight, std=0.3)
     path = tmp_path_factory.mktemp("snapshots") / "CS_scenes_7.pth"
     checkpoint.save(path, content | {"model": network.state_dict()})
     return path

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from networks import build_network
 from utils import memory
-from utils.inference import Normalization, SlidingPredictor, add_probabilities, round_size, window_starts
+from utils.inference import SlidingPredictor, add_probabilities, round_size, window_starts
+from utils.normalization import Normalization
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

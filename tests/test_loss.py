@@ -181,6 +181,6 @@ def test_shared_ohem_takes_one_exchange(monkeypatch):
     assert found.tolist() == expected[0].tolist() and 0 < found.sum() < 23 and parts.exchanges == 1
 
     parts = _Parts([])
-    monkeypatch.setattr(criterion, "find_parts", lambda: parts)
+    monkeypatch.setattr(criterion, "find_peers", lambda: parts)
     SegmentationCriterion(ohem=True).sums({"fine": torch.randn(2, 3, 5, 5)}, torch.zeros(2, 9, 9))
     assert parts.exchanges == 1

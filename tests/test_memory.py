@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from libs.abn import NORMS
 from libs.convert import fold_norms
-from networks import MODELS, build_network, recompute_choices
-from networks.resnet import CHECKPOINTS
+from networks import BACKBONES, MODELS, build_network
+from networks.resnet import RECOMPUTE
 from tests.benchmarks.memory import AMP, COUNTED, measure
 from utils.memory import bytes_a_pixel, free_bytes, kept_bytes, passing_bytes, ran_out
 
@@ -37,9 +37,9 @@ def test_the_table_says_what_is_counted(recompute, amp):
 
 
 def test_the_table_has_every_usual_network():
-    for backbone, model, norm, recompute, amp in itertools.product(COUNTED, MODELS, NORMS, CHECKPOINTS,
+    for backbone, model, norm, recompute, amp in itertools.product(COUNTED, MODELS, NORMS, RECOMPUTE,
                                                                    ("off", "bf16", "fp16")):
-        if recompute in recompute_choices(backbone):
+        if recompute in BACKBONES[backbone].recompute_choices():
             size = bytes_a_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
             assert 100 < size < 20000, (model, backbone, norm, recompute, amp)
 
@@ -68,7 +68,7 @@ def run(recompute, norm, autocast):
             **{f"output {name}": logits for name, logits in outputs.items()}}
 
 
-@pytest.mark.parametrize("recompute", CHECKPOINTS[1:])
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputation_is_bit_equal(recompute, autocast):
     """Gradients, running statistics and outputs; statistics are updated once."""

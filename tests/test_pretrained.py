@@ -11,11 +11,11 @@ from torch import nn
 
 import train
 from networks import BACKBONES, build_backbone, build_network
-from networks.pretrained import CAFFE, load_weights, read_weights, recognise
+from networks.pretrained import load_weights, read_weights, recognise
 from tests.conftest import SHARED, SMALL, randomise, snapshot_content
 from utils import checkpoint
 from utils.cli import UserError
-from utils.inference import Normalization
+from utils.normalization import CAFFE, Normalization
 
 
 def reference(name, stride):

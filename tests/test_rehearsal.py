@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from libs import backend
-from loss.criterion import WEIGHTS, SegmentationCriterion
-from networks import build_network
+from loss.criterion import SegmentationCriterion
+from networks import MODELS, build_network
 from tests.fake_cuda import GPU, LAYOUTS, InTurns, backward, fake_gpu
 from utils import upsampling
 from utils.distributed import Processes
 from utils.engine import Engine, NetworkWithLoss
-from utils.inference import Normalization, SlidingPredictor, score
+from utils.inference import SlidingPredictor, score
+from utils.normalization import Normalization
 from utils.precision import AUTOCAST, Precision
 from utils.replicas import ThreadReplicas
 from utils.versions import torch_version
@@ -48,8 +49,7 @@ def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, pro
     Returns the network."""
     layout = LAYOUTS[layout]
     network = make_network(layout, **shape).train()
-    weights = {head: weight for head, weight in WEIGHTS.items() if hasattr(network, head)}
-    criterion = SegmentationCriterion(weights, ohem=ohem)
+    criterion = SegmentationCriterion(MODELS[shape.get("model", "acfnet")].loss_weights, ohem=ohem)
     precision = Precision(amp, GPU)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
@@ -57,7 +57,7 @@ def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, pro
     engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes, layout)
     for _ in range(2):
         gpu.clear()
-        engine.step([make_batch() for _ in range(parts)], 0.01)
+        engine.step([make_batch() for _ in range(parts)])
     assert all(weight.grad is not None and weight.grad.is_cuda for weight in network.parameters())
     assert len(gpu.waits) == (2 if amp == "fp16" else 1), gpu.waits
     return network
@@ -101,7 +101,7 @@ class FourAlike(Processes):
     def gather(self, tensor):
         return [tensor.clone() for _ in range(self.size)]
 
-    def total(self, tensor):
+    def all_reduce(self, tensor):
         return self.size * tensor
 
 
@@ -110,7 +110,7 @@ class FourAlike(Processes):
                                      {"recompute": "full"}], ids=str)
 def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
     for module in ("libs.synchronise", "loss.criterion"):
-        monkeypatch.setattr(f"{module}.find_parts", lambda group=None: FourAlike())
+        monkeypatch.setattr(f"{module}.find_peers", lambda group=None: FourAlike())
     network = take_steps(gpu, layout=layout, processes=FourAlike(), **options)
     check_norms(gpu, network, options.get("amp", "bf16"), layout)
 

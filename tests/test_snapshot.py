@@ -12,16 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import train
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
 from networks import build_network, meta_network
 from networks.pretrained import load_weights, read_snapshot, read_weights
 from tests.conftest import snapshot_content
-from utils import checkpoint
+from utils import checkpoint, resume
 from utils.cli import UserError, sentence
 from utils.precision import Precision
-from utils.snapshot import parse
+from utils.snapshot import Config, parse
 
 NAN, WEIGHT = float("nan"), "backbone.layer1.0.conv1.weight"
 KERNEL = "backbone.layer1.0.eca.conv.weight"
@@ -107,9 +106,10 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "another step than its name": ("step", 8, "expected 7, as the file's name says, as step, found 8"),
     "a step beyond the run": ("config.arguments.num_steps", 3, "expected at most the --num-steps of its run as step"),
     **{f"model {value!r:.20}": ("model", value, "as model, found") for value in ([1, 2], None, {}, "x", {1: 2})},
-    "tensor missing": ((*MODEL, "fine.weight"), DELETE, "as model, found none named fine.weight"),
+    "tensor missing": ((*MODEL, "head.fine.weight"), DELETE, "as model, found none named fine.weight"),
     "tensor too many": ((*MODEL, "more"), torch.ones(1), "as model, found one named more"),
-    "tensor of another shape": ((*MODEL, "fine.weight"), lambda t: t[:2], "as model.fine.weight, found a tensor"),
+    "tensor of another shape": ((*MODEL, "head.fine.weight"), lambda t: t[:2],
+                                "as model.head.fine.weight, found a tensor"),
     "tensor transposed": ((*MODEL, WEIGHT), lambda t: t.flatten(), "expected a tensor of float32"),
     "tensor whole": ((*MODEL, WEIGHT), lambda t: t.long(), "expected a tensor of float32"),
     "tensor complex": ((*MODEL, WEIGHT), lambda t: t.to(torch.complex64), "expected a tensor of real numbers"),
@@ -185,9 +185,9 @@ def test_resume_passes_over_a_wrong_snapshot_and_says_so(sound, files, capsys, w
     place, value, message = WRONG[what]
     files["CS_scenes_7.pth"] = change(sound, place, value)
     with pytest.raises(UserError, match=message):
-        train.find_snapshot("newest", "folder", None)
+        resume.find_snapshot("newest", "folder", read_snapshot)
     files["CS_scenes_6.pth"] = sound | {"step": 6}
-    assert train.find_snapshot("newest", "folder", None).step == 6
+    assert resume.find_snapshot("newest", "folder", read_snapshot).step == 6
     said = capsys.readouterr().out
     assert said.startswith("CS_scenes_7.pth: ") and said.endswith("; taking the snapshot before it\n")
 
@@ -198,9 +198,9 @@ def test_what_only_a_resumed_run_misses(sound, files, what):
     files["CS_scenes_7.pth"] = change(sound, place, value)
     assert read_snapshot("CS_scenes_7.pth").step == 7
     with pytest.raises(UserError, match=message):
-        train.find_snapshot("CS_scenes_7.pth", "folder", None)
+        resume.find_snapshot("CS_scenes_7.pth", "folder", read_snapshot)
     files["CS_scenes_6.pth"] = sound | {"step": 6}
-    assert train.find_snapshot("newest", "folder", None).step == 6
+    assert resume.find_snapshot("newest", "folder", read_snapshot).step == 6
 
 
 def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
@@ -212,19 +212,19 @@ def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
     assert config.samples is None and ClassTable(config.classes).num_classes == 3
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 65, 65))["fine"].shape == (1, 3, 9, 9)
-    found = train.find_snapshot(path, tmp_path, None)
+    found = resume.find_snapshot(path, tmp_path, read_snapshot)
     assert set(resumed(found, build_network(**found.config.network))) == {"momentum_buffer"}
     account = load_weights(build_network("acfnet_resnet", 5, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and account.family == "ours"
 
 
 def resumed(found, network):
-    """`train.resume` into a network and a new optimiser; returns the state of its first parameter."""
+    """`resume.restore` into a network and a new optimiser; returns the state of its first parameter."""
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.5)
     engine = SimpleNamespace(network=network, optimizer=optimizer, precision=Precision("off", torch.device("cpu")),
-                             devices=[torch.device("cpu")], processes=None)
+                             devices=[torch.device("cpu")], processes=None, average=None)
     random.seed(1), np.random.seed(1)
-    assert train.resume(found, engine) == found.step
+    resume.restore(found, engine)
     return optimizer.state_dict()["state"].get(0, {})
 
 
@@ -234,8 +234,8 @@ def test_momentum_and_decay_of_a_resumed_run_are_those_of_its_flags(sound, files
     found = read_snapshot("CS_scenes_7.pth", resuming=True)
     network = build_network(**found.config.network)
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.5, weight_decay=0.25)
-    train.resume(found, SimpleNamespace(network=network, optimizer=optimizer, processes=None, devices=[],
-                                        precision=Precision("off", torch.device("cpu"))))
+    resume.restore(found, SimpleNamespace(network=network, optimizer=optimizer, processes=None, devices=[],
+                                          average=None, precision=Precision("off", torch.device("cpu"))))
     group, = optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
     for number, parameter in enumerate(network.parameters()):
@@ -320,16 +320,16 @@ def test_a_list_that_was_moved_is_the_same_and_a_shorter_one_is_not(streets, tmp
 
 def test_resume_notices_a_changed_list_and_takes_a_moved_one(sound, files):
     def config(count, sha256, **arguments):
-        names = (*train.SAME_RUN, *train.NEW_COURSE, "data_list")
-        return train.Config({}, None, [], (), dict.fromkeys(names) | arguments, {"count": count, "sha256": sha256})
+        names = (*resume.SAME_RUN, *resume.NEW_COURSE, "data_list")
+        return Config({}, None, [], (), dict.fromkeys(names) | arguments, {"count": count, "sha256": sha256})
 
-    train.compare("x.pth", config(9, "a", data_list=["old.txt"]), config(9, "a", data_list=["new.txt"]))
+    resume.compare("x.pth", config(9, "a", data_list=["old.txt"]), config(9, "a", data_list=["new.txt"]))
     with pytest.raises(UserError, match="x.pth: expected a run on the 8 pairs .* of --data-list, found one on 9"):
-        train.compare("x.pth", config(9, "a", data_list=["l"]), config(8, "b", data_list=["l"]))
+        resume.compare("x.pth", config(9, "a", data_list=["l"]), config(8, "b", data_list=["l"]))
     old = config(9, "a", data_list=["old.txt"])
     old.samples = None      # as snapshots of before have it: names are all there is to compare
     with pytest.raises(UserError, match=r"expected a run with --data-list \['new.txt'\], found \['old.txt'\]"):
-        train.compare("x.pth", old, config(9, "a", data_list=["new.txt"]))
+        resume.compare("x.pth", old, config(9, "a", data_list=["new.txt"]))
 
 
 def test_classes_of_one_name_are_refused():

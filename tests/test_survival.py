@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 import train
+from networks import BACKBONES
 from tests.conftest import ROOT, SMALL, finish, read_until, start
 from tests.crash import same
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
@@ -444,24 +445,24 @@ def test_a_closed_terminal_saves_and_ends(streets, tmp_path):
     assert checkpoint.load(path)["step"] == step
 
 
-def test_the_sentence_about_memory_builds_nothing(monkeypatch):
+def test_the_sentence_about_memory_builds_nothing():
     """It is said when the memory has run out, and in one of several processes, where norms would wait for others."""
-    monkeypatch.setattr(train, "build_network", None)
-    parse = train.get_parser().parse_args
-    for more, figure in ((["--backbone", "eca_resnet101"], r"about \d+\.\d GB for .*--checkpoint full \d+\.\d GB"),
-                         (["--backbone", "eca_resnet152"],
-                          "most of the memory .*--checkpoint light, --checkpoint full, --accumulate 2 half as much"),
-                         (["--amp", "apex", "--backbone", "resnet18"], "most of the memory")):
-        args = parse(["--data-dir", "x", "--amp", "bf16", *more])
-        error = train.explain("CUDA out of memory. Tried to allocate 2 GiB", args, crops=4)
+    for backbone, amp, figure in (
+            ("eca_resnet101", "bf16", r"about \d+\.\d GB for .*--recompute full \d+\.\d GB"),
+            ("eca_resnet152", "bf16",
+             "most of the memory .*--recompute light, --recompute full, --accumulate 2 half as much"),
+            ("resnet18", "apex", "most of the memory")):
+        error = memory.too_little("CUDA out of memory. Tried to allocate 2 GiB", crops=4, input_size=(769, 769),
+                                  accumulate=1, recompute="none", amp=amp, model="acfnet", backbone=backbone,
+                                  recompute_choices=BACKBONES[backbone].recompute_choices(), norm="inplace_abn")
         assert re.match(f"out of memory: expected room for 4 crops of 769×769 .*{figure}", str(error)), str(error)
     assert memory.ran_out(MemoryError()) and memory.ran_out(RuntimeError("[enforce fail] can't allocate memory"))
     assert not memory.ran_out(RuntimeError("a bug"))
 
 
 def test_compiled_code_cannot_recompute_in_full(streets, tmp_path):
-    with pytest.raises(UserError, match="--compile: expected --checkpoint none or light with it, found full"):
-        train.main(words(streets, tmp_path / "s", "--compile", "--checkpoint", "full"))
+    with pytest.raises(UserError, match="--compile: expected --recompute none or light with it, found full"):
+        train.main(words(streets, tmp_path / "s", "--compile", "--recompute", "full"))
     assert not (tmp_path / "s").exists()
 
 
@@ -478,7 +479,7 @@ def test_too_little_memory_names_the_flags_that_help(streets, tmp_path):
     status, _, error = finish(start("-c", code))
     assert status == 2, error
     assert "out of memory: expected room for 4 crops of 513×513 on a device, which keep about" in error
-    assert "--checkpoint light" not in error        # there is none for 18 layers
-    for flag in ("--amp bf16", "--checkpoint full", "--accumulate 2", "--input-size"):
+    assert "--recompute light" not in error        # there is none for 18 layers
+    for flag in ("--amp bf16", "--recompute full", "--accumulate 2", "--input-size"):
         assert flag in error
     assert "Traceback" not in error

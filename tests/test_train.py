@@ -20,7 +20,7 @@ from tests.conftest import SMALL, finish, start
 from utils import checkpoint
 from utils.cli import UserError
 from utils.engine import NetworkWithLoss, NotFinite
-from utils.inference import Normalization
+from utils.normalization import Normalization
 
 
 def run(streets, folder, *words, steps=3):
@@ -263,9 +263,9 @@ def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path,
 
 def test_light_recomputation_is_refused_where_it_does_nothing(streets, tmp_path):
     for backbone in ("resnet18", "eca_resnet34"):
-        with pytest.raises(UserError, match=f"--checkpoint light: expected a backbone of at least 50 layers, found "
-                                            f"{backbone}, .* --checkpoint full works there"):
-            run(streets, tmp_path / "s", "--backbone", backbone, "--checkpoint", "light")
+        with pytest.raises(UserError, match=f"--recompute light: expected a backbone of at least 50 layers, found "
+                                            f"{backbone}, .* --recompute full works there"):
+            run(streets, tmp_path / "s", "--backbone", backbone, "--recompute", "light")
         with pytest.raises(ValueError, match="recompute light: expected a backbone of bottlenecks"):
             build_backbone(backbone, recompute="light")
     assert not (tmp_path / "s").exists()

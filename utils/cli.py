@@ -248,6 +248,21 @@ def kernels(text):
     return tuple(map(int, values))
 
 
+def words(text):
+    """Flag type: "a,b,..." → a tuple of words."""
+    return tuple(filter(None, text.split(",")))
+
+
+def named_numbers(text):
+    """Flag type: "a=1,b=0.5" → {name: number of at least 0}, not all 0."""
+    parts = [part.partition("=") for part in text.split(",")]
+    values = {name: not_negative(float)(value) for name, _, value in parts if name and value}
+    if len(values) != len(parts) or not any(values.values()):
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER,..., such as fine=0.7,coarse=0.6,aux=0.4, found "
+                                         f"{_shortened(text)}")
+    return values
+
+
 # Beyond these no flag means anything: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.
 LARGEST = {int: 2 ** 31 - 1, float: 1e30}
 

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from .cli import UserError, deaf_for_a_second
 from .driver import unusable_gpu
+from .precision import exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
 
 
@@ -59,17 +61,17 @@ class Processes:
         dist.all_gather(gathered, tensor.contiguous(), group=self.group)
         return gathered
 
-    def total(self, tensor):
-        """Sum a tensor over all processes."""
+    def all_reduce(self, tensor):
+        """The sum of a tensor over all processes."""
         tensor = tensor.clone()
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def wait(self):
+    def barrier(self):
         """Until all have come here."""
         dist.barrier(self.group)
 
-    def first(self, value):
+    def broadcast(self, value):
         """A plain value of the first process, for all."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
@@ -82,7 +84,7 @@ class Processes:
         return gathered
 
 
-def find_parts(group=None):
+def find_peers(group=None):
     """`Replicas` or `Processes` that share a batch with the caller; None if it is alone.
 
     group: process group, None for the default one.
@@ -98,6 +100,41 @@ def find_parts(group=None):
 def rank_and_size(processes):
     """Of this process among those of the run, `Processes` or None: (0, 1) if it is alone."""
     return (0, 1) if processes is None else (processes.rank, processes.size)
+
+
+def by_the_first(processes, make):
+    """What `make()` returns in the first process, for all: a plain value. processes: `Processes`, or None."""
+    if processes is None:
+        return make()
+    return processes.broadcast(make() if processes.rank == 0 else None)
+
+
+def share_batches(module, devices, processes):
+    """Wrap a module so that processes, or several devices of this one, share each batch."""
+    if processes is not None:
+        print(f"{processes.size} processes share each batch, and the statistics of its norms")
+        return DistributedDataParallel(module, forward_sync_buffers=False)  # norms keep the same ones in all
+    if len(devices) > 1:
+        print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
+        return DataParallel(module, device_ids=devices)
+    return module
+
+
+def prepare_device(device, channels_last, amp):
+    """Set what a process that trains sets for its device, and say what was not asked for.
+
+    channels_last: whether feature maps have their channels innermost; None for what suits the device. Returns it.
+    """
+    on_gpu = device.type == "cuda"
+    if channels_last is None:
+        channels_last = on_gpu
+        print("--channels-last: the default on a GPU, whose convolutions are made for it" if on_gpu else
+              "--no-channels-last: the default on a CPU, where it makes no difference")
+    if on_gpu:
+        torch.cuda.set_device(device)               # for the thread that pins memory, too
+        torch.backends.cudnn.benchmark = True       # crops are of one size, for which it finds the fastest kernels
+    exact_float32(amp, device)
+    return channels_last
 
 
 def share_items(dataset, processes):

@@ -45,11 +45,9 @@ class NetworkWithLoss(nn.Module):
         self.normalization, self.autocast = normalization, autocast
 
     def forward(self, images, labels):
-        """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) int64 of T terms."""
+        """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) of T terms."""
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            # Only the ablation with centers from the truth looks at the labels.
-            truth = (labels,) if getattr(self.network, "true_centers", False) else ()
-            outputs = self.network(self.normalization(images), *truth)
+            outputs = self.network(self.normalization(images))
         sums = self.criterion.sums(outputs, labels)
         return (torch.stack([total for total, _ in sums.values()])[None],
                 torch.stack([count for _, count in sums.values()])[None])
@@ -60,25 +58,26 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
 
     Each term is divided by the pixels of the whole batch. If that goes through in several parts, one after the
     other, this is the share of one of them: the terms of all parts add up to those of the batch. Which pixels OHEM
-    picks elsewhere is not known yet, so its term is then the mean over the parts.
+    keeps elsewhere is not known yet, so its term is then the mean over the parts.
 
     Args:
         module: `NetworkWithLoss`, perhaps wrapped. The criterion has a weight for each head, and no other.
         processes: those that share the batch, or None.
-        labelled: labelled pixels of the whole batch, all parts and processes; needed with several parts.
+        labelled: what all labelled pixels of the whole batch, all parts and processes, count for; needed with several
+            parts.
         parts: their number.
 
     Returns:
-        (loss, shares): the loss to differentiate, and what this process adds to each term, (T,).
+        (loss, added): the loss to differentiate, and what these images add to each term, (T,).
     """
     sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
     world = 1
     if processes is not None:
-        counts, world = processes.total(counts), processes.size
+        counts, world = processes.all_reduce(counts), processes.size
     if parts > 1:
-        counts = torch.stack([count * parts if criterion.picks(name) else labelled
+        counts = torch.stack([count * parts if criterion.counts_hardest_only(name) else labelled
                               for name, count in zip(criterion.weights, counts, strict=True)])
-    terms = sums / counts.clamp(min=1)
+    terms = sums / counts.where(counts > 0, 1)
     # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
     loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
     return loss, terms.detach()
@@ -126,16 +125,22 @@ class Engine:
         devices: those this process uses; the first one takes the batches.
         processes: `Processes` that share each batch, or None.
         memory_format: of images.
+        frozen: modules of the network that do not learn, and whose norms keep their statistics.
+        clip_gradient: the most that the norm of all gradients may be, or None.
+        average: of the weights (`optimization.average_of_weights`), or None.
 
     `skipped` counts the steps that were left out because gradients overflowed in half precision.
     """
 
     def __init__(self, module, network, criterion, optimizer, precision, devices, processes=None,
-                 memory_format=torch.contiguous_format):
+                 memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, average=None):
         self.module, self.network, self.criterion = module, network, criterion
         self.optimizer, self.precision = optimizer, precision
         self.devices, self.processes = devices, processes
         self.memory_format = memory_format
+        self.frozen, self.clip_gradient, self.average = frozen, clip_gradient, average
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the rate that a schedule multiplies
         self.skipped = 0
         self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
         for layer in network.modules():
@@ -146,13 +151,24 @@ class Engine:
             kinds[buffer.dtype].append(buffer)
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in kinds.values()]
 
-    def step(self, batches, rate, asked=False):
+    def train_mode(self):
+        """Put the network into training mode, but for what is frozen."""
+        self.network.train()
+        for module in self.frozen:
+            module.eval()
+
+    @property
+    def scored_network(self):
+        """The network whose results count: with the average of the weights, where there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def step(self, batches, factor=1.0, asked=False):
         """Learn from one batch. The host waits for the device once, when everything but the update is queued.
 
         Args:
             batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of this
                 process.
-            rate: learning rate.
+            factor: by which the rate of each parameter group is multiplied.
             asked: whether this process was asked to stop.
 
         Returns:
@@ -168,14 +184,14 @@ class Engine:
         parts = [self._place(batch) for batch in batches]
         labelled = self._labelled([labels for _, labels in parts]) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
-        shares = 0.0
+        terms = 0.0
         for number, (images, labels) in enumerate(parts, 1):
             with self._exchange_gradients(number == len(parts)):
-                loss, share = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
+                loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
                                         len(parts))
                 self.precision.backward(loss, self.optimizer)
-            shares = shares + share
-        terms, asked = self._read(shares, asked)
+            terms = terms + added
+        terms, asked = self._read(terms, asked)
         if not all(map(math.isfinite, terms.values())):
             error = NotFinite(terms)
             if error.what == "loss" or not self.precision.skips_overflow():
@@ -184,24 +200,28 @@ class Engine:
             self.skipped += 1
             terms["gradient_norm"] = None
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = factor * group["initial_lr"]
+        if self.clip_gradient is not None and (terms["gradient_norm"] or 0) > self.clip_gradient:
+            torch._foreach_mul_(self.precision.gradients(self.optimizer), self.clip_gradient / terms["gradient_norm"])
         self.precision.step(self.optimizer)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         return terms, asked
 
     def weight_norm(self):
         """The Euclidean norm of all weights: float."""
         return float(total_norm([weight.detach() for weight in self.network.parameters()]))
 
-    def _read(self, shares, asked):
+    def _read(self, terms, asked):
         """Everything the host wants to know of a step, over all processes, in one exchange and one copy.
 
-        shares (T,) of the terms → ({name: float} with `gradient_norm`, whether any process was asked to stop).
+        terms (T,), what this process adds → ({name: float} with `gradient_norm`, whether any was asked to stop).
         """
         norm = self.precision.gradient_norm(self.optimizer)
-        values = torch.cat([shares.double(), norm.double()[None], torch.full_like(norm[None], asked).double()])
+        values = torch.cat([terms.double(), norm.double()[None], torch.full_like(norm[None], asked).double()])
         world = 1
         if self.processes is not None:
-            values, world = self.processes.total(values), self.processes.size
+            values, world = self.processes.all_reduce(values), self.processes.size
         *terms, norm, asked = values.tolist()
         # The gradients, and so their norm, are the same in all processes; the sum keeps what is not finite anywhere.
         return dict(zip(self.criterion.weights, terms, strict=True)) | {"gradient_norm": norm / world}, asked > 0
@@ -215,9 +235,9 @@ class Engine:
                 batch["label"].to(self.devices[0], non_blocking=True))
 
     def _labelled(self, labels):
-        """Labelled pixels of all parts, and processes: scalar tensor."""
-        count = sum((part != self.criterion.ignore_index).sum() for part in labels)
-        return count if self.processes is None else self.processes.total(count)
+        """What the labelled pixels of all parts, and processes, count for: scalar tensor."""
+        count = sum(self.criterion.labelled(part) for part in labels)
+        return count if self.processes is None else self.processes.all_reduce(count)
 
     def _exchange_gradients(self, last):
         """Processes add up their gradients in the last part only."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .cli import UserError
+
 try:
     import resource
 except ImportError:     # not on Windows
@@ -56,6 +58,37 @@ def explained(work, explain):
             raise
         found = (str(error).strip() or "no memory left").splitlines()[0][:160]
     raise explain(found)        # outside of the block above: its traceback holds the memory that ran out
+
+
+def too_little(found, *, crops, input_size, accumulate, recompute, recompute_choices, amp, model, backbone, norm):
+    """The `UserError` for too little memory in training.
+
+    Args:
+        found: the error's first words.
+        crops: of a pass on one device, input_size (height, width) each.
+        accumulate: parts of a batch.
+        recompute_choices: what `recompute` could be, from none to the most.
+        model, backbone, norm, recompute, amp: as for `bytes_a_pixel`.
+    """
+    pixels = input_size[0] * input_size[1]
+
+    def kept(recompute, amp, parts=1):
+        """" 1.2 GB", or nothing for a network that nobody has counted."""
+        size = bytes_a_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
+        return f" {size * crops * pixels / parts / 1e9:.1f} GB" if size else ""
+
+    now = kept(recompute, amp)
+    more = recompute_choices[recompute_choices.index(recompute) + 1:] if recompute in recompute_choices else ()
+    choices = [f"--recompute {kind}{kept(kind, amp)}" for kind in more]
+    if amp == "off":
+        choices.insert(0, f"--amp bf16{kept(recompute, 'bf16')}")
+    if crops > 1:
+        choices.append(f"--accumulate {2 * accumulate}{kept(recompute, amp, 2) or ' half as much'}")
+    choices.append("a smaller --input-size less in proportion to its pixels")
+    what = f"about{now}" if now else "most of the memory"
+    return UserError(f"out of memory: expected room for {crops} crops of {input_size[0]}×{input_size[1]} on a device, "
+                     f"which keep {what} for the backward pass besides the weights, found: {found}; what helps, and "
+                     f"what it would keep: {', '.join(choices)}")
 
 
 def free_bytes(device):

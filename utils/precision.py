@@ -45,10 +45,14 @@ class Precision:
         else:
             self.scaler.scale(loss).backward()
 
+    @staticmethod
+    def gradients(optimizer):
+        """The gradients that a step will use, times the scale: a list of tensors."""
+        return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
     def gradient_norm(self, optimizer):
         """The Euclidean norm of all gradients, which stay as they are, without the scale: scalar tensor."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = total_norm(gradients)
+        norm = total_norm(self.gradients(optimizer))
         return norm / self.scaler.scale(torch.ones_like(norm))
 
     def skips_overflow(self):

@@ -10,7 +10,7 @@ import torch
 
 from . import checkpoint
 from .cli import LONGEST_SIDE, UserError
-from .inference import Normalization
+from .normalization import Normalization
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MISSING = object()
@@ -51,20 +51,22 @@ class Snapshot:
         path: of the file, for messages.
         model: names → tensors; names, shapes and kinds are those of the network that `config` describes.
         step: steps done.
-        momentum: {number of the parameter: tensor of its shape}, or None without an optimiser.
+        optimizer: {number of the parameter: {name: tensor}}, its state, or None without an optimiser.
         scaler: state of the loss scale; empty without one.
         rng: states of the random generators (`checkpoint.random_state`) of every process, or None.
         quick_mean_iou: result of the quick validation, in the best snapshot alone.
+        average: the moving average of the weights, as `model`, or None.
     """
 
     path: str
     model: dict
     step: int
     config: Config
-    momentum: dict | None
+    optimizer: dict | None
     scaler: dict
     rng: list | None
     quick_mean_iou: float | None
+    average: dict | None = None
 
 
 def parse(path, content, build, resuming=False):
@@ -93,14 +95,14 @@ def parse(path, content, build, resuming=False):
     except (ValueError, TypeError) as error:        # the latter: an argument that there is not
         raise UserError(f"{path}: config.network.{error}") from None
     model = root["model"].tensors(network.state_dict())
-    parameters = list(network.parameters())
-    present = {name: name in content for name in ("optimizer", "scaler", "rng", "quick_mean_iou")}
+    present = {name: name in content for name in ("optimizer", "scaler", "rng", "quick_mean_iou", "average")}
     present["quick_mean_iou"] |= Path(path).name == checkpoint.BEST
     return Snapshot(str(path), model, step, config,
-                    _momentum(root["optimizer"], parameters) if present["optimizer"] else None,
+                    _optimizer(root["optimizer"], network, config) if present["optimizer"] else None,
                     _scaler(root["scaler"]) if present["scaler"] else {},
                     _generators(root["rng"]) if present["rng"] else None,
-                    root["quick_mean_iou"].number(0, 1) if present["quick_mean_iou"] else None)
+                    root["quick_mean_iou"].number(0, 1) if present["quick_mean_iou"] else None,
+                    root["average"].tensors(network.state_dict()) if present["average"] else None)
 
 
 class Field:
@@ -237,19 +239,43 @@ def _config(field, resuming):
                   samples)
 
 
-def _momentum(field, parameters):
-    """{number of the parameter: its momentum}, of the state of `torch.optim.SGD`."""
+# What the optimisers keep of every parameter; "step" is a number as a tensor, all else has the parameter's shape.
+OPTIMIZER_STATE = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+
+
+def _optimizer(field, network, config):
+    """{number of the parameter: {name: tensor}}, of the state of PyTorch's optimisers."""
     field.table()
+    parameters, arguments = list(network.parameters()), config.arguments or {}
     groups = field["param_groups"].fields()
     numbers = [number.whole(0) for group in groups if group.table() for number in group["params"].fields()]
     field["param_groups"].need(numbers == list(range(len(parameters))),
                                f"groups of the network's {len(parameters)} parameters",
                                f"{len(groups)} groups of {len(numbers)} parameters")
+    frozen = {parameter for module in _frozen(Field(field.path, "config.arguments.freeze", arguments.get("freeze")),
+                                              network) for parameter in module.parameters()}
+    learning = {number for number, parameter in enumerate(parameters) if parameter not in frozen}
     state = field["state"].need(isinstance(field["state"].value, dict), "a dict")
-    field["state"].need(not state or state.keys() == set(numbers), "the state of every parameter or of none")
-    entries = {number: field["state"][number] for number in state}
-    return {number: entry["momentum_buffer"].tensor(parameters[number]) for number, entry in entries.items()
-            if entry.table().get("momentum_buffer") is not None}
+    field["state"].need(not state or state.keys() == learning, "the state of every parameter that learns, or of none")
+    kind = Field(field.path, "config.arguments.optimizer", arguments.get("optimizer", "sgd"))
+    kept = OPTIMIZER_STATE[kind.text(*OPTIMIZER_STATE)]
+    entries, scalar = {}, torch.zeros(())
+    for number in state:
+        entry = field["state"][number]
+        if any(entry.table().get(name) is not None for name in kept):
+            entries[number] = {name: entry[name].tensor(scalar if name == "step" else parameters[number])
+                               for name in kept}
+    return entries
+
+
+def _frozen(field, network):
+    """The modules that a run did not train."""
+    if field.value is None:
+        return []
+    try:
+        return network.backbone.first_stages([name.text() for name in field.fields()])
+    except ValueError as error:
+        raise UserError(f"{field.path}: {field.name}: {error}") from None
 
 
 def _scaler(field):

@@ -1,10 +1,19 @@
-"""Bilinear upsampling with aligned corners as what it is: a product with a matrix from each side."""
+"""Bilinear upsampling with aligned corners; on a GPU as what it is, a product with a matrix from each side."""
 
 import functools
 
 import torch
+import torch.nn.functional as F
 
-from .precision import without_autocast
+from .precision import at_least_float32, without_autocast
+
+
+def upsample(logits, size):
+    """Logits (B, N, h, w) → (B, N, *size) in at least float32, bilinear with aligned corners."""
+    logits = at_least_float32(logits)
+    if logits.is_cuda:
+        return upsample_by_products(logits, size)
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,112 +12,154 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch.utils.data import DataLoader
 
+import train
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
-from dataset.sampling import EpochSampler
 from dataset.transforms import train_transform
 from libs.convert import fold_norms
-from loss.criterion import WEIGHTS, SegmentationCriterion
-from networks import build_network
+from loss.criterion import SegmentationCriterion
+from networks import MODELS, build_network
+from networks.acf import ACFHead
+from networks.acfnet import SegmentationNet
 from networks.pretrained import choose_backbone, load_weights, read_weights
-from train import poly_rate
 from utils import checkpoint, cli, visualize
 from utils.distributed import select_devices
-from utils.engine import Engine, NetworkWithLoss
 from utils.inference import SlidingPredictor, score
 from utils.logger import progress, read_lines
-from utils.precision import AUTOCAST, Precision, best_precision
+from utils.optimization import PolySchedule, make_optimizer
+from utils.precision import AUTOCAST, Precision, at_least_float32, best_precision, without_autocast
 
 VARIANTS = {        # model, ablations
-    "base": ("base", ()),
-    "base, fine 1.3": ("base", ()),     # its head counts as much as both heads of ACFNet
+    "base, fine 0.7": ("base", ()),     # its only head weighs as much as the fine one of ACFNet alone
+    "base": ("base", ()),               # as both heads of ACFNet
     "acfnet_resnet": ("acfnet_resnet", ()),
     "acfnet": ("acfnet", ()),
     "acfnet_resnet, no term": ("acfnet_resnet", ()),        # fine is a second plain classifier of F; all else equal
     "acfnet_resnet, norms": ("acfnet_resnet", ("norms",)),
     "acfnet_resnet, norms and fusion": ("acfnet_resnet", ("norms", "fusion")),
-    "acfnet_resnet, true centers": ("acfnet_resnet", ("true_centers",)),
+    "acfnet_resnet, true centers": ("acfnet_resnet", ()),   # class centers from the truth, as an upper bound
 }
-BASES = ("base, fine 1.3", "base")
+BASES = ("base", "base, fine 0.7")
+FROZEN = ("stem", "1", "2")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}        # Student's t, 95 %, by number of seeds
 
 
-class WithTruth(SlidingPredictor):
-    """Takes the truth as a fourth channel of the image."""
+def true_logits(labels, num_classes, size, dtype=torch.float32):
+    """Labels (B, H, W), any other value than a class ignored → logits (B, N, *size) whose softmax they are.
+
+    An ignored pixel belongs to all classes alike.
+    """
+    labels = torch.nn.functional.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+    known = labels < num_classes
+    chosen = torch.nn.functional.one_hot(labels.where(known, 0), num_classes) * known[..., None]      # (B, h, w, N)
+    return 50 * chosen.permute(0, 3, 1, 2).to(dtype)
+
+
+class TrueCentersHead(ACFHead):
+    """The ACF head with class centers from `truth`, labels (B, H, W); attention to them is as ever."""
+
+    truth = None
+
+    def forward(self, features):
+        coarse = self.coarse(self.dropout(features))
+        truth = true_logits(self.truth, coarse.shape[1], coarse.shape[2:], at_least_float32(coarse).dtype)
+        centers = self.acf.class_centers(features, truth)
+        with without_autocast(features):
+            attended = self.acf.cab(centers, at_least_float32(coarse)).to(features.dtype)
+        return {"fine": self.fine(self.dropout(torch.cat([attended, features], dim=1))), "coarse": coarse}
+
+
+class TrueCentersNet(SegmentationNet):
+    """Takes images (B, 4, H, W), whose last channel is the truth."""
+
+    def forward(self, images):
+        self.head.truth = images[:, 3].round()
+        return super().forward(images[:, :3])
+
+
+class WithTruth(CityscapesDataset):
+    """Items whose image has the truth as a fourth channel."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item | {"image": torch.cat([item["image"], item["label"][None].to(torch.uint8)])}
+
+
+class PredictorWithTruth(SlidingPredictor):
+    """Takes images of four channels."""
 
     def checked(self, image):
         return image
 
 
-def validate(network, items, classes, normalization, args, device, autocast):
-    """{head: mean IoU}; the ablation with true centers is shown the truth, as a fourth channel of the image."""
-    forward, prepare = network.eval(), normalization
-    if getattr(network, "true_centers", False):
-        items = ({**item, "image": torch.cat([item["image"], item["label"][None].to(torch.uint8)])} for item in items)
-
-        def forward(pixels):
-            return network(pixels[:, :3], pixels[:, 3].round())
-
-        def prepare(pixels):
-            return torch.cat([normalization(pixels[:, :3]), pixels[:, 3:].float()], dim=1)
-    else:
-        forward = fold_norms(network).to(memory_format=torch.channels_last)
-    kind = WithTruth if prepare is not normalization else SlidingPredictor
-    predictor = kind(forward, args.size, normalization=prepare, device=device, autocast=autocast,
-                     memory_format=torch.channels_last)
-    scores = score(predictor, items, classes.num_classes, IGNORE_INDEX)["single_scale"]
-    return {head: matrix.mean_iou() for head, matrix in scores.items()}
+def make_network(variant, num_classes, weights):
+    """The network of a variant, with its pretrained backbone."""
+    model, ablations = VARIANTS[variant]
+    network = build_network(model, num_classes, norm="bn", activation="relu", ablations=ablations,
+                            **choose_backbone(weights))
+    if variant.endswith("true centers"):
+        coarse = network.head.coarse
+        head = TrueCentersHead(coarse.in_channels, num_classes, coarse.in_channels)
+        network = TrueCentersNet(network.backbone, network.context, head, network.aux)
+    load_weights(network, weights)
+    if variant.endswith("no term"):
+        for parameter in network.head.acf.requires_grad_(False).cab.parameters():
+            torch.nn.init.zeros_(parameter)
+    return network
 
 
 def run(variant, seed, args, weights, device):
     """Train one network; a line of results every third of the steps, from every fourth image but for the last."""
-    model, ablations = VARIANTS[variant]
     torch.manual_seed(seed)
     classes = ClassTable.read(args.data / "classes.csv")
-    network = build_network(model, classes.num_classes, norm="bn", activation="relu", ablations=ablations,
-                            **choose_backbone(weights))
-    load_weights(network, weights)
-    if variant.endswith("no term"):
-        for parameter in network.acf.requires_grad_(False).cab.parameters():
-            torch.nn.init.zeros_(parameter)
-    network.to(device, memory_format=torch.channels_last)
-    frozen = [network.backbone.conv1, network.backbone.bn1, network.backbone.layer1, network.backbone.layer2]
-    for module in frozen:
-        module.requires_grad_(False)
-    amp = args.amp or best_precision(device)
+    network = make_network(variant, classes.num_classes, weights).to(device, memory_format=torch.channels_last)
+    amp, normalization, kind, predictor_kind = (args.amp or best_precision(device), weights.normalization,
+                                                CityscapesDataset, SlidingPredictor)
+    if variant.endswith("true centers"):
+        kind, predictor_kind = WithTruth, PredictorWithTruth
+
+        def normalization(pixels):
+            return torch.cat([weights.normalization(pixels[:, :3]), pixels[:, 3:].float()], dim=1)
     precision = Precision(amp, device)
-    criterion = SegmentationCriterion({head: WEIGHTS[head] for head in WEIGHTS if hasattr(network, head)}
-                                      | ({"fine": 1.3} if variant.endswith("fine 1.3") else {}))
-    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], args.learning_rate, 0.9,
-                                weight_decay=1e-4)
-    engine = Engine(NetworkWithLoss(network, criterion, weights.normalization, precision.autocast), network, criterion,
-                    optimizer, precision, [device], memory_format=torch.channels_last)
-    data = CityscapesDataset(args.data, data_list=args.data / "train.lst", classes=classes, seed=seed,
-                             transform=train_transform(args.size))
-    val = CityscapesDataset(args.data, data_list=args.data / "val.lst", classes=classes)
-    sampler = EpochSampler(len(data), seed, 0, args.batch_size * args.steps, args.batch_size)
-    loader = DataLoader(data, args.batch_size, sampler=sampler, num_workers=1)
-    every = max(1, args.steps // 3)
-    for step, batch in enumerate(progress(loader, f"{variant}, seed {seed}", "step", every=60), 1):
-        network.train()
-        for module in frozen:
-            module.eval()
-        terms, _ = engine.step([batch], poly_rate(args.learning_rate, step - 1, args.steps, 0.9))
-        if step % every == 0 or step == args.steps:
-            items = (val[index] for index in range(0, len(val), 1 if step == args.steps else 4))
-            scores = validate(network, items, classes, weights.normalization, args, device, AUTOCAST[amp])
-            with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"variant": variant, "seed": seed, "steps": args.steps, "step": step,
-                                       "loss": criterion.total({name: terms[name] for name in criterion.weights}),
-                                       **scores}) + "\n")
-            print(f"{variant}, seed {seed}, step {step}: "
-                  + ", ".join(f"{head} {100 * value:.2f} %" for head, value in scores.items()), flush=True)
-    checkpoint.save(args.output_dir / f"{variant}, seed {seed}.pth".replace(", ", "_").replace(" ", "_"),
-                    {"variant": variant, "model": network.state_dict()})
+    loss_weights = MODELS[VARIANTS[variant][0]].loss_weights | ({"fine": 0.7} if variant.endswith("0.7") else {})
+    engine = train.make_engine(
+        network, criterion=SegmentationCriterion(loss_weights, IGNORE_INDEX), normalization=normalization,
+        optimizer=make_optimizer(network, learning_rate=args.learning_rate), precision=precision, devices=[device],
+        memory_format=torch.channels_last, freeze=FROZEN)
+    val = kind(args.data, data_list=args.data / "val.lst", classes=classes)
+
+    def validate(step):
+        forward = network.eval() if kind is WithTruth else fold_norms(network).to(memory_format=torch.channels_last)
+        predictor = predictor_kind(forward, args.size, normalization=normalization, device=device,
+                                   autocast=AUTOCAST[amp], memory_format=torch.channels_last)
+        items = (val[index] for index in range(0, len(val), 1 if step == args.steps else 4))
+        scores = {head: matrix.mean_iou() for head, matrix in
+                  score(predictor, items, classes.num_classes, IGNORE_INDEX)["single_scale"].items()}
+        engine.train_mode()
+        with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"variant": variant, "seed": seed, "steps": args.steps, "step": step, **scores})
+                       + "\n")
+        print(f"{variant}, seed {seed}, step {step}: "
+              + ", ".join(f"{head} {100 * value:.2f} %" for head, value in scores.items()), flush=True)
+
+    def save(step, *_, **__):
+        if step == args.steps:
+            checkpoint.save(args.output_dir / f"{variant}, seed {seed}.pth".replace(", ", "_").replace(" ", "_"),
+                            {"variant": variant, "model": network.state_dict()})
+
+    training = train.Run(engine=engine, schedule=PolySchedule(args.steps), snapshots=SimpleNamespace(save=save),
+                         validate=validate, val_every=max(1, args.steps // 3))
+    data = kind(args.data, data_list=args.data / "train.lst", classes=classes, seed=seed,
+                transform=train_transform(args.size))
+    training.batches = progress(train.make_batches(data, training, seed=seed, batch_size=args.batch_size, workers=1),
+                                f"{variant}, seed {seed}", "step", every=60)
+    stopped = train.train(training)
+    if stopped:
+        raise cli.Interrupted(stopped)
 
 
 def interval(values):

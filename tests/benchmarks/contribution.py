@@ -17,18 +17,23 @@ from torch.nn import functional as F
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
 from libs.convert import fold_norms
-from loss.criterion import upsample
 from networks import build_network
-from networks.acf import mix, true_logits
 from networks.pretrained import choose_backbone, recognise
-from tests.benchmarks.camvid import interval
+from tests.benchmarks.camvid import interval, true_logits
 from utils import checkpoint, cli
 from utils.cli import UserError
 from utils.distributed import select_devices
-from utils.inference import Normalization, most_probable, window_starts
+from utils.inference import most_probable, window_starts
 from utils.logger import progress
 from utils.metrics import ConfusionMatrix
+from utils.normalization import Normalization
 from utils.precision import AUTOCAST, best_precision
+from utils.upsampling import upsample
+
+
+def mix(vectors, coarse_logits):
+    """Per-class vectors (B, N, K), coarse_logits (B, N, H, W) → their mixture by P (B, K, H, W)."""
+    return torch.einsum("bnk,bnhw->bkhw", vectors, coarse_logits.softmax(dim=1))
 
 
 def windows(item, size):
@@ -46,16 +51,18 @@ def look(network, images, device, autocast):
     pixels = Normalization()(images.to(device)).contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         features = network.context(network.backbone(pixels)[-1])
-        coarse = network.coarse(features)
+        coarse = network.head.coarse(features)
     features, coarse = features.float(), coarse.float()
-    keys = network.acf.cab.conv.out_channels
-    of_centers, of_features = network.fine.weight.split([keys, features.shape[1]], dim=1)
+    acf, fine = network.head.acf, network.head.fine
+    of_centers, of_features = fine.weight.split([acf.cab.conv.out_channels, features.shape[1]], dim=1)
 
     def matrix(center_logits=None):
         """M (B, N centers, N logits)."""
-        return network.acf.convolved_centers(features, coarse, center_logits) @ of_centers[:, :, 0, 0].T
+        centers = acf.class_centers(features, coarse if center_logits is None else center_logits)   # (B, N, C')
+        convolved = acf.cab.conv(centers.transpose(1, 2)[..., None])                                # (B, C', N, 1)
+        return (of_centers[:, :, 0, 0] @ convolved[..., 0]).transpose(1, 2)
 
-    return features, coarse, F.conv2d(features, of_features, network.fine.bias), matrix
+    return features, coarse, F.conv2d(features, of_features, fine.bias), matrix
 
 
 @torch.inference_mode()
@@ -83,7 +90,7 @@ def measure(network, data, val, every, size, device, autocast):
                             terms["own centers"] - terms["mean of training photographs"])):
             part = part - part.mean(1, keepdim=True)        # what all classes share decides nothing
             squares.setdefault(f"logits: {name}", []).append(part.square().mean())
-        for name, part in (("F", features), ("F'_a", network.acf(features, coarse))):
+        for name, part in (("F", features), ("F'_a", network.head.acf(features, coarse))):
             squares.setdefault(name, []).append(part.square().mean())
         known = labels != IGNORE_INDEX
         differ = known & (chosen["coarse"] != chosen["own centers"])
@@ -119,9 +126,9 @@ def main(argv=None):
         model = content["variant"]
         if model not in ("acfnet_resnet", "acfnet"):
             continue
-        network = build_network(model, classes.num_classes, norm="bn", activation="relu",
-                                **choose_backbone(recognise(content, str(path))))
-        network.load_state_dict(content["model"])
+        weights = recognise(content, str(path))
+        network = build_network(model, classes.num_classes, norm="bn", activation="relu", **choose_backbone(weights))
+        network.load_state_dict(weights.state)
         network = fold_norms(network).to(device, memory_format=torch.channels_last)
         found.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
     titles = "mean IoU, %, with M from", "root mean square of", "pixels, %, where coarse and fine"

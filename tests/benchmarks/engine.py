@@ -22,8 +22,8 @@ from networks import BACKBONES, build_network
 from utils import cli
 from utils.distributed import join_processes, leave_processes, own_device, select_devices, started_by_torchrun
 from utils.engine import Engine, NetworkWithLoss, compile_network
-from utils.inference import Normalization
 from utils.logger import speak_for_all
+from utils.normalization import Normalization
 from utils.precision import AUTOCAST, Precision
 
 VARIANTS = {        # amp, channels last, compile, checkpoint
@@ -70,7 +70,7 @@ def matmul_rate(device, dtype, size):
 def timed(engine, batch):
     """Seconds of a step."""
     start = time.perf_counter()
-    engine.step([batch], 1e-3)
+    engine.step([batch])
     if engine.devices[0].type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -98,7 +98,7 @@ def main():
              "label": torch.randint(19, (share, *args.size))}
     times, peaks, rates = {}, {}, {}
     with FlopCounterMode(display=False) as counter:
-        make("fp32", args, devices[:1], None).step([batch], 1e-3)
+        make("fp32", args, devices[:1], None).step([batch])
     flops = counter.get_total_flops()
     for amp in sorted({VARIANTS[variant][0] for variant in args.variants}):
         rates[amp] = matmul_rate(device, AUTOCAST[amp] or torch.float32, 8192 if device.type == "cuda" else 2048)

@@ -21,7 +21,8 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 from libs.convert import fold_norms
 from networks import build_network
 from utils.distributed import select_devices
-from utils.inference import Normalization, SlidingPredictor, window_starts
+from utils.inference import SlidingPredictor, window_starts
+from utils.normalization import Normalization
 from utils.precision import AUTOCAST
 
 SIZE, WINDOW, STRIDE_LOGITS = (1024, 2048), 769, 97

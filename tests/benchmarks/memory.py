@@ -1,6 +1,6 @@
 """Bytes a network keeps for its backward pass, by part.
 
-    python -m tests.benchmarks.memory [--backbone eca_resnet101] [--amp bf16] [--checkpoint light] [--size 257,257]
+    python -m tests.benchmarks.memory [--backbone eca_resnet101] [--amp bf16] [--recompute light] [--size 257,257]
     python -m tests.benchmarks.memory --all          every combination, as a table
     python -m tests.benchmarks.memory --write        count anew what train.py says where the memory does not suffice
 
@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs.abn import NORMS
-from networks import BACKBONES, MODELS, build_network, recompute_choices
-from networks.resnet import CHECKPOINTS
+from networks import BACKBONES, MODELS, build_network
+from networks.resnet import RECOMPUTE
 from utils import checkpoint, cli
 from utils.memory import TABLE, kept_bytes, table_key
 
@@ -46,8 +46,8 @@ class NoConvolutions(TorchDispatchMode):
 def write():
     """Count the usual networks with crops of 129×129, and write `utils.memory.TABLE`."""
     counted, images = {}, torch.randn(2, 3, 129, 129)
-    for backbone, model, norm, recompute in itertools.product(COUNTED, MODELS, NORMS, CHECKPOINTS):
-        if recompute not in recompute_choices(backbone):
+    for backbone, model, norm, recompute in itertools.product(COUNTED, MODELS, NORMS, RECOMPUTE):
+        if recompute not in BACKBONES[backbone].recompute_choices():
             continue
         with torch.device("meta"):      # drawing random weights would take longer than everything else
             network = build_network(model, backbone=backbone, norm=norm, recompute=recompute)
@@ -67,25 +67,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="none")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
     parser.add_argument("--norm", choices=("inplace_abn", "bn"), default="inplace_abn")
     parser.add_argument("--size", type=cli.size, default=(257, 257))
-    parser.add_argument("--all", action="store_true", help="every combination of --amp and --checkpoint, and --norm bn")
+    parser.add_argument("--all", action="store_true", help="every combination of --amp and --recompute, and --norm bn")
     parser.add_argument("--write", action="store_true", help="write the table in utils/")
     args = parser.parse_args()
     if args.write:
         write()
         return
     if not args.all:
-        parts, pixels = measure(args.backbone, AMP[args.amp], args.checkpoint, args.size, args.norm)
+        parts, pixels = measure(args.backbone, AMP[args.amp], args.recompute, args.size, args.norm)
         for part, size in parts.items():
             print(f"{part:<20}{size / pixels:>10.0f} bytes a pixel")
         print(f"{'all':<20}{sum(parts.values()) / pixels:>10.0f} bytes a pixel")
         return
     for amp in AMP:
-        for norm, recompute in (("bn", "none"), *(("inplace_abn", c) for c in CHECKPOINTS)):
+        for norm, recompute in (("bn", "none"), *(("inplace_abn", c) for c in RECOMPUTE)):
             parts, pixels = measure(args.backbone, AMP[amp], recompute, args.size, norm)
-            print(f"amp {amp:<5} norm {norm:<12} checkpoint {recompute:<6}"
+            print(f"amp {amp:<5} norm {norm:<12} recompute {recompute:<6}"
                   f"{sum(parts.values()) / pixels / 1000:>8.2f} KB a pixel", flush=True)
 
 

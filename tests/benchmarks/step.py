@@ -1,6 +1,6 @@
 """Peak growth of resident memory in one full training step on the CPU: what a GPU of 12 GB has to hold.
 
-    python -m tests.benchmarks.step [--size 769,769] [--batch-size 2] [--amp off] [--checkpoint none]
+    python -m tests.benchmarks.step [--size 769,769] [--batch-size 2] [--amp off] [--recompute none]
 
 The network is built first; then one step with loss and SGD, its gradients and momentum. Linux only.
 """
@@ -12,7 +12,7 @@ import torch
 
 from loss.criterion import SegmentationCriterion
 from networks import BACKBONES, build_network
-from networks.resnet import CHECKPOINTS
+from networks.resnet import RECOMPUTE
 from utils import cli
 
 
@@ -29,9 +29,9 @@ def main():
     parser.add_argument("--size", type=cli.size, default=(769, 769))
     parser.add_argument("--batch-size", type=cli.positive(int), default=2)
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="none")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
     args = parser.parse_args()
-    network = build_network(backbone=args.backbone, norm=args.norm, recompute=args.checkpoint)
+    network = build_network(backbone=args.backbone, norm=args.norm, recompute=args.recompute)
     criterion = SegmentationCriterion()
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(args.batch_size, 3, *args.size)
@@ -43,7 +43,7 @@ def main():
     criterion.total(criterion(outputs, labels)).backward()
     optimizer.step()
     print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, norm {args.norm}, "
-          f"amp {args.amp}, checkpoint {args.checkpoint}: peak growth {(memory('VmHWM') - before) / 1e9:.2f} GB, "
+          f"amp {args.amp}, checkpoint {args.recompute}: peak growth {(memory('VmHWM') - before) / 1e9:.2f} GB, "
           f"after the forward pass {(forward - before) / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s")
 
 

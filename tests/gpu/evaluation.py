@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from libs.convert import fold_norms
 from networks import build_network
-from utils.inference import Normalization, SlidingPredictor, score, window_starts
+from utils.inference import SlidingPredictor, score, window_starts
+from utils.normalization import Normalization
 from utils.precision import AUTOCAST
 
 from .rows import median_ms, near
@@ -22,8 +23,8 @@ def make_network(size=65, **shape):
     with torch.no_grad():
         for _ in range(5):
             network(torch.randn(4, 3, size, size))
-        for head in (network.fine, network.coarse):     # small at the start: every class as likely as any other
-            head.weight.mul_(200)
+        for one in (network.head.fine, network.head.coarse):    # small at the start: every class is as likely
+            one.weight.mul_(200)
     return network.eval()
 
 

@@ -14,7 +14,7 @@ from loss.criterion import WEIGHTS
 from utils.distributed import Processes
 
 from .rows import near
-from .steps import RATE, make_batch, make_engine
+from .steps import make_batch, make_engine
 
 
 def backend_of(device):
@@ -36,10 +36,10 @@ def collectives(processes, device):
     """Every exchange that the project makes."""
     values = torch.arange(5.0, device=device)
     assert torch.equal(processes.gather(values)[processes.rank], values)
-    assert torch.equal(processes.total(values), values * processes.size)
-    assert processes.first({"a": [1]}) == {"a": [1]}
+    assert torch.equal(processes.all_reduce(values), values * processes.size)
+    assert processes.broadcast({"a": [1]}) == {"a": [1]}
     assert processes.gather_objects("b") == ["b"] * processes.size
-    processes.wait()
+    processes.barrier()
     return f"{backend_of(device)}: gather, total, first, gather_objects, wait"
 
 
@@ -48,7 +48,7 @@ def step_as_without(processes, device, **shape):
     found = []
     for shared in (None, processes):
         engine = make_engine(device, processes=shared, **shape)
-        terms, _ = engine.step([make_batch(33)], RATE)
+        terms, _ = engine.step([make_batch(33)])
         found.append(([terms[head] for head in WEIGHTS],
                       torch.cat([weight.detach().flatten() for weight in engine.network.parameters()])))
     (alone, weights), (shared, same) = found
@@ -64,7 +64,7 @@ def losses_of(devices, processes, steps, size, images, **shape):
         batch = make_batch(size, seed, images)
         if processes is not None:
             batch = {key: value.chunk(processes.size)[processes.rank] for key, value in batch.items()}
-        terms, _ = engine.step([batch], RATE)
+        terms, _ = engine.step([batch])
         found.append([terms[head] for head in WEIGHTS])
     return found
 

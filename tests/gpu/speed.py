@@ -75,7 +75,7 @@ def shares(engine, batch, device):
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        engine.step([batch], RATE)
+        engine.step([batch])
         finished(device)
     spent, kernels = collections.Counter(), 0
     for event in profile.key_averages():
@@ -93,10 +93,10 @@ def measure(device, way, batch, runs, flops, rate, compiled=False, **shape):
     engine = build(device, **way, **shape)
     if compiled:
         compile_network(engine.network)
-    engine.step([batch], RATE)
+    engine.step([batch])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    found = median_ms(lambda: engine.step([batch], RATE), runs, device)
+    found = median_ms(lambda: engine.step([batch]), runs, device)
     if device.type == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return found | {"images_per_s": 1e3 * len(batch["image"]) / found["ms"],
@@ -111,7 +111,7 @@ def free(device):
 def count_flops(device, batch, **shape):
     """Multiplications and additions of a plain step; RuntimeError where it does not fit."""
     with FlopCounterMode(display=False) as counter:
-        build(device, **PLAIN, **shape).step([batch], RATE)
+        build(device, **PLAIN, **shape).step([batch])
     return counter.get_total_flops()
 
 
@@ -193,7 +193,7 @@ def compiled_as_eager(device, size, images, **shape):
         engine = make_engine(device, **shape)
         if compiled:
             compile_network(engine.network)
-        found.append([list(engine.step([make_batch(size, seed, images)], RATE)[0].values())[:-1] for seed in (0, 1)])
+        found.append([list(engine.step([make_batch(size, seed, images)])[0].values())[:-1] for seed in (0, 1)])
     plain, same = map(torch.tensor, found)
     return f"losses {near(same, plain, 1e-3, 'losses'):.1e}"
 

@@ -14,12 +14,13 @@ import train
 from dataset.labels import ClassTable
 from loss.criterion import WEIGHTS, SegmentationCriterion
 from loss.ohem import OhemCrossEntropy
-from networks import BACKBONES, build_network, recompute_choices
+from networks import BACKBONES, build_network
 from networks.pretrained import read_snapshot
+from networks.resnet import RECOMPUTE
 from tests.crash import same
-from utils import checkpoint, memory
+from utils import checkpoint, memory, resume
 from utils.engine import Engine, NetworkWithLoss, NotFinite
-from utils.inference import Normalization
+from utils.normalization import Normalization
 from utils.precision import Precision
 from utils.snapshot import Config
 
@@ -81,7 +82,7 @@ def against_float64(device, amp, layout, norm, size=97, steps=3, **shape):
     names = [name for name in weights if amp == "off" or name in ("fine.weight", "coarse.weight")]
     now = dict(engine.network.named_parameters())
     before = {name: now[name].detach().cpu().double() for name in names}
-    found = [engine.step([make_batch(size, seed)], RATE)[0] for seed in range(steps)]
+    found = [engine.step([make_batch(size, seed)])[0] for seed in range(steps)]
     loss = near(torch.tensor([[terms[head] for head in WEIGHTS] for terms in found]), expected,
                 1e-4 if amp == "off" else 2e-2, "losses")
     changes = [torch.cat([(after[name].detach().cpu().double() - before[name]).flatten() for name in names])
@@ -95,7 +96,7 @@ def recomputation(device, amp, recompute, size=97, **shape):
     found = []
     for kind in ("none", recompute):
         engine = make_engine(device, amp, dropout=True, recompute=kind, **shape)
-        terms, _ = engine.step([make_batch(size)], RATE)
+        terms, _ = engine.step([make_batch(size)])
         values = {**{f"gradient of {name}": p.grad for name, p in engine.network.named_parameters()},
                   **dict(engine.network.named_buffers())}
         found.append((list(terms.values()), values))
@@ -130,7 +131,7 @@ def spoil(engine, what):
     if what == "gradient":
         weight = engine.network.backbone.layer2[0].conv1.weight
         return weight.register_hook(lambda gradient: gradient * torch.inf)
-    return engine.network.coarse.register_forward_hook(lambda module, args, logits: logits * torch.inf)
+    return engine.network.head.coarse.register_forward_hook(lambda module, args, logits: logits * torch.inf)
 
 
 def state(engine):
@@ -141,16 +142,16 @@ def state(engine):
 def not_finite(device, what, size, **shape):
     """A step that is not finite raises, changes nothing, and the next one learns."""
     engine, batch = make_engine(device, dropout=True, **shape), make_batch(size)
-    engine.step([batch], RATE)
+    engine.step([batch])
     before, hook = state(engine), spoil(engine, what)
     try:
-        engine.step([batch], RATE)
+        engine.step([batch])
         raise AssertionError("expected NotFinite, found a step that went through")
     except NotFinite as error:
         assert error.what == what, f"expected {what}, found {error.what}"
     assert same(before, state(engine)), "expected the state before the step, found another"
     hook.remove()
-    engine.step([batch], RATE)
+    engine.step([batch])
     assert not same(before["model"], state(engine)["model"]), "expected the next step to learn, found the same weights"
     return "state equal to the bit, the next step learns"
 
@@ -159,12 +160,12 @@ def fp16_overflow(device, size, **shape):
     """fp16 leaves out a step whose gradients overflow, and halves the scale."""
     engine, batch = make_engine(device, "fp16", **shape), make_batch(size)
     for _ in range(20):         # until the first scale, 65536, fits
-        terms, _ = engine.step([batch], RATE)
+        terms, _ = engine.step([batch])
         if terms["gradient_norm"] is not None:
             break
     before, scale = state(engine), engine.precision.state_dict()["scale"]
     skipped, hook = engine.skipped, spoil(engine, "gradient")
-    terms, _ = engine.step([batch], RATE)
+    terms, _ = engine.step([batch])
     hook.remove()
     assert terms["gradient_norm"] is None and engine.skipped == skipped + 1, f"expected a step left out, found {terms}"
     assert engine.precision.state_dict()["scale"] == scale / 2
@@ -177,25 +178,25 @@ def exact_resume(device, amp, size, **shape):
     engine = make_engine(device, amp, dropout=True, **shape)
     batches = [make_batch(size, seed) for seed in range(3)]
     for batch in batches[:2]:
-        engine.step([batch], RATE)
+        engine.step([batch])
     network = SHAPE | {"norm": "inplace_abn", "activation": "leaky_relu", "ablations": [], "stem": "7x7",
                        "average_downsample": False} | shape
-    network["eca_kernels"] = list(BACKBONES[network["backbone"]]["eca_kernels"])
+    network["eca_kernels"] = list(BACKBONES[network["backbone"]].eca_kernels)
     config = Config(network, Normalization(), ClassTable.read().rows, (size, size), {
         "model": network["model"], "norm": network["norm"], "activation": "leaky_relu", "data_list": None, "split":
         "train", "input_size": [size, size], "batch_size": 4, "random_seed": 0, "random_mirror": False, "random_scale":
         None, "sampling": "uniform", "jitter": None, "learning_rate": RATE, "num_steps": 3}, {"count": 1, "sha256": ""})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, checkpoint.NAME.format(step=2))
-        checkpoint.save(path, train.snapshot(engine, 2, config))
+        checkpoint.save(path, resume.content(engine, 2, config))
         before = state(engine)
-        expected, _ = engine.step([batches[2]], RATE)
+        expected, _ = engine.step([batches[2]])
         again = make_engine(device, amp, dropout=True, **shape)
-        assert train.resume(read_snapshot(path, resuming=True), again) == 2
+        resume.restore(read_snapshot(path, resuming=True), again)
     found = state(again)
     found["optimizer"]["param_groups"] = before["optimizer"]["param_groups"]       # of this run's flags
     assert same(before, found), "expected the state that was saved, found another"
-    terms, _ = again.step([batches[2]], RATE)
+    terms, _ = again.step([batches[2]])
     assert list(terms.values())[:-1] == list(expected.values())[:-1], f"expected {expected}, found {terms}"
     return "state and the next losses equal to the bit"
 
@@ -208,10 +209,10 @@ def out_of_memory(device):
     except RuntimeError as error:
         words = str(error)
     assert memory.ran_out(words), f"expected it to be recognised, found {words[:200]}"
-    args = train.get_parser().parse_args(["--data-dir", ".", "--backbone", "eca_resnet101"])
-    args.amp = "bf16"
-    sentence = str(train.explain(words, args, 8))
-    assert sentence.startswith("out of memory: expected room for 8 crops of 769×769") and "--checkpoint" in sentence
+    sentence = str(memory.too_little(words, crops=8, input_size=(769, 769), accumulate=1, recompute="none",
+                                     recompute_choices=RECOMPUTE, amp="bf16", model="acfnet",
+                                     backbone="eca_resnet101", norm="inplace_abn"))
+    assert sentence.startswith("out of memory: expected room for 8 crops of 769×769") and "--recompute" in sentence
     return sentence[:60]
 
 
@@ -228,7 +229,7 @@ def section(rows, device, size=97, **shape):
     amps = ("off", "bf16", "fp16") if device.type == "cuda" else ("off", "bf16")
     for amp in amps:
         rows.check(f"resume, {amp}", exact_resume, device, amp, small, **shape)
-    for recompute in recompute_choices((SHAPE | shape)["backbone"])[1:]:
+    for recompute in BACKBONES[(SHAPE | shape)["backbone"]].recompute_choices()[1:]:
         for amp in amps[:2]:
             rows.check(f"recomputation {recompute}, {amp}", recomputation, device, amp, recompute, size, **shape)
     for norm in ("inplace_abn", "bn"):

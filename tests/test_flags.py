@@ -1,0 +1,105 @@
+"""Every flag changes something: what a run is made of, or whether it is refused."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+
+import train
+from libs import backend
+from utils.cli import UserError
+
+SKIPPED = (torch.Generator, type(None))
+# Flag → words that follow it. A tuple of two lists: the words before, with which alone it is compared, and its own.
+TRAIN = {
+    "ablations": "norms", "abn-backend": "torch", "accumulate": "2", "activation": (["--norm", "bn"], "relu"),
+    "allow-partial": (["--restore-from", "part.pth"], ""), "amp": "bf16", "backbone": "resnet18", "batch-size": "4",
+    "cache": "cache", "channels-last": "", "checkpoint": "full", "class-weights": "balanced", "classes": "classes.csv",
+    "clip-gradient": "1", "compile": "", "data-dir": "elsewhere", "data-list": "train.lst",
+    "downsample": "average", "eca-kernels": "3,3,3,3", "ema": "0.9", "freeze": "stem", "gpu": "7",
+    "head-lr-factor": "10", "input-size": "49,49", "jitter": "0.1,0.1,0.1,0.1", "keep": "3", "learning-rate": "0.1",
+    "log-every": "3", "loss-weights": "fine=1,coarse=1,aux=1", "model": "acfnet", "momentum": "0.5",
+    "no-channels-last": (["--channels-last"], ""), "norm": "bn", "normalization": "bgr", "num-classes": "5",
+    "num-steps": "9", "num-workers": "1", "ohem": "1", "ohem-keep": "5", "ohem-thres": "0.5",
+    "opt-level": (["--amp", "apex"], "O2"), "optimizer": "adamw", "panel-every": "3", "parallel": "none",
+    "power": "0.5", "random-mirror": "", "random-scale": "0.7,1.5", "random-seed": "5", "recompute": "full",
+    "restore-from": "part.pth", "resume": "", "sampling": "class", "save-pred-every": "3", "snapshot-dir": "there",
+    "split": "val", "stem": "32-32-64", "val-every": "2", "val-list": (["--val-every", "2"], "train.lst"),
+    "val-split": (["--val-every", "2"], "train"), "warmup-steps": "2", "weight-decay": "0.1"}
+
+
+def walk(value, seen, path=""):
+    """(path, value) of everything plain below an object of ours, a container, or what they hold."""
+    if isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.memory_format) or callable(
+            value) and not hasattr(value, "__dict__"):
+        yield path, str(value)
+    elif isinstance(value, torch.Tensor | np.ndarray):
+        numbers = torch.as_tensor(value).double()
+        yield path, (tuple(numbers.shape), float(numbers.sum()), float(numbers.square().sum()))
+    elif id(value) in seen or isinstance(value, SKIPPED):
+        return
+    elif isinstance(value, functools.partial):
+        seen.add(id(value))
+        yield from walk([value.func, value.args, value.keywords], seen, path)
+    elif isinstance(value, dict):
+        seen.add(id(value))
+        for key, one in value.items():
+            yield from walk(one, seen, f"{path}.{key if isinstance(key, str) else ''}")
+    elif isinstance(value, list | tuple | set | frozenset):
+        seen.add(id(value))
+        for number, one in enumerate(value):
+            yield from walk(one, seen, f"{path}[{number}]")
+    elif dataclasses.is_dataclass(value) or type(value).__module__.split(".")[0] in (
+            "torch", "train", "utils", "dataset", "networks", "libs", "loss", "pathlib"):
+        seen.add(id(value))
+        yield path, type(value).__name__
+        if isinstance(value, torch.nn.Module):
+            yield from walk({**dict(value.named_parameters()), **dict(value.named_buffers())}, seen, f"{path}.state")
+        yield path, str(value) if type(value).__module__ == "pathlib" else ""
+        yield from walk({name: one for name, one in getattr(value, "__dict__", {}).items()
+                         if name not in ("arguments", "started", "log")}, seen, path)
+
+
+def outcome(words, monkeypatch):
+    """What a command makes, without performing it, or how it is refused."""
+    made = []
+    monkeypatch.setattr(train, "perform", lambda run: made.append(run) or 0)
+    torch.manual_seed(0)
+    try:
+        train.main(words)
+    except (UserError, SystemExit) as error:
+        return str(error)
+    run, = made
+    run.log.__exit__()
+    found = sorted(map(str, walk(run, set())))
+    network = run.engine.network
+    return [*found, network._compiled_call_impl is not None, network.head.coarse.weight.stride(),
+            run.engine.network.backbone.conv1.weight.stride() if hasattr(network.backbone.conv1, "weight") else "",
+            backend.describe()]
+
+
+def test_every_flag_of_training_changes_something(streets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [(image, str(image).replace("leftImg8bit", "gtFine", 1).replace("leftImg8bit.png", "gtFine_labelIds.png"))
+             for image in sorted((streets / "leftImg8bit/train").glob("*/*.png"))]
+    (tmp_path / "train.lst").write_text("".join(f"{image} {label}\n" for image, label in pairs[:2]))
+    table = (train.ClassTable.read().source)
+    (tmp_path / "classes.csv").write_text(open(table).read().replace("bicycle", "pushbike"))
+    content = {f"backbone.{name}": tensor for name, tensor in
+               train.build_network("acfnet_resnet", 19, "eca_resnet18").backbone.state_dict().items()
+               if not name.startswith("layer4")}
+    torch.save(content, tmp_path / "part.pth")
+    base = ["--data-dir", str(streets), "--gpu", "cpu", "--num-steps", "8", "--model", "acfnet_resnet", "--backbone",
+            "eca_resnet18", "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0", "--amp", "off",
+            "--snapshot-dir", "run"]
+    known, unchanged = {}, []
+    for flag, words in TRAIN.items():
+        before, own = words if isinstance(words, tuple) else ([], words)
+        if tuple(before) not in known:
+            known[tuple(before)] = outcome([*base, *before], monkeypatch)
+        if outcome([*base, *before, f"--{flag}", *([own] if own else [])], monkeypatch) == known[tuple(before)]:
+            unchanged.append(flag)
+    assert unchanged == []
+    actions = {name for action in train.get_parser()._actions for name in action.option_strings}
+    assert {f"--{flag}" for flag in TRAIN} == {name for name in actions if name.startswith("--")} - {"--help"}

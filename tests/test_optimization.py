@@ -1,0 +1,176 @@
+"""What learns, at which rate and with which weights: against PyTorch's own pieces and written-out formulas."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import train
+from dataset.weights import balanced, class_weights, read_weights
+from loss.criterion import SegmentationCriterion
+from networks import build_network
+from networks.resnet import STAGES
+from tests.test_engine import make_batch
+from tests.test_train import run
+from utils import checkpoint
+from utils.cli import UserError
+from utils.normalization import Normalization
+from utils.optimization import PolySchedule, make_optimizer
+from utils.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def make_engine(kind="sgd", criterion=None, head_lr_factor=1.0, **options):
+    torch.manual_seed(0)
+    network = build_network("acfnet_resnet", 4, "resnet18")
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    optimizer = make_optimizer(network, kind=kind, learning_rate=0.01, head_lr_factor=head_lr_factor)
+    engine = train.make_engine(network, criterion=criterion or SegmentationCriterion(), optimizer=optimizer,
+                               normalization=Normalization(), precision=Precision("off", CPU), devices=[CPU], **options)
+    engine.train_mode()
+    return engine
+
+
+def test_the_schedule_is_poly_with_a_linear_start():
+    plain, warm = PolySchedule(100, 0.9), PolySchedule(100, 0.9, warmup_steps=10)
+    for step in range(100):
+        assert plain.factor(step) == (1 - step / 100) ** 0.9
+        assert warm.factor(step) == pytest.approx(min(1, (step + 1) / 10) * (1 - step / 100) ** 0.9)
+
+
+def test_each_group_has_its_own_rate():
+    engine = make_engine(head_lr_factor=10.0)
+    engine.step([make_batch()], 0.5)
+    backbone, head = engine.optimizer.param_groups
+    assert (backbone["lr"], head["lr"]) == (0.005, 0.05)
+    assert [*backbone["params"], *head["params"]] == list(engine.network.parameters())
+    assert {id(weight) for weight in backbone["params"]} == {id(weight) for weight in
+                                                             engine.network.backbone.parameters()}
+
+
+def test_adamw_is_pytorchs():
+    """The same gradients into PyTorch's AdamW over one group."""
+    engine = make_engine("adamw")
+    weights = [weight.detach().clone() for weight in engine.network.parameters()]
+    other = torch.optim.AdamW(weights, 0.01, (0.9, 0.999), weight_decay=1e-4)
+    for seed in range(2):
+        engine.step([make_batch(seed)])
+        for copy, weight in zip(weights, engine.network.parameters(), strict=True):
+            copy.grad = weight.grad.clone()
+        other.step()
+    for copy, weight in zip(weights, engine.network.parameters(), strict=True):
+        torch.testing.assert_close(copy, weight.detach(), rtol=0, atol=0)
+
+
+def test_frozen_stages_keep_weights_and_statistics():
+    engine = make_engine(freeze=("stem", "1", "2"))
+    before = {name: value.clone() for name, value in engine.network.backbone.state_dict().items()}
+    engine.step([make_batch()])
+    changed = {name.split(".")[0] for name, value in engine.network.backbone.state_dict().items()
+               if not torch.equal(value, before[name])}
+    assert changed == {"layer3", "layer4"}
+    assert STAGES == ("stem", "1", "2", "3", "4")
+    with pytest.raises(ValueError, match="from the first one on, found 2"):
+        engine.network.backbone.first_stages(["2"])
+
+
+def test_gradients_are_clipped_as_pytorch_does():
+    plain, clipped = make_engine(), make_engine(clip_gradient=0.05)
+    norm = plain.step([make_batch()])[0]["gradient_norm"]
+    assert clipped.step([make_batch()])[0]["gradient_norm"] == norm > 0.05      # as it was before
+    torch.nn.utils.clip_grad_norm_(plain.network.parameters(), 0.05)
+    for a, b in zip(plain.network.parameters(), clipped.network.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_the_average_of_the_weights_is_exponential():
+    engine = make_engine(ema=0.75)
+    seen = []
+    for seed in range(3):
+        engine.step([make_batch(seed)])
+        seen.append(engine.network.head.fine.weight.detach().clone())
+    expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
+    torch.testing.assert_close(engine.scored_network.head.fine.weight, expected)
+    assert torch.equal(engine.scored_network.backbone.bn1.running_mean, engine.network.backbone.bn1.running_mean)
+
+
+@pytest.mark.parametrize("ohem", [False, True])
+def test_class_weights_are_those_of_cross_entropy(ohem):
+    weights = [0.5, 2.0, 1.0, 3.0]
+    logits, labels = {"fine": torch.randn(2, 4, 9, 9)}, torch.randint(4, (2, 9, 9))
+    labels[:, :2] = 255
+    criterion = SegmentationCriterion({"fine": 1.0}, class_weights=weights, ohem=ohem, ohem_thres=0.0, ohem_keep=40)
+    kept = labels.clone()
+    if ohem:        # the 40 of the largest loss, without weights
+        losses = F.cross_entropy(logits["fine"], labels, ignore_index=255, reduction="none").flatten()
+        kept.view(-1)[losses.argsort()[:-40]] = 255
+    expected = F.cross_entropy(logits["fine"], kept, torch.tensor(weights), ignore_index=255)
+    torch.testing.assert_close(criterion(logits, labels)["fine"], expected)
+    none = SegmentationCriterion({"fine": 1.0}, class_weights=weights)(logits, torch.full_like(labels, 255))
+    assert none["fine"] == 0
+
+
+def test_a_batch_in_parts_has_the_weighted_mean_of_the_whole():
+    criterion = SegmentationCriterion({"fine": 0.7, "coarse": 0.6}, class_weights=[0.1, 1.0, 5.0, 0.3])
+    parts = [make_batch(0), make_batch(1)]
+    parts[1]["label"][:, 3:] = 255
+    engine = make_engine(criterion=criterion)
+    engine.network.eval()
+    terms, _ = engine.step(parts, 0.0)
+    with torch.no_grad():
+        images, labels = (torch.cat([part[key] for part in parts]) for key in ("image", "label"))
+        expected = criterion(engine.network(Normalization()(images)), labels)
+    for name in ("fine", "coarse"):
+        assert terms[name] == pytest.approx(float(expected[name]), rel=1e-4)
+
+
+def test_balanced_weights_are_one_over_log():
+    found = balanced([1000, 10, 0, 100000])
+    raw = [1 / math.log(count) for count in (1000, 10, 100000)]
+    assert found[2] == 1.0
+    assert [found[0], found[1], found[3]] == pytest.approx([value / (sum(raw) / 3) for value in raw])
+
+
+def test_tables_of_weights(streets, tmp_path):
+    dataset = train.CityscapesDataset(streets)
+    published = class_weights("cityscapes", dataset)
+    assert len(published) == 19 and (published[0], published[-1]) == (0.8373, 1.0507)
+    pixels = sum(np.bincount(dataset[index]["label"].flatten(), minlength=256) for index in range(len(dataset)))[:19]
+    assert class_weights("balanced", dataset) == balanced(pixels)
+    for text, message in (("name,weight\nroad,1\n", "expected a weight for each of the 2 classes, found none for car"),
+                          ("name\nroad\n", "expected the columns name and weight, found name"),
+                          ("name,weight\nroad,1\ncar,-2\n", "line 3: expected a number above 0 as weight, found '-2'")):
+        (tmp_path / "w.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_weights(tmp_path / "w.csv", ["road", "car"])
+
+
+def test_a_run_with_everything_resumes_to_the_bit(streets, tmp_path, capsys):
+    """AdamW, average, frozen stem, warmup and clipping: two steps and two more are four; the average is scored."""
+    words = ("--optimizer", "adamw", "--learning-rate", "1e-3", "--ema", "0.9", "--freeze", "stem", "--warmup-steps",
+             "3", "--clip-gradient", "1", "--class-weights", "cityscapes", "--val-every", "4")
+    whole = run(streets, tmp_path / "whole", *words, steps=4)
+    run(streets, tmp_path / "parts", *words, "--save-pred-every", "2", steps=4)
+    (tmp_path / "parts/CS_scenes_4.pth").unlink()
+    parts = run(streets, tmp_path / "parts", *words, "--resume", steps=4)
+    for kind in ("model", "average"):
+        assert all(torch.equal(parts[kind][name], value) for name, value in whole[kind].items())
+    assert not torch.equal(whole["model"]["head.fine.weight"], whole["average"]["head.fine.weight"])
+    path = tmp_path / "whole/CS_scenes_4.pth"
+    for raw, kind in ((False, "average"), (True, "model")):
+        network, _ = evaluate.load_network(path, CPU, raw)
+        assert torch.equal(network.head.fine.weight, whole[kind]["head.fine.weight"])
+    assert "the moving average of the weights" in capsys.readouterr().out
+    quick = json.loads((tmp_path / "whole/quick_validation.jsonl").read_text().splitlines()[-1])
+    assert quick["step"] == 4
+    best = checkpoint.load(tmp_path / "whole" / checkpoint.BEST)
+    assert best["average"].keys() == best["model"].keys()
+    with pytest.raises(UserError, match="expected a run with --optimizer sgd, found adamw"):
+        run(streets, tmp_path / "parts", "--resume", steps=9)

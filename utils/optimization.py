@@ -1,0 +1,54 @@
+"""Which parameters learn, by which steps, and at which rate."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def make_optimizer(network, *, kind="sgd", learning_rate=1e-2, momentum=0.9, weight_decay=1e-4, head_lr_factor=1.0):
+    """The optimiser of a network, in two groups: its backbone, and all that comes after.
+
+    Parameters are numbered in the network's own order, which snapshots rely on; those that do not learn are among
+    them, and stay as they are.
+
+    Args:
+        network: with a `backbone`, its first module.
+        kind: `sgd`, or `adamw` (Loshchilov and Hutter, ICLR 2019).
+        momentum: of SGD; of AdamW, the decay of the mean gradient, beta 1.
+        head_lr_factor: the rate of all but the backbone, as a multiple of `learning_rate`.
+    """
+    backbone = list(network.backbone.parameters())
+    others = list(network.parameters())[len(backbone):]
+    groups = [{"params": backbone, "lr": learning_rate}, {"params": others, "lr": learning_rate * head_lr_factor}]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, learning_rate, (momentum, 0.999), weight_decay=weight_decay)
+    return torch.optim.SGD(groups, learning_rate, momentum, weight_decay=weight_decay)
+
+
+@dataclass(frozen=True)
+class PolySchedule:
+    """By which factor the rate of every parameter group is multiplied: (1 - step / num_steps) ^ power.
+
+    Attributes:
+        num_steps: of the run.
+        power: of the paper, 0.9.
+        warmup_steps: over so many steps at the beginning the factor also grows from 0, linearly.
+    """
+
+    num_steps: int
+    power: float = 0.9
+    warmup_steps: int = 0
+
+    def factor(self, step):
+        """At a step, from 0."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warmup * (1 - step / self.num_steps) ** self.power
+
+
+def average_of_weights(network, decay):
+    """A copy of the network whose weights `update_parameters(network)` turns, after each step, into
+    decay · average + (1 - decay) · weights; its running statistics are the network's own."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))

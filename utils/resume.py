@@ -1,0 +1,137 @@
+"""What a snapshot takes from a run, and how a run goes on from one."""
+
+from functools import partial
+from pathlib import Path
+
+from . import checkpoint
+from .cli import UserError
+from .distributed import by_the_first, rank_and_size
+from .inference import round_size
+
+# Flags without which a snapshot belongs to another run: the network, how it learns, and the sequence of its samples.
+SAME_RUN = ("model", "norm", "activation", "optimizer", "freeze", "ema", "split", "input_size", "batch_size",
+            "random_seed", "random_mirror", "random_scale", "sampling", "jitter")
+# Flags that change what is learnt from there on: allowed, and said.
+NEW_COURSE = ("learning_rate", "head_lr_factor", "momentum", "weight_decay", "power", "warmup_steps", "num_steps",
+              "clip_gradient", "accumulate", "loss_weights", "class_weights", "ohem", "ohem_thres", "ohem_keep", "amp",
+              "opt_level")
+# What runs did before there was a flag for it.
+BEFORE_THE_FLAG = {"optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0}
+
+
+def content(engine, step, config):
+    """What a snapshot holds: tensors and plain values only, so that it loads with `weights_only=True`.
+
+    To be called by all processes at the same step: each has generators of its own.
+    """
+    generators = checkpoint.random_state(engine.devices)
+    rng = [generators] if engine.processes is None else engine.processes.gather_objects(generators)
+    average = {} if engine.average is None else {"average": engine.average.module.state_dict()}
+    return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
+            "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config.plain(), **average}
+
+
+class SnapshotFolder:
+    """Writes the snapshots of a run.
+
+    Args:
+        folder: of the run.
+        engine: of all processes; the first one writes.
+        config: `snapshot.Config` of the run.
+        keep: how many stay, the newest; None for all.
+    """
+
+    def __init__(self, folder, engine, config, keep=None):
+        self.folder, self.engine, self.config, self.keep = Path(folder), engine, config, keep
+        self.writes = rank_and_size(engine.processes)[0] == 0
+
+    def save(self, step, sound=None, remove=True):
+        """The snapshot of a step; older ones go, but for that of the step `sound` (`checkpoint.save_step`)."""
+        found = content(self.engine, step, self.config)
+        if self.writes:
+            checkpoint.save_step(self.folder, step, found, self.keep if remove else None, sound)
+
+    def save_best(self, step, quick_mean_iou):
+        """The snapshot with the best result of the quick validation."""
+        found = content(self.engine, step, self.config)
+        if self.writes:
+            checkpoint.save(self.folder / checkpoint.BEST, found | {"quick_mean_iou": quick_mean_iou})
+
+
+def find_snapshot(path, folder, read, processes=None):
+    """The `Snapshot` to go on from; None without any.
+
+    The first process reads for all: hosts may share no disk.
+
+    Args:
+        path: of a file, or "newest".
+        folder: of the run.
+        read: `networks.pretrained.read_snapshot`.
+    """
+    if processes is not None:
+        return by_the_first(processes, lambda: find_snapshot(path, folder, read))
+    if path == "newest":
+        return checkpoint.newest(folder, partial(read, resuming=True))
+    found, existing = read(path, resuming=True), checkpoint.snapshots(folder)
+    if existing and existing[-1][0] > found.step:
+        raise UserError(f"--resume {path}, {found.step} steps done: expected no later snapshot in "
+                        f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
+    return found
+
+
+def restore(found, engine):
+    """Put the state of a `Snapshot` into an engine."""
+    rank, world = rank_and_size(engine.processes)
+    engine.network.load_state_dict(found.model)
+    if engine.average is not None:
+        engine.average.module.load_state_dict(found.average)
+        engine.average.n_averaged.fill_(found.step)
+    # The flags of this run, and the momentum of the other.
+    engine.optimizer.load_state_dict(engine.optimizer.state_dict() | {"state": found.optimizer})
+    engine.precision.load_state_dict(found.scaler)
+    rng = found.rng
+    if len(rng) == world and len(rng[rank]["cuda"]) == sum(device.type == "cuda" for device in engine.devices):
+        checkpoint.set_random_state(rng[rank], engine.devices)
+    else:
+        print("random generators start anew: the snapshot has those of another number of devices. "
+              "Dropout draws other channels than an undisturbed run; samples are the same")
+    print(f"resumed {found.path}, {found.step} steps done")
+
+
+def compare(path, before, now):
+    """Refuse to go on from a snapshot of another run; say which flags take another course from here on.
+
+    before, now: `Config` of the snapshot and of this run.
+    """
+    for name, value in now.network.items():
+        found = before.network.get(name)
+        if name not in ("model", "norm", "activation", "num_classes") and found != value:
+            raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
+                            "flags go on with that run")
+    if before.normalization != now.normalization:
+        raise UserError(f"--resume {path}: expected an input normalised by {now.normalization.as_config()}, found "
+                        f"{before.normalization.as_config()}; without --normalization the run goes on")
+    if before.classes != now.classes:
+        raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
+    old, new = BEFORE_THE_FLAG | before.arguments, now.arguments
+    if "loss_weights" not in old:       # then every model's were these
+        heads = [word.partition("=")[0] for word in new["loss_weights"].split(",")]
+        old["loss_weights"] = ",".join(f"{head}={ {'fine': 0.7, 'coarse': 0.6, 'aux': 0.4}[head]}" for head in heads)
+    if before.input_size != now.input_size == round_size(before.input_size):
+        print(f"--resume: from here on crops are {new['input_size']}, before they were {list(before.input_size)}, "
+              "which earlier versions did not round")
+        old["input_size"] = new["input_size"]
+    # Older snapshots know the lists' names, but not what was in them.
+    for name in (*SAME_RUN, *["data_list"] * (before.samples is None), *NEW_COURSE):
+        flag = f"--{name.replace('_', '-')}"
+        if old.get(name) == new[name]:
+            continue
+        if name not in NEW_COURSE:
+            raise UserError(f"--resume {path}: expected a run with {flag} {new[name]}, found {old.get(name)}; "
+                            "another --snapshot-dir starts another run")
+        print(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
+    if before.samples not in (None, now.samples):
+        raise UserError(f"--resume {path}: expected a run on the {now.samples['count']} pairs of image and label of "
+                        f"{'--data-list' if new['data_list'] else '--data-dir'}, found one on "
+                        f"{before.samples['count']} pairs, of other names or in another order; another "
+                        "--snapshot-dir starts another run")

@@ -1,0 +1,71 @@
+"""What is looked at while a network learns: a quick score, and a picture."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from . import checkpoint, cli, visualize
+from .distributed import share_items
+from .inference import SlidingPredictor, score
+from .upsampling import upsample
+
+
+class QuickValidation:
+    """Scores the network that an engine trains: whole images, scale 1, no mirror.
+
+    Args:
+        engine: all its processes share the images.
+        dataset: with labels; a `CityscapesDataset`.
+        normalization: of the network's input.
+        ignore_index: label that does not count.
+        workers: processes that read images.
+        log: `RunLog` or `NoLog`.
+        folder: of the run, where the best result so far is.
+        read: `networks.pretrained.read_snapshot`, for that.
+    """
+
+    def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, folder, read):
+        self.engine, self.classes, self.log, self.ignore_index = engine, dataset.classes, log, ignore_index
+        self.loader = DataLoader(share_items(dataset, engine.processes), batch_size=None, num_workers=workers,
+                                 worker_init_fn=cli.leave_signals_to_the_parent)
+        # Not the network itself: compiled code would be compiled anew for every size of image.
+        self.predictor = SlidingPredictor(engine.scored_network.forward, None, normalization=normalization,
+                                          device=engine.devices[0], autocast=engine.precision.autocast)
+        best = Path(folder, checkpoint.BEST)
+        self.highest = read(best).quick_mean_iou if best.exists() else -1.0
+        if engine.processes is not None:
+            self.highest = engine.processes.broadcast(self.highest)     # all must agree when to save
+
+    def __call__(self, step):
+        """Score and log; returns the mean IoU of the fine head if it has never been better in this folder, else
+        None."""
+        self.engine.scored_network.eval()
+        matrices = score(self.predictor, self.loader, self.classes.num_classes, self.ignore_index,
+                         self.engine.processes)["single_scale"]
+        self.engine.train_mode()
+        scores = {head: matrix.scores(self.classes.names, self.classes.categories) for head, matrix in matrices.items()}
+        self.log.quick_validation(step, scores)
+        if (scores["fine"]["mean_iou"] or 0.0) <= self.highest:
+            return None
+        self.highest = scores["fine"]["mean_iou"] or 0.0
+        return self.highest
+
+
+@torch.no_grad()
+def draw_panel(engine, normalization, sample, classes, ignore_index):
+    """Image, truth, the result of each head and where they differ, side by side: (H, W · pictures, 3) uint8.
+
+    sample: an item of the training data; classes: its `ClassTable`.
+    """
+    network = engine.scored_network.eval()
+    # Not the network itself: what is compiled for training would be compiled anew.
+    outputs = network.forward(normalization(sample["image"][None].to(engine.devices[0])))
+    engine.train_mode()
+    truth = sample["label"].numpy()
+    maps = [upsample(outputs[name], truth.shape).argmax(1)[0].cpu().numpy() for name in ("coarse", "fine")
+            if name in outputs]
+    pictures = [sample["image"].permute(1, 2, 0).numpy(), classes.color(truth), *(classes.color(m) for m in maps)]
+    if len(maps) == 2:
+        pictures.append(visualize.difference(truth, *maps, ignore_index))
+    return visualize.panel(pictures)

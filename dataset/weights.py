@@ -63,7 +63,7 @@ def read_weights(path, names):
 def count_pixels(dataset, workers=0):
     """Pixels of each class in all label maps: (N,) int64."""
     jobs = DataLoader(Jobs(dataset.count_classes, range(len(dataset))), None, num_workers=workers)
-    return sum(progress(jobs, "counting pixels of the classes", "label map"), np.zeros((), np.int64))
+    return np.sum(list(progress(jobs, "counting pixels of the classes", "label map")), axis=0)
 
 
 def balanced(pixels):

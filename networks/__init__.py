@@ -160,7 +160,7 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
     context = CONTEXTS[MODELS[model].context](stage4, channels, make_norm)
     if MODELS[model].acf:
         head = ACFHead(channels, num_classes, channels, make_norm if "norms" in ablations else None,
-                       partial(_fusion, norm=make_norm) if "fusion" in ablations else None)
+                       partial(_fusion, norm=make_norm) if "fusion" in ablations else None, recompute != "none")
     else:
         head = PlainHead(channels, num_classes)
     return SegmentationNet(trunk, context, head, auxiliary_head(stage3, stage3 // 2, num_classes, make_norm))

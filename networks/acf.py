@@ -16,9 +16,12 @@ same reason pooling and convolutions could change places, N centers in place of 
 paper's, at 0.7 % of the network's multiplications.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from libs.recompute import checkpoint
 from utils.precision import at_least_float32, without_autocast
 
 DROPOUT = 0.1   # whole channels, before each classifier (ours: the paper does not say)
@@ -98,10 +101,12 @@ class ACFHead(nn.Module):
         norm: as in `ClassCenterBlock`.
         fusion: `fusion(in_channels, out_channels)` makes the module between concatenation and classifier, an ablation;
             None as in the paper.
+        recompute: drop the maps inside the module, and compute them again in the backward pass.
     """
 
-    def __init__(self, in_channels, num_classes, key_channels=512, norm=None, fusion=None):
+    def __init__(self, in_channels, num_classes, key_channels=512, norm=None, fusion=None, recompute=False):
         super().__init__()
+        self.recompute = recompute
         self.dropout = nn.Dropout2d(DROPOUT)
         self.coarse = classifier(in_channels, num_classes)
         self.acf = ACFModule(in_channels, key_channels, norm)
@@ -112,7 +117,8 @@ class ACFHead(nn.Module):
     def forward(self, features):
         """features F (B, C, h, w) → {"fine", "coarse"}, logits (B, N, h, w)."""
         coarse = self.coarse(self.dropout(features))                            # (B, N, h, w)
-        attended = self.acf(features, coarse).to(features.dtype)                # F'_a (B, C', h, w)
+        acf = partial(checkpoint, self.acf) if self.recompute and torch.is_grad_enabled() else self.acf
+        attended = acf(features, coarse).to(features.dtype)                     # F'_a (B, C', h, w)
         joined = self.fusion(torch.cat([attended, features], dim=1))            # (B, C' + C, h, w)
         return {"fine": self.fine(self.dropout(joined)), "coarse": coarse}
 

@@ -271,7 +271,8 @@ def test_another_class_count_keeps_all_but_the_classifiers():
     first, second = build_network("acfnet", 4, "eca_resnet18"), build_network("acfnet", 9, "eca_resnet18")
     account = load_weights(second, {"model": first.state_dict()}, "four.pth")
     fresh = [key for key, value in second.state_dict().items() if value.shape != first.state_dict()[key].shape]
-    assert sorted(fresh) == ["aux.3.bias", "aux.3.weight", "coarse.bias", "coarse.weight", "fine.bias", "fine.weight"]
+    assert sorted(fresh) == ["aux.3.bias", "aux.3.weight", "head.coarse.bias", "head.coarse.weight",
+                             "head.fine.bias", "head.fine.weight"]
     assert account.initialised == dict.fromkeys(fresh, "another number of classes") == account.ignored
 
 
@@ -324,7 +325,7 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     assert config["network"]["eca_kernels"] == [5, 5, 5, 7] and config["network"]["average_downsample"]
     assert Normalization.from_config(config["normalization"]) == CAFFE
     account = json.loads((tmp_path / "s/weights.json").read_text())
-    assert account["backbone_loaded"] == 1 and account["family"] == "ours" and "fine.weight" in account["initialised"]
+    assert account["backbone_loaded"] == 1 and account["family"] == "ours" and "head.fine.weight" in account["initialised"]
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
     assert checkpoint.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"

@@ -106,7 +106,7 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "another step than its name": ("step", 8, "expected 7, as the file's name says, as step, found 8"),
     "a step beyond the run": ("config.arguments.num_steps", 3, "expected at most the --num-steps of its run as step"),
     **{f"model {value!r:.20}": ("model", value, "as model, found") for value in ([1, 2], None, {}, "x", {1: 2})},
-    "tensor missing": ((*MODEL, "head.fine.weight"), DELETE, "as model, found none named fine.weight"),
+    "tensor missing": ((*MODEL, "head.fine.weight"), DELETE, "as model, found none named head.fine.weight"),
     "tensor too many": ((*MODEL, "more"), torch.ones(1), "as model, found one named more"),
     "tensor of another shape": ((*MODEL, "head.fine.weight"), lambda t: t[:2],
                                 "as model.head.fine.weight, found a tensor"),
@@ -136,7 +136,7 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "group of fewer": ((*OPTIMIZER, "param_groups", 0, "params"), [0, 1], "found 1 groups of 2 parameters"),
     "group of tensors": ((*OPTIMIZER, "param_groups", 0, "params"), [torch.ones(3)], "param_groups.0.params.0"),
     "state a list": ((*OPTIMIZER, "state"), [1], "expected a dict as optimizer.state"),
-    "state of some": ((*OPTIMIZER, "state", 0), DELETE, "expected the state of every parameter or of none"),
+    "state of some": ((*OPTIMIZER, "state", 0), DELETE, "the state of every parameter that learns, or of none"),
     "momentum of another shape": (STATE, lambda t: t[:1], "expected a tensor of float32 .* as optimizer.state.0"),
     "momentum NaN": (STATE, filled(NAN), "expected finite values as optimizer.state.0.momentum_buffer"),
     "momentum a number": (STATE, 0.9, "expected a tensor as optimizer.state.0"),
@@ -216,6 +216,29 @@ def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
     assert set(resumed(found, build_network(**found.config.network))) == {"momentum_buffer"}
     account = load_weights(build_network("acfnet_resnet", 5, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and account.family == "ours"
+
+
+def test_a_snapshot_from_before_there_was_a_head_loads(sound, tmp_path):
+    """Until November 2026 classifiers and module stood beside the backbone, in another order: so did the momenta."""
+    modules = ("backbone", "context", "head.fine", "aux", "head.coarse", "head.acf")        # in the order of then
+    names = [name for name, _ in meta_network(**sound["config"]["network"]).named_parameters()]
+    order = sorted(names, key=lambda name: next(n for n, module in enumerate(modules) if name.startswith(module)))
+    state = sorted(sound["model"].items(), key=lambda item: next(
+        n for n, module in enumerate(modules) if item[0].startswith(module)))
+    momenta = sound["optimizer"]["state"]
+    old = sound | {"model": {name.removeprefix("head."): value for name, value in state},
+                   "optimizer": sound["optimizer"] | {"state": {
+                       number: momenta[names.index(name)] for number, name in enumerate(order)}}}
+    assert order != names and "coarse.weight" in old["model"]
+    path = tmp_path / "CS_scenes_7.pth"
+    checkpoint.save(path, old)
+    found = read_snapshot(path, resuming=True)
+    assert found.model.keys() == sound["model"].keys()
+    assert all(torch.equal(value, sound["model"][name]) for name, value in found.model.items())
+    for number in range(len(names)):
+        assert torch.equal(found.optimizer[number]["momentum_buffer"], momenta[number]["momentum_buffer"])
+    account = load_weights(build_network("acfnet_resnet", 3, "eca_resnet18"), read_weights(path))
+    assert account.share == 1 and not account.ignored and not account.initialised
 
 
 def resumed(found, network):

@@ -28,7 +28,9 @@ import argparse
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ from networks.pretrained import read_snapshot
 from utils import checkpoint, cli, memory, visualize
 from utils.cli import UserError
 from utils.distributed import (
+    Processes,
     join_processes,
     leave_processes,
     own_device,
@@ -260,12 +263,12 @@ def comparison(results):
     return "\n".join(lines)
 
 
-def results_folder(args, path):
-    """Where the results for a snapshot go."""
-    default = f"{path.stem}_{'images' if args.images else args.split}"
-    if args.output_dir is None:
-        return path.with_name(default)
-    return Path(args.output_dir) / path.stem if len(args.restore_from) > 1 else Path(args.output_dir)
+def results_folder(path, what, output_dir=None, several=False):
+    """Where the results for a snapshot go: beside it, named after it and what was predicted, or where it is said; of
+    several snapshots into a folder each."""
+    if output_dir is None:
+        return path.with_name(f"{path.stem}_{what}")
+    return Path(output_dir) / path.stem if several else Path(output_dir)
 
 
 def picture_files(dataset, kinds):
@@ -301,52 +304,74 @@ def check(args):
         raise UserError("--submission: expected a Cityscapes folder in --data-dir, found --data-list")
 
 
-def make_predictor(args, network, config, device, images):
-    """The `SlidingPredictor` that the flags describe, which tells how the first of its images gets on; and the
-    protocol in words."""
-    window = None if args.whole else args.input_size or config.input_size
-    window = window and fitting_size(window, "windows")
-    predictor = SlidingPredictor(network, window, args.overlap, args.scales, args.flip, args.batch_size,
-                                 config.normalization, device, AUTOCAST[args.amp],
-                                 torch.channels_last, FirstImage(images))
-    return predictor, {"window": window and list(window), "overlap": None if args.whole else args.overlap,
-                       "scales": list(args.scales), "flip": args.flip, "amp": args.amp, "split": args.split,
-                       "average": "probabilities"}
+@dataclass(frozen=True)
+class Protocol:
+    """How an image is predicted.
+
+    Attributes:
+        window: (height, width) in pixels; None for the training crop.
+        whole: the whole image at once, no windows.
+        overlap, scales, flip, batch_size: as in `SlidingPredictor`.
+        amp: a key of `AUTOCAST`.
+        raw_weights: as in `load_network`.
+    """
+
+    window: tuple | None = None
+    whole: bool = False
+    overlap: float = 1 / 3
+    scales: tuple = PAPER_SCALES
+    flip: bool = True
+    batch_size: int = 4
+    amp: str = "off"
+    raw_weights: bool = False
+
+    def predictor(self, network, config, device, images):
+        """The `SlidingPredictor` of a snapshot's network, which tells how the first of so many images gets on."""
+        window = None if self.whole else fitting_size(self.window or config.input_size, "windows")
+        return SlidingPredictor(network, window, self.overlap, self.scales, self.flip, self.batch_size,
+                                config.normalization, device, AUTOCAST[self.amp], torch.channels_last,
+                                FirstImage(images))
+
+    def as_json(self, window, split):
+        """What `result.json` says of it; window: that was used, or None."""
+        return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
+                "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
+                "average": "probabilities"} | ({"weights": "raw"} if self.raw_weights else {})
+
+    def too_little_memory(self, found):
+        """The `UserError`; found: the error's first words."""
+        choices = [f"a --batch-size below {self.batch_size}"] * (self.batch_size > 1) + [
+            "windows, by --input-size, instead of --whole" if self.whole else "a smaller --input-size",
+            f"--scales below {max(self.scales):g}", "fewer --num-workers"]
+        return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
+                         f"what helps: {', '.join(choices)}")
 
 
-def class_table(args, config, path):
-    """The classes of a snapshot, or the table that is asked for if it fits."""
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable(config.classes, f"classes of {path}")
+class Machine(NamedTuple):
+    """Where this process computes, with so many processes that read images, and with whom it shares them."""
+
+    device: torch.device
+    workers: int
+    processes: Processes | None
+
+
+def read_classes(path, config, snapshot):
+    """The `ClassTable` of this file if it fits the network, or that of a snapshot for None."""
+    classes = ClassTable.read(path) if path else ClassTable(config.classes, f"classes of {snapshot}")
     if classes.num_classes != config.network["num_classes"]:
-        raise UserError(f"--classes {args.classes}: expected the {config.network['num_classes']} classes of "
-                        f"{path}, found {classes.num_classes}")
+        raise UserError(f"--classes {path}: expected the {config.network['num_classes']} classes of "
+                        f"{snapshot}, found {classes.num_classes}")
     return classes
-
-
-def explain(found, args):
-    """The `UserError` for too little memory; found: the error's first words."""
-    choices = [f"a --batch-size below {args.batch_size}"] * (args.batch_size > 1) + [
-        "windows, by --input-size, instead of --whole" if args.whole else "a smaller --input-size",
-        f"--scales below {max(args.scales):g}", "fewer --num-workers"]
-    return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
-                     f"what helps: {', '.join(choices)}")
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
     check(args)
-    memory.explained(lambda: perform(args, argv), lambda found: explain(found, args))
-
-
-def perform(args, argv):
-    """The task that the flags name."""
     paths = [Path(name) for name in args.restore_from]
+    protocol = Protocol(args.input_size, args.whole, args.overlap, tuple(args.scales), args.flip, args.batch_size,
+                        args.amp or "off", args.raw_weights)
     if args.export:
-        check_file("--export", args.export)
-        network, config = load_network(paths[0], torch.device("cpu"), args.raw_weights)
-        heads = export_onnx(network, config.normalization, args.export)
-        print(f"{args.export}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
-              f"{config.network['num_classes']}, H, W); whole images, no windows")
+        memory.explained(lambda: export(paths[0], args.export, args.raw_weights), protocol.too_little_memory)
         return
     devices = select_devices(args.gpu)
     if len(devices) > 1 and not started_by_torchrun():
@@ -355,46 +380,82 @@ def perform(args, argv):
     processes = join_processes(device)
     speak_for_all(processes)
     workers, cores = share_cores([device], args.num_workers)
-    args.amp = args.amp or best_precision(device)
-    print(f"{cores}; --amp {args.amp}")
-    exact_float32(args.amp, device)
-    if args.images or args.submission:
-        broken = predict(args, paths[0], device, workers, processes)
-        leave_processes()
-        if broken:
-            sys.exit(1)
-        return
-    if rank_and_size(processes)[0] == 0:        # of all snapshots, before hours go into the first
-        for path in paths:
-            ResultsFolder("--output-dir", results_folder(args, path), args.overwrite).check(RESULTS)
-    results = [run(args, path, device, workers, processes) for path in paths]
-    if len(results) > 1 and results[0]:
-        print(comparison(results))
-    leave_processes()
+    protocol = replace(protocol, amp=args.amp or best_precision(device))
+    print(f"{cores}; --amp {protocol.amp}")
+    exact_float32(protocol.amp, device)
+    machine = Machine(device, workers, processes)
+    memory.explained(lambda: perform(args, paths, protocol, machine), protocol.too_little_memory)
 
 
-def run(args, path, device, workers, processes):
-    """Score one snapshot. Returns what `result.json` holds; None in all processes but the first."""
-    network, config = load_network(path, device, args.raw_weights)
-    classes = class_table(args, config, path)
-    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
-    folder, (rank, _) = results_folder(args, path), rank_and_size(processes)
+def perform(args, paths, protocol, machine):
+    """The task that the flags name. Nothing below knows flags."""
     kinds = () if "none" in args.save else tuple(args.save)
-    results = ResultsFolder("--output-dir", folder, args.overwrite)
+    if args.submission:
+        dataset = ImageFiles(images_of_split(args.data_dir, args.split))
+        broken = predict(paths[0], dataset, protocol, machine, args.classes, ("labels",),
+                         ResultsFolder("--submission", Path(args.submission), args.overwrite), submission=True)
+    elif args.images:
+        folder = results_folder(paths[0], "images", args.output_dir)
+        broken = predict(paths[0], ImageFiles(find_images(args.images)), protocol, machine, args.classes, kinds,
+                         ResultsFolder("--output-dir", folder, args.overwrite))
+    else:
+        folders = [ResultsFolder("--output-dir", results_folder(path, args.split, args.output_dir, len(paths) > 1),
+                                 args.overwrite) for path in paths]
+        if rank_and_size(machine.processes)[0] == 0:        # of all snapshots, before hours go into the first
+            for results in folders:
+                results.check(RESULTS)
+
+        def data(classes):
+            return CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
+
+        found = [score_snapshot(path, data, protocol, machine, args.classes, kinds, results)
+                 for path, results in zip(paths, folders, strict=True)]
+        if len(found) > 1 and found[0]:
+            print(comparison(found))
+        broken = 0
+    leave_processes()
+    if broken:
+        sys.exit(1)
+
+
+def export(path, target, raw_weights):
+    """Write a snapshot's network as ONNX."""
+    check_file("--export", target)
+    network, config = load_network(path, torch.device("cpu"), raw_weights)
+    heads = export_onnx(network, config.normalization, target)
+    print(f"{target}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
+          f"{config.network['num_classes']}, H, W); whole images, no windows")
+
+
+def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
+    """Score one snapshot. Returns what `result.json` holds; None in all processes but the first.
+
+    Args:
+        path: of the snapshot.
+        data: (class table) → the `CityscapesDataset`.
+        table_path: of a class table, or None for the snapshot's.
+        kinds: pictures to write, of `FOLDERS`.
+        results: `ResultsFolder`.
+    """
+    network, config = load_network(path, machine.device, protocol.raw_weights)
+    classes = read_classes(table_path, config, path)
+    dataset = data(classes)
+    folder, processes = results.folder, machine.processes
     make_folder(results, [*SCORES, *picture_files(dataset, kinds)], processes)
     print(f"{path}; {dataset.describe()}")
-    predictor, protocol = make_predictor(args, network, config, device, len(share_items(dataset, processes)))
+    predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
-        matrices, worst, instances = evaluate(predictor, dataset, pictures, workers, processes)
+        matrices, worst, instances = evaluate(predictor, dataset, pictures, machine.workers, processes)
     if processes is not None:
         processes.barrier()        # nothing is said of pictures that another could not write
     headline = list(matrices.values())[-1]
     if not headline["fine"].matrix.any():
-        raise UserError(f"--split {args.split}: expected labelled pixels to score, found none; predictions for the "
+        raise UserError(f"--split {dataset.split}: expected labelled pixels to score, found none; predictions for the "
                         "Cityscapes server are made by --submission FOLDER")
-    if rank:
+    if rank_and_size(processes)[0]:
         return None
-    result = summarise(matrices, instances, classes, path, len(dataset), protocol)
+    result = summarise(matrices, instances, classes, path, len(dataset),
+                       protocol.as_json(predictor.window, dataset.split))
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
     matrix = np.asarray(headline["fine"].matrix)
     print(table(result))
@@ -408,24 +469,22 @@ def run(args, path, device, workers, processes):
     return result
 
 
-def predict(args, path, device, workers, processes):
-    """Predict images without truth. Returns the number of images that could not be read."""
-    network, config = load_network(path, device, args.raw_weights)
-    classes = class_table(args, config, path)
+def predict(path, dataset, protocol, machine, table_path, kinds, results, submission=False):
+    """Predict images without truth. Returns the number of images that could not be read.
+
+    dataset: `ImageFiles`; submission: whether the Cityscapes server is to take the results; the rest as in
+    `score_snapshot`.
+    """
+    network, config = load_network(path, machine.device, protocol.raw_weights)
+    classes = read_classes(table_path, config, path)
+    folder, processes = results.folder, machine.processes
     rank, _ = rank_and_size(processes)
-    if args.images:
-        folder, kinds = results_folder(args, path), () if "none" in args.save else tuple(args.save)
-        dataset = ImageFiles(find_images(args.images))
-    else:
-        folder, kinds = Path(args.submission), ("labels",)
-        dataset = ImageFiles(images_of_split(args.data_dir, args.split))
-    results = ResultsFolder("--output-dir" if args.images else "--submission", folder, args.overwrite)
-    make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * bool(args.submission), processes)
+    make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * submission, processes)
     print(f"{path}; {len(dataset)} images")
-    predictor, _ = make_predictor(args, network, config, device, len(share_items(dataset, processes)))
+    predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     broken = []
     with Pictures(folder, kinds, classes) as pictures:
-        for item in load_items(dataset, workers, processes, "predicting"):
+        for item in load_items(dataset, machine.workers, processes, "predicting"):
             if "error" in item:
                 broken.append(item["error"])
                 print(f"skipped: {item['error']}", file=sys.stderr)
@@ -433,9 +492,9 @@ def predict(args, path, device, workers, processes):
                 image = item["image"].permute(1, 2, 0)
                 pictures.add(item["name"], image, predictor.labels(image))
     count = len(broken) if processes is None else sum(processes.gather_objects(len(broken)))
-    if args.submission and count:
+    if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
-    if rank == 0 and args.submission:
+    if rank == 0 and submission:
         print(write_submission(folder / FOLDERS["labels"], dataset, classes))
     elif rank == 0:
         print(f"{len(dataset) - count} images predicted, {count} skipped; results in {folder}: "

@@ -122,9 +122,8 @@ def test_what_ends_early_ends_all(code, status):
     assert caught.value.code == status
 
 
-def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(local, "STEPS", 1050)
-    watch = local.announce(tmp_path, local.time.monotonic() - 60)
+def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys):
+    watch = local.announce(tmp_path, local.time.monotonic() - 60, "1050", "4")
     watch()
     rates = ((25, 1.0), (50, 10.0), (75, 99.0))
     lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rates]

@@ -22,9 +22,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 # short a training does not learn poles and riders of their own: it learns the seven categories of Cityscapes.
 SCENES = ("--train", 120, "--val", 30, "--size", "256,512", "--seed", 0)
 CLASSES = PROJECT / "dataset/list/cityscapes/categories.csv"
-STEPS = 400
+STEPS, BATCH = 400, 4
 TRAINING = ("--backbone", "eca_resnet18", "--random-mirror", "--sampling", "class", "--input-size", "97,193",
-            "--batch-size", 4, "--num-steps", STEPS, "--learning-rate", "4e-2", "--ohem", 1, "--ohem-keep", 10000,
+            "--batch-size", BATCH, "--num-steps", STEPS, "--learning-rate", "4e-2", "--ohem", 1, "--ohem-keep", 10000,
             "--parallel", "none", "--log-every", 10)
 SCORING = ("--input-size", "257,513", "--scales", "1.0", "--no-flip")
 EXPECTED = "two seeds gave coarse 54.0 and 54.6, fine 54.2 and 55.1 %"
@@ -43,6 +43,8 @@ def get_parser():
     parser.add_argument("--classes")
     parser.add_argument("--restore-from", nargs="+", default=[])
     parser.add_argument("--snapshot-dir")
+    parser.add_argument("--num-steps")
+    parser.add_argument("--batch-size")
     parser.add_argument("--from-scratch", action="store_true")
     return parser
 
@@ -83,8 +85,11 @@ def check_writable(folder):
     checkpoint.check_room(str(folder), folder, ROOM, "scenes, snapshots and pictures")
 
 
-def announce(run, began):
-    """A function that says once, from the second measured rate, when all will be done."""
+def announce(run, began, steps, batch):
+    """A function that says once, from the second measured rate, when all will be done.
+
+    steps, batch: of the training, as text.
+    """
     said = False
 
     def watch():
@@ -94,8 +99,7 @@ def announce(run, began):
             return
         said = True
         values = json.loads(lines[1])
-        batch = TRAINING[TRAINING.index("--batch-size") + 1]
-        left = (STEPS - values["step"]) * batch / values["images_per_second"] * (1 + SCORING_SHARE)
+        left = (int(steps) - values["step"]) * int(batch) / values["images_per_second"] * (1 + SCORING_SHARE)
         print(f"at {values['images_per_second']:.1f} images/s training and scoring take {left / 60:.0f} minutes more, "
               f"{(left + time.monotonic() - began) / 60:.0f} in all", flush=True)
 
@@ -117,9 +121,9 @@ def demonstrate(args, words):
         shutil.rmtree(part, ignore_errors=True)
         call("-m", "dataset.streets", part, *SCENES, folder=PROJECT)
         part.rename(streets)
-    call(PROJECT / "train.py", "--data-dir", streets, "--snapshot-dir", run, *TRAINING,
-         "--classes", args.classes or CLASSES, *flags(args, "gpu", "amp", "restore-from"), *words,
-         watch=announce(run, began))
+    call(PROJECT / "train.py", "--data-dir", streets, "--snapshot-dir", run, *TRAINING, "--classes",
+         args.classes or CLASSES, *flags(args, "gpu", "amp", "restore-from", "num-steps", "batch-size"), *words,
+         watch=announce(run, began, args.num_steps or STEPS, args.batch_size or BATCH))
     last = newest(run)
     call(PROJECT / "evaluate.py", "--data-dir", streets, "--restore-from", last, *SCORING,
          *flags(args, "gpu", "amp"))
@@ -169,7 +173,7 @@ def run_for_real(data, args, words):
         sys.exit(status)
     shared = flags(args, "gpu", "amp", "data-list", "classes")
     call(PROJECT / "train.py", "--data-dir", data, "--snapshot-dir", snapshots, *PAPER, "--resume", *shared,
-         *flags(args, "restore-from"), *words)
+         *flags(args, "restore-from", "num-steps", "batch-size"), *words)
     call(PROJECT / "evaluate.py", "--data-dir", data, "--restore-from", newest(snapshots), *shared)
 
 

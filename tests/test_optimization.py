@@ -142,7 +142,8 @@ def test_tables_of_weights(streets, tmp_path):
     dataset = train.CityscapesDataset(streets)
     published = class_weights("cityscapes", dataset)
     assert len(published) == 19 and (published[0], published[-1]) == (0.8373, 1.0507)
-    pixels = sum(np.bincount(dataset[index]["label"].flatten().numpy(), minlength=256) for index in range(len(dataset)))[:19]
+    pixels = sum(np.bincount(dataset[index]["label"].flatten().numpy(), minlength=256)[:19]
+                 for index in range(len(dataset)))
     assert class_weights("balanced", dataset) == balanced(pixels)
     for text, message in (("name,weight\nroad,1\n", "expected a weight for each of the 2 classes, found none for car"),
                           ("name\nroad\n", "expected the columns name and weight, found name"),

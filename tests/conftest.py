@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,11 @@ from dataset.labels import ClassTable
 from dataset.streets import write_dataset
 from networks import build_network
 from utils import checkpoint
+
+# Inductor imports setuptools in the middle of a step. Late in this long process that has failed now and then, in
+# setuptools' own replacement of distutils; early it never has. Versions of PyTorch without it need none.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

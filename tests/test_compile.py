@@ -51,17 +51,20 @@ def step(network, images):
 
 @pytest.mark.skipif(torch_version() < (2, 9), reason="older compilers keep more, and break the graph")
 def test_the_default_norm_compiles_to_one_graph_each_way():
-    """Loss, gradients and statistics as without compilation; at most 1.2 times the bytes that are kept in place."""
-    plain, graphs = build_network("acfnet_resnet", 5, "eca_resnet18"), Graphs()
+    """Loss, gradients and statistics as without compilation; at most 1.2 times the bytes that are kept in place.
+
+    In float64: in float32 a value next to 0 may change sign when it is computed again, and its activation with it.
+    """
+    plain, graphs = build_network("acfnet_resnet", 5, "eca_resnet18").double(), Graphs()
     for module in plain.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
     compiled = copy.deepcopy(plain)
     compile_network(compiled, backend=graphs.backend, fullgraph=True)
-    images = torch.randn(2, 3, 65, 65)
+    images = torch.randn(2, 3, 65, 65, dtype=torch.float64)
     expected, found = (step(network, images) for network in (plain, compiled))
     assert graphs.seen == ["forward", "backward"]
     assert found[1] <= 1.2 * expected[1]
     torch.testing.assert_close(found[0], expected[0])
     for key, value in expected[2].items():
-        assert (found[2][key] - value).norm() <= 1e-4 * value.norm() + 1e-9, key
+        assert (found[2][key] - value).norm() <= 1e-9 * value.norm() + 1e-12, key

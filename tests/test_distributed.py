@@ -250,19 +250,15 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    gpu, words = torch.device("cuda", 3), ["--data-dir", "x"]
-    args = train_script.get_parser().parse_args(words)
-    train_script.prepare_device(args, "bf16", gpu)
-    assert args.channels_last and chosen == [gpu] and torch.backends.cudnn.benchmark
+    gpu = torch.device("cuda", 3)
+    assert distributed.prepare_device(gpu, None, "bf16") and chosen == [gpu] and torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32 and "--channels-last: " in capsys.readouterr().out
-    args = train_script.get_parser().parse_args([*words, "--no-channels-last"])
-    train_script.prepare_device(args, "off", gpu)
+    channels_last = distributed.prepare_device(gpu, False, "off")
     said = capsys.readouterr().out
-    assert args.channels_last is False and not torch.backends.cudnn.allow_tf32
+    assert channels_last is False and not torch.backends.cudnn.allow_tf32
     assert said.startswith("--amp off: fp32, exactly") and said.count("\n") == 1
-    args = train_script.get_parser().parse_args(words)
-    train_script.prepare_device(args, "off", torch.device("cpu"))
-    assert args.channels_last is False and "--no-channels-last: " in capsys.readouterr().out
+    assert distributed.prepare_device(torch.device("cpu"), None, "off") is False
+    assert "--no-channels-last: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device, backend, bound", [("cpu", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")])

@@ -306,9 +306,9 @@ def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
         with pytest.raises(UserError, match=message):
             run(streets, tmp_path / name, tmp_path / "r")
     content = checkpoint.load(snapshot)
-    del content["model"]["fine.weight"]
+    del content["model"]["head.fine.weight"]
     checkpoint.save(tmp_path / "short.pth", content)
-    with pytest.raises(UserError, match="expected the tensors .* its config describes as model, found none named fine"):
+    with pytest.raises(UserError, match="expected the tensors .* its config describes as model, found none named head"):
         run(streets, tmp_path / "short.pth", tmp_path / "r")
 
 
@@ -332,7 +332,7 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
 
 def test_several_snapshots_make_one_table(streets, snapshot, tmp_path, capsys):
     content = checkpoint.load(snapshot) | {"step": 9}
-    content["model"]["fine.weight"] = content["model"]["fine.weight"].flip(0)
+    content["model"]["head.fine.weight"] = content["model"]["head.fine.weight"].flip(0)
     checkpoint.save(tmp_path / "CS_scenes_9.pth", content)
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), str(tmp_path / "CS_scenes_9.pth"),
                    "--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--save", "none",

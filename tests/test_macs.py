@@ -1,4 +1,4 @@
-"""What the parts cost: the ACF part is next to nothing."""
+"""What the parts cost: the ACF module is next to nothing."""
 
 import pytest
 
@@ -6,19 +6,16 @@ from networks import build_network
 from tests.benchmarks.macs import count
 
 
-def test_acf_part_costs_a_thousandth_of_the_base():
+def test_the_module_costs_less_than_a_hundredth_of_the_network():
     parts = count(build_network(), (769, 769))
-    base = parts["backbone"][1] + parts["context"][1]
-    assert 0 < parts["acf and fine"][1] <= base / 1000
-    assert sum(p for p, _ in parts.values()) == pytest.approx(73.5e6, rel=0.02)
+    assert 0 < parts["head.acf"][1] <= sum(macs for _, macs in parts.values()) / 100
+    assert sum(parameters for parameters, _ in parts.values()) == pytest.approx(73.5e6, rel=0.02)
 
 
 def test_count_agrees_with_arithmetic():
-    """The coarse head is C·N products a pixel of a 97×97 map; the ACF part is written out term by term."""
-    classes, channels = 19, 512
+    """The head's terms on a 97×97 map, written out."""
+    classes, channels, keys, pixels = 19, 512, 512, 97 * 97
     parts = count(build_network(), (769, 769))
-    pixels = 97 * 97
-    assert parts["coarse"][1] == classes * channels * pixels
-    pooling, mixing = classes * channels * pixels, classes * classes * pixels
-    centers = 2 * classes * channels * channels + classes * channels * classes
-    assert parts["acf and fine"][1] == pooling + mixing + centers + classes * channels * pixels
+    assert parts["head.coarse"][1] == classes * channels * pixels
+    assert parts["head.acf"][1] == (channels * keys + 2 * classes * keys + keys * keys) * pixels
+    assert parts["head.fine"][1] == (keys + channels) * classes * pixels

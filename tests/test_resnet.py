@@ -67,8 +67,7 @@ def test_eca_kernels_per_stage(name, kernels):
 
 def test_resnet_without_attention_has_none():
     assert build_backbone("resnet18").layer1[0].eca is None
-    assert all((settings["eca_kernels"] is None) == (not name.startswith("eca"))
-               for name, settings in BACKBONES.items())
+    assert all((backbone.eca_kernels is None) == (not name.startswith("eca")) for name, backbone in BACKBONES.items())
 
 
 def test_relu_needs_a_norm_that_keeps_its_input():

@@ -101,11 +101,11 @@ def make_network(variant, num_classes, weights):
     model, ablations = VARIANTS[variant]
     network = build_network(model, num_classes, norm="bn", activation="relu", ablations=ablations,
                             **choose_backbone(weights))
+    load_weights(network, weights)
     if variant.endswith("true centers"):
         coarse = network.head.coarse
         head = TrueCentersHead(coarse.in_channels, num_classes, coarse.in_channels)
         network = TrueCentersNet(network.backbone, network.context, head, network.aux)
-    load_weights(network, weights)
     if variant.endswith("no term"):
         for parameter in network.head.acf.requires_grad_(False).cab.parameters():
             torch.nn.init.zeros_(parameter)
@@ -133,7 +133,8 @@ def run(variant, seed, args, weights, device):
     val = kind(args.data, data_list=args.data / "val.lst", classes=classes)
 
     def validate(step):
-        forward = network.eval() if kind is WithTruth else fold_norms(network).to(memory_format=torch.channels_last)
+        network.eval()
+        forward = network.forward if kind is WithTruth else fold_norms(network).to(memory_format=torch.channels_last)
         predictor = predictor_kind(forward, args.size, normalization=normalization, device=device,
                                    autocast=AUTOCAST[amp], memory_format=torch.channels_last)
         items = (val[index] for index in range(0, len(val), 1 if step == args.steps else 4))

@@ -56,6 +56,7 @@ def look(network, images, device, autocast):
     acf, fine = network.head.acf, network.head.fine
     of_centers, of_features = fine.weight.split([acf.cab.conv.out_channels, features.shape[1]], dim=1)
 
+    @torch.inference_mode()
     def matrix(center_logits=None):
         """M (B, N centers, N logits)."""
         centers = acf.class_centers(features, coarse if center_logits is None else center_logits)   # (B, N, C')

@@ -15,22 +15,19 @@ from utils import cli
 
 
 def count(network, size, training=False):
-    """{part: (parameters, MACs of one image of that size)}; "acf and fine" is what the ACF part adds."""
+    """{part: (parameters, MACs of one image of that size)}; the parts of the head by their names."""
     network = network.to("meta").train(training)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(1, 3, *size, device="meta"))
     flops = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     root = type(network).__name__
     parts = {}
-    for name, module in network.named_children():
+    children = [(name, module) for name, module in network.named_children() if name != "head"]
+    for name, module in [*children, *((f"head.{name}", module) for name, module in network.head.named_children())]:
         macs = flops.get(f"{root}.{name}", 0) // 2
         parameters = sum(p.numel() for p in module.parameters())
         if parameters and (training or name != "aux"):
             parts[name] = (parameters, macs)
-    inside = sum(macs for _, macs in parts.values())
-    if "acf" in parts:      # the heads call its layers as functions, so the counter books them on the network
-        parameters = parts.pop("acf")[0] + parts.pop("fine")[0]
-        parts["acf and fine"] = (parameters, flops["Global"] // 2 - inside)
     return parts
 
 

@@ -79,7 +79,7 @@ def against_float64(device, amp, layout, norm, size=97, steps=3, **shape):
     engine = make_engine(device, amp, layout, norm=norm, **shape)
     # Rounding to half precision changes the gradients of a fresh network's lower layers beyond recognition, whatever
     # the norm: there the classifiers' alone can be compared.
-    names = [name for name in weights if amp == "off" or name in ("fine.weight", "coarse.weight")]
+    names = [name for name in weights if amp == "off" or name in ("head.fine.weight", "head.coarse.weight")]
     now = dict(engine.network.named_parameters())
     before = {name: now[name].detach().cpu().double() for name in names}
     found = [engine.step([make_batch(size, seed)])[0] for seed in range(steps)]

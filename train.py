@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -45,16 +44,16 @@ from utils.distributed import (
     processes_started,
     rank_and_size,
     select_devices,
-    share_batches,
     share_cores,
     start_processes,
     started_by_torchrun,
 )
-from utils.engine import Course, Engine, NetworkWithLoss, NotFinite, compile_network
+from utils.engine import Engine, NotFinite, make_engine
+from utils.history import History
 from utils.inference import fitting_size
-from utils.logger import METRICS, QUICK, NoLog, RunLog, about_this_run, read_lines, speak_for_all
+from utils.logger import METRICS, QUICK, NoLog, RunLog, read_lines, speak_for_all
 from utils.normalization import NORMALIZATIONS, Normalization
-from utils.optimization import OPTIMIZERS, PolySchedule, average_of_weights, make_optimizer
+from utils.optimization import OPTIMIZERS, PolySchedule, make_optimizer
 from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision
 from utils.snapshot import Config
 from utils.validation import QuickValidation, draw_panel
@@ -355,7 +354,7 @@ def assemble(args, devices, processes, precision, dataset, workers):
               val_every=args.val_every, log_every=args.log_every, panel_every=args.panel_every)
     run.batches = make_batches(dataset, run, sampling=args.sampling, index=index, seed=args.random_seed,
                                batch_size=args.batch_size, workers=workers)
-    record(run, args.snapshot_dir, config, args.keep, account)
+    resume.record(run, args.snapshot_dir, config, args.keep, account)
     run.panel = lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX)
     if args.val_every:
         images = CityscapesDataset(args.data_dir, args.val_split, args.val_list, dataset.classes)
@@ -398,25 +397,6 @@ class Run:
     panel_every: int = 500
 
 
-def make_engine(network, *, criterion, optimizer, normalization, precision, devices, processes=None,
-                memory_format=torch.contiguous_format, freeze=(), clip_gradient=None, ema=None, compiled=False):
-    """The `Engine` that trains a network, which lies on the first device.
-
-    freeze: names of the stages that do not learn; ema: decay of the average of the weights, or None; compiled: whether
-    the network is to be; the rest as in `Engine` and `NetworkWithLoss`.
-    """
-    network, optimizer = precision.prepare(network, optimizer)
-    frozen = network.backbone.first_stages(freeze)
-    for module in frozen:
-        module.requires_grad_(False)
-    average = None if ema is None else average_of_weights(network, ema)
-    if compiled:
-        compile_network(network)
-    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast)
-    return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
-                  processes, memory_format, frozen, clip_gradient, average)
-
-
 def make_batches(dataset, run, *, sampling="uniform", index=None, seed=1234, batch_size=8, workers=0):
     """The batches of a run that are left, or their parts: a DataLoader.
 
@@ -436,21 +416,6 @@ def start_worker(worker):
     """A process that reads samples: it leaves signals to the parent, and other cores to other workers."""
     cli.leave_signals_to_the_parent(worker)
     one_thread()
-
-
-def record(run, folder, config, keep=None, account=None):
-    """Give a run its log and its snapshots, in a folder. account: of the weights it starts from, or None."""
-    engine, folder = run.engine, Path(folder)
-    run.snapshots = resume.SnapshotFolder(folder, engine, config, keep)
-    if run.snapshots.writes:
-        run.log = RunLog(folder, run.schedule.num_steps, run.start, about_this_run(config.arguments, engine.devices))
-        if account is not None:
-            checkpoint.write_json(folder / "weights.json", account.as_json())
-        best = folder / checkpoint.BEST
-        if run.start == 0 and best.exists():
-            print(f"{best} is of an earlier run, kept as {checkpoint.set_aside(best)}")
-    if engine.processes is not None:
-        engine.processes.barrier()      # all must have the same record to beat
 
 
 def perform(run):
@@ -527,58 +492,6 @@ def train(run):
             if logged:      # what else was done is not the step's time
                 window, waited, images = time.monotonic(), 0.0, 0
     return 0
-
-
-class History:
-    """Whether a run went on normally, for when it no longer does.
-
-    Attributes:
-        saved: step of the newest snapshot; 0 for none.
-        sound: step of the newest snapshot after which the loss was normal; 0 for none.
-    """
-
-    def __init__(self, engine, saved):
-        self.engine, self.course, self.first_norm = engine, Course(), engine.weight_norm()
-        self.saved, self.sound = saved, 0
-
-    def add(self, loss, step):
-        """The loss of a step, which judges the state before it."""
-        if self.course.add(loss) and self.saved == step - 1:
-            self.sound = self.saved
-
-    def explain(self, error, run, step, factor, parts):
-        """The `UserError` for a step that was not finite and has left the state as it was; saves that state if it is
-        worth it, and removes nothing.
-
-        error: `NotFinite`; factor: of the rates; parts: the batch.
-        """
-        engine = self.engine
-        names = [name for part in parts for name in part["name"]]
-        if engine.processes is not None:
-            names = sum(engine.processes.gather_objects(names), [])
-        rate = factor * engine.optimizer.param_groups[0]["initial_lr"]
-        return UserError(f"step {step}: expected a finite {error.what}, found {error.terms} at the learning rate "
-                         f"{rate:.3g}; images: {', '.join(names)}; {self._advice(error, run, step - 1)}")
-
-    def _advice(self, error, run, done):
-        """What the user can do, for the end of a sentence. done: steps that made the state."""
-        if error.what == "gradient":
-            healthy = self.course.add(self.engine.criterion.total(
-                {name: error.terms[name] for name in self.engine.criterion.weights}))
-        else:       # the batch may be at fault, if the step before was normal and has not blown the weights up
-            healthy = self.course.normal and self.engine.weight_norm() < 10 * self.first_norm
-        if healthy:
-            if self.saved != done:
-                run.snapshots.save(done, remove=False)
-            return f"the state before is the snapshot of step {done}: a lower --learning-rate with --resume may help"
-        lost = "" if self.saved == done else ", so that state is not saved"
-        elsewhere = " and another --snapshot-dir" if self.saved > self.sound else ""
-        if self.sound:
-            return (f"training had left its course before{lost}; the newest snapshot that trained on normally is "
-                    f"{checkpoint.NAME.format(step=self.sound)}: --resume with that file{elsewhere} and a lower "
-                    "--learning-rate may help")
-        return (f"training had left its course before{lost}, and no snapshot of this start trained on normally: a "
-                f"lower --learning-rate from the beginning{elsewhere} may help")
 
 
 if __name__ == "__main__":

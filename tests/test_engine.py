@@ -15,7 +15,8 @@ from networks import build_network
 from tests.crash import same
 from utils import checkpoint
 from utils.distributed import Processes
-from utils.engine import Course, Engine, NetworkWithLoss, NotFinite
+from utils.engine import Engine, NetworkWithLoss, NotFinite
+from utils.history import Course
 from utils.normalization import Normalization
 from utils.precision import Precision
 

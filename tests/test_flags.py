@@ -8,6 +8,7 @@ import torch
 
 import train
 from libs import backend
+from utils import resume
 from utils.cli import UserError
 from utils.logger import NoLog
 
@@ -70,7 +71,7 @@ def outcome(words, monkeypatch):
     """What a command makes, without performing it, or how it is refused."""
     made = []
     monkeypatch.setattr(train, "perform", lambda run: made.append(run) or 0)
-    monkeypatch.setattr(train, "RunLog", lambda *_: NoLog())
+    monkeypatch.setattr(resume, "RunLog", lambda *_: NoLog())
     torch.manual_seed(0)
     try:
         train.main(words)

@@ -1,8 +1,7 @@
 """One training step, however many devices and parts its batch is shared by."""
 
 import math
-import statistics
-from collections import defaultdict, deque
+from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
@@ -10,7 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import random_state, set_random_state
+from .distributed import share_batches
 from .jitter import apply_jitter
+from .optimization import average_of_weights
 from .versions import total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
@@ -93,25 +94,6 @@ class NotFinite(ArithmeticError):
         finite = all(math.isfinite(value) for name, value in terms.items() if name != "gradient_norm")
         self.what, self.terms = "gradient" if finite else "loss", terms
         super().__init__(f"{self.what}: {terms}")
-
-
-class Course:
-    """Whether training goes on normally, told by its losses.
-
-    A loss is normal up to three times the median of the last 200 normal ones: crops differ by less, and a run that
-    diverges passes that long before its numbers overflow. What is not normal does not move the median.
-    """
-
-    def __init__(self):
-        self.losses = deque(maxlen=200)
-        self.normal = False     # whether the last one was
-
-    def add(self, loss):
-        """The loss of a step, which judges the weights that the step before it made. Returns whether it is normal."""
-        self.normal = math.isfinite(loss) and (not self.losses or loss <= 3 * statistics.median(self.losses))
-        if self.normal:
-            self.losses.append(loss)
-        return self.normal
 
 
 class Engine:
@@ -251,3 +233,22 @@ class Engine:
             torch._foreach_copy_(buffers, kept)
         set_random_state(generators, self.devices)
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def make_engine(network, *, criterion, optimizer, normalization, precision, devices, processes=None,
+                memory_format=torch.contiguous_format, freeze=(), clip_gradient=None, ema=None, compiled=False):
+    """The `Engine` that trains a network, which lies on the first device.
+
+    freeze: names of the stages that do not learn; ema: decay of the average of the weights, or None; compiled: whether
+    the network is to be; the rest as in `Engine` and `NetworkWithLoss`.
+    """
+    frozen = network.backbone.first_stages(freeze)
+    for module in frozen:
+        module.requires_grad_(False)
+    network, optimizer = precision.prepare(network, optimizer)
+    average = None if ema is None else average_of_weights(network, ema)
+    if compiled:
+        compile_network(network)
+    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast)
+    return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
+                  processes, memory_format, frozen, clip_gradient, average)

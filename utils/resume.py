@@ -7,6 +7,7 @@ from . import checkpoint
 from .cli import UserError
 from .distributed import by_the_first, rank_and_size
 from .inference import round_size
+from .logger import RunLog, about_this_run
 
 # Flags without which a snapshot belongs to another run: the network, how it learns, and the sequence of its samples.
 SAME_RUN = ("model", "norm", "activation", "optimizer", "freeze", "ema", "split", "input_size", "batch_size",
@@ -135,3 +136,18 @@ def compare(path, before, now):
                         f"{'--data-list' if new['data_list'] else '--data-dir'}, found one on "
                         f"{before.samples['count']} pairs, of other names or in another order; another "
                         "--snapshot-dir starts another run")
+
+
+def record(run, folder, config, keep=None, account=None):
+    """Give a run its log and its snapshots, in a folder. account: of the weights it starts from, or None."""
+    engine, folder = run.engine, Path(folder)
+    run.snapshots = SnapshotFolder(folder, engine, config, keep)
+    if run.snapshots.writes:
+        run.log = RunLog(folder, run.schedule.num_steps, run.start, about_this_run(config.arguments, engine.devices))
+        if account is not None:
+            checkpoint.write_json(folder / "weights.json", account.as_json())
+        best = folder / checkpoint.BEST
+        if run.start == 0 and best.exists():
+            print(f"{best} is of an earlier run, kept as {checkpoint.set_aside(best)}")
+    if engine.processes is not None:
+        engine.processes.barrier()      # all must have the same record to beat

@@ -291,7 +291,8 @@ def describe(args, dataset, followed):
     if args.recompute not in BACKBONES[args.backbone].recompute_choices():
         raise UserError(f"--recompute {args.recompute}: expected a backbone of at least 50 layers, found "
                         f"{args.backbone}, in which it would save nothing; --recompute full works there")
-    args.loss_weights = args.loss_weights or MODELS[args.model].loss_weights
+    heads = MODELS[args.model].loss_weights
+    args.loss_weights = {head: (args.loss_weights or heads)[head] for head in heads}
     normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
         followed.normalization if followed else Normalization())
     print(f"network: {args.model}, {args.backbone}, stem {shape['stem']}, "

@@ -332,11 +332,13 @@ class Protocol:
                                 config.normalization, device, AUTOCAST[self.amp], torch.channels_last,
                                 FirstImage(images))
 
-    def as_json(self, window, split):
-        """What `result.json` says of it; window: that was used, or None."""
+    def as_json(self, window, split, config):
+        """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None."""
+        averaged = (config.arguments or {}).get("ema") is not None
         return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
                 "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
-                "average": "probabilities"} | ({"weights": "raw"} if self.raw_weights else {})
+                "average": "probabilities"} | (
+                    {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {})
 
     def too_little_memory(self, found):
         """The `UserError`; found: the error's first words."""
@@ -399,7 +401,8 @@ def perform(args, paths, protocol, machine):
         broken = predict(paths[0], ImageFiles(find_images(args.images)), protocol, machine, args.classes, kinds,
                          ResultsFolder("--output-dir", folder, args.overwrite))
     else:
-        folders = [ResultsFolder("--output-dir", results_folder(path, args.split, args.output_dir, len(paths) > 1),
+        folders = [ResultsFolder("--output-dir", results_folder(path, f"{args.split}{'_raw' * args.raw_weights}",
+                                                               args.output_dir, len(paths) > 1),
                                  args.overwrite) for path in paths]
         if rank_and_size(machine.processes)[0] == 0:        # of all snapshots, before hours go into the first
             for results in folders:
@@ -455,7 +458,7 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
     if rank_and_size(processes)[0]:
         return None
     result = summarise(matrices, instances, classes, path, len(dataset),
-                       protocol.as_json(predictor.window, dataset.split))
+                       protocol.as_json(predictor.window, dataset.split, config))
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
     matrix = np.asarray(headline["fine"].matrix)
     print(table(result))

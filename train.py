@@ -120,7 +120,7 @@ def add_network(parser):
                      help="kernels of the in-place norms: PyTorch's, the package's, or whichever fits (auto)")
     net.add_argument("--recompute", "--checkpoint", choices=RECOMPUTE, default="none",
                      help="memory for time: light recomputes the expansion of each bottleneck (from 50 layers on), "
-                     "full groups of blocks (none)")
+                     "full groups of blocks, both the ACF module too (none)")
     net.add_argument("--freeze", type=cli.words, default=(), metavar="STAGES", help="stages of the backbone that do "
                      "not learn, and whose norms keep their statistics, from the first one on: stem or stem,1,2 (none)")
     net.add_argument("--restore-from", type=cli.path, nargs="+", metavar="FILE",
@@ -132,7 +132,8 @@ def add_network(parser):
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(sgd)")
-    optim.add_argument("--learning-rate", type=cli.positive(float), default=1e-2, help="of the first step (1e-2)")
+    optim.add_argument("--learning-rate", type=cli.positive(float), default=1e-2,
+                       help="at the beginning, after a warmup if any; of the backbone (1e-2)")
     optim.add_argument("--head-lr-factor", type=cli.positive(float), default=1.0, metavar="FACTOR",
                        help="the rate of all but the backbone, as a multiple of --learning-rate (1)")
     optim.add_argument("--momentum", type=cli.probability, default=0.9, help="of SGD; of adamw, beta 1 (0.9)")
@@ -148,8 +149,8 @@ def add_network(parser):
     optim.add_argument("--loss-weights", type=cli.named_numbers, metavar="HEAD=W,...", help="factor of each head's "
                        "loss; default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4")
     optim.add_argument("--class-weights", type=cli.path, metavar="NAME", help="of the pixels in the loss: cityscapes, "
-                       "the published list; balanced, 1 / log of the pixels of each class; or a CSV file with the "
-                       "columns name and weight (all 1)")
+                       "the published list; balanced, 1 / log of each class's pixels, with mean 1; or a CSV file with "
+                       "the columns name and weight (all 1)")
     optim.add_argument("--accumulate", type=cli.positive(int), default=1, metavar="PARTS",
                        help="take each batch in so many parts, one after the other, in the memory of one (1)")
     optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
@@ -210,7 +211,8 @@ def check(args, devices, classes):
     if args.ablations and not MODELS[args.model].acf:
         raise UserError(f"--ablations {' '.join(args.ablations)}: expected a --model with ACF, found {args.model}")
     if args.freeze != STAGES[:len(args.freeze)]:
-        raise UserError(f"--freeze {','.join(args.freeze)}: expected some of {','.join(STAGES)}, from the first one on")
+        raise UserError(f"--freeze {','.join(args.freeze)}: expected stages from {','.join(STAGES)} that begin with "
+                        "stem and leave none out, such as stem,1,2")
     heads = MODELS[args.model].loss_weights
     if args.loss_weights and args.loss_weights.keys() != heads.keys():
         raise UserError(f"--loss-weights: expected a factor for each of {', '.join(heads)}, the heads of --model "
@@ -221,9 +223,16 @@ def check(args, devices, classes):
     if args.compile and len(devices) > 1 and args.parallel == "dp":
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")
-    if args.compile and args.recompute == "full":
-        raise UserError("--compile: expected --recompute none or light with it, found full, whose recomputation "
-                        "cannot be compiled")
+    if args.compile and args.recompute != "none":
+        raise UserError(f"--compile: expected --recompute none with it, found {args.recompute}, which cannot be "
+                        "compiled; compiled code decides by itself what it computes again")
+    if args.optimizer == "adamw" and args.momentum == 1:
+        raise UserError("--momentum 1: expected less than 1 with --optimizer adamw")
+    if args.ema == 1:
+        raise UserError("--ema 1: expected less than 1, with which the average would never change")
+    if args.warmup_steps >= args.num_steps:
+        raise UserError(f"--warmup-steps {args.warmup_steps}: expected fewer than the {args.num_steps} steps of "
+                        "--num-steps")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
     if args.val_every and args.data_list and not args.val_list:
@@ -282,8 +291,12 @@ def main(argv=None):
         raise cli.Interrupted(stopped)
 
 
-def describe(args, dataset, followed):
-    """The `Config` of a run. followed: `Weights` of the file whose structure it takes over, or None."""
+def describe(args, dataset, followed, found):
+    """The `Config` of a run.
+
+    followed: `Weights` of the file whose structure it takes over, or None; found: `Snapshot` from which it goes on, or
+    None.
+    """
     shape = {"model": args.model, "num_classes": dataset.classes.num_classes, "norm": args.norm,
              "activation": args.activation, "ablations": args.ablations,
              **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
@@ -292,6 +305,8 @@ def describe(args, dataset, followed):
         raise UserError(f"--recompute {args.recompute}: expected a backbone of at least 50 layers, found "
                         f"{args.backbone}, in which it would save nothing; --recompute full works there")
     heads = MODELS[args.model].loss_weights
+    if found is not None and not args.loss_weights:
+        args.loss_weights = resume.loss_weights(found.config, heads)
     args.loss_weights = {head: (args.loss_weights or heads)[head] for head in heads}
     normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
         followed.normalization if followed else Normalization())
@@ -305,7 +320,7 @@ def describe(args, dataset, followed):
 def plain_values(args):
     """The flags' values as a snapshot and JSON can hold them."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-    return values | {"loss_weights": ",".join(f"{head}={weight:g}" for head, weight in args.loss_weights.items())}
+    return values | {"loss_weights": cli.plain_numbers(args.loss_weights)}
 
 
 def assemble(args, devices, processes, precision, dataset, workers):
@@ -316,7 +331,7 @@ def assemble(args, devices, processes, precision, dataset, workers):
         print("--resume: the weights are the snapshot's; --restore-from is not read")
     elif args.resume and found is None:
         print(f"--resume: no snapshot in {args.snapshot_dir} yet, so this run starts from the beginning")
-    config = describe(args, dataset, weights if found is None else weights_of(found))
+    config = describe(args, dataset, weights if found is None else weights_of(found), found)
     if found is not None:
         resume.compare(found.path, found.config, config)
 

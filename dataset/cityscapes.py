@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
@@ -18,7 +18,7 @@ from utils.logger import progress
 
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import DecodedCache, kind_of, read_file, read_ids, read_image, sizes_differ
-from .sampling import Jobs, class_positions
+from .sampling import class_positions, do_jobs
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 COARSE = "train_extra"      # the split whose truth is in gtCoarse
@@ -144,7 +144,7 @@ class CityscapesDataset(Dataset):
         checkpoint.check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
         missing = {path for path, _ in missing}
         todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]
-        for _ in progress(DataLoader(Jobs(self.decode_pair, todo), None, num_workers=workers), "decoding", "image"):
+        for _ in progress(do_jobs(self.decode_pair, todo, workers), "decoding", "image"):
             pass
 
     def decode_pair(self, index):

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import checkpoint
@@ -169,8 +170,7 @@ def class_index(dataset, folder, workers):
         if os.path.isdir(path) and not os.listdir(path):
             os.rmdir(path)
     rows = []
-    for found in progress(DataLoader(Jobs(dataset.positions, range(len(dataset))), None, num_workers=workers),
-                          "finding classes", "label map"):
+    for found in progress(do_jobs(dataset.positions, range(len(dataset)), workers), "finding classes", "label map"):
         rows += found
     index = np.array(rows, np.int64).reshape(-1, 4)
     checkpoint.write_atomically(path, lambda file: np.savez(file, index=index))
@@ -200,3 +200,9 @@ class Jobs(Dataset):
 
     def __getitem__(self, number):
         return self.function(self.indices[number])
+
+
+def do_jobs(function, indices, workers):
+    """What a function makes of each index, in order, by so many worker processes: a DataLoader."""
+    # With a generator of its own: what is random elsewhere must not depend on whether this had to be done.
+    return DataLoader(Jobs(function, indices), None, num_workers=workers, generator=torch.Generator())

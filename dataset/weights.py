@@ -2,17 +2,16 @@
 
 import csv
 import io
-import math
+import os
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from utils.cli import UserError
 from utils.logger import progress
 
 from .labels import CITYSCAPES
 from .reading import read_file
-from .sampling import Jobs
+from .sampling import do_jobs
 
 # name,weight: as published with OCNet, HRNet and many after them; their origin is 1 / log of the pixel counts.
 PUBLISHED = CITYSCAPES.with_name("class_weights.csv")
@@ -29,40 +28,48 @@ def class_weights(which, dataset, workers=0):
     """
     if which == "balanced":
         return balanced(count_pixels(dataset, workers))
-    return read_weights(PUBLISHED if which == "cityscapes" else which, dataset.classes.names)
+    path = PUBLISHED if which == "cityscapes" else which
+    if not os.path.isfile(path):
+        raise UserError(f"--class-weights {which}: expected cityscapes, balanced or a CSV file, found no such file")
+    return read_weights(path, dataset.classes.names, which)
 
 
-def read_weights(path, names):
-    """The column `weight` of a CSV file, for the classes of these names: a list of floats above 0."""
-    found = {}
+def read_weights(path, names, shown=None):
+    """The column `weight` of a CSV file, for the classes of these names: a list of floats from 1e-6 to 1e6.
+
+    shown: what the user calls the file, for messages.
+    """
+    found, flag = {}, f"--class-weights {shown or path}"
     try:
         text = read_file(path, "a table of weights (CSV)").decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text, newline=""))
         if not {"name", "weight"} <= set(reader.fieldnames or ()):
-            raise UserError(f"--class-weights {path}: expected the columns name and weight, found "
+            raise UserError(f"{flag}: expected the columns name and weight, found "
                             f"{', '.join(reader.fieldnames or ()) or 'none'}")
         for row in reader:
             if row["name"] not in names:
                 continue
+            if row["name"] in found:
+                raise UserError(f"{flag}, line {reader.line_num}: expected every class once, found {row['name']} again")
             try:
                 found[row["name"]] = float(row["weight"])
             except (TypeError, ValueError):
                 found[row["name"]] = -1.0
-            if not 0 < found[row["name"]] < math.inf:
-                raise UserError(f"--class-weights {path}, line {reader.line_num}: expected a number above 0 as weight, "
+            if not 1e-6 <= found[row["name"]] <= 1e6:
+                raise UserError(f"{flag}, line {reader.line_num}: expected a weight from 1e-6 to 1e6, "
                                 f"found {row['weight']!r}")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--class-weights {path}: expected a CSV file, found: {error}") from None
+        raise UserError(f"{flag}: expected a CSV file, found: {error}") from None
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"--class-weights {path}: expected a weight for each of the {len(names)} classes, found none "
+        raise UserError(f"{flag}: expected a weight for each of the {len(names)} classes, found none "
                         f"for {', '.join(missing[:5])}")
     return [found[name] for name in names]
 
 
 def count_pixels(dataset, workers=0):
     """Pixels of each class in all label maps: (N,) int64."""
-    jobs = DataLoader(Jobs(dataset.count_classes, range(len(dataset))), None, num_workers=workers)
+    jobs = do_jobs(dataset.count_classes, range(len(dataset)), workers)
     return np.sum(list(progress(jobs, "counting pixels of the classes", "label map")), axis=0)
 
 

@@ -64,7 +64,6 @@ def norms_and_convolutions(network, example):
     """{name of each norm: name of the convolution before it}, found by running a copy on the meta device.
 
     example: an input, of which the shape matters alone; the copy is in training mode, so that all heads run.
-    Where centers come from the truth, labels of the same shape are made up.
     """
     network = copy.deepcopy(network).to("meta").float().train()
     outputs, pairs = [], {}

@@ -1,4 +1,4 @@
-"""The training loss: 0.7 · fine + 0.6 · coarse + 0.4 · aux, each a cross-entropy over the labelled pixels."""
+"""The training loss: a weighted sum of the cross-entropies of a network's heads over the labelled pixels."""
 
 import torch
 from torch import nn

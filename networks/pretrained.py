@@ -122,10 +122,11 @@ def read_snapshot(path, resuming=False):
 
 
 def weights_of(found):
-    """`Snapshot` → `Weights`."""
-    backbone = {key.removeprefix("backbone."): value for key, value in found.model.items()
-                if key.startswith("backbone.")}
-    return Weights(found.path, "ours", found.model, found.config.network["norm"], structure(backbone),
+    """`Snapshot` → `Weights`: the moving average of its weights where it has one, as evaluation takes it."""
+    model = found.model if found.average is None else found.average
+    backbone = {key.removeprefix("backbone."): value for key, value in model.items() if key.startswith("backbone.")}
+    family = "ours" if found.average is None else "ours, the moving average of its weights"
+    return Weights(found.path, family, model, found.config.network["norm"], structure(backbone),
                    found.config.normalization)
 
 

@@ -24,6 +24,7 @@ from utils.engine import Engine, NetworkWithLoss, step_loss
 from utils.normalization import Normalization
 from utils.precision import Precision
 from utils.replicas import ThreadReplicas
+from utils.versions import keeping_buffers
 
 STEPS = 20
 
@@ -65,7 +66,7 @@ def train(share, dtype, ohem, rank=0, world=1):
 def work(rank, world, folder, dtype, ohem):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    losses = train(lambda module: (DistributedDataParallel(module, forward_sync_buffers=False), Processes()), dtype,
+    losses = train(lambda module: (DistributedDataParallel(module, **keeping_buffers()), Processes()), dtype,
                    ohem, rank, world)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))

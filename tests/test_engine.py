@@ -19,6 +19,7 @@ from utils.engine import Engine, NetworkWithLoss, NotFinite
 from utils.history import Course
 from utils.normalization import Normalization
 from utils.precision import Precision
+from utils.versions import keeping_buffers
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def make_engine(amp="off", processes=None, **network):
     precision, criterion = Precision(amp, CPU), SegmentationCriterion()
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
     if processes is not None:
-        module = DistributedDataParallel(module, forward_sync_buffers=False)
+        module = DistributedDataParallel(module, **keeping_buffers())
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     return Engine(module, network, criterion, optimizer, precision, [CPU], processes)
 

@@ -92,11 +92,13 @@ def test_gradients_are_clipped_as_pytorch_does():
 
 def test_the_average_of_the_weights_is_exponential():
     engine = make_engine(ema=0.75)
-    seen = []
+    seen = [engine.network.head.fine.weight.detach().clone()]
     for seed in range(3):
         engine.step([make_batch(seed)])
         seen.append(engine.network.head.fine.weight.detach().clone())
-    expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
+    expected = seen[0]
+    for weight in seen[1:]:
+        expected = 0.75 * expected + 0.25 * weight
     torch.testing.assert_close(engine.scored_network.head.fine.weight, expected)
     assert torch.equal(engine.scored_network.backbone.bn1.running_mean, engine.network.backbone.bn1.running_mean)
 
@@ -146,11 +148,14 @@ def test_tables_of_weights(streets, tmp_path):
                  for index in range(len(dataset)))
     assert class_weights("balanced", dataset) == balanced(pixels)
     for text, message in (("name,weight\nroad,1\n", "expected a weight for each of the 2 classes, found none for car"),
+                          ("name,weight\nroad,1\nroad,5\n", "line 3: expected every class once, found road again"),
                           ("name\nroad\n", "expected the columns name and weight, found name"),
-                          ("name,weight\nroad,1\ncar,-2\n", "line 3: expected a number above 0 as weight, found '-2'")):
+                          ("name,weight\nroad,1\ncar,-2\n", "line 3: expected a weight from 1e-6 to 1e6, found '-2'")):
         (tmp_path / "w.csv").write_text(text)
         with pytest.raises(UserError, match=message):
             read_weights(tmp_path / "w.csv", ["road", "car"])
+    with pytest.raises(UserError, match="--class-weights nope.csv: expected cityscapes, balanced or a CSV file"):
+        class_weights("nope.csv", dataset)
 
 
 def test_a_run_with_everything_resumes_to_the_bit(streets, tmp_path, capsys):

@@ -460,9 +460,17 @@ def test_the_sentence_about_memory_builds_nothing():
     assert not memory.ran_out(RuntimeError("a bug"))
 
 
-def test_compiled_code_cannot_recompute_in_full(streets, tmp_path):
-    with pytest.raises(UserError, match="--compile: expected --recompute none or light with it, found full"):
-        train.main(words(streets, tmp_path / "s", "--compile", "--recompute", "full"))
+@pytest.mark.parametrize("more, message", [
+    (("--compile", "--recompute", "full"), "--compile: expected --recompute none with it, found full"),
+    (("--compile", "--recompute", "light"), "--compile: expected --recompute none with it, found light"),
+    (("--optimizer", "adamw", "--momentum", "1"), "--momentum 1: expected less than 1 with --optimizer adamw"),
+    (("--ema", "1"), "--ema 1: expected less than 1"),
+    (("--warmup-steps", "9", "--num-steps", "9"), "--warmup-steps 9: expected fewer than the 9 steps"),
+    (("--freeze", "2"), "--freeze 2: expected stages from stem,1,2,3,4 that begin with stem"),
+    (("--loss-weights", "fine=1"), "--loss-weights: expected a factor for each of fine, coarse, aux")])
+def test_flags_that_do_not_fit_each_other_are_refused(streets, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        train.main(words(streets, tmp_path / "s", *more))
     assert not (tmp_path / "s").exists()
 
 

@@ -263,6 +263,11 @@ def named_numbers(text):
     return values
 
 
+def plain_numbers(values):
+    """{name: number} → the text that `named_numbers` reads."""
+    return ",".join(f"{name}={value:g}" for name, value in values.items())
+
+
 # Beyond these no flag means anything: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.
 LARGEST = {int: 2 ** 31 - 1, float: 1e30}
 

@@ -17,6 +17,7 @@ from .cli import UserError, deaf_for_a_second
 from .driver import unusable_gpu
 from .precision import exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
+from .versions import keeping_buffers
 
 
 def select_devices(gpu=None):
@@ -113,7 +114,7 @@ def share_batches(module, devices, processes):
     """Wrap a module so that processes, or several devices of this one, share each batch."""
     if processes is not None:
         print(f"{processes.size} processes share each batch, and the statistics of its norms")
-        return DistributedDataParallel(module, forward_sync_buffers=False)  # norms keep the same ones in all
+        return DistributedDataParallel(module, **keeping_buffers())
     if len(devices) > 1:
         print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
         return DataParallel(module, device_ids=devices)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import random_state, set_random_state
 from .distributed import share_batches
 from .jitter import apply_jitter
-from .optimization import average_of_weights
+from .optimization import average_of_weights, update_average
 from .versions import total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
@@ -109,18 +109,19 @@ class Engine:
         memory_format: of images.
         frozen: modules of the network that do not learn, and whose norms keep their statistics.
         clip_gradient: the most that the norm of all gradients may be, or None.
-        average: of the weights (`optimization.average_of_weights`), or None.
+        ema: decay of a moving average of the weights (`optimization.update_average`), or None.
 
     `skipped` counts the steps that were left out because gradients overflowed in half precision.
     """
 
     def __init__(self, module, network, criterion, optimizer, precision, devices, processes=None,
-                 memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, average=None):
+                 memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, ema=None):
         self.module, self.network, self.criterion = module, network, criterion
         self.optimizer, self.precision = optimizer, precision
         self.devices, self.processes = devices, processes
         self.memory_format = memory_format
-        self.frozen, self.clip_gradient, self.average = frozen, clip_gradient, average
+        self.frozen, self.clip_gradient, self.ema = frozen, clip_gradient, ema
+        self.average = None if ema is None else average_of_weights(network)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the rate that a schedule multiplies
         self.skipped = 0
@@ -142,7 +143,7 @@ class Engine:
     @property
     def scored_network(self):
         """The network whose results count: with the average of the weights, where there is one."""
-        return self.network if self.average is None else self.average.module
+        return self.network if self.average is None else self.average
 
     def step(self, batches, factor=1.0, asked=False):
         """Learn from one batch. The host waits for the device once, when everything but the update is queued.
@@ -186,8 +187,8 @@ class Engine:
         if self.clip_gradient is not None and (terms["gradient_norm"] or 0) > self.clip_gradient:
             torch._foreach_mul_(self.precision.gradients(self.optimizer), self.clip_gradient / terms["gradient_norm"])
         self.precision.step(self.optimizer)
-        if self.average is not None:
-            self.average.update_parameters(self.network)
+        if self.average is not None and terms["gradient_norm"] is not None:
+            update_average(self.average, self.network, self.ema)
         return terms, asked
 
     def weight_norm(self):
@@ -239,16 +240,15 @@ def make_engine(network, *, criterion, optimizer, normalization, precision, devi
                 memory_format=torch.contiguous_format, freeze=(), clip_gradient=None, ema=None, compiled=False):
     """The `Engine` that trains a network, which lies on the first device.
 
-    freeze: names of the stages that do not learn; ema: decay of the average of the weights, or None; compiled: whether
-    the network is to be; the rest as in `Engine` and `NetworkWithLoss`.
+    freeze: names of the stages that do not learn; compiled: whether the network is to be; the rest as in `Engine` and
+    `NetworkWithLoss`.
     """
     frozen = network.backbone.first_stages(freeze)
     for module in frozen:
         module.requires_grad_(False)
     network, optimizer = precision.prepare(network, optimizer)
-    average = None if ema is None else average_of_weights(network, ema)
     if compiled:
         compile_network(network)
     module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast)
     return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
-                  processes, memory_format, frozen, clip_gradient, average)
+                  processes, memory_format, frozen, clip_gradient, ema)

@@ -1,9 +1,9 @@
 """Which parameters learn, by which steps, and at which rate."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -48,7 +48,18 @@ class PolySchedule:
         return warmup * (1 - step / self.num_steps) ** self.power
 
 
-def average_of_weights(network, decay):
-    """A copy of the network whose weights `update_parameters(network)` turns, after each step, into
-    decay · average + (1 - decay) · weights; its running statistics are the network's own."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+def average_of_weights(network):
+    """A copy of the network, for `update_average`."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average, network, decay):
+    """After a step: the average's weights become decay · average + (1 - decay) · weights, and its running statistics
+    the network's own.
+
+    PyTorch's `AveragedModel` counts its steps on the host, which would then wait for a GPU in every step.
+    """
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        copied.copy_(buffer)

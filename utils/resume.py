@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint
+from . import checkpoint, cli
 from .cli import UserError
 from .distributed import by_the_first, rank_and_size
 from .inference import round_size
@@ -27,7 +27,7 @@ def content(engine, step, config):
     """
     generators = checkpoint.random_state(engine.devices)
     rng = [generators] if engine.processes is None else engine.processes.gather_objects(generators)
-    average = {} if engine.average is None else {"average": engine.average.module.state_dict()}
+    average = {} if engine.average is None else {"average": engine.average.state_dict()}
     return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
             "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config.plain(), **average}
 
@@ -85,8 +85,7 @@ def restore(found, engine):
     rank, world = rank_and_size(engine.processes)
     engine.network.load_state_dict(found.model)
     if engine.average is not None:
-        engine.average.module.load_state_dict(found.average)
-        engine.average.n_averaged.fill_(found.step)
+        engine.average.load_state_dict(found.average)
     # The flags of this run, and the momentum of the other.
     engine.optimizer.load_state_dict(engine.optimizer.state_dict() | {"state": found.optimizer})
     engine.precision.load_state_dict(found.scaler)
@@ -99,13 +98,21 @@ def restore(found, engine):
     print(f"resumed {found.path}, {found.step} steps done")
 
 
+def loss_weights(config, heads):
+    """{head: factor} of the run that a `Config` is of. Before there was a flag, they were the same in every model."""
+    if "loss_weights" in config.arguments:
+        found = cli.named_numbers(config.arguments["loss_weights"])
+        return {head: found.get(head, 0.0) for head in heads}
+    return {head: {"fine": 0.7, "coarse": 0.6, "aux": 0.4}[head] for head in heads}
+
+
 def compare(path, before, now):
     """Refuse to go on from a snapshot of another run; say which flags take another course from here on.
 
     before, now: `Config` of the snapshot and of this run.
     """
     for name, value in now.network.items():
-        found = before.network.get(name)
+        found = before.network.get(name, [] if name == "ablations" else None)
         if name not in ("model", "norm", "activation", "num_classes") and found != value:
             raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
                             "flags go on with that run")
@@ -115,9 +122,7 @@ def compare(path, before, now):
     if before.classes != now.classes:
         raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
     old, new = BEFORE_THE_FLAG | before.arguments, now.arguments
-    if "loss_weights" not in old:       # then every model's were these
-        heads = [word.partition("=")[0] for word in new["loss_weights"].split(",")]
-        old["loss_weights"] = ",".join(f"{head}={ {'fine': 0.7, 'coarse': 0.6, 'aux': 0.4}[head]}" for head in heads)
+    old["loss_weights"] = cli.plain_numbers(loss_weights(before, cli.named_numbers(new["loss_weights"])))
     if before.input_size != now.input_size == round_size(before.input_size):
         print(f"--resume: from here on crops are {new['input_size']}, before they were {list(before.input_size)}, "
               "which earlier versions did not round")
@@ -128,8 +133,9 @@ def compare(path, before, now):
         if old.get(name) == new[name]:
             continue
         if name not in NEW_COURSE:
-            raise UserError(f"--resume {path}: expected a run with {flag} {new[name]}, found {old.get(name)}; "
-                            "another --snapshot-dir starts another run")
+            differ = (f"without {flag}, found one with {old.get(name)}" if new[name] is None else
+                      f"with {flag} {new[name]}, found {old.get(name)}")
+            raise UserError(f"--resume {path}: expected a run {differ}; another --snapshot-dir starts another run")
         print(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
     if before.samples not in (None, now.samples):
         raise UserError(f"--resume {path}: expected a run on the {now.samples['count']} pairs of image and label of "

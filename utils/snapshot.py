@@ -97,6 +97,7 @@ def parse(path, content, build, resuming=False):
     model = root["model"].tensors(network.state_dict())
     present = {name: name in content for name in ("optimizer", "scaler", "rng", "quick_mean_iou", "average")}
     present["quick_mean_iou"] |= Path(path).name == checkpoint.BEST
+    present["average"] |= (config.arguments or {}).get("ema") is not None
     return Snapshot(str(path), model, step, config,
                     _optimizer(root["optimizer"], network, config) if present["optimizer"] else None,
                     _scaler(root["scaler"]) if present["scaler"] else {},
@@ -265,6 +266,8 @@ def _optimizer(field, network, config):
         if any(entry.table().get(name) is not None for name in kept):
             entries[number] = {name: entry[name].tensor(scalar if name == "step" else parameters[number])
                                for name in kept}
+            for name in {"step", "exp_avg_sq"}.intersection(kept):      # a count, and a mean of squares
+                entry[name].need(bool((entries[number][name] >= 0).all()), "no negative values")
     return entries
 
 

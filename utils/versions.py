@@ -1,12 +1,14 @@
 """What the versions of PyTorch that requirements.txt allows do in different ways, and from which version on nothing
 of it is needed any more: tests/oldest.sh runs the lowest ones, tests/run.sh the newest."""
 
+import inspect
 import io
 import os
 import re
 import warnings
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 # What oneDNN can be told to leave unused (ONEDNN_MAX_CPU_ISA), as far as bf16 is not among what remains.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -17,6 +19,13 @@ def total_norm(tensors):
     if hasattr(torch.nn.utils, "get_total_norm"):       # 2.6
         return torch.nn.utils.get_total_norm(tensors)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+
+
+def keeping_buffers():
+    """The argument by which `DistributedDataParallel` leaves buffers alone, as a dict: norms keep the same ones in all
+    processes."""
+    named = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False}     # 2.13
 
 
 def cpu_computes_in_bf16(cpuinfo="/proc/cpuinfo"):

@@ -34,8 +34,8 @@ from utils.optimization import PolySchedule, make_optimizer
 from utils.precision import AUTOCAST, Precision, at_least_float32, best_precision, without_autocast
 
 VARIANTS = {        # model, ablations
-    "base, fine 0.7": ("base", ()),     # its only head weighs as much as the fine one of ACFNet alone
-    "base": ("base", ()),               # as both heads of ACFNet
+    "base": ("base", ()),               # its only head weighs 0.7, as the fine one of ACFNet alone
+    "base, fine 1.3": ("base", ()),     # as both heads of ACFNet, and as train.py has it
     "acfnet_resnet": ("acfnet_resnet", ()),
     "acfnet": ("acfnet", ()),
     "acfnet_resnet, no term": ("acfnet_resnet", ()),        # fine is a second plain classifier of F; all else equal
@@ -43,7 +43,7 @@ VARIANTS = {        # model, ablations
     "acfnet_resnet, norms and fusion": ("acfnet_resnet", ("norms", "fusion")),
     "acfnet_resnet, true centers": ("acfnet_resnet", ()),   # class centers from the truth, as an upper bound
 }
-BASES = ("base", "base, fine 0.7")
+BASES = ("base, fine 1.3", "base")
 FROZEN = ("stem", "1", "2")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}        # Student's t, 95 %, by number of seeds
 
@@ -125,7 +125,7 @@ def run(variant, seed, args, weights, device):
         def normalization(pixels):
             return torch.cat([weights.normalization(pixels[:, :3]), pixels[:, 3:].float()], dim=1)
     precision = Precision(amp, device)
-    loss_weights = MODELS[VARIANTS[variant][0]].loss_weights | ({"fine": 0.7} if variant.endswith("0.7") else {})
+    loss_weights = MODELS[VARIANTS[variant][0]].loss_weights | ({"fine": 0.7} if variant == "base" else {})
     engine = train.make_engine(
         network, criterion=SegmentationCriterion(loss_weights, IGNORE_INDEX), normalization=normalization,
         optimizer=make_optimizer(network, learning_rate=args.learning_rate), precision=precision, devices=[device],

@@ -16,11 +16,17 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from loss.criterion import SegmentationCriterion
 from networks import BACKBONES, build_network
 from utils import cli
-from utils.distributed import join_processes, leave_processes, own_device, select_devices, started_by_torchrun
+from utils.distributed import (
+    join_processes,
+    leave_processes,
+    own_device,
+    select_devices,
+    share_batches,
+    started_by_torchrun,
+)
 from utils.engine import Engine, NetworkWithLoss, compile_network
 from utils.logger import speak_for_all
 from utils.normalization import Normalization
@@ -48,7 +54,7 @@ def make(variant, args, devices, processes):
     if compiled:
         compile_network(network)
     precision, criterion = Precision(amp, devices[0]), SegmentationCriterion()
-    module = train.share_batches(NetworkWithLoss(network.train(), criterion, Normalization(), precision.autocast),
+    module = share_batches(NetworkWithLoss(network.train(), criterion, Normalization(), precision.autocast),
                                  devices, processes)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     return Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)

@@ -43,7 +43,7 @@ def main():
     criterion.total(criterion(outputs, labels)).backward()
     optimizer.step()
     print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, norm {args.norm}, "
-          f"amp {args.amp}, checkpoint {args.recompute}: peak growth {(memory('VmHWM') - before) / 1e9:.2f} GB, "
+          f"amp {args.amp}, recompute {args.recompute}: peak growth {(memory('VmHWM') - before) / 1e9:.2f} GB, "
           f"after the forward pass {(forward - before) / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s")
 
 

@@ -40,7 +40,7 @@ def collectives(processes, device):
     assert processes.broadcast({"a": [1]}) == {"a": [1]}
     assert processes.gather_objects("b") == ["b"] * processes.size
     processes.barrier()
-    return f"{backend_of(device)}: gather, total, first, gather_objects, wait"
+    return f"{backend_of(device)}: gather, all_reduce, broadcast, gather_objects, barrier"
 
 
 def step_as_without(processes, device, **shape):

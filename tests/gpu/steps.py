@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import train
 from dataset.labels import ClassTable
 from loss.criterion import WEIGHTS, SegmentationCriterion
 from loss.ohem import OhemCrossEntropy
@@ -19,6 +18,7 @@ from networks.pretrained import read_snapshot
 from networks.resnet import RECOMPUTE
 from tests.crash import same
 from utils import checkpoint, memory, resume
+from utils.distributed import share_batches
 from utils.engine import Engine, NetworkWithLoss, NotFinite
 from utils.normalization import Normalization
 from utils.precision import Precision
@@ -41,7 +41,7 @@ def make_engine(device, amp="off", layout=torch.contiguous_format, dropout=False
     network.to(device, memory_format=layout).train()
     precision, criterion = Precision(amp, device), SegmentationCriterion(ohem=ohem, ohem_keep=500)
     devices = devices or [device]
-    module = train.share_batches(NetworkWithLoss(network, criterion, Normalization(), precision.autocast), devices,
+    module = share_batches(NetworkWithLoss(network, criterion, Normalization(), precision.autocast), devices,
                                  processes)
     optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
     return Engine(module, network, criterion, optimizer, precision, devices, processes, layout)

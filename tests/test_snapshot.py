@@ -344,7 +344,8 @@ def test_a_list_that_was_moved_is_the_same_and_a_shorter_one_is_not(streets, tmp
 def test_resume_notices_a_changed_list_and_takes_a_moved_one(sound, files):
     def config(count, sha256, **arguments):
         names = (*resume.SAME_RUN, *resume.NEW_COURSE, "data_list")
-        return Config({}, None, [], (), dict.fromkeys(names) | {"loss_weights": "fine=0.7"} | arguments, {"count": count, "sha256": sha256})
+        arguments = dict.fromkeys(names) | {"loss_weights": "fine=0.7"} | arguments
+        return Config({}, None, [], (), arguments, {"count": count, "sha256": sha256})
 
     resume.compare("x.pth", config(9, "a", data_list=["old.txt"]), config(9, "a", data_list=["new.txt"]))
     with pytest.raises(UserError, match="x.pth: expected a run on the 8 pairs .* of --data-list, found one on 9"):

@@ -325,7 +325,8 @@ def plain_values(args):
 
 def assemble(args, devices, processes, precision, dataset, workers):
     """What the flags describe, as a `Run`. Nothing below knows flags."""
-    found = resume.find_snapshot(args.resume, args.snapshot_dir, read_snapshot, processes) if args.resume else None
+    found = args.resume and by_the_first(       # hosts may share no disk
+        processes, lambda: resume.find_snapshot(args.resume, args.snapshot_dir, read_snapshot))
     weights = read_weights(args.restore_from[0]) if args.restore_from and found is None else None
     if found is not None and args.restore_from:
         print("--resume: the weights are the snapshot's; --restore-from is not read")

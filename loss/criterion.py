@@ -6,7 +6,7 @@ from torch import nn
 from utils.distributed import find_peers
 from utils.upsampling import upsample
 
-from .ohem import keep_hardest, masked_cross_entropy
+from .ohem import keep_hardest, masked_cross_entropy, pixel_weights
 
 WEIGHTS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}      # of ACFNet, in the paper
 
@@ -44,10 +44,7 @@ class SegmentationCriterion(nn.Module):
 
     def labelled(self, labels):
         """What all labelled pixels of labels (B, H, W) count for: their number, or the sum of their weights; scalar."""
-        valid = labels != self.ignore_index
-        if self.class_weights is None:
-            return valid.sum()
-        return self.class_weights[labels.long().where(valid, 0)].where(valid, 0).sum()
+        return pixel_weights(labels.long(), labels != self.ignore_index, self.class_weights).sum()
 
     def sums(self, outputs, labels):
         """Logits by name (each (B, N, h, w)), labels (B, H, W) → {name: (sum of losses, pixels counted)}; with weights

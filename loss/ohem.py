@@ -71,6 +71,12 @@ class OhemCrossEntropy(nn.Module):
         return total / count.clamp(min=1)
 
 
+def pixel_weights(labels, counted, class_weights=None):
+    """What each pixel counts for: labels int64 and counted bool of one shape → the weight of its class, 0 where it does
+    not count; without weights (N,), whether it counts."""
+    return counted if class_weights is None else class_weights[labels.where(counted, 0)].where(counted, 0)
+
+
 def masked_cross_entropy(logits, labels, ignore_index, select=None, class_weights=None):
     """Sum of the pixels' cross-entropies and the number of pixels in it; or, with weights of the classes, the weighted
     sum and the sum of the weights, as `torch.nn.CrossEntropyLoss` does.
@@ -90,9 +96,8 @@ def masked_cross_entropy(logits, labels, ignore_index, select=None, class_weight
     losses = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none").flatten()
     valid = (labels != ignore_index).flatten()
     kept = valid if select is None else select(losses, valid)
-    weights = kept
+    weights = pixel_weights(labels.flatten(), kept, class_weights)
     if class_weights is not None:
-        weights = class_weights[labels.flatten().where(valid, 0)].where(kept, 0)
         losses = losses * weights.where(kept, 1)
     # where, not a product: 0 · inf would be nan.
     return torch.where(kept, losses, 0).sum(), weights.sum()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-OPTIMIZERS = ("sgd", "adamw")
+# What each keeps of every parameter: "step" is a number as a tensor, all else has the parameter's shape.
+OPTIMIZERS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
 
 
 def make_optimizer(network, *, kind="sgd", learning_rate=1e-2, momentum=0.9, weight_decay=1e-4, head_lr_factor=1.0):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import checkpoint, cli
 from .cli import UserError
-from .distributed import by_the_first, rank_and_size
+from .distributed import rank_and_size
 from .inference import round_size
 from .logger import RunLog, about_this_run
 
@@ -17,7 +17,8 @@ NEW_COURSE = ("learning_rate", "head_lr_factor", "momentum", "weight_decay", "po
               "clip_gradient", "accumulate", "loss_weights", "class_weights", "ohem", "ohem_thres", "ohem_keep", "amp",
               "opt_level")
 # What runs did before there was a flag for it.
-BEFORE_THE_FLAG = {"optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0}
+BEFORE_THE_FLAG = {"optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0,
+                   "loss_weights": "fine=0.7,coarse=0.6,aux=0.4"}
 
 
 def content(engine, step, config):
@@ -59,18 +60,14 @@ class SnapshotFolder:
             checkpoint.save(self.folder / checkpoint.BEST, found | {"quick_mean_iou": quick_mean_iou})
 
 
-def find_snapshot(path, folder, read, processes=None):
+def find_snapshot(path, folder, read):
     """The `Snapshot` to go on from; None without any.
-
-    The first process reads for all: hosts may share no disk.
 
     Args:
         path: of a file, or "newest".
         folder: of the run.
         read: `networks.pretrained.read_snapshot`.
     """
-    if processes is not None:
-        return by_the_first(processes, lambda: find_snapshot(path, folder, read))
     if path == "newest":
         return checkpoint.newest(folder, partial(read, resuming=True))
     found, existing = read(path, resuming=True), checkpoint.snapshots(folder)
@@ -99,11 +96,9 @@ def restore(found, engine):
 
 
 def loss_weights(config, heads):
-    """{head: factor} of the run that a `Config` is of. Before there was a flag, they were the same in every model."""
-    if "loss_weights" in config.arguments:
-        found = cli.named_numbers(config.arguments["loss_weights"])
-        return {head: found.get(head, 0.0) for head in heads}
-    return {head: {"fine": 0.7, "coarse": 0.6, "aux": 0.4}[head] for head in heads}
+    """{head: factor} of the run that a `Config` is of, for these heads."""
+    found = cli.named_numbers((BEFORE_THE_FLAG | config.arguments)["loss_weights"])
+    return {head: found.get(head, 0.0) for head in heads}
 
 
 def compare(path, before, now):

@@ -11,6 +11,7 @@ import torch
 from . import checkpoint
 from .cli import LONGEST_SIDE, UserError
 from .normalization import Normalization
+from .optimization import OPTIMIZERS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MISSING = object()
@@ -240,10 +241,6 @@ def _config(field, resuming):
                   samples)
 
 
-# What the optimisers keep of every parameter; "step" is a number as a tensor, all else has the parameter's shape.
-OPTIMIZER_STATE = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
-
-
 def _optimizer(field, network, config):
     """{number of the parameter: {name: tensor}}, of the state of PyTorch's optimisers."""
     field.table()
@@ -259,7 +256,7 @@ def _optimizer(field, network, config):
     state = field["state"].need(isinstance(field["state"].value, dict), "a dict")
     field["state"].need(not state or state.keys() == learning, "the state of every parameter that learns, or of none")
     kind = Field(field.path, "config.arguments.optimizer", arguments.get("optimizer", "sgd"))
-    kept = OPTIMIZER_STATE[kind.text(*OPTIMIZER_STATE)]
+    kept = OPTIMIZERS[kind.text(*OPTIMIZERS)]
     entries, scalar = {}, torch.zeros(())
     for number in state:
         entry = field["state"][number]

@@ -23,7 +23,7 @@ from dataset.transforms import train_transform
 from libs.convert import fold_norms
 from loss.criterion import SegmentationCriterion
 from networks import MODELS, build_network
-from networks.acf import ACFHead
+from networks.acf import ACFModule
 from networks.acfnet import SegmentationNet
 from networks.pretrained import choose_backbone, load_weights, read_weights
 from utils import checkpoint, cli, visualize
@@ -31,7 +31,7 @@ from utils.distributed import select_devices
 from utils.inference import SlidingPredictor, score
 from utils.logger import progress, read_lines
 from utils.optimization import PolySchedule, make_optimizer
-from utils.precision import AUTOCAST, Precision, at_least_float32, best_precision, without_autocast
+from utils.precision import AUTOCAST, Precision, at_least_float32, best_precision
 
 VARIANTS = {        # model, ablations
     "base": ("base", ()),               # its only head weighs 0.7, as the fine one of ACFNet alone
@@ -59,25 +59,21 @@ def true_logits(labels, num_classes, size, dtype=torch.float32):
     return 50 * chosen.permute(0, 3, 1, 2).to(dtype)
 
 
-class TrueCentersHead(ACFHead):
-    """The ACF head with class centers from `truth`, labels (B, H, W); attention to them is as ever."""
+class TrueCentersModule(ACFModule):
+    """The ACF module with class centers from `truth`, labels (B, H, W); attention to them is as ever."""
 
     truth = None
 
-    def forward(self, features):
-        coarse = self.coarse(self.dropout(features))
-        truth = true_logits(self.truth, coarse.shape[1], coarse.shape[2:], at_least_float32(coarse).dtype)
-        centers = self.acf.class_centers(features, truth)
-        with without_autocast(features):
-            attended = self.acf.cab(centers, at_least_float32(coarse)).to(features.dtype)
-        return {"fine": self.fine(self.dropout(torch.cat([attended, features], dim=1))), "coarse": coarse}
+    def class_centers(self, features, coarse_logits):
+        return super().class_centers(features, true_logits(
+            self.truth, coarse_logits.shape[1], coarse_logits.shape[2:], at_least_float32(coarse_logits).dtype))
 
 
 class TrueCentersNet(SegmentationNet):
     """Takes images (B, 4, H, W), whose last channel is the truth."""
 
     def forward(self, images):
-        self.head.truth = images[:, 3].round()
+        self.head.acf.truth = images[:, 3].round()
         return super().forward(images[:, :3])
 
 
@@ -103,9 +99,9 @@ def make_network(variant, num_classes, weights):
                             **choose_backbone(weights))
     load_weights(network, weights)
     if variant.endswith("true centers"):
-        coarse = network.head.coarse
-        head = TrueCentersHead(coarse.in_channels, num_classes, coarse.in_channels)
-        network = TrueCentersNet(network.backbone, network.context, head, network.aux)
+        convolution = network.head.acf.ccb.conv
+        network.head.acf = TrueCentersModule(convolution.in_channels, convolution.out_channels)
+        network = TrueCentersNet(network.backbone, network.context, network.head, network.aux)
     if variant.endswith("no term"):
         for parameter in network.head.acf.requires_grad_(False).cab.parameters():
             torch.nn.init.zeros_(parameter)

@@ -30,7 +30,7 @@ from dataset.weights import class_weights
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import SegmentationCriterion
-from networks import ABLATIONS, ACTIVATIONS, BACKBONE, BACKBONES, MODELS, STEMS, build_network
+from networks import ABLATIONS, ACTIVATIONS, BACKBONE, BACKBONES, MODELS, STEMS, build_network, find_model
 from networks.pretrained import choose_backbone, load_weights, read_snapshot, read_weights, weights_of
 from networks.resnet import RECOMPUTE, STAGES
 from utils import checkpoint, cli, memory, resume, visualize
@@ -101,8 +101,9 @@ def add_data(parser):
 def add_network(parser):
     """Flags that say what is learnt, and by which steps."""
     net = parser.add_argument_group("network")
-    net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: with ASPP; acfnet_resnet: without; "
-                     "base: ASPP without ACF (acfnet)")
+    net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: ACF on ASPP; acfnet_resnet: ACF on a "
+                     "3×3 convolution; base: ASPP alone; or one of the others it is compared with (acfnet)")
+    net.add_argument("--acf", action="store_true", help="put the ACF head on a --model with one feature map")
     net.add_argument("--backbone", choices=BACKBONES, help=f"default: that of --restore-from, else {BACKBONE}")
     net.add_argument("--stem", choices=STEMS, help="first convolutions; default: that of --restore-from, else 7x7")
     net.add_argument("--downsample", choices=("strided", "average"), help="how shortcuts shrink: by a strided "
@@ -208,12 +209,19 @@ def check(args, devices, classes):
                         f"{classes.source}")
     if args.activation == "relu" and args.norm != "bn":
         raise UserError(f"--activation relu: expected --norm bn with it, found --norm {args.norm}")
-    if args.ablations and not MODELS[args.model].acf:
+    try:
+        model = find_model(args.model, args.acf)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    if model.context == "psp" and args.batch_size == args.accumulate:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least two crops in each part with --model "
+                        f"{args.model}, found one, of which its norms after pooling would see one value a channel")
+    if args.ablations and model.head != "acf":
         raise UserError(f"--ablations {' '.join(args.ablations)}: expected a --model with ACF, found {args.model}")
     if args.freeze != STAGES[:len(args.freeze)]:
         raise UserError(f"--freeze {','.join(args.freeze)}: expected stages from {','.join(STAGES)} that begin with "
                         "stem and leave none out, such as stem,1,2")
-    heads = MODELS[args.model].loss_weights
+    heads = model.loss_weights
     if args.loss_weights and args.loss_weights.keys() != heads.keys():
         raise UserError(f"--loss-weights: expected a factor for each of {', '.join(heads)}, the heads of --model "
                         f"{args.model}, found {', '.join(args.loss_weights)}")
@@ -283,7 +291,7 @@ def main(argv=None):
     stopped = memory.explained(
         lambda: perform(assemble(args, devices, processes, precision, dataset, workers)),
         lambda found: memory.too_little(found, crops=crops, input_size=args.input_size, accumulate=args.accumulate,
-                                        recompute=args.recompute, amp=args.amp, model=args.model,
+                                        recompute=args.recompute, amp=args.amp, model=args.model + "+acf" * args.acf,
                                         backbone=args.backbone, norm=args.norm,
                                         recompute_choices=BACKBONES[args.backbone or BACKBONE].recompute_choices()))
     leave_processes()
@@ -299,18 +307,19 @@ def describe(args, dataset, followed, found):
     """
     shape = {"model": args.model, "num_classes": dataset.classes.num_classes, "norm": args.norm,
              "activation": args.activation, "ablations": args.ablations,
+             **({"acf": True} if args.acf else {}),
              **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
     args.backbone = shape["backbone"]       # for the record, and should the memory run out
     if args.recompute not in BACKBONES[args.backbone].recompute_choices():
         raise UserError(f"--recompute {args.recompute}: expected a backbone of at least 50 layers, found "
                         f"{args.backbone}, in which it would save nothing; --recompute full works there")
-    heads = MODELS[args.model].loss_weights
+    heads = find_model(args.model, args.acf).loss_weights
     if found is not None and not args.loss_weights:
         args.loss_weights = resume.loss_weights(found.config, heads)
     args.loss_weights = {head: (args.loss_weights or heads)[head] for head in heads}
     normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
         followed.normalization if followed else Normalization())
-    print(f"network: {args.model}, {args.backbone}, stem {shape['stem']}, "
+    print(f"network: {args.model}{' with ACF' if args.acf else ''}, {args.backbone}, stem {shape['stem']}, "
           f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, mean "
           f"{', '.join(map(str, normalization.mean))}")
     return Config(shape, normalization, dataset.classes.rows, args.input_size, plain_values(args),

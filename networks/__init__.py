@@ -1,6 +1,6 @@
 """Networks by name. This is the only place that knows sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -8,10 +8,16 @@ from torch import nn
 
 from libs.abn import NORMS
 
-from .acf import ACFHead
+from .acf import DROPOUT, ACFHead
 from .acfnet import PlainHead, SegmentationNet, auxiliary_head
 from .aspp import ASPP
+from .convolution import convolution
+from .criss_cross import CrissCross
+from .dual_attention import DualAttention, DualHead
 from .eca import ECA
+from .object_context import BaseObjectContext, PyramidObjectContext
+from .ocr import OCRHead, OCRNet
+from .psp import PyramidPooling
 from .resnet import RECOMPUTE, BasicBlock, Bottleneck, ResNet
 
 STEMS = {"7x7": None, "64-64-128": (64, 64, 128), "32-32-64": (32, 32, 64)}
@@ -60,13 +66,10 @@ BACKBONES = {
 }
 
 
-def convolution(in_channels, channels, norm):
-    """3×3 convolution with norm and activation: (B, in_channels, h, w) → (B, channels, h, w)."""
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), norm(channels))
-
-
 # Between backbone and head: `context(in_channels, channels, norm)`.
-CONTEXTS = {"aspp": ASPP, "convolution": convolution}
+CONTEXTS = {"convolution": convolution, "aspp": ASPP, "psp": PyramidPooling, "criss_cross": CrissCross,
+            "object_context": BaseObjectContext, "pyramid_object_context": PyramidObjectContext,
+            "dual_attention": DualAttention}
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,35 @@ class Model:
 
     Attributes:
         context: a key of `CONTEXTS`.
-        acf: whether the ACF head follows, or one classifier.
-        loss_weights: factor of each output's loss.
+        loss_weights: factor of each output's loss; without "aux" there is no auxiliary head.
+        head: `plain`, one classifier; `acf`; or `dual` and `ocr`, which want more than one feature map.
+        dropout: of whole channels before the last classifier.
+        aux_share: channels of the auxiliary head, as a share of those of stage 3.
     """
 
     context: str
-    acf: bool
     loss_weights: dict
+    head: str = "plain"
+    dropout: float = DROPOUT
+    aux_share: float = 1 / 2
 
 
-# The paper's factors. The only head of `base` weighs as much as both of ACFNet, 0.7 + 0.6: what the two share then
-# learns from gradients of one size at one learning rate, without which a comparison would mostly measure that.
-ACF_LOSS, BASE_LOSS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}, {"fine": 1.3, "aux": 0.4}
+# ACFNet: the paper's factors. The only head of `base` weighs as much as both of ACFNet, 0.7 + 0.6: what the two share
+# then learns from gradients of one size at one learning rate. All others as published.
+ACF_LOSS, BASE_LOSS, LOSS = ({"fine": 0.7, "coarse": 0.6, "aux": 0.4}, {"fine": 1.3, "aux": 0.4},
+                             {"fine": 1.0, "aux": 0.4})
 MODELS = {
-    "acfnet": Model("aspp", acf=True, loss_weights=ACF_LOSS),
-    "acfnet_resnet": Model("convolution", acf=True, loss_weights=ACF_LOSS),
-    "base": Model("aspp", acf=False, loss_weights=BASE_LOSS),
+    "acfnet": Model("aspp", ACF_LOSS, head="acf"),
+    "acfnet_resnet": Model("convolution", ACF_LOSS, head="acf"),
+    "base": Model("aspp", BASE_LOSS),
+    "fcn": Model("convolution", LOSS),
+    "deeplabv3": Model("aspp", LOSS),
+    "pspnet": Model("psp", LOSS, aux_share=1 / 4),
+    "ccnet": Model("criss_cross", LOSS),
+    "ocnet": Model("object_context", LOSS, dropout=0.05),
+    "ocnet_asp": Model("pyramid_object_context", LOSS),
+    "danet": Model("dual_attention", {"fine": 1.0, "position": 1.0, "channel": 1.0}, head="dual"),
+    "ocrnet": Model("convolution", LOSS, head="ocr", dropout=0.05),
 }
 # What is not in the paper's module, to see what it would bring: norm and activation after its two convolutions; a
 # convolution with norm and activation before the fine classifier.
@@ -124,11 +140,12 @@ def norm_maker(norm, activation):
 
 def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
-                  output_stride=8, recompute="none", ablations=()):
+                  output_stride=8, recompute="none", ablations=(), acf=False):
     """Build a network by name.
 
     Args:
-        model: a key of `MODELS`: `acfnet` (ASPP), `acfnet_resnet` (3×3 convolution), `base` (no ACF).
+        model: a key of `MODELS`: `acfnet` is ACF on ASPP, `acfnet_resnet` on a 3×3 convolution; others are those it is
+            compared with.
         num_classes: N.
         backbone: a key of `BACKBONES`.
         norm: `inplace_abn` or `bn`.
@@ -139,31 +156,47 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
         output_stride: 8 or 16.
         recompute: `none`, `light` or `full`: memory for time, see `networks.resnet.ResNet`.
         ablations: names of `ABLATIONS`, for models with ACF; none is the network as published.
+        acf: put the ACF head on a model that has one classifier.
 
     Returns:
-        nn.Module. Training: images (B, 3, H, W) → {"fine", "coarse", "aux"}, logits (B, N, h, w) with
-        h = ceil(H / output_stride). Evaluation: {"fine", "coarse"}. `base` has no "coarse".
+        nn.Module. Training: images (B, 3, H, W) → logits (B, N, h, w) for each of the model's `loss_weights`, with
+        h = ceil(H / output_stride). Evaluation: {"fine"}, and "coarse" with ACF.
         Raises ValueError naming the argument that is none of these.
     """
-    _check(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
+    parts = find_model(model, acf)
     _check(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
     # A string in place of a tuple, or a name that is misspelt, must not silently build the network without it.
     _check(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
            ablations, f"a tuple of {', '.join(ABLATIONS)}")
-    if ablations and not MODELS[model].acf:
+    if ablations and parts.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
                            recompute)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels = stage4 // 4          # 512 for a ResNet-101, as in the paper; 128 for a ResNet-18
-    context = CONTEXTS[MODELS[model].context](stage4, channels, make_norm)
-    if MODELS[model].acf:
+    context = CONTEXTS[parts.context](stage4, channels, make_norm)
+    aux = auxiliary_head(stage3, int(stage3 * parts.aux_share), num_classes, make_norm) \
+        if "aux" in parts.loss_weights else None
+    if parts.head == "ocr":
+        return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, parts.dropout), aux)
+    if parts.head == "acf":
         head = ACFHead(channels, num_classes, channels, make_norm if "norms" in ablations else None,
                        partial(_fusion, norm=make_norm) if "fusion" in ablations else None, recompute != "none")
     else:
-        head = PlainHead(channels, num_classes)
-    return SegmentationNet(trunk, context, head, auxiliary_head(stage3, stage3 // 2, num_classes, make_norm))
+        head = {"plain": PlainHead, "dual": DualHead}[parts.head](channels, num_classes, parts.dropout)
+    return SegmentationNet(trunk, context, head, aux)
+
+
+def find_model(model, acf=False):
+    """The `Model` of that name; acf: with the ACF head in place of its one classifier. Raises ValueError."""
+    _check(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
+    _check(isinstance(acf, bool), "acf", acf, "true or false")
+    found = MODELS[model]
+    if acf and found.head not in ("plain", "acf"):
+        raise ValueError(f"acf: expected a model whose head takes one feature map, found {model}; "
+                         f"{', '.join(name for name, one in MODELS.items() if one.head == 'plain')} are such")
+    return replace(found, head="acf", loss_weights=ACF_LOSS) if acf else found
 
 
 def _fusion(in_channels, out_channels, norm):

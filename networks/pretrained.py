@@ -393,7 +393,8 @@ def _rename(state, ours):
 
 def _why_ignored(key, value, target):
     if key in target:
-        return "another number of classes" if re.match(r"(head\.(fine|coarse)|aux)\.", key) else "another shape"
+        classifiers = r"(head\.(fine|coarse|position|channel)|aux)\."
+        return "another number of classes" if re.match(classifiers, key) else "another shape"
     if re.match(r"backbone\.(fc|classifier|last_linear)\.", key):
         return "the classifier of the file"
     if ".eca." in key:

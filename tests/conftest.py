@@ -87,7 +87,7 @@ def randomise(module):
             tensor.uniform_(0.5, 1.5)
         elif name.endswith(("bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight", "norm.weight")):
             tensor.uniform_(0.5, 1.5)
-        elif tensor.ndim == 1 and tensor.is_floating_point():
+        elif tensor.ndim <= 1 and tensor.is_floating_point():
             tensor.normal_(std=0.2)
         elif tensor.is_floating_point():
             tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)

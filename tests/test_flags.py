@@ -15,7 +15,8 @@ from utils.logger import NoLog
 SKIPPED = (torch.Generator, type(None))
 # Flag → words that follow it. A tuple of two lists: the words before, with which alone it is compared, and its own.
 TRAIN = {
-    "ablations": "norms", "abn-backend": "torch", "accumulate": "2", "activation": (["--norm", "bn"], "relu"),
+    "acf": (["--model", "fcn"], ""), "ablations": "norms", "abn-backend": "torch",
+    "accumulate": "2", "activation": (["--norm", "bn"], "relu"),
     "allow-partial": (["--restore-from", "part.pth"], ""), "amp": "bf16", "backbone": "resnet18", "batch-size": "4",
     "cache": "cache", "channels-last": "", "checkpoint": "full", "class-weights": "balanced", "classes": "classes.csv",
     "clip-gradient": "1", "compile": "", "data-dir": "elsewhere", "data-list": "train.lst",
@@ -80,7 +81,7 @@ def outcome(words, monkeypatch):
     run, = made
     found = sorted(map(str, walk(run, {})))
     network = run.engine.network
-    return [*found, network._compiled_call_impl is not None, network.head.coarse.weight.stride(),
+    return [*found, network._compiled_call_impl is not None, network.head.fine.weight.stride(),
             run.engine.network.backbone.conv1.weight.stride() if hasattr(network.backbone.conv1, "weight") else "",
             [name for name, parameter in network.named_parameters() if parameter.requires_grad], backend.describe()]
 

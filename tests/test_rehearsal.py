@@ -5,7 +5,7 @@ import torch
 
 from libs import backend
 from loss.criterion import SegmentationCriterion
-from networks import MODELS, build_network
+from networks import MODELS, build_network, find_model
 from tests.fake_cuda import GPU, LAYOUTS, InTurns, backward, fake_gpu
 from utils import upsampling
 from utils.distributed import Processes
@@ -49,7 +49,8 @@ def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, pro
     Returns the network."""
     layout = LAYOUTS[layout]
     network = make_network(layout, **shape).train()
-    criterion = SegmentationCriterion(MODELS[shape.get("model", "acfnet")].loss_weights, ohem=ohem)
+    criterion = SegmentationCriterion(
+        find_model(shape.get("model", "acfnet"), shape.get("acf", False)).loss_weights, ohem=ohem)
     precision = Precision(amp, GPU)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
@@ -80,7 +81,11 @@ def test_a_step(gpu, amp, norm, layout):
         check_norms(gpu, network, amp, layout)
 
 
-@pytest.mark.parametrize("options", [{"ohem": True}, {"parts": 2}, {"model": "base"}], ids=str)
+OTHERS = [name for name in MODELS if name != "acfnet"]
+
+
+@pytest.mark.parametrize("options", [{"ohem": True}, {"parts": 2}, {"model": "ccnet", "acf": True},
+                                     *({"model": name} for name in OTHERS)], ids=str)
 def test_other_steps(gpu, options):
     take_steps(gpu, **options)
 

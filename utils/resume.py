@@ -10,14 +10,14 @@ from .inference import round_size
 from .logger import RunLog, about_this_run
 
 # Flags without which a snapshot belongs to another run: the network, how it learns, and the sequence of its samples.
-SAME_RUN = ("model", "norm", "activation", "optimizer", "freeze", "ema", "split", "input_size", "batch_size",
+SAME_RUN = ("model", "acf", "norm", "activation", "optimizer", "freeze", "ema", "split", "input_size", "batch_size",
             "random_seed", "random_mirror", "random_scale", "sampling", "jitter")
 # Flags that change what is learnt from there on: allowed, and said.
 NEW_COURSE = ("learning_rate", "head_lr_factor", "momentum", "weight_decay", "power", "warmup_steps", "num_steps",
               "clip_gradient", "accumulate", "loss_weights", "class_weights", "ohem", "ohem_thres", "ohem_keep", "amp",
               "opt_level")
 # What runs did before there was a flag for it.
-BEFORE_THE_FLAG = {"optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0,
+BEFORE_THE_FLAG = {"acf": False, "optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0,
                    "loss_weights": "fine=0.7,coarse=0.6,aux=0.4"}
 
 
@@ -108,7 +108,7 @@ def compare(path, before, now):
     """
     for name, value in now.network.items():
         found = before.network.get(name, [] if name == "ablations" else None)
-        if name not in ("model", "norm", "activation", "num_classes") and found != value:
+        if name not in ("model", "acf", "norm", "activation", "num_classes") and found != value:
             raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
                             "flags go on with that run")
     if before.normalization != now.normalization:

@@ -1,0 +1,61 @@
+"""Object-contextual representations. Yuan, Chen, Wang, OCR, ECCV 2020, section 3."""
+
+import torch
+from torch import nn
+
+from utils.precision import at_least_float32, without_autocast
+
+from .acf import classifier
+from .acfnet import SegmentationNet
+from .attention import attend
+from .convolution import convolution
+
+
+class OCRHead(nn.Module):
+    """Regions of classes, a vector for each, and every pixel's attention to them (figure 3). Next of kin to ACF.
+
+    Args:
+        in_channels: C of the features.
+        num_classes: N.
+        norm: `norm(channels)` makes a norm with the network's activation.
+        dropout: before the classifier.
+    """
+
+    def __init__(self, in_channels, num_classes, norm, dropout=0.05):
+        super().__init__()
+        keys = in_channels // 2
+        self.pixel, self.object = (nn.Sequential(convolution(in_channels, keys, norm, size=1),
+                                                 convolution(keys, keys, norm, size=1)) for _ in range(2))
+        self.value = convolution(in_channels, keys, norm, size=1)
+        self.up = convolution(keys, in_channels, norm, size=1)
+        self.join = convolution(2 * in_channels, in_channels, norm, size=1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.fine = classifier(in_channels, num_classes)
+
+    def regions(self, features, logits):
+        """features (B, C, h, w), logits (B, N, h, w) → the vector of each class's region (B, C, N).
+
+        A mean of the features; each class has its weights from a softmax over the pixels (equation 3).
+        """
+        with without_autocast(features):
+            weights = at_least_float32(logits).flatten(2).softmax(dim=2)
+            return torch.einsum("bnj,bcj->bcn", weights, at_least_float32(features).flatten(2)).to(features.dtype)
+
+    def forward(self, features, logits):
+        """features (B, C, h, w), logits of the regions (B, N, h, w) → {"fine"}, logits (B, N, h, w)."""
+        objects = self.regions(features, logits)[..., None]                             # (B, C, N, 1)
+        queries = self.pixel(features)                                                  # (B, C / 2, h, w)
+        context = attend(queries.flatten(2), self.object(objects).flatten(2), self.value(objects).flatten(2),
+                         scale=queries.shape[1] ** -0.5)                                # equations 2 and 4
+        context = self.up(context.unflatten(2, features.shape[2:]))
+        return {"fine": self.fine(self.dropout(self.join(torch.cat([context, features], dim=1))))}
+
+
+class OCRNet(SegmentationNet):
+    """Its auxiliary logits are the regions of the head, so they are computed in evaluation too."""
+
+    def forward(self, images):
+        *_, stage3, stage4 = self.backbone(images)
+        aux = self.aux(stage3)
+        outputs = self.head(self.context(stage4), aux)
+        return outputs | {"aux": aux} if self.training else outputs

@@ -1,6 +1,7 @@
 """Pictures for people: overlays, panels, charts. Files are written whole or not at all."""
 
 import io
+import math
 
 import numpy as np
 from PIL import Image
@@ -172,25 +173,64 @@ def training_curves(path, metrics, quick):
     _write(path, figure.savefig)
 
 
-def score_curves(path, lines):
-    """Mean IoU of the fine head over the steps, a colour a variant and a thin line a seed → PNG at `path`.
+def scores_by_time(path, rows):
+    """Mean IoU against the time to evaluate an image, with intervals where there are any → PNG at `path`.
 
-    lines: dicts with variant, seed, step and fine.
+    rows: dicts with model, mean_iou and its mean_iou_95, half of the interval or None, evaluation_ms, and whether there
+    is a coarse_mean_iou, by which networks with ACF are told from others.
     """
-    figure = _figure(8, 4.5)
+    figure = _figure(8, 5)
     axes = figure.subplots()
-    variants = list(dict.fromkeys(line["variant"] for line in lines))
-    for variant, color in zip(variants, COLORS, strict=False):
-        for seed in dict.fromkeys(line["seed"] for line in lines):
-            run = [line for line in lines if line["variant"] == variant and line["seed"] == seed]
-            axes.plot([line["step"] for line in run], [100 * line["fine"] for line in run], color=color, alpha=0.6,
-                      linewidth=1.2, marker="o", markersize=3, label=variant if seed == lines[0]["seed"] else None)
-    axes.set_xlabel("step")
-    axes.set_ylabel("mIoU of the fine head, %")
-    axes.legend(frameon=False)
+    for acf, label, color, marker in ((False, "one prediction", "#d1791e", "D"),
+                                      (True, "coarse and fine", "#1f5f99", "o")):
+        some = [row for row in rows if (row["coarse_mean_iou"] is not None) == acf]
+        if some:
+            axes.errorbar([row["evaluation_ms"] for row in some], [100 * row["mean_iou"] for row in some],
+                          [100 * (row["mean_iou_95"] or 0) for row in some], fmt=marker, color=color, label=label,
+                          ecolor=f"{color}80", elinewidth=1.2, capsize=3, markersize=6)
+    axes.margins(0.12)
+    axes.set_xlabel("evaluation of an image, ms")
+    axes.set_ylabel("mean IoU, %")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
+    _name_points(figure, axes, rows)
     _write(path, figure.savefig)
+
+
+def _name_points(figure, axes, rows):
+    """Write the model's name beside each point of `scores_by_time`, where it covers as little as can be of other names,
+    of points and of intervals."""
+    from matplotlib.transforms import Bbox
+
+    def area(one, other):
+        both = Bbox.intersection(one, other)
+        return 0 if both is None else both.width * both.height
+
+    figure.draw_without_rendering()
+    taken = []
+    for row in rows:
+        half = row["mean_iou_95"] or 0
+        (x, low), (_, y), (_, high) = axes.transData.transform(
+            [(row["evaluation_ms"], 100 * (row["mean_iou"] + way * half)) for way in (-1, 0, 1)])
+        taken += [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7), Bbox.from_extents(x - 2, low, x + 2, high)]
+    for row in sorted(rows, key=lambda row: row["mean_iou"]):
+        point = row["evaluation_ms"], 100 * row["mean_iou"]
+        name = axes.annotate(row["model"], point, (0, 0), fontsize=9, textcoords="offset points", va="center",
+                             in_layout=False)
+
+        def cost(place, name=name):
+            name.set(position=place, ha="left" if place[0] > 0 else "right")
+            box = name.get_window_extent()
+            outside = box.width * box.height - area(box, axes.bbox)
+            return 3 * outside + sum(area(box, other) for other in taken) + math.hypot(*place)
+
+        place = min(((right, up) for right in (8, -8, 20, -20, 40, -40) for up in range(-60, 61, 5)), key=cost)
+        cost(place)     # puts it there
+        taken.append(name.get_window_extent())
+        if math.hypot(*place) > 15:
+            axes.annotate("", point, place, textcoords="offset points", in_layout=False,
+                          arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6})
 
 
 def _smooth(values):

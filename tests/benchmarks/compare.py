@@ -1,0 +1,466 @@
+"""Models trained alike: scores, differences and costs in one table.
+
+    python -m tests.benchmarks.compare DATA --models fcn,deeplabv3,ccnet,ccnet+acf,acfnet --seeds 3 --steps 3000 \
+        [--data-list DATA/train.lst --val-list DATA/val.lst --classes DATA/classes.csv] [any flag of train.py]
+
+DATA is train.py's --data-dir; `ccnet+acf` is its --model ccnet --acf. Every run is a `python train.py`, then a `python
+evaluate.py` on --val-list or --val-split, in --output-dir/MODEL_seedS with what they said in log.txt. The seed fixes
+the samples, so models of one seed see the same ones in the same order. With --gpu 0,1,2,3 each GPU takes the next run.
+The same command goes on where it was stopped, also with more models or seeds. table.txt, table.csv and scores.png lie
+in --output-dir.
+
+Intervals are Student's, 95 %, of the mean over the seeds. MACs are those of one window (one image with --whole);
+kept bytes those for the backward pass, of two crops of at most 257×257; images/s and the time of evaluation, from the
+image to its labels, are medians, the latter of one image on one device after all runs.
+"""
+
+import argparse
+import csv
+import functools
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+
+import evaluate
+import train
+from dataset.cityscapes import CityscapesDataset
+from dataset.labels import ClassTable
+from networks import MODELS, build_network, meta_network
+from tests.benchmarks.macs import count
+from tests.benchmarks.memory import NoConvolutions
+from utils import checkpoint, cli, visualize
+from utils.cli import UserError
+from utils.distributed import select_devices
+from utils.logger import METRICS, read_lines
+from utils.memory import kept_bytes
+from utils.precision import best_precision, exact_float32
+
+PROJECT = Path(__file__).resolve().parents[2]
+RESULT = "result/result.json"
+BASES = ("deeplabv3", "base")       # one network by two names: what others are compared with
+# Student's t for 95 %, by the number of values: 2 to 30.
+T_95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+                       2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052,
+                       2.048, 2.045), start=2))
+# Flags of train.py that this command sets itself → what says it here.
+SET = {"data_dir": "the first word", "model": "--models", "acf": "--models NAME+acf", "random_seed": "--seeds",
+       "num_steps": "--steps", "snapshot_dir": "--output-dir", "resume": "nothing: every run goes on where it was",
+       "gpu": "--gpu"}
+# Flags that may change before the same command goes on: they say how, not what.
+FREE = {*SET, "num_workers", "cache", "parallel", "val_every", "save_pred_every", "keep", "log_every", "panel_every"}
+LARGEST_CROP = 257      # pixels a side, for counting kept bytes
+TURNS, SECONDS = 10, 30.0       # most evaluations of an image that are timed, and most seconds for them
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of the table: its name, words for train.py, and the scripts, as words for Python."""
+
+    name: str
+    words: tuple
+    train: tuple = (str(PROJECT / "train.py"),)
+    evaluate: tuple = (str(PROJECT / "evaluate.py"),)
+
+    @property
+    def stem(self):
+        """Its name in the names of files."""
+        return self.name.replace(", ", "_").replace(" ", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared on what.
+
+    Attributes:
+        variants: lines of the table.
+        base: name of the one that others are compared with.
+        seeds, steps: their numbers.
+        words: of train.py, for all runs.
+        protocol: words of evaluate.py that say how an image is predicted.
+        folder: of all runs and of the table.
+    """
+
+    variants: tuple
+    base: str
+    seeds: int
+    steps: int
+    words: tuple
+    protocol: tuple
+    folder: Path
+
+    @functools.cached_property
+    def args(self):
+        """The flags of train.py, of all runs."""
+        return train.get_parser().parse_args(self.words)
+
+    @property
+    def amp(self):
+        """Mixed precision of evaluation, which knows no apex; None for the best of the device."""
+        return None if self.args.amp == "apex" else self.args.amp
+
+    def validation_data(self):
+        """What is scored."""
+        return CityscapesDataset(self.args.data_dir, self.args.val_split, self.args.val_list, self.args.classes)
+
+    def run_folder(self, variant, seed):
+        return self.folder / f"{variant.stem}_seed{seed}"
+
+    def snapshot(self, variant, seed):
+        return self.run_folder(variant, seed) / checkpoint.NAME.format(step=self.steps)
+
+    def training_words(self, variant, seed, gpu="cpu"):
+        """What train.py is told."""
+        return [*self.words, *variant.words, "--random-seed", str(seed), "--num-steps", str(self.steps),
+                "--snapshot-dir", str(self.run_folder(variant, seed)), "--resume", "--gpu", gpu]
+
+    def scoring_words(self, variant, seed, gpu="cpu"):
+        """What evaluate.py is told."""
+        args = self.args
+        data = ["--data-list", args.val_list] if args.val_list else ["--split", args.val_split]
+        given = {"--classes": args.classes, "--num-workers": args.num_workers, "--amp": self.amp}
+        return ["--data-dir", args.data_dir, *data, *self.protocol,
+                *(str(word) for pair in given.items() if pair[1] is not None for word in pair),
+                "--restore-from", str(self.snapshot(variant, seed)), "--output-dir",
+                str((self.run_folder(variant, seed) / RESULT).parent), "--save", "none", "--overwrite", "--gpu", gpu]
+
+    def command(self, variant, seed, gpu):
+        """Words for Python that take a run on, from what lies in its folder; None where it is finished."""
+        if (self.run_folder(variant, seed) / RESULT).exists():
+            return None
+        if self.snapshot(variant, seed).exists():
+            return [*variant.evaluate, *self.scoring_words(variant, seed, gpu)]
+        return [*variant.train, *self.training_words(variant, seed, gpu)]
+
+    def result(self, variant, seed):
+        """What evaluate.py wrote of a run; None before."""
+        path = self.run_folder(variant, seed) / RESULT
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def stage(self, variant, seed):
+        """How far a run is, in words."""
+        lines = read_lines(self.run_folder(variant, seed) / METRICS)
+        if self.snapshot(variant, seed).exists():
+            return "scoring"
+        return f"step {lines[-1]['step']}/{self.steps}, loss {lines[-1]['loss']:.3f}" if lines else "starting"
+
+
+def run_all(comparison, gpus, every=60.0):
+    """Train and score what is left, seed by seed, one run at a time on each of `gpus`: words for --gpu.
+
+    every: seconds between lines that tell how the runs get on. Returns the exit statuses of runs that failed; a request
+    to stop is passed on to those at work, and raises `cli.Interrupted` when they have saved.
+    """
+    waiting = deque((variant, seed) for seed in range(comparison.seeds) for variant in comparison.variants)
+    working, failed, told, said = {}, [], False, time.monotonic()
+    with cli.StopRequest() as stop:
+        try:
+            while working or (waiting and not stop.asked):
+                for place, gpu in enumerate(gpus):
+                    run, process = working.get(place, (None, None))
+                    if process is not None and process.poll() is None:
+                        continue
+                    working.pop(place, None)
+                    if process is not None and process.returncode and not stop.asked:
+                        failed.append(process.returncode)
+                        say(run, last_words(comparison.run_folder(*run), process.returncode), file=sys.stderr)
+                        run = None
+                    elif process is not None and (result := comparison.result(*run)):
+                        say(run, f"mIoU {100 * result['mean_iou']:.2f} %")
+                    command = comparison.command(*run, gpu) if run else None
+                    while command is None and waiting and not stop.asked:
+                        run = waiting.popleft()
+                        command = comparison.command(*run, gpu)
+                    if command is not None and not stop.asked:
+                        say(run, f"{comparison.stage(*run)}, on {gpu}")
+                        working[place] = run, start(command, comparison.run_folder(*run))
+                if stop.asked and not told:
+                    told = True
+                    for _, process in working.values():
+                        process.send_signal(stop.number)
+                if time.monotonic() - said > every:
+                    said = time.monotonic()
+                    for run, _ in working.values():
+                        say(run, comparison.stage(*run))
+                time.sleep(0.1)
+        finally:        # asked twice, or an error here
+            for _, process in working.values():
+                process.kill()
+                process.wait()
+    if stop.asked:
+        raise cli.Interrupted(stop.number)
+    return failed
+
+
+def start(command, folder):
+    """A Python with these words, which speaks into the run's log.txt. It hears signals from this process alone: a
+    terminal would send Ctrl-C to both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def say(run, text, file=None):
+    variant, seed = run
+    print(f"{variant.name}, seed {seed}: {text}", file=file or sys.stdout, flush=True)
+
+
+def last_words(folder, status):
+    """Why a run ended early, as far as its log tells."""
+    path = folder / "log.txt"
+    error = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+             if line.startswith("error: ")]
+    reason = error[-1].removeprefix("error: ") if status == 2 and error else (
+        f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}")
+    return f"failed, {reason}; see {path}; the other runs go on"
+
+
+def interval(values):
+    """Mean and half of its 95 % interval; None with one value."""
+    if len(values) < 2:
+        return mean(values), None
+    return mean(values), T_95[len(values)] * stdev(values) / math.sqrt(len(values))
+
+
+def find_costs(comparison, device):
+    """{name: what a network costs} of every variant of which a run is finished; counted once, and kept in a file."""
+    found, image = {}, None
+    for variant in comparison.variants:
+        seed = next((seed for seed in range(comparison.seeds) if comparison.result(variant, seed)), None)
+        if seed is None:
+            continue
+        path = comparison.folder / f"{variant.stem}.json"
+        if not path.exists():
+            if image is None:
+                image = comparison.validation_data()[0]["image"].permute(1, 2, 0)
+            say((variant, seed), "counting and timing")
+            checkpoint.write_json(path, cost(comparison, comparison.snapshot(variant, seed), image, device))
+        found[variant.name] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def cost(comparison, path, image, device):
+    """Parameters, MACs, kept bytes a pixel and milliseconds for an image (H, W, 3), of a snapshot's network."""
+    scoring = evaluate.get_parser().parse_args([*comparison.protocol, "--restore-from", str(path)])
+    args, amp = comparison.args, comparison.amp or best_precision(device)
+    exact_float32(amp, device)
+    protocol = evaluate.Protocol(scoring.input_size, scoring.whole, scoring.overlap, tuple(scoring.scales),
+                                 scoring.flip, amp=amp, raw_weights=scoring.raw_weights)
+    network, config = evaluate.load_network(path, device, scoring.raw_weights)
+    predictor = protocol.predictor(network, config, device, 1)
+    predictor.watch = None
+    seconds = []
+    while len(seconds) <= TURNS and (len(seconds) < 2 or sum(seconds) < SECONDS):
+        began = time.perf_counter()
+        predictor.labels(image).cpu()
+        seconds.append(time.perf_counter() - began)
+    size = predictor.window or tuple(image.shape[:2])
+    parameters, macs = (sum(column) for column in zip(*count(meta_network(**config.network), size).values(),
+                                                      strict=True))
+    return {"parameters": parameters, "macs": macs, "macs_size": list(size),
+            "kept_bytes_a_pixel": kept_a_pixel(config, args.recompute, args.freeze, amp),
+            "evaluation_ms": 1000 * median(seconds[1:]), "image_size": list(image.shape[:2]),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
+
+
+def kept_a_pixel(config, recompute, freeze, amp):
+    """Bytes kept for the backward pass, a pixel of the input. Convolutions are not computed, which keeps the same."""
+    network = build_network(**config.network, recompute=recompute)
+    for module in network.backbone.first_stages(freeze):
+        module.requires_grad_(False).eval()
+    images = torch.randn(2, 3, *(min(LARGEST_CROP, length) for length in config.input_size))
+    with NoConvolutions():
+        parts, _ = kept_bytes(network, images, torch.bfloat16 if amp in ("bf16", "fp16") else None)
+    return sum(parts.values()) / images[:, 0].numel()
+
+
+def make_rows(comparison, costs):
+    """The table as dicts, one a variant with a finished run. Scores are fractions; what ends in _95 is half of an
+    interval, None with one seed."""
+    results = {variant.name: {seed: scores(result) for seed in range(comparison.seeds)
+                              if (result := comparison.result(variant, seed))} for variant in comparison.variants}
+    rows = []
+    for variant in comparison.variants:
+        own, base = results[variant.name], results[comparison.base]
+        if not own:
+            continue
+        columns = {"mean_iou": [fine for fine, _ in own.values()],
+                   "coarse_mean_iou": [coarse for _, coarse in own.values() if coarse is not None],
+                   "difference": [own[seed][0] - base[seed][0] for seed in own
+                                  if seed in base and variant.name != comparison.base]}
+        row = {"model": variant.name, "seeds": len(own), "steps": comparison.steps}
+        for name, values in columns.items():
+            row[name], row[f"{name}_95"] = interval(values) if values else (None, None)
+        rates = [line["images_per_second"] for seed in own
+                 for line in read_lines(comparison.run_folder(variant, seed) / METRICS)[1:]]
+        rows.append(row | {"difference_to": comparison.base,
+                           "images_per_second": median(rates) if rates else None} | costs[variant.name])
+    return rows
+
+
+def scores(result):
+    """Mean IoU of the fine and of the coarse head, None without one, in the richest protocol of a `result.json`."""
+    protocol = "multi_scale" if "multi_scale" in result else "single_scale"
+    return result["mean_iou"], result["coarse"][protocol]["mean_iou"] if "coarse" in result else None
+
+
+def as_text(rows, comparison):
+    """The table for people; scores in per cent."""
+    def score(row, name):
+        if row[name] is None:
+            return ""
+        half = row[f"{name}_95"]
+        return f"{100 * row[name]:.2f}" + (f" ± {100 * half:.2f}" if half is not None else "")
+
+    def number(value, unit):
+        return "" if value is None else f"{value / unit:.{2 if value / unit < 10 else 1}f}"
+
+    columns = {"": [row["model"] for row in rows], "seeds": [str(row["seeds"]) for row in rows],
+               "fine": [score(row, "mean_iou") for row in rows],
+               "coarse": [score(row, "coarse_mean_iou") for row in rows],
+               f"fine − {comparison.base}": [score(row, "difference") for row in rows]}
+    for title, name, unit in (("parameters, M", "parameters", 1e6), ("MACs, G", "macs", 1e9),
+                              ("training, images/s", "images_per_second", 1),
+                              ("kept, KB a pixel", "kept_bytes_a_pixel", 1e3), ("evaluation, ms", "evaluation_ms", 1)):
+        columns[title] = [number(row[name], unit) for row in rows]
+    lines = ["" for _ in range(len(rows) + 1)]
+    for title, cells in columns.items():
+        wide = max(map(len, [title, *cells]))
+        lines = [line + (f"{cell:>{wide}}   " if title else f"{cell:<{wide}}   ")
+                 for line, cell in zip(lines, [title, *cells], strict=True)]
+    window, image = ("×".join(map(str, rows[0][name])) for name in ("macs_size", "image_size"))
+    intervals = ", ± half of the 95 % interval" if any(row["mean_iou_95"] is not None for row in rows) else ""
+    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
+    lines.append(f"mean IoU in per cent after {comparison.steps} steps{intervals}; differences of the same seeds; MACs "
+                 f"of a window of {window}; evaluation of an image of {image} on {devices}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_csv(rows):
+    """The table for programs; sizes are HEIGHTxWIDTH."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "x".join(map(str, value)) if isinstance(value, list) else value
+                      for name, value in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def check(comparison, devices):
+    """Refuse what cannot work before hours go into it, and to go on in the folder of another comparison."""
+    args = comparison.args
+    if args.data_list and not args.val_list:
+        raise UserError("--data-list: expected --val-list with it, which is scored, found none")
+    classes = ClassTable.read(*[args.classes] * bool(args.classes))
+    for variant in comparison.variants:
+        train.check(train.get_parser().parse_args(comparison.training_words(variant, 0)), devices[:1], classes)
+    CityscapesDataset(args.data_dir, args.split, args.data_list, classes), comparison.validation_data()
+    asked = {name: value for name, value in vars(args).items() if name not in FREE}
+    asked = json.loads(json.dumps(asked | {"steps": comparison.steps, "protocol": comparison.protocol,
+                                           "data_dir": os.path.abspath(args.data_dir)}))
+    path = comparison.folder / "compare.json"
+    if path.exists():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise UserError(f"{path}: expected the flags of a comparison, found something else") from None
+        for name, value in asked.items():
+            if before.get(name, value) != value:
+                raise UserError(f"--output-dir {comparison.folder}: expected a comparison with the same "
+                                f"{name.replace('_', '-')}, found {before[name]} there and {value} here; another "
+                                "folder begins another one")
+    checkpoint.write_json(path, asked)
+
+
+def compare(comparison, devices):
+    """Run what is left, write table and picture, and print the table. Ends the process with status 2 if runs failed by
+    the user's input, and 1 if by anything else."""
+    check(comparison, devices)
+    failed = run_all(comparison, [str(device.index) if device.type == "cuda" else "cpu" for device in devices])
+    rows = make_rows(comparison, find_costs(comparison, devices[0]))
+    if rows:
+        text, folder = as_text(rows, comparison), comparison.folder
+        for name, content in (("table.txt", f"{text}\n"), ("table.csv", as_csv(rows))):
+            checkpoint.write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
+        visualize.scores_by_time(folder / "scores.png", rows)
+        print(text)
+    if failed:
+        sys.exit(2 if set(failed) == {2} else 1)
+
+
+def models(text):
+    """Flag type: names of models, +acf behind those that shall have the ACF head → `Variant`s."""
+    found = []
+    for name in cli.words(text):
+        model, plus, _ = name.partition("+acf")
+        if model not in MODELS or name != model + plus:
+            raise argparse.ArgumentTypeError(f"expected models of {', '.join(MODELS)}, with or without +acf, found "
+                                             f"{name!r:.60}")
+        found.append(Variant(name, ("--model", model, *["--acf"] * bool(plus))))
+        if found.count(found[-1]) > 1:
+            raise argparse.ArgumentTypeError(f"expected every model once, found {name} twice")
+    if not found:
+        raise argparse.ArgumentTypeError("expected models, found none")
+    return tuple(found)
+
+
+def get_parser():
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("data", type=cli.path, help="folder of the data set")
+    parser.add_argument("--models", type=models, required=True, metavar="NAME,...")
+    parser.add_argument("--seeds", type=cli.positive(int, max(T_95)), default=3, help="runs of each model (3)")
+    parser.add_argument("--steps", type=cli.positive(int), required=True, help="of each run")
+    parser.add_argument("--gpu", help="ids such as 0,1, each of which takes the next run, or cpu; default: all visible "
+                        "GPUs, else the CPU")
+    parser.add_argument("--output-dir", type=cli.path, default="runs/compare", help="(runs/compare)")
+    protocol = parser.add_argument_group("protocol, as in evaluate.py")
+    protocol.add_argument("--window", type=cli.size, metavar="H,W", help="its --input-size; default: the training crop")
+    protocol.add_argument("--overlap", type=cli.probability, default=1 / 3, help="(1/3)")
+    protocol.add_argument("--whole", action="store_true")
+    protocol.add_argument("--scales", type=cli.scale, nargs="+", default=[1.0], help="(1.0)")
+    protocol.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="(no)")
+    protocol.add_argument("--raw-weights", action="store_true")
+    return parser
+
+
+def for_all(data, words, steps, gpus=1):
+    """Words of train.py for every run of so many steps, of which `gpus` share the machine's cores. Raises `UserError`
+    where one says what this command says itself."""
+    given = train.get_parser().parse_args(["--data-dir", data, *words],
+                                          argparse.Namespace(**{name: None for name in SET}))
+    for name in SET:
+        if getattr(given, name) != (data if name == "data_dir" else None):
+            raise UserError(f"--{name.replace('_', '-')}: expected a flag that holds for all runs, found one that "
+                            f"differs from run to run, which {SET[name]} says")
+    # Steps are few in most comparisons, and the last snapshot of each run is enough.
+    quiet = ["--log-every", str(max(1, min(10, steps // 10))), "--keep", "1"]
+    cores = ["--num-workers", str(max(1, min(8, os.cpu_count() // gpus - 1)))] if gpus > 1 else []
+    return ("--data-dir", data, *quiet, *cores, *words)
+
+
+def main(argv=None):
+    args, words = get_parser().parse_known_args(argv)
+    window = ["--input-size", ",".join(map(str, args.window))] if args.window else []
+    protocol = (*window, "--overlap", str(args.overlap), "--scales", *map(str, args.scales),
+                "--flip" if args.flip else "--no-flip", *["--whole"] * args.whole,
+                *["--raw-weights"] * args.raw_weights)
+    names, devices = [variant.name for variant in args.models], select_devices(args.gpu)
+    compare(Comparison(
+        variants=args.models, base=next((name for name in BASES if name in names), names[0]), seeds=args.seeds,
+        steps=args.steps, words=for_all(args.data, words, args.steps, len(devices)), protocol=protocol,
+        folder=Path(args.output_dir)), devices)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,246 @@
+"""The comparison of models: what its table says, its queue of runs, and how it goes on."""
+
+import csv
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from networks import build_network
+from tests.benchmarks import compare
+from tests.conftest import finish
+from tests.conftest import start as start_script
+from utils import checkpoint, cli
+from utils.cli import UserError
+from utils.logger import read_lines
+
+STEPS, MODELS = 12, ("acfnet_resnet", "base")
+CPU = torch.device("cpu")
+COLUMNS = ["model", "seeds", "steps", "mean_iou", "mean_iou_95", "coarse_mean_iou", "coarse_mean_iou_95", "difference",
+           "difference_95", "difference_to", "images_per_second", "parameters", "macs", "macs_size",
+           "kept_bytes_a_pixel", "evaluation_ms", "image_size", "device"]
+
+
+def words(data, folder, *more, models=MODELS, seeds=2, steps=STEPS):
+    return [str(data), "--models", ",".join(models), "--seeds", str(seeds), "--steps", str(steps), "--output-dir",
+            str(folder), "--backbone", "eca_resnet18", "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0", "--amp",
+            "off", "--log-every", "1", "--whole", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(streets, tmp_path_factory):
+    """A comparison that was stopped in its first run, and went on with two runs at a time: its folder, how many steps
+    were done when it was stopped, and the most runs at work at once."""
+    folder = tmp_path_factory.mktemp("compared")
+    process = start_script("-m", "tests.benchmarks.compare", *words(streets, folder, "--gpu", "cpu"))
+    metrics = folder / f"{MODELS[0]}_seed0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    status, out, error = finish(process)
+    assert status == 143, error
+    (stopped, _), = checkpoint.snapshots(metrics.parent)
+
+    started, most, real = [], 0, compare.start
+
+    def start(*command):
+        nonlocal most
+        started.append(real(*command))
+        most = max(most, sum(process.poll() is None for process in started))
+        return started[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(compare, "start", start)
+        patch.setattr(compare, "select_devices", lambda gpu: [CPU, CPU])
+        compare.main(words(streets, folder))
+    return folder, stopped, most
+
+
+def results(folder, model):
+    return [json.loads((folder / f"{model}_seed{seed}/result/result.json").read_text()) for seed in range(2)]
+
+
+def test_the_table_says_what_the_runs_say(finished, streets):
+    folder, _, _ = finished
+    with open(folder / "table.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = {row["model"]: row for row in reader}
+    assert reader.fieldnames == COLUMNS and list(rows) == list(MODELS)
+    with_acf, base = ([result["mean_iou"] for result in results(folder, model)] for model in MODELS)
+    coarse = [result["coarse"]["single_scale"]["mean_iou"] for result in results(folder, MODELS[0])]
+    row = rows[MODELS[0]]
+    for name, values in (("mean_iou", with_acf), ("coarse_mean_iou", coarse),
+                         ("difference", np.subtract(with_acf, base))):
+        assert float(row[name]) == pytest.approx(np.mean(values))
+        # Student's t with one degree of freedom, 95 %: tan(0.475 π)
+        half = np.tan(0.475 * np.pi) * np.std(values, ddof=1) / np.sqrt(2)
+        assert float(row[f"{name}_95"]) == pytest.approx(half, rel=1e-4) and half > 0
+    assert rows["base"]["difference"] == rows["base"]["coarse_mean_iou"] == "" and row["difference_to"] == "base"
+    rates = [line["images_per_second"] for seed in range(2)
+             for line in read_lines(folder / f"{MODELS[0]}_seed{seed}/metrics.jsonl")[1:]]
+    assert float(row["images_per_second"]) == pytest.approx(median(rates)) and len(rates) == 2 * (STEPS - 1)
+    network = build_network(MODELS[0], backbone="eca_resnet18").eval()
+    parameters = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("aux"))
+    assert int(row["parameters"]) == parameters and row["macs_size"] == row["image_size"] == "128x256"
+    assert float(row["evaluation_ms"]) > 0 and float(row["kept_bytes_a_pixel"]) > 100
+    shown = (folder / "table.txt").read_text()
+    line, = (line for line in shown.splitlines() if line.startswith(MODELS[0]))
+    numbers = [float(number) for number in re.findall(r"[\d.]+", line.replace("−", "-"))]
+    assert numbers[:3] == [2, round(100 * np.mean(with_acf), 2), round(100 * float(row["mean_iou_95"]), 2)]
+    assert f"mean IoU in per cent after {STEPS} steps" in shown and "fine − base" in shown
+    with Image.open(folder / "scores.png") as picture:
+        assert picture.size == (960, 600) and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_a_stopped_run_goes_on_and_two_devices_share_the_runs(finished):
+    folder, stopped, most = finished
+    assert 1 <= stopped < STEPS and most == 2
+    log = (folder / f"{MODELS[0]}_seed0/log.txt").read_text()
+    assert f"stopped after step {stopped}" in log and f"resumed {folder}/{MODELS[0]}_seed0/CS_scenes_{stopped}" in log
+    for model in MODELS:
+        for seed in range(2):
+            steps = [line["step"] for line in read_lines(folder / f"{model}_seed{seed}/metrics.jsonl")]
+            assert steps == list(range(1, STEPS + 1))
+    assert all(result["num_images"] == 5 and result["protocol"]["window"] is None for result in results(folder, "base"))
+
+
+def test_what_is_finished_is_not_done_again(finished, streets, monkeypatch, capsys):
+    folder, _, _ = finished
+    monkeypatch.setattr(compare, "start", lambda *_: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(compare, "cost", lambda *_: pytest.fail("a network was measured again"))
+    before = (folder / "table.csv").read_bytes()
+    compare.main(words(streets, folder, "--gpu", "cpu", "--log-every", "5"))      # that changes nothing
+    assert (folder / "table.csv").read_bytes() == before
+    compare.main(words(streets, folder, "--gpu", "cpu", models=["base"], seeds=1))
+    assert "±" not in capsys.readouterr().out.splitlines()[-2]
+    for more, name in ((("--learning-rate", "0.5"), "learning-rate"), (("--flip",), "protocol")):
+        with pytest.raises(UserError, match=f"--output-dir .*same {name}, found .* there and .* here"):
+            compare.main(words(streets, folder, "--gpu", "cpu", *more))
+    with pytest.raises(UserError, match=f"same steps, found {STEPS} there and 5 here"):
+        compare.main(words(streets, folder, "--gpu", "cpu", steps=5))
+
+
+def test_a_seed_fixes_the_samples(streets, tmp_path, monkeypatch):
+    """Batches as train.py's own assembly gives them: the same for each model of a seed, others for another seed."""
+    monkeypatch.setattr(compare, "compare", lambda comparison, devices: made.append(comparison))
+    made, seen = [], {}
+    compare.main(words(streets, tmp_path, "--random-mirror", "--random-scale", "--gpu", "cpu", steps=6))
+    comparison, = made
+    for variant in comparison.variants:
+        for seed in range(2):
+            monkeypatch.setattr(train, "perform", lambda run, key=(variant.name, seed): seen.__setitem__(
+                key, [(batch["name"], batch["image"].clone()) for batch in run.batches]) or 0)
+            train.main(comparison.training_words(variant, seed))
+    first, other = (seen[MODELS[0], seed] for seed in range(2))
+    assert len(first) == 6
+    for (names, images), (others, other_images) in zip(first, seen[MODELS[1], 0], strict=True):
+        assert names == others and torch.equal(images, other_images)
+    assert [names for names, _ in first] != [names for names, _ in other]
+
+
+def stand_in(name, train_code, score="result = dict(mean_iou=0.5)"):
+    """A variant whose training and scoring are a few lines of Python, with `folder` the run's."""
+    folder = ("import json, os, signal, sys, time; from pathlib import Path\n"
+              "folder = Path(sys.argv[sys.argv.index('{}') + 1])\n")
+    scored = f"{score}\nfolder.mkdir(exist_ok=True); (folder / 'result.json').write_text(json.dumps(result))"
+    return compare.Variant(name, (), ("-c", f"{folder.format('--snapshot-dir')}{train_code}"),
+                           ("-c", f"{folder.format('--output-dir')}{scored}"))
+
+
+def stand_ins(folder, *variants, seeds=1):
+    return compare.Comparison(variants=variants, base=variants[0].name, seeds=seeds, steps=3,
+                              words=("--data-dir", "x"), protocol=(), folder=folder)
+
+
+DONE = "(folder / 'CS_scenes_3.pth').touch()"
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys):
+    comparison = stand_ins(tmp_path, stand_in("wrong", "print('error: --x: expected y'); sys.exit(2)"),
+                           stand_in("killed", "os.kill(os.getpid(), signal.SIGKILL)"),
+                           stand_in("good", DONE), seeds=2)
+    assert sorted(compare.run_all(comparison, ["cpu", "cpu"])) == [-9, -9, 2, 2]
+    out, error = capsys.readouterr()
+    assert "good, seed 1: mIoU 50.00 %" in out
+    assert "wrong, seed 0: failed, --x: expected y; see" in error
+    assert "killed, seed 1: failed, ended by SIGKILL" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_reaches_the_runs(tmp_path, number):
+    """Those at work save and end, no other begins, and the exit status is the signal's."""
+    saving = (f"signal.signal({int(number)}, lambda *_: ((folder / 'saved').touch(), sys.exit({128 + number})))\n"
+              "(folder / 'begun').touch(); time.sleep(60)")
+    comparison = stand_ins(tmp_path, *(stand_in(name, saving) for name in "abc"))
+
+    def ask():
+        while not all((tmp_path / f"{name}_seed0/begun").exists() for name in "ab"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(cli.Interrupted) as caught:
+        compare.run_all(comparison, ["cpu", "cpu"])
+    assert caught.value.number == number
+    assert [(tmp_path / f"{name}_seed0/saved").exists() for name in "abc"] == [True, True, False]
+
+
+@pytest.mark.parametrize("more, sentence", [
+    (["--models", "base,nothing"], "--models: expected models of .*, found 'nothing'"),
+    (["--models", "base,acfnet,base"], "--models: expected every model once, found base twice"),
+    (["--models", "base+acf+acf"], "--models: expected models of .*, found"),
+    (["--models", ","], "--models: expected models, found none"),
+    (["--steps", "0"], "--steps: expected a number above 0, found '0'"),
+    (["--seeds", "31"], "--seeds: expected a number above 0 and at most 30"),
+    (["--modles", "base"], "unrecognized arguments: --modles base"),
+    (["--snapshot-dir", "x"], "--snapshot-dir: expected a flag that holds for all runs, .*which --output-dir says"),
+    (["--snap=x"], "--snapshot-dir: expected a flag that holds for all runs"),
+    (["--model", "acfnet"], "--model: .*which --models says"),
+    (["--random-seed", "1234"], "--random-seed: .*which --seeds says"),
+    (["--num-steps", "60000"], "--num-steps: .*which --steps says"),
+    (["--resume"], "--resume: expected a flag"),
+    (["--data-list", "train.lst"], "--data-list: expected --val-list with it"),
+    (["--val-split", "nowhere"], "nowhere"),
+    (["--ablations", "norms"], "--ablations norms: expected a --model with ACF, found base"),
+    (["--batch-size", "x"], "--batch-size: expected a whole number"),
+], ids=" ".join)
+def test_bad_input_is_one_sentence_before_anything_is_written(streets, tmp_path, more, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "start", lambda *_: pytest.fail("a run was started"))
+    try:
+        compare.main(words(streets, tmp_path / "r", "--gpu", "cpu", *more))
+    except UserError as error:
+        said = str(error)
+    except SystemExit as error:
+        said = capsys.readouterr().err
+        assert error.code == 2
+    assert re.search(sentence, said) and len(said.strip().splitlines()) == 1
+    assert not Path(tmp_path / "r").exists()
+
+
+def test_no_data_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="leftImg8bit"):
+        compare.main(words(tmp_path, tmp_path / "r", "--gpu", "cpu"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_students_t():
+    stats = pytest.importorskip("scipy.stats")
+    for count, value in compare.T_95.items():
+        assert value == pytest.approx(stats.t.ppf(0.975, count - 1), abs=5.1e-4)
+    values = [0.3, 0.5, 0.1, 0.7]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    middle, half = compare.interval(values)
+    assert (middle - half, middle + half) == pytest.approx((low, high), abs=1e-4)
+    assert compare.interval([0.25]) == (0.25, None)

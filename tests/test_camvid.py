@@ -9,9 +9,10 @@ from PIL import Image
 
 import evaluate
 import train
+from dataset.labels import ClassTable
 from networks import build_network
+from tests.benchmarks import altered, compare, contribution
 from tests.benchmarks import camvid as comparison
-from tests.benchmarks import contribution
 from tests.conftest import randomise
 from utils.cli import UserError
 
@@ -32,37 +33,65 @@ def test_a_network_learns_from_real_photographs(camvid, tmp_path):
     assert result["single_scale"]["class_iou"]["road"] > 0.3
 
 
-def test_the_comparison_goes_through_and_goes_on(camvid, tmp_path, capsys):
-    """Every variant, one step: the commands behind the README's findings."""
+SPECIAL = ("acfnet_resnet", "acfnet_resnet, no term", "acfnet_resnet, true centers")
+
+
+def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch):
+    """The variants that no flag of train.py makes, one step: the commands behind the README's findings."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(compare, "TURNS", 1)
+    monkeypatch.setattr(comparison, "select_devices", lambda gpu: [torch.device("cpu")] * 2)
     for name in ("images", "labels", "classes.csv"):
         (tmp_path / name).symlink_to(camvid / name)
     for name, count in (("train.lst", 9), ("val.lst", 2)):
         (tmp_path / name).write_text("\n".join((camvid / name).read_text().splitlines()[:count]))
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
-    words = [str(tmp_path), str(tmp_path / "w.pth"), "--steps", "1", "--size", "209,209", "--batch-size", "2",
-             "--output-dir", str(tmp_path / "r"), "--gpu", "cpu"]
-    comparison.main([*words, "--seeds", "1"])
-    lines = [json.loads(line) for line in (tmp_path / "r/results.jsonl").read_text().splitlines()]
-    assert [line["variant"] for line in lines] == list(comparison.VARIANTS)
-    assert all(0 <= line["fine"] <= 1 for line in lines) and (tmp_path / "r/curves.png").stat().st_size > 10_000
-    comparison.main([*words, "--seeds", "2", "--variants", "acfnet_resnet"])
-    assert len((tmp_path / "r/results.jsonl").read_text().splitlines()) == len(lines) + 1
-    assert "acfnet_resnet                     2 seeds   fine " in (tmp_path / "r/table.txt").read_text()
+    comparison.main([str(tmp_path), str(tmp_path / "w.pth"), "--steps", "1", "--seeds", "1", "--size", "97,97",
+                     "--batch-size", "2", "--output-dir", str(tmp_path / "r"), "--variants", *SPECIAL])
+    results = [json.loads((tmp_path / f"r/acfnet_resnet{end}_seed0/result/result.json").read_text())
+               for end in ("", "_no_term", "_true_centers")]
+    assert all(0 < result["mean_iou"] < 1 and result["num_images"] == 2 for result in results)
+    network, _ = evaluate.load_network(tmp_path / "r/acfnet_resnet_no_term_seed0/CS_scenes_1.pth", torch.device("cpu"))
+    assert not any(parameter.any() for parameter in network.head.acf.cab.parameters())
     capsys.readouterr()
     contribution.main([str(tmp_path), str(tmp_path / "r"), "--gpu", "cpu"])
     shown = capsys.readouterr().out
-    assert "acfnet_resnet, 2 networks" in shown and "another photograph's centers" in shown
+    assert "acfnet_resnet, 1 networks" in shown and "another photograph's centers" in shown
 
 
-def test_a_file_of_something_else_is_a_sentence(tmp_path):
-    classes = tmp_path / "classes.csv"
-    classes.write_text("name,id,train_id,red,green,blue\nroad,0,0,0,0,0\n")
+def test_every_variant_is_one_of_train_py(tmp_path):
+    for name, variant in comparison.VARIANTS.items():
+        args = train.get_parser().parse_args(["--data-dir", "x", "--snapshot-dir", str(tmp_path), *variant.words])
+        train.check(args, [torch.device("cpu")], ClassTable.read())
+        assert name.startswith(args.model)
+
+
+def test_true_centers_see_the_truth_and_only_that():
+    """The mean feature of each class's pixels, written out; without the truth it is the network it was made of."""
+    shape = {"model": "acfnet_resnet", "num_classes": 3, "backbone": "resnet18", "norm": "bn", "activation": "relu"}
+    network = altered.with_true_centers(**shape).eval()
+    randomise(network)
+    plain = build_network(**shape).eval()
+    plain.load_state_dict(network.state_dict())
+    images, truth = torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33)
+    truth[:, :, 17:], truth[:, 28:] = 1, 2
+    torch.testing.assert_close(network(images), plain(images))
+    assert (network(torch.cat([images, truth[:, None]], 1))["fine"] - plain(images)["fine"]).abs().max() > 1e-3
+    features, coarse = torch.randn(1, 128, 5, 5), torch.randn(1, 3, 5, 5)
+    found, keys = network.head.acf.class_centers(features, coarse), network.head.acf.ccb.conv(features)
+    small = torch.nn.functional.interpolate(truth[None], size=(5, 5), mode="nearest-exact")[0]
+    for number in range(3):
+        torch.testing.assert_close(found[0, number], keys[0][:, small[0] == number].mean(1))
+
+
+def test_a_folder_of_something_else_is_a_sentence(tmp_path):
+    (tmp_path / "classes.csv").write_text("name,id,train_id,red,green,blue\nroad,0,0,0,0,0\n")
     for name in ("train", "val"):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
         Image.new("L", (9, 9)).save(tmp_path / f"{name}_label.png")
         (tmp_path / f"{name}.lst").write_text(f"{name}.png {name}_label.png\n")
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="other.pth: expected a network of .*camvid, found a file without variant"):
+    with pytest.raises(UserError, match="expected networks with ACF of tests.benchmarks.camvid, found none"):
         contribution.main([str(tmp_path), str(tmp_path), "--gpu", "cpu"])
 
 

@@ -33,8 +33,8 @@ COLUMNS = ["model", "seeds", "steps", "mean_iou", "mean_iou_95", "coarse_mean_io
 
 def words(data, folder, *more, models=MODELS, seeds=2, steps=STEPS):
     return [str(data), "--models", ",".join(models), "--seeds", str(seeds), "--steps", str(steps), "--output-dir",
-            str(folder), "--backbone", "eca_resnet18", "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0", "--amp",
-            "off", "--log-every", "1", "--whole", *more]
+            str(folder), "--backbone", "eca_resnet18", "--input-size", "33,33", "--batch-size", "2", "--num-workers",
+            "0", "--amp", "off", "--log-every", "1", "--whole", *more]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def finished(streets, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(compare, "start", start)
+        patch.setattr(compare, "TURNS", 3)
         patch.setattr(compare, "select_devices", lambda gpu: [CPU, CPU])
         compare.main(words(streets, folder))
     return folder, stopped, most

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
-from libs.convert import fold_norms
-from networks import build_network
-from networks.pretrained import choose_backbone, recognise
-from tests.benchmarks.camvid import interval, true_logits
+from evaluate import load_network
+from tests.benchmarks.altered import true_logits
+from tests.benchmarks.compare import interval
 from utils import checkpoint, cli
 from utils.cli import UserError
 from utils.distributed import select_devices
@@ -119,18 +118,14 @@ def main(argv=None):
     classes = ClassTable.read(args.data / "classes.csv")
     data, val = (CityscapesDataset(args.data, data_list=args.data / f"{name}.lst", classes=classes)
                  for name in ("train", "val"))
+    runs = {model: [checkpoint.newest(run, lambda path: path) for run in sorted(args.folder.glob(f"{model}_seed*"))]
+            for model in ("acfnet", "acfnet_resnet")}
+    paths = [(model, path) for model, found in runs.items() for path in found if path]
+    if not paths:
+        raise UserError(f"{args.folder}: expected networks with ACF of tests.benchmarks.camvid, found none")
     found = {}
-    for path in progress(sorted(args.folder.glob("*.pth")), "networks", "network", every=60):
-        content = checkpoint.load(path)
-        if "variant" not in content:
-            raise UserError(f"{path}: expected a network of tests.benchmarks.camvid, found a file without variant")
-        model = content["variant"]
-        if model not in ("acfnet_resnet", "acfnet"):
-            continue
-        weights = recognise(content, str(path))
-        network = build_network(model, classes.num_classes, norm="bn", activation="relu", **choose_backbone(weights))
-        network.load_state_dict(weights.state)
-        network = fold_norms(network).to(device, memory_format=torch.channels_last)
+    for model, path in progress(paths, "networks", "network", every=60):
+        network, _ = load_network(path, device)
         found.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
     titles = "mean IoU, %, with M from", "root mean square of", "pixels, %, where coarse and fine"
     for model, runs in found.items():

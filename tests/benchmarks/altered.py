@@ -1,0 +1,130 @@
+"""train.py and evaluate.py with an altered ACF module, for `tests.benchmarks.camvid`.
+
+    python -m tests.benchmarks.altered no_term|true_centers train|evaluate [words of that script]
+
+no_term         the term of the class centers is zero: fine is a second plain classifier of F, all else equal
+true_centers    class centers come from the truth, as an upper bound; attention to them is as ever. Scale 1 only
+"""
+
+import sys
+
+import torch
+
+import evaluate
+import train
+from dataset.cityscapes import CityscapesDataset
+from networks import build_network
+from networks.acf import ACFModule
+from networks.acfnet import SegmentationNet
+from utils import cli
+from utils.engine import make_engine
+from utils.inference import SlidingPredictor, score
+from utils.precision import at_least_float32
+from utils.validation import draw_panel
+
+
+def without_term(**shape):
+    """`build_network`, with the ACF term zero: so are the weights that would make it, and they learn nothing."""
+    network = build_network(**shape)
+    for parameter in network.head.acf.cab.parameters():
+        torch.nn.init.zeros_(parameter)
+    network.head.acf.register_forward_hook(lambda module, inputs, term: 0 * term)
+    return network
+
+
+def true_logits(labels, num_classes, size, dtype=torch.float32):
+    """Labels (B, H, W), any other value than a class ignored → logits (B, N, *size) whose softmax they are.
+
+    An ignored pixel belongs to all classes alike.
+    """
+    labels = torch.nn.functional.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+    known = labels < num_classes
+    chosen = torch.nn.functional.one_hot(labels.where(known, 0), num_classes) * known[..., None]      # (B, h, w, N)
+    return 50 * chosen.permute(0, 3, 1, 2).to(dtype)
+
+
+class TrueCentersModule(ACFModule):
+    """The ACF module with class centers from `truth`, labels (B, H, W), where there is one."""
+
+    truth = None
+
+    def class_centers(self, features, coarse_logits):
+        if self.truth is not None:
+            coarse_logits = true_logits(self.truth, coarse_logits.shape[1], coarse_logits.shape[2:],
+                                        at_least_float32(coarse_logits).dtype)
+        return super().class_centers(features, coarse_logits)
+
+
+class TrueCentersNet(SegmentationNet):
+    """Takes images (B, 4, H, W), whose last channel is the truth; without it, it is the network it was made of."""
+
+    def forward(self, images):
+        self.head.acf.truth = images[:, 3].round() if images.shape[1] == 4 else None
+        return super().forward(images[:, :3])
+
+
+def with_true_centers(**shape):
+    """`build_network`, with class centers from the truth."""
+    network = build_network(**shape)
+    convolution = network.head.acf.ccb.conv
+    network.head.acf = TrueCentersModule(convolution.in_channels, convolution.out_channels)
+    return TrueCentersNet(network.backbone, network.context, network.head, network.aux)
+
+
+def add_truth(item):
+    """An item of a data set with its truth as the image's fourth channel."""
+    return item | {"image": torch.cat([item["image"], item["label"][None].to(torch.uint8)])}
+
+
+def hide_truth(item):
+    return item | {"image": item["image"][:3]}
+
+
+def beside_truth(normalization):
+    """A normalization of the first three channels."""
+    return lambda pixels: torch.cat([normalization(pixels[:, :3]), pixels[:, 3:].float()], dim=1)
+
+
+class WithTruth(CityscapesDataset):
+    """Items of four channels."""
+
+    def __getitem__(self, index):
+        return add_truth(super().__getitem__(index))
+
+
+class PredictorWithTruth(SlidingPredictor):
+    """Takes images of four channels."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.normalization = beside_truth(self.normalization)
+
+    def checked(self, image):
+        return image
+
+
+def score_with_truth(predictor, items, num_classes, ignore_index, processes, seen):
+    """`score`, whose predictor sees the truth, and `seen` does not."""
+    return score(predictor, map(add_truth, items), num_classes, ignore_index, processes,
+                 lambda item, *found: seen(hide_truth(item), *found))
+
+
+def show_truth():
+    """Let train.py and evaluate.py hand the truth to their networks."""
+    train.CityscapesDataset, evaluate.SlidingPredictor, evaluate.score = WithTruth, PredictorWithTruth, score_with_truth
+    train.make_engine = lambda network, *, normalization, **rest: make_engine(
+        network, normalization=beside_truth(normalization), **rest)
+    train.draw_panel = lambda engine, normalization, sample, *rest: draw_panel(
+        engine, normalization, hide_truth(sample), *rest)
+
+
+def main(argv):
+    how, script, *words = argv
+    train.build_network = evaluate.build_network = {"no_term": without_term, "true_centers": with_true_centers}[how]
+    if how == "true_centers":
+        show_truth()
+    {"train": train, "evaluate": evaluate}[script].main(words)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

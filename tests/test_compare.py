@@ -24,7 +24,7 @@ from utils import checkpoint, cli
 from utils.cli import UserError
 from utils.logger import read_lines
 
-STEPS, MODELS = 12, ("acfnet_resnet", "base")
+STEPS, MODELS = 12, ("acfnet_resnet", "deeplabv3")
 CPU = torch.device("cpu")
 COLUMNS = ["model", "seeds", "steps", "mean_iou", "mean_iou_95", "coarse_mean_iou", "coarse_mean_iou_95", "difference",
            "difference_95", "difference_to", "images_per_second", "parameters", "macs", "macs_size",
@@ -88,7 +88,8 @@ def test_the_table_says_what_the_runs_say(finished, streets):
         # Student's t with one degree of freedom, 95 %: tan(0.475 π)
         half = np.tan(0.475 * np.pi) * np.std(values, ddof=1) / np.sqrt(2)
         assert float(row[f"{name}_95"]) == pytest.approx(half, rel=1e-4) and half > 0
-    assert rows["base"]["difference"] == rows["base"]["coarse_mean_iou"] == "" and row["difference_to"] == "base"
+    assert rows["deeplabv3"]["difference"] == rows["deeplabv3"]["coarse_mean_iou"] == ""
+    assert row["difference_to"] == "deeplabv3"
     rates = [line["images_per_second"] for seed in range(2)
              for line in read_lines(folder / f"{MODELS[0]}_seed{seed}/metrics.jsonl")[1:]]
     assert float(row["images_per_second"]) == pytest.approx(median(rates)) and len(rates) == 2 * (STEPS - 1)
@@ -100,7 +101,7 @@ def test_the_table_says_what_the_runs_say(finished, streets):
     line, = (line for line in shown.splitlines() if line.startswith(MODELS[0]))
     numbers = [float(number) for number in re.findall(r"[\d.]+", line.replace("−", "-"))]
     assert numbers[:3] == [2, round(100 * np.mean(with_acf), 2), round(100 * float(row["mean_iou_95"]), 2)]
-    assert f"mean IoU in per cent after {STEPS} steps" in shown and "fine − base" in shown
+    assert f"mean IoU in per cent after {STEPS} steps" in shown and "fine − deeplabv3" in shown
     with Image.open(folder / "scores.png") as picture:
         assert picture.size == (960, 600) and len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
@@ -114,7 +115,8 @@ def test_a_stopped_run_goes_on_and_two_devices_share_the_runs(finished):
         for seed in range(2):
             steps = [line["step"] for line in read_lines(folder / f"{model}_seed{seed}/metrics.jsonl")]
             assert steps == list(range(1, STEPS + 1))
-    assert all(result["num_images"] == 5 and result["protocol"]["window"] is None for result in results(folder, "base"))
+    assert all(result["num_images"] == 5 and result["protocol"]["window"] is None
+               for result in results(folder, "deeplabv3"))
 
 
 def test_what_is_finished_is_not_done_again(finished, streets, monkeypatch, capsys):
@@ -124,8 +126,13 @@ def test_what_is_finished_is_not_done_again(finished, streets, monkeypatch, caps
     before = (folder / "table.csv").read_bytes()
     compare.main(words(streets, folder, "--gpu", "cpu", "--log-every", "5"))      # that changes nothing
     assert (folder / "table.csv").read_bytes() == before
-    compare.main(words(streets, folder, "--gpu", "cpu", models=["base"], seeds=1))
+    compare.main(words(streets, folder, "--gpu", "cpu", models=["deeplabv3"], seeds=1))
     assert "±" not in capsys.readouterr().out.splitlines()[-2]
+    for failed, status in (([2, 2], 2), ([2, -9], 1)):
+        monkeypatch.setattr(compare, "run_all", lambda *_, failed=failed: failed)
+        with pytest.raises(SystemExit) as caught:
+            compare.main(words(streets, folder, "--gpu", "cpu"))
+        assert caught.value.code == status and "MACs" in capsys.readouterr().out      # what there is is shown
     for more, name in ((("--learning-rate", "0.5"), "learning-rate"), (("--flip",), "protocol")):
         with pytest.raises(UserError, match=f"--output-dir .*same {name}, found .* there and .* here"):
             compare.main(words(streets, folder, "--gpu", "cpu", *more))
@@ -133,12 +140,15 @@ def test_what_is_finished_is_not_done_again(finished, streets, monkeypatch, caps
         compare.main(words(streets, folder, "--gpu", "cpu", steps=5))
 
 
-def test_a_seed_fixes_the_samples(streets, tmp_path, monkeypatch):
+def test_a_seed_fixes_the_samples_of_all_models(streets, tmp_path, monkeypatch):
     """Batches as train.py's own assembly gives them: the same for each model of a seed, others for another seed."""
     monkeypatch.setattr(compare, "compare", lambda comparison, devices: made.append(comparison))
     made, seen = [], {}
     compare.main(words(streets, tmp_path, "--random-mirror", "--random-scale", "--gpu", "cpu", steps=6))
-    comparison, = made
+    compare.main(words(streets, tmp_path, "--gpu", "cpu", models=["fcn", "ccnet+acf"]))
+    comparison, other = made
+    assert (comparison.base, other.base) == ("deeplabv3", "fcn")
+    assert other.variants[1].words == ("--model", "ccnet", "--acf")
     for variant in comparison.variants:
         for seed in range(2):
             monkeypatch.setattr(train, "perform", lambda run, key=(variant.name, seed): seen.__setitem__(
@@ -202,6 +212,7 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number):
     (["--models", "base,nothing"], "--models: expected models of .*, found 'nothing'"),
     (["--models", "base,acfnet,base"], "--models: expected every model once, found base twice"),
     (["--models", "base+acf+acf"], "--models: expected models of .*, found"),
+    (["--models", "danet+acf"], "--acf: expected a model whose head takes one feature map, found danet"),
     (["--models", ","], "--models: expected models, found none"),
     (["--steps", "0"], "--steps: expected a number above 0, found '0'"),
     (["--seeds", "31"], "--seeds: expected a number above 0 and at most 30"),
@@ -214,9 +225,9 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number):
     (["--resume"], "--resume: expected a flag"),
     (["--data-list", "train.lst"], "--data-list: expected --val-list with it"),
     (["--val-split", "nowhere"], "nowhere"),
-    (["--ablations", "norms"], "--ablations norms: expected a --model with ACF, found base"),
+    (["--ablations", "norms"], "--ablations norms: expected a --model with ACF, found deeplabv3"),
     (["--batch-size", "x"], "--batch-size: expected a whole number"),
-], ids=" ".join)
+], ids=lambda value: "" if isinstance(value, str) else " ".join(value))
 def test_bad_input_is_one_sentence_before_anything_is_written(streets, tmp_path, more, sentence, capsys, monkeypatch):
     monkeypatch.setattr(compare, "start", lambda *_: pytest.fail("a run was started"))
     try:

@@ -19,3 +19,9 @@ def test_count_agrees_with_arithmetic():
     assert parts["head.coarse"][1] == classes * channels * pixels
     assert parts["head.acf"][1] == (channels * keys + 2 * classes * keys + keys * keys) * pixels
     assert parts["head.fine"][1] == (keys + channels) * classes * pixels
+
+
+def test_what_only_training_needs_does_not_count():
+    """The auxiliary head; but OCR takes its regions from it."""
+    assert "aux" not in count(build_network("fcn", backbone="resnet18"), (65, 65))
+    assert count(build_network("ocrnet", backbone="resnet18"), (65, 65))["aux"][1] > 0

@@ -181,8 +181,8 @@ def scores_by_time(path, rows):
     """
     figure = _figure(8, 5)
     axes = figure.subplots()
-    for acf, label, color, marker in ((False, "one prediction", "#d1791e", "D"),
-                                      (True, "coarse and fine", "#1f5f99", "o")):
+    for acf, label, color, marker in ((False, "without ACF", "#d1791e", "D"),
+                                      (True, "with ACF", "#1f5f99", "o")):
         some = [row for row in rows if (row["coarse_mean_iou"] is not None) == acf]
         if some:
             axes.errorbar([row["evaluation_ms"] for row in some], [100 * row["mean_iou"] for row in some],

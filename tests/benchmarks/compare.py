@@ -48,7 +48,7 @@ from utils.precision import best_precision, exact_float32
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULT = "result/result.json"
-BASES = ("deeplabv3", "base")       # one network by two names: what others are compared with
+BASE = "deeplabv3"      # what others are compared with, if it is there
 # Student's t for 95 %, by the number of values: 2 to 30.
 T_95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
                        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052,
@@ -457,8 +457,8 @@ def main(argv=None):
                 *["--raw-weights"] * args.raw_weights)
     names, devices = [variant.name for variant in args.models], select_devices(args.gpu)
     compare(Comparison(
-        variants=args.models, base=next((name for name in BASES if name in names), names[0]), seeds=args.seeds,
-        steps=args.steps, words=for_all(args.data, words, args.steps, len(devices)), protocol=protocol,
+        variants=args.models, base=BASE if BASE in names else names[0], seeds=args.seeds, steps=args.steps,
+        words=for_all(args.data, words, args.steps, len(devices)), protocol=protocol,
         folder=Path(args.output_dir)), devices)
 
 

@@ -26,7 +26,7 @@ def count(network, size, training=False):
     for name, module in [*children, *((f"head.{name}", module) for name, module in network.head.named_children())]:
         macs = flops.get(f"{root}.{name}", 0) // 2
         parameters = sum(p.numel() for p in module.parameters())
-        if parameters and (training or name != "aux"):
+        if parameters and (macs or name != "aux"):      # OCR needs it in evaluation too
             parts[name] = (parameters, macs)
     return parts
 

@@ -33,7 +33,7 @@ from loss.criterion import SegmentationCriterion
 from networks import ABLATIONS, ACTIVATIONS, BACKBONE, BACKBONES, MODELS, STEMS, build_network, find_model
 from networks.pretrained import choose_backbone, load_weights, read_snapshot, read_weights, weights_of
 from networks.resnet import RECOMPUTE, STAGES
-from utils import checkpoint, cli, memory, resume, visualize
+from utils import checkpoint, cli, memory, resume, versions, visualize
 from utils.cli import UserError
 from utils.distributed import (
     by_the_first,
@@ -228,6 +228,9 @@ def check(args, devices, classes):
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")
+    if args.compile and versions.torch_version() < versions.COMPILER:
+        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, versions.COMPILER))} or newer, found "
+                        f"{torch.__version__}, whose compiled code updates running statistics wrongly or was not tested")
     if args.compile and len(devices) > 1 and args.parallel == "dp":
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ from utils import checkpoint
 # setuptools' own replacement of distutils; early it never has. Versions of PyTorch without it need none.
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
+
+# Started by nohup, this process hands down that SIGHUP is ignored, and the runs that tests hang up would go on.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from networks import build_network
 from utils.engine import compile_network
-from utils.versions import torch_version
+from utils.versions import COMPILER, torch_version
 
 
 class Graphs:
@@ -49,7 +49,7 @@ def step(network, images):
                                  **{key: b.float() for key, b in network.named_buffers()}}
 
 
-@pytest.mark.skipif(torch_version() < (2, 9), reason="older compilers keep more, and break the graph")
+@pytest.mark.skipif(torch_version() < COMPILER, reason="older compilers keep more, and break the graph")
 def test_the_default_norm_compiles_to_one_graph_each_way():
     """Loss, gradients and statistics as without compilation; at most 1.2 times the bytes that are kept in place.
 

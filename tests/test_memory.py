@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from libs.abn import NORMS
 from libs.convert import fold_norms
-from networks import BACKBONES, MODELS, build_network
+from networks import BACKBONES, build_network
 from networks.resnet import RECOMPUTE
-from tests.benchmarks.memory import AMP, COUNTED, measure
+from tests.benchmarks.memory import AMP, COUNTED, COUNTED_MODELS, measure
 from utils.memory import bytes_a_pixel, free_bytes, kept_bytes, passing_bytes, ran_out
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
@@ -37,8 +37,8 @@ def test_the_table_says_what_is_counted(recompute, amp):
 
 
 def test_the_table_has_every_usual_network():
-    for backbone, model, norm, recompute, amp in itertools.product(COUNTED, MODELS, NORMS, RECOMPUTE,
-                                                                   ("off", "bf16", "fp16")):
+    for backbone, model, norm, recompute, amp in itertools.product(COUNTED, COUNTED_MODELS, NORMS, RECOMPUTE, (
+            "off", "bf16", "fp16")):
         if recompute in BACKBONES[backbone].recompute_choices():
             size = bytes_a_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
             assert 100 < size < 20000, (model, backbone, norm, recompute, amp)

@@ -17,7 +17,7 @@ from dataset.labels import ClassTable
 from loss.criterion import SegmentationCriterion
 from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, start
-from utils import checkpoint
+from utils import checkpoint, versions
 from utils.cli import UserError
 from utils.engine import NetworkWithLoss, NotFinite
 from utils.normalization import Normalization
@@ -290,10 +290,16 @@ def test_quick_validation_of_a_list_needs_another_list(streets, tmp_path):
 
 
 def test_channels_last_and_compile_train_alike(streets, tmp_path):
-    plain, last, compiled = (run(streets, tmp_path / name, *words, "--backbone", "resnet18", steps=2)
-                             for name, words in (("a", ()), ("b", ("--channels-last",)), ("c", ("--compile",))))
+    ways = [("--channels-last",)]
+    if versions.torch_version() < versions.COMPILER:
+        with pytest.raises(UserError, match="--compile: expected PyTorch 2.9 or newer, found "):
+            run(streets, tmp_path / "s", "--compile")
+    else:
+        ways.append(("--compile",))
+    plain, *others = (run(streets, tmp_path / str(number), *words, "--backbone", "resnet18", steps=2)
+                      for number, words in enumerate([(), *ways]))
     for key, value in plain["model"].items():
-        for other in (last, compiled):
+        for other in others:
             assert other["model"].keys() == plain["model"].keys()
             torch.testing.assert_close(other["model"][key], value, rtol=1e-3, atol=2e-4)
 

@@ -13,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 # What oneDNN can be told to leave unused (ONEDNN_MAX_CPU_ISA), as far as bf16 is not among what remains.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
+# From which version on --compile is tested. In 2.4 compiled code updates the running statistics of our norms twice.
+COMPILER = (2, 9)
+
 
 def total_norm(tensors):
     """Euclidean norm of all values of some tensors on one device: scalar tensor."""

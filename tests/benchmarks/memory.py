@@ -16,13 +16,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs.abn import NORMS
-from networks import BACKBONES, MODELS, build_network
+from networks import BACKBONES, build_network
 from networks.resnet import RECOMPUTE
 from utils import checkpoint, cli
 from utils.memory import TABLE, kept_bytes, table_key
 
 AMP = {"off": None, "bf16": torch.bfloat16}
 COUNTED = ("resnet18", "eca_resnet18", "eca_resnet50", "eca_resnet101")     # backbones in the table of train.py
+COUNTED_MODELS = ("acfnet", "acfnet_resnet", "base")
 
 
 def measure(backbone, autocast, recompute, size, norm="inplace_abn", model="acfnet"):
@@ -46,7 +47,7 @@ class NoConvolutions(TorchDispatchMode):
 def write():
     """Count the usual networks with crops of 129×129, and write `utils.memory.TABLE`."""
     counted, images = {}, torch.randn(2, 3, 129, 129)
-    for backbone, model, norm, recompute in itertools.product(COUNTED, MODELS, NORMS, RECOMPUTE):
+    for backbone, model, norm, recompute in itertools.product(COUNTED, COUNTED_MODELS, NORMS, RECOMPUTE):
         if recompute not in BACKBONES[backbone].recompute_choices():
             continue
         with torch.device("meta"):      # drawing random weights would take longer than everything else

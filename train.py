@@ -228,15 +228,15 @@ def check(args, devices, classes):
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")
-    if args.compile and versions.torch_version() < versions.COMPILER:
-        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, versions.COMPILER))} or newer, found "
-                        f"{torch.__version__}, whose compiled code updates running statistics wrongly or was not tested")
     if args.compile and len(devices) > 1 and args.parallel == "dp":
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")
     if args.compile and args.recompute != "none":
         raise UserError(f"--compile: expected --recompute none with it, found {args.recompute}, which cannot be "
                         "compiled; compiled code decides by itself what it computes again")
+    if args.compile and versions.torch_version() < versions.COMPILER:
+        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, versions.COMPILER))} or newer, found "
+                        f"{torch.__version__}, whose compiled code was not tested, or updates running statistics twice")
     if args.optimizer == "adamw" and args.momentum == 1:
         raise UserError("--momentum 1: expected less than 1 with --optimizer adamw")
     if args.ema == 1:

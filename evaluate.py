@@ -25,8 +25,9 @@ For other runtimes:
 """
 
 import argparse
+import itertools
 import sys
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from libs.convert import fold_norms
 from networks import build_network
 from networks.pretrained import read_snapshot
 from utils import checkpoint, cli, memory, visualize
+from utils.calibration import BINS, Calibration
 from utils.cli import UserError
 from utils.distributed import (
     Processes,
@@ -65,7 +67,7 @@ from utils.report import WorstImages, score_columns, write_report
 from utils.results import ResultsFolder, check_file
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-FOLDERS = {"labels": "labelIds", "color": "color", "overlay": "overlay"}
+FOLDERS = {"labels": "labelIds", "color": "color", "overlay": "overlay", "confidence": "confidence"}
 SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
 WRITERS = 2         # threads that encode pictures beside the network
@@ -122,8 +124,9 @@ def get_parser():
                      help="default: a folder named after the snapshot and the split, beside it")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
                      "and nothing else")
-    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=tuple(FOLDERS),
-                     help="pictures of each image: label ids, colours, colours over the image (all)")
+    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=("labels", "color", "overlay"),
+                     help="pictures of each image: label ids, colours, colours over the image (these three), and the "
+                     "probability of the class that was chosen, in grey, 255 for certain")
     return parser
 
 
@@ -161,17 +164,20 @@ class Pictures:
         while self.waiting and error[0] is None:
             self.waiting.popleft().result()
 
-    def add(self, name, image, labels):
-        """image (H, W, 3) uint8, labels (H, W) train ids; both tensors."""
+    def add(self, name, image, labels, confidence):
+        """image (H, W, 3) uint8, labels (H, W) train ids, confidence (H, W) 0 to 1; all tensors."""
         if not self.kinds:
             return
         while len(self.waiting) >= WAITING:
             self.waiting.popleft().result()
-        self.waiting.append(self.writers.submit(self._write, name, image.numpy(), labels.to(torch.uint8).cpu().numpy()))
+        grey = (255 * confidence).round().to(torch.uint8).cpu().numpy() if "confidence" in self.kinds else None
+        self.waiting.append(self.writers.submit(self._write, name, image.numpy(), labels.to(torch.uint8).cpu().numpy(),
+                                                grey))
 
-    def _write(self, name, image, labels):
+    def _write(self, name, image, labels, grey):
         pictures = {"labels": lambda: self.classes.decode(labels), "color": lambda: self.classes.color(labels),
-                    "overlay": lambda: visualize.overlay(image, self.classes.color(labels))}
+                    "overlay": lambda: visualize.overlay(image, self.classes.color(labels)),
+                    "confidence": lambda: grey}
         for kind in self.kinds:
             visualize.save_png(self.folder / FOLDERS[kind] / f"{name}.png", pictures[kind]())
 
@@ -184,17 +190,21 @@ def load_items(dataset, workers, processes, what):
 def evaluate(predictor, dataset, pictures, workers, processes=None):
     """Run over a data set once, this process over its share.
 
-    Returns {protocol: {head: ConfusionMatrix}}, `WorstImages` and `InstanceIoU` of all processes; the latter is None
-    without instances.
+    Returns {protocol: {head: ConfusionMatrix}}, {head: `Calibration`} of the richest protocol, `WorstImages` and
+    `InstanceIoU` of all processes; the latter is None without instances.
     """
     classes = dataset.classes
     worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
     sizes = classes.instance_sizes
     instances = InstanceIoU(sizes, classes.train_ids, classes.categories, classes.whole_categories)
+    calibration = defaultdict(lambda: Calibration(IGNORE_INDEX))
 
-    def seen(item, heads, labels, counts):
+    def seen(item, heads, labels, counts, truth):
+        confidence = {head: probabilities.amax(0) for head, probabilities in heads.items()}
+        for head, values in labels.items():
+            calibration[head].update(confidence[head], values, truth)
         image, labels = item["image"].permute(1, 2, 0), {head: values.cpu() for head, values in labels.items()}
-        pictures.add(item["name"], image, labels["fine"])
+        pictures.add(item["name"], image, labels["fine"], confidence["fine"])
         worst.add(item["name"], image.numpy(), item["label"].numpy(), labels, counts, heads.get("coarse"))
         if "instances" in item:
             instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
@@ -205,11 +215,15 @@ def evaluate(predictor, dataset, pictures, workers, processes=None):
         worst.merge(processes.gather_objects(worst.kept))
         for terms in processes.gather_objects(instances.terms):
             instances.terms |= terms
+        parts = processes.gather_objects(dict(calibration))
+        calibration.clear()
+        for head, one in itertools.chain.from_iterable(part.items() for part in parts):
+            calibration[head].add(one)
     counted = len(instances.terms) == len(dataset) and not classes.train_ids.keys().isdisjoint(sizes)
-    return matrices, worst, instances if counted else None
+    return matrices, calibration, worst, instances if counted else None
 
 
-def summarise(matrices, instances, classes, checkpoint_path, num_images, protocol):
+def summarise(matrices, calibration, instances, classes, checkpoint_path, num_images, protocol):
     """What `result.json` holds. The headline is the fine head's, of the richest protocol that was run."""
     scores = {name: {head: matrix.scores(classes.names, classes.categories) for head, matrix in heads.items()}
               for name, heads in matrices.items()}
@@ -221,6 +235,7 @@ def summarise(matrices, instances, classes, checkpoint_path, num_images, protoco
         "mean_iou": headline["fine"]["mean_iou"],
         **{name: heads["fine"] for name, heads in scores.items()},
         **({"coarse": {name: heads["coarse"] for name, heads in scores.items()}} if "coarse" in headline else {}),
+        "calibration": {head: one.scores() for head, one in calibration.items()},
         "num_images": num_images, "checkpoint": str(checkpoint_path), "protocol": protocol,
     }
 
@@ -248,6 +263,10 @@ def table(result):
             lines.append(f"mean iIoU {100 * (score['mean_iiou'] or 0):.2f}, of categories "
                          f"{100 * (score['mean_category_iiou'] or 0):.2f} ({protocol.replace('_', '-')}, fine)")
     lines.append(f"IoU in per cent; mean over {first['classes_averaged']} of {len(first['class_iou'])} classes")
+    *_, richest = columns
+    lines.append("expected calibration error, " + ", ".join(
+        f"{head} {100 * found['expected_calibration_error']:.2f} %" for head, found in result["calibration"].items())
+        + f" ({richest.split()[0]}-scale, {BINS} bins)")
     return "\n".join(lines)
 
 
@@ -448,7 +467,7 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
     print(f"{path}; {dataset.describe()}")
     predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
-        matrices, worst, instances = evaluate(predictor, dataset, pictures, machine.workers, processes)
+        matrices, calibration, worst, instances = evaluate(predictor, dataset, pictures, machine.workers, processes)
     if processes is not None:
         processes.barrier()        # nothing is said of pictures that another could not write
     headline = list(matrices.values())[-1]
@@ -457,7 +476,7 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
                         "Cityscapes server are made by --submission FOLDER")
     if rank_and_size(processes)[0]:
         return None
-    result = summarise(matrices, instances, classes, path, len(dataset),
+    result = summarise(matrices, calibration, instances, classes, path, len(dataset),
                        protocol.as_json(predictor.window, dataset.split, config))
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
     matrix = np.asarray(headline["fine"].matrix)
@@ -493,7 +512,8 @@ def predict(path, dataset, protocol, machine, table_path, kinds, results, submis
                 print(f"skipped: {item['error']}", file=sys.stderr)
             else:
                 image = item["image"].permute(1, 2, 0)
-                pictures.add(item["name"], image, predictor.labels(image))
+                confidence, labels = predictor(image).max(0)
+                pictures.add(item["name"], image, labels, confidence)
     count = len(broken) if processes is None else sum(processes.gather_objects(len(broken)))
     if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")

@@ -8,6 +8,7 @@ from loss.criterion import SegmentationCriterion
 from networks import MODELS, build_network, find_model
 from tests.fake_cuda import GPU, LAYOUTS, InTurns, backward, fake_gpu
 from utils import upsampling
+from utils.calibration import Calibration
 from utils.distributed import Processes
 from utils.engine import Engine, NetworkWithLoss
 from utils.inference import SlidingPredictor, score
@@ -132,8 +133,8 @@ def test_a_step_of_replicas(gpu, options, monkeypatch):
 @pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.75, 1.25), True)])
 @pytest.mark.parametrize("amp, layout", [("bf16", "channels-last"), ("fp16", "channels-last"), ("off", "NCHW")])
 def test_evaluation(gpu, amp, layout, scales, flip):
-    """The host waits until an image and its truth are on the device, and for no window."""
-    network = make_network(LAYOUTS[layout], model="acfnet_resnet").eval()
+    """The host waits until an image and its truth are on the device, and for no window, nor to count anything."""
+    network, calibration = make_network(LAYOUTS[layout], model="acfnet_resnet").eval(), Calibration()
     for size in ((65, 65), (129, 193)):
         windows, waits = [], []
         predictor = SlidingPredictor(network.forward, (65, 65), scales=scales, flip=flip, device=GPU,
@@ -147,7 +148,8 @@ def test_evaluation(gpu, amp, layout, scales, flip):
                        "label": torch.zeros(size, dtype=torch.uint8)}
             waits += gpu.waits
 
-        score(predictor, items(), 19, 255)
+        score(predictor, items(), 19, 255, seen=lambda item, heads, labels, counts, truth: calibration.update(
+            heads["fine"].amax(0), labels["fine"], truth))
         assert len(waits) == 2 and "to cuda" in waits[0] and "to cuda" in waits[1], waits
     assert windows[0] > 10
 

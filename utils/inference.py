@@ -319,7 +319,7 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
         items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}; with processes, those of this one.
         processes: `Processes` that share the data set; the counts of all are added up.
         seen: called for every item with (item, probabilities (N, H, W), labels (H, W), ConfusionMatrix of this item),
-            each but the first by head and of the richest protocol; or None.
+            each but the first by head and of the richest protocol, and the truth where they are; or None.
 
     Returns:
         {protocol: {head: ConfusionMatrix}}, the richest protocol last.
@@ -337,7 +337,7 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
                 matrices.setdefault(protocol, {}).setdefault(
                     head, ConfusionMatrix(num_classes, ignore_index)).add(counts[head])
         if seen is not None:
-            seen(item, heads, labels, counts)
+            seen(item, heads, labels, counts, truth)
     if processes is None:
         return matrices
     total = {}      # one without images knows neither protocols nor heads

@@ -4,21 +4,36 @@ import numpy as np
 import torch
 
 
-class ConfusionMatrix:
+class Counts:
+    """Whole numbers that stay on the device of what is counted, so that nobody waits for it until they are read."""
+
+    def __init__(self, *shape):
+        self._counts = torch.zeros(shape, dtype=torch.int64)
+
+    def add(self, other):
+        """Add counts of the same kind, on any device."""
+        self._counts = self._counts.to(other._counts.device) + other._counts
+
+    def _count(self, counts):
+        # The host need not wait until the zeros of a new matrix are on a GPU; for what comes from there it must.
+        self._counts = self._counts.to(counts.device, non_blocking=self._counts.is_cpu) + counts
+
+    def __getstate__(self):     # another process may not have the device
+        return vars(self) | {"_counts": self._counts.cpu()}
+
+
+class ConfusionMatrix(Counts):
     """Counts pixels by truth and prediction.
 
     Args:
         num_classes: N.
         ignore_index: truth that does not count; as a prediction it is void and counts as a miss.
-
-    The counts stay on the device of the maps, so that nobody waits for it until they are read.
     """
 
     def __init__(self, num_classes, ignore_index=255):
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
         # Of each cell of the matrix, of ignored pixels, and of those whose truth makes no sense.
-        self._counts = torch.zeros(num_classes * (num_classes + 1) + 2, dtype=torch.int64)
+        super().__init__(num_classes * (num_classes + 1) + 2)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
 
     @property
     def matrix(self):
@@ -31,13 +46,6 @@ class ConfusionMatrix:
             raise ValueError(f"label: expected train ids 0 to {self.num_classes - 1} or {self.ignore_index}, found "
                              f"{int(counts[-1])} pixels of other values")
         return counts[:-2].view(self.num_classes, self.num_classes + 1)
-
-    def add(self, other):
-        """Add the counts of another `ConfusionMatrix` of the same classes, on any device."""
-        self._counts = self._counts.to(other._counts.device) + other._counts
-
-    def __getstate__(self):     # another process may not have the device
-        return vars(self) | {"_counts": self._counts.cpu()}
 
     def update(self, prediction, label):
         """Add maps of train ids, any shape, any integer dtype; tensors (any device) or NumPy arrays.
@@ -58,8 +66,7 @@ class ConfusionMatrix:
             wrong = label[place == invalid]
             raise ValueError(f"label: expected train ids 0 to {n - 1} or {self.ignore_index}, "
                              f"found {int(wrong.min())} to {int(wrong.max())}")
-        # The host need not wait until the zeros of a new matrix are on a GPU; for what comes from there it must.
-        self._counts = self._counts.to(counts.device, non_blocking=self._counts.is_cpu) + counts
+        self._count(counts)
 
     def class_iou(self):
         """(N,) float64: TP / (TP + FP + FN); NaN where all three are zero."""

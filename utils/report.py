@@ -9,7 +9,7 @@ from PIL import Image
 
 from . import checkpoint
 from .metrics import none_if_nan
-from .visualize import difference, error_map
+from .visualize import difference, error_map, reliability_chart
 
 OVERALL = 10        # images shown of the whole data set
 EACH_CLASS = 2      # and of every class
@@ -112,7 +112,7 @@ def write_report(path, result, matrix, classes, palette, entries):
         result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,
         colors=["#{:02x}{:02x}{:02x}".format(*color) for color in np.asarray(palette).tolist()],
         rows=[(name, [column["class_iou"][name] for column in columns.values()]) for name in classes],
-        void=bool(matrix[:, -1].any()))
+        void=bool(matrix[:, -1].any()), reliability=_data_url("PNG", reliability_chart(result["calibration"])))
     checkpoint.write_atomically(path, lambda file: file.write(page.encode()))
 
 
@@ -148,4 +148,8 @@ def _encode(array, kind="PNG"):
         picture = picture.quantize(64, dither=Image.Dither.NONE) if picture.mode == "RGB" else picture
     file = io.BytesIO()
     picture.save(file, kind, **({"quality": 80} if kind == "JPEG" else {"optimize": True}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return _data_url(kind, file.getvalue())
+
+
+def _data_url(kind, data):
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"

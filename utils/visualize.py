@@ -110,6 +110,38 @@ def iou_chart(path, class_iou, palette):
     _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
+def reliability_chart(calibration):
+    """Accuracy and share of the pixels by their confidence, a column for each head → PNG, as bytes.
+
+    calibration: {head: `Calibration.scores`}.
+    """
+    figure = _figure(8, 5)
+    rows = figure.subplots(2, len(calibration), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
+    for (upper, lower), (head, found) in zip(rows.T, calibration.items(), strict=True):
+        bins = len(found["pixels"])
+        places, pixels = (np.arange(bins) + 0.5) / bins, np.array(found["pixels"])
+        accuracy, confidence = (np.array([np.nan if v is None else v for v in found[name]], float)
+                                for name in ("accuracy", "confidence"))
+        upper.bar(places, accuracy, 0.92 / bins, color="#1f5f99", label="right")
+        upper.bar(places, confidence - accuracy, 0.92 / bins, accuracy, color="#c23b3b40", edgecolor="#c23b3b",
+                  linewidth=0.6, label="gap to the confidence")
+        upper.plot([0, 1], [0, 1], color=COLORS[0], linewidth=0.8, linestyle="--")
+        upper.set_title(f"{head}: expected calibration error {100 * found['expected_calibration_error']:.2f} %",
+                        fontsize=10)
+        lower.bar(places, 100 * pixels / pixels.sum(), 0.92 / bins, color=COLORS[-1])
+        lower.set_xlabel("confidence")
+        lower.set_xlim(0, 1)
+        for axes in (upper, lower):
+            axes.spines[["top", "right"]].set_visible(False)
+    upper.set_ylim(0, 1)
+    rows[0, 0].set_ylabel("share that is right")
+    rows[1, 0].set_ylabel("pixels, %")
+    rows[0, 0].legend(loc="upper left", frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file)
+    return file.getvalue()
+
+
 def frequency_chart(path, pixels, palette):
     """Share of each class in each split, on a logarithmic scale → PNG at `path`.
 

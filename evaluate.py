@@ -43,6 +43,7 @@ from dataset.labels import IGNORE_INDEX, ClassTable
 from libs.convert import fold_norms
 from networks import build_network
 from networks.pretrained import read_snapshot
+from networks.timm_backbone import is_timm
 from utils import checkpoint, cli, memory, visualize
 from utils.calibration import BINS, Calibration
 from utils.cli import UserError
@@ -59,7 +60,7 @@ from utils.distributed import (
     started_by_torchrun,
 )
 from utils.export import export_onnx
-from utils.inference import SlidingPredictor, fitting_size, score
+from utils.inference import SlidingPredictor, fitting_size, grid_of, score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import AUTOCAST, best_precision, exact_float32
@@ -346,7 +347,8 @@ class Protocol:
 
     def predictor(self, network, config, device, images):
         """The `SlidingPredictor` of a snapshot's network, which tells how the first of so many images gets on."""
-        window = None if self.whole else fitting_size(self.window or config.input_size, "windows")
+        window = None if self.whole else fitting_size(self.window or config.input_size, "windows",
+                                                           grid_of(network))
         return SlidingPredictor(network, window, self.overlap, self.scales, self.flip, self.batch_size,
                                 config.normalization, device, AUTOCAST[self.amp], torch.channels_last,
                                 FirstImage(images))
@@ -444,7 +446,7 @@ def export(path, target, raw_weights):
     """Write a snapshot's network as ONNX."""
     check_file("--export", target)
     network, config = load_network(path, torch.device("cpu"), raw_weights)
-    heads = export_onnx(network, config.normalization, target)
+    heads = export_onnx(network, config.normalization, target, traced=is_timm(config.network["backbone"]))
     print(f"{target}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
           f"{config.network['num_classes']}, H, W); whole images, no windows")
 

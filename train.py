@@ -30,9 +30,21 @@ from dataset.weights import class_weights
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import SegmentationCriterion
-from networks import ABLATIONS, ACTIVATIONS, BACKBONE, BACKBONES, MODELS, STEMS, build_network, find_model
-from networks.pretrained import choose_backbone, load_weights, read_snapshot, read_weights, weights_of
+from networks import (
+    ABLATIONS,
+    ACTIVATIONS,
+    BACKBONE,
+    BACKBONES,
+    MODELS,
+    STEMS,
+    build_network,
+    find_model,
+    fitting_grid,
+    recompute_choices,
+)
+from networks.pretrained import choose_backbone, load_weights, read_snapshot, read_weights, timm_weights, weights_of
 from networks.resnet import RECOMPUTE, STAGES
+from networks.timm_backbone import PREFIX, find_plan, input_normalization, is_timm, synchronise_norms
 from utils import checkpoint, cli, memory, resume, versions, visualize
 from utils.cli import UserError
 from utils.distributed import (
@@ -91,7 +103,7 @@ def add_data(parser):
     data.add_argument("--jitter", type=cli.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
                       "by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
     data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W",
-                      help="crop, pixels, rounded up to 8k + 1 (769,769)")
+                      help="crop, pixels, rounded up to 8k + 1, or to what fits a backbone of timm (769,769)")
     data.add_argument("--batch-size", type=cli.batch_size, default=8, help="images a step, over all devices (8)")
     data.add_argument("--num-workers", type=cli.num_workers,
                       help="processes that read samples, for each that trains; default: by the number of cores")
@@ -104,14 +116,16 @@ def add_network(parser):
     net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: ACF on ASPP; acfnet_resnet: ACF on a "
                      "3×3 convolution; base: ASPP alone; or one of the others it is compared with (acfnet)")
     net.add_argument("--acf", action="store_true", help="put the ACF head on a --model with one feature map")
-    net.add_argument("--backbone", choices=BACKBONES, help=f"default: that of --restore-from, else {BACKBONE}")
+    net.add_argument("--backbone", type=backbone_name, metavar="NAME", help=f"{', '.join(BACKBONES)}, or {PREFIX}NAME "
+                     f"for a network of timm, such as {PREFIX}convnext_tiny; default: that of --restore-from, else "
+                     f"{BACKBONE}")
     net.add_argument("--stem", choices=STEMS, help="first convolutions; default: that of --restore-from, else 7x7")
     net.add_argument("--downsample", choices=("strided", "average"), help="how shortcuts shrink: by a strided "
                      "convolution or average pooling; default: that of --restore-from, else strided")
     net.add_argument("--eca-kernels", type=cli.kernels, metavar="K,K,K,K", help="of stages 1 to 4; default: those of "
                      "--restore-from, else as ECANet released them")
     net.add_argument("--normalization", choices=NORMALIZATIONS, help="of the input: rgb, ImageNet's mean and "
-                     "deviation; bgr, Caffe's mean; default: that of --restore-from, else rgb")
+                     "deviation; bgr, Caffe's mean; default: that of --restore-from, or of timm's weights, else rgb")
     net.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=[], help="norms after the ACF "
                      "module's convolutions, a fusion convolution before the classifier: not in the paper (none)")
     net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
@@ -128,6 +142,8 @@ def add_network(parser):
                      help="weights to start from, of ECANet, timm, "
                      "torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; without it, "
                      "random ones")
+    net.add_argument("--pretrained", action="store_true", help=f"with --backbone {PREFIX}NAME: start from the weights "
+                     "that timm has for it, of its cache or the network")
     net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
                      "come from --restore-from")
 
@@ -160,6 +176,13 @@ def add_network(parser):
                        help="a pixel whose class has at most this probability is hard (0.7)")
     optim.add_argument("--ohem-keep", type=cli.positive(int), default=100000,
                        help="pixels kept at least, for every two images of the batch (100000)")
+
+
+def backbone_name(text):
+    """Flag type: a key of `BACKBONES`, or the name of a network of timm."""
+    if text not in BACKBONES and not is_timm(text):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(BACKBONES)}, or {PREFIX}NAME, found {text!r}")
+    return text
 
 
 def add_run(parser):
@@ -221,6 +244,12 @@ def check(args, devices, classes):
     if args.freeze != STAGES[:len(args.freeze)]:
         raise UserError(f"--freeze {','.join(args.freeze)}: expected stages from {','.join(STAGES)} that begin with "
                         "stem and leave none out, such as stem,1,2")
+    if args.pretrained and (args.restore_from or not is_timm(args.backbone)):
+        raise UserError("--pretrained: expected --backbone timm:NAME and no --restore-from with it, found "
+                        f"{'--restore-from' if args.restore_from else args.backbone or BACKBONE}")
+    if is_timm(args.backbone):
+        check_timm(args)
+        choose_backbone(None, args.backbone, args.stem, args.downsample, args.eca_kernels)
     heads = model.loss_weights
     if args.loss_weights and args.loss_weights.keys() != heads.keys():
         raise UserError(f"--loss-weights: expected a factor for each of {', '.join(heads)}, the heads of --model "
@@ -273,16 +302,14 @@ def main(argv=None):
     processes = join_processes(devices[0])
     speak_for_all(processes)
     args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
-    args.input_size = fitting_size(args.input_size, "crops")
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)
     if given is None:
         print(f"--amp {args.amp}: the best that the {'CPU' if devices[0].type == 'cpu' else 'GPU'} has instructions "
               "for")
     checkpoint.seed_generators(args.random_seed)
-    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes,
-                                train_transform(args.input_size, args.random_scale, args.random_mirror),
-                                args.random_seed, cache=args.cache, jitter=args.jitter)
+    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, seed=args.random_seed,
+                                cache=args.cache, jitter=args.jitter)
     print(dataset.describe())
     dataset.check_labels()
     if args.cache:
@@ -296,7 +323,7 @@ def main(argv=None):
         lambda found: memory.too_little(found, crops=crops, input_size=args.input_size, accumulate=args.accumulate,
                                         recompute=args.recompute, amp=args.amp, model=args.model + "+acf" * args.acf,
                                         backbone=args.backbone, norm=args.norm,
-                                        recompute_choices=BACKBONES[args.backbone or BACKBONE].recompute_choices()))
+                                        recompute_choices=recompute_choices(args.backbone or BACKBONE)))
     leave_processes()
     if stopped:     # after everything else: nothing that waits for a finished training may follow
         raise cli.Interrupted(stopped)
@@ -313,20 +340,55 @@ def describe(args, dataset, followed, found):
              **({"acf": True} if args.acf else {}),
              **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
     args.backbone = shape["backbone"]       # for the record, and should the memory run out
-    if args.recompute not in BACKBONES[args.backbone].recompute_choices():
+    args.input_size = fitting_size(args.input_size, "crops",
+                                   fitting_grid(args.backbone, shape.get("backbone_arguments")))
+    if is_timm(args.backbone):
+        check_timm(args)
+    elif args.recompute not in recompute_choices(args.backbone):
         raise UserError(f"--recompute {args.recompute}: expected a backbone of at least 50 layers, found "
                         f"{args.backbone}, in which it would save nothing; --recompute full works there")
     heads = find_model(args.model, args.acf).loss_weights
     if found is not None and not args.loss_weights:
         args.loss_weights = resume.loss_weights(found.config, heads)
     args.loss_weights = {head: (args.loss_weights or heads)[head] for head in heads}
-    normalization = NORMALIZATIONS[args.normalization] if args.normalization else (
-        followed.normalization if followed else Normalization())
-    print(f"network: {args.model}{' with ACF' if args.acf else ''}, {args.backbone}, stem {shape['stem']}, "
-          f"{'average' if shape['average_downsample'] else 'strided'} downsampling; input {normalization.order}, mean "
-          f"{', '.join(map(str, normalization.mean))}")
+    if args.normalization:
+        normalization = NORMALIZATIONS[args.normalization]
+    elif followed is not None:
+        normalization = followed.normalization
+    else:
+        normalization = input_normalization(args.backbone) if is_timm(args.backbone) else Normalization()
+    print(f"network: {args.model}{' with ACF' if args.acf else ''}, {args.backbone}, {describe_backbone(shape)}; "
+          f"input {normalization.order}, mean {', '.join(map(str, normalization.mean))}")
     return Config(shape, normalization, dataset.classes.rows, args.input_size, plain_values(args),
                   dataset.fingerprint())
+
+
+def check_timm(args):
+    """Refuse what only our own residual networks can do."""
+    for flag, value in (("recompute", args.recompute.replace("none", "")), ("freeze", ",".join(args.freeze))):
+        if value:
+            raise UserError(f"--{flag} {value}: expected a residual network of our own, whose stages are known, found "
+                            f"{args.backbone}")
+
+
+def describe_backbone(shape):
+    """What is to be said of it beside its name; shape: arguments of `build_network`."""
+    if is_timm(shape["backbone"]):
+        plan = find_plan(shape["backbone"], shape["backbone_arguments"])
+        return f"output stride {plan.stride}{', the only one it has' * (plan.stride != 8)}"
+    return f"stem {shape['stem']}, {'average' if shape['average_downsample'] else 'strided'} downsampling"
+
+
+def share_statistics(network, devices, processes):
+    """Let the norms of a backbone of timm see the whole batch, as all others do, or say that they do not."""
+    norms = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.backbone.modules())
+    if not norms or processes is None and len(devices) == 1:
+        return
+    if processes is not None and devices[0].type == "cuda":
+        synchronise_norms(network)
+    else:
+        print(f"{norms} batch norms of the backbone see the share of a device alone: those of timm are synchronised "
+              "among processes on GPUs only; small shares make their statistics noisy")
 
 
 def plain_values(args):
@@ -339,17 +401,25 @@ def assemble(args, devices, processes, precision, dataset, workers):
     """What the flags describe, as a `Run`. Nothing below knows flags."""
     found = args.resume and by_the_first(       # hosts may share no disk
         processes, lambda: resume.find_snapshot(args.resume, args.snapshot_dir, read_snapshot))
-    weights = read_weights(args.restore_from[0]) if args.restore_from and found is None else None
-    if found is not None and args.restore_from:
-        print("--resume: the weights are the snapshot's; --restore-from is not read")
+    weights = None
+    if found is None and args.restore_from:
+        weights = read_weights(args.restore_from[0], args.backbone)
+    elif found is None and args.pretrained:
+        weights = timm_weights(args.backbone)
+    if found is not None and (args.restore_from or args.pretrained):
+        print(f"--resume: the weights are the snapshot's; --{'restore-from' if args.restore_from else 'pretrained'} is "
+              "not read")
     elif args.resume and found is None:
         print(f"--resume: no snapshot in {args.snapshot_dir} yet, so this run starts from the beginning")
     config = describe(args, dataset, weights if found is None else weights_of(found), found)
     if found is not None:
         resume.compare(found.path, found.config, config)
 
+    dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     network = build_network(**config.network, recompute=args.recompute).to(devices[0], memory_format=memory_format)
+    if is_timm(args.backbone):
+        share_statistics(network, devices, processes)
     optimizer = make_optimizer(network, kind=args.optimizer, learning_rate=args.learning_rate, momentum=args.momentum,
                                weight_decay=args.weight_decay, head_lr_factor=args.head_lr_factor)
     if args.norm == "inplace_abn":

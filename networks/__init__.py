@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from libs.abn import NORMS
+from utils.inference import GRID
 
 from .acf import DROPOUT, ACFHead
 from .acfnet import PlainHead, SegmentationNet, auxiliary_head
@@ -19,6 +20,7 @@ from .object_context import BaseObjectContext, PyramidObjectContext
 from .ocr import OCRHead, OCRNet
 from .psp import PyramidPooling
 from .resnet import RECOMPUTE, BasicBlock, Bottleneck, ResNet
+from .timm_backbone import TimmBackbone, find_plan, is_timm
 
 STEMS = {"7x7": None, "64-64-128": (64, 64, 128), "32-32-64": (32, 32, 64)}
 ACTIVATIONS = {"leaky_relu": partial(nn.LeakyReLU, 0.01, inplace=True), "relu": partial(nn.ReLU, inplace=True)}
@@ -114,8 +116,19 @@ ABLATIONS = ("norms", "fusion")
 
 
 def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="7x7",
-                   average_downsample=False, eca_kernels=None, output_stride=8, recompute="none"):
-    """The `ResNet` of that name. `eca_kernels`: k of stages 1 to 4, instead of the released ones."""
+                   average_downsample=False, eca_kernels=None, output_stride=8, recompute="none",
+                   backbone_arguments=None):
+    """The `ResNet` of that name, or the `TimmBackbone`, which takes none of the options of a `ResNet`.
+
+    eca_kernels: k of stages 1 to 4, instead of the released ones; backbone_arguments: of a `TimmBackbone`.
+    """
+    if is_timm(backbone):
+        for name, value, default in (("stem", stem, "7x7"), ("average_downsample", average_downsample, False),
+                                     ("eca_kernels", eca_kernels, None), ("output_stride", output_stride, 8),
+                                     ("recompute", recompute, "none")):
+            _check(value == default, name, value, f"{default} with {backbone}")
+        return TimmBackbone(backbone, backbone_arguments)
+    _check(backbone_arguments is None, "backbone_arguments", backbone_arguments, f"none with {backbone}")
     for name, value, choices in (("backbone", backbone, BACKBONES), ("norm", norm, NORMS),
                                  ("activation", activation, ACTIVATIONS), ("stem", stem, STEMS)):
         _check(isinstance(value, str) and value in choices, name, value, f"one of {', '.join(choices)}")
@@ -133,6 +146,16 @@ def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="
         eca_kernels=eca_kernels, output_stride=output_stride, recompute=recompute)
 
 
+def recompute_choices(backbone):
+    """What `recompute` can be with a backbone."""
+    return ["none"] if is_timm(backbone) else BACKBONES[backbone].recompute_choices()
+
+
+def fitting_grid(backbone, arguments=None):
+    """(step, rest) of a backbone: sides of images that are a multiple of step, plus rest, need no padding."""
+    return find_plan(backbone, arguments).grid if is_timm(backbone) else GRID
+
+
 def norm_maker(norm, activation):
     """`make(channels, activation=...)` → a norm with the network's activation, or with the one named."""
     return lambda channels, activation=activation: NORMS[norm](channels, activation=activation)
@@ -140,14 +163,16 @@ def norm_maker(norm, activation):
 
 def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
-                  output_stride=8, recompute="none", ablations=(), acf=False):
+                  output_stride=8, recompute="none", ablations=(), acf=False,
+                  backbone_arguments=None):
     """Build a network by name.
 
     Args:
         model: a key of `MODELS`: `acfnet` is ACF on ASPP, `acfnet_resnet` on a 3×3 convolution; others are those it is
             compared with.
         num_classes: N.
-        backbone: a key of `BACKBONES`.
+        backbone: a key of `BACKBONES`, or `timm:NAME` (`networks.timm_backbone`), with which what follows of stem,
+            shortcuts, attention, stride and recomputation stays as it is.
         norm: `inplace_abn` or `bn`.
         activation: `leaky_relu` (slope 0.01), or `relu` with norm `bn`.
         stem: a key of `STEMS`.
@@ -157,6 +182,7 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
         recompute: `none`, `light` or `full`: memory for time, see `networks.resnet.ResNet`.
         ablations: names of `ABLATIONS`, for models with ACF; none is the network as published.
         acf: put the ACF head on a model that has one classifier.
+        backbone_arguments: how timm is to build its network; None to find out.
 
     Returns:
         nn.Module. Training: images (B, 3, H, W) → logits (B, N, h, w) for each of the model's `loss_weights`, with
@@ -171,12 +197,14 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
     if ablations and parts.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
-                           recompute)
+                           recompute, backbone_arguments)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
-    channels = stage4 // 4          # 512 for a ResNet-101, as in the paper; 128 for a ResNet-18
+    # 512 for a ResNet-101, as in the paper; 128 for a ResNet-18. What timm has is of all widths, which say little of
+    # what a head needs: it gets the heads of a ResNet-101.
+    channels, aux_base = (512, 1024) if is_timm(backbone) else (stage4 // 4, stage3)
     context = CONTEXTS[parts.context](stage4, channels, make_norm)
-    aux = auxiliary_head(stage3, int(stage3 * parts.aux_share), num_classes, make_norm) \
+    aux = auxiliary_head(stage3, int(aux_base * parts.aux_share), num_classes, make_norm) \
         if "aux" in parts.loss_weights else None
     if parts.head == "ocr":
         return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, parts.dropout), aux)

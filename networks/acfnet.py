@@ -28,6 +28,11 @@ class SegmentationNet(nn.Module):
         outputs = self.head(self.context(stage4))
         return outputs | {"aux": self.aux(stage3)} if self.training and self.aux is not None else outputs
 
+    @property
+    def grid(self):
+        """(step, rest): logits lie on the pixels they stand for where sides are a multiple of step, plus rest."""
+        return self.backbone.grid
+
 
 class PlainHead(nn.Module):
     """One classifier: features F (B, C, h, w) → {"fine"}, logits (B, N, h, w)."""

@@ -9,7 +9,7 @@ Families are recognised from the files themselves:
     torchvision  resnet{18,34,50,101,152}, as files or by torchvision's name for them
     CSAIL        resnet{18,50,101}-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
 
-and so is the input normalisation they expect.
+and so is the input normalisation they expect. With a backbone `timm:NAME` timm itself reads its files.
 """
 
 import os
@@ -25,7 +25,8 @@ from utils import checkpoint, snapshot
 from utils.cli import UserError
 from utils.normalization import CAFFE, Normalization
 
-from . import BACKBONE, BACKBONES, STEMS, meta_network
+from . import BACKBONE, BACKBONES, STEMS, meta_network, timm_backbone
+from .timm_backbone import is_timm
 
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -45,7 +46,8 @@ class Weights:
         family: see the head of this file.
         state: our names (`backbone.` before those of a backbone) → tensors.
         norm: `bn` or `inplace_abn`: what a norm's weight means.
-        structure: what the file says of the network: depth, eca, stem, average_downsample, eca_kernels.
+        structure: what the file says of the network: depth, eca, stem, average_downsample, eca_kernels; or eca,
+            backbone and backbone_arguments, where the backbone is one of timm.
         normalization: of the input that the weights expect.
     """
 
@@ -89,10 +91,11 @@ class Account:
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
-def read_weights(path):
+def read_weights(path, backbone=None):
     """Read and recognise a file → `Weights`. Raises `UserError` that says what the file looks like.
 
-    path: of a file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2.
+    path: of a file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2; backbone: that the
+    flags name, for which timm reads the file if it is one of its own.
     """
     path = Path(path)
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not os.path.exists(path):
@@ -110,7 +113,24 @@ def read_weights(path):
             raise UserError(f"{path}: expected a file of safetensors, found one that cannot be read: {error}") from None
     else:
         content = checkpoint.load(path)
+    if is_timm(backbone) and not _is_snapshot(content):
+        return timm_weights(backbone, _state_dict(content, str(path)), str(path))
     return recognise(content, str(path))
+
+
+def timm_weights(backbone, state=None, name="--pretrained"):
+    """`Weights` of a backbone `timm:NAME`, renamed and reshaped by timm; state: names → tensors of a file, or None for
+    what timm's cache or the network has. Raises `UserError` naming the file."""
+    arguments = choose_backbone(None, backbone)["backbone_arguments"]
+    try:
+        state, others = timm_backbone.read_state(backbone, arguments, state)
+    except Exception as error:  # noqa: BLE001, of the network, of its cache, of timm's many ways to rename tensors
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        expected = "weights of its cache, or from the network" if name == "--pretrained" else f"weights of {backbone}"
+        raise UserError(f"{name}: expected {expected}, found: {' '.join(lines[:2])[:240]}") from None
+    state = {f"backbone.{key}": value for key, value in (others | state).items()}
+    return Weights(name, backbone, state, "bn", {"eca": False, "backbone": backbone, "backbone_arguments": arguments},
+                   timm_backbone.input_normalization(backbone))
 
 
 def read_snapshot(path, resuming=False):
@@ -126,8 +146,10 @@ def weights_of(found):
     model = found.model if found.average is None else found.average
     backbone = {key.removeprefix("backbone."): value for key, value in model.items() if key.startswith("backbone.")}
     family = "ours" if found.average is None else "ours, the moving average of its weights"
-    return Weights(found.path, family, model, found.config.network["norm"], structure(backbone),
-                   found.config.normalization)
+    network = found.config.network
+    built = {"eca": False, "backbone": network["backbone"], "backbone_arguments": network.get("backbone_arguments")} \
+        if is_timm(network["backbone"]) else structure(backbone)
+    return Weights(found.path, family, model, network["norm"], built, found.config.normalization)
 
 
 # Parameters in the order of the network; in snapshots until November 2026 those of the head stood beside it.
@@ -230,6 +252,8 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
         backbone, stem, downsample (`strided` or `average`), eca_kernels: what flags say; None for nothing.
     """
     flags = {"stem": stem, "downsample": downsample, "eca-kernels": eca_kernels and list(eca_kernels)}
+    if is_timm(backbone) or weights is not None and "backbone" in weights.structure:
+        return _choose_timm(weights, backbone, flags)
     found = {"stem": "7x7", "downsample": "strided", "eca-kernels": None}
     if weights is not None:
         theirs = weights.structure
@@ -251,6 +275,24 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
     kernels = chosen["eca-kernels"] or BACKBONES[backbone].eca_kernels
     return {"backbone": backbone, "stem": chosen["stem"], "average_downsample": chosen["downsample"] == "average",
             "eca_kernels": kernels and list(kernels)}
+
+
+def _choose_timm(weights, backbone, flags):
+    """`choose_backbone` where flags or weights name a backbone of timm."""
+    theirs = {} if weights is None else weights.structure
+    backbone = backbone or theirs["backbone"]
+    if weights is not None and theirs.get("backbone") != backbone:
+        raise UserError(f"--backbone {backbone}: expected the one of {weights.name}, found "
+                        f"{theirs.get('backbone', 'a residual network of our own')} there")
+    for flag, value in flags.items():
+        if value is not None:
+            raise UserError(f"--{flag}: expected no such flag with {backbone}, which timm builds as it is, found "
+                            f"{value}")
+    try:
+        plan = timm_backbone.find_plan(backbone, theirs.get("backbone_arguments"))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return {"backbone": backbone, "backbone_arguments": plan.arguments}
 
 
 def load_weights(network, weights, name="", allow_partial=False):
@@ -395,7 +437,7 @@ def _why_ignored(key, value, target):
     if key in target:
         classifiers = r"(head\.(fine|coarse|position|channel)|aux)\."
         return "another number of classes" if re.match(classifiers, key) else "another shape"
-    if re.match(r"backbone\.(fc|classifier|last_linear)\.", key):
+    if re.match(r"backbone\.(fc|classifier|last_linear|head)\.", key):
         return "the classifier of the file"
     if ".eca." in key:
         return "no attention in this network"
@@ -425,6 +467,8 @@ def _convert_norms(network, state, source):
     if source == target:
         return state, ""
     pairs = norms_and_convolutions(network, torch.empty(2, 3, 65, 65))
+    if not any(f"{norm}.weight" in state for norm in pairs):    # those of timm's networks stay as they are
+        return state, ""
     if target == "bn":
         return to_plain(state, pairs), "scales of in-place norms became |weight| + eps"
     negative = sum(int((state[f"{norm}.weight"] < 0).sum()) for norm in pairs if f"{norm}.weight" in state)

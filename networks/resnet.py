@@ -138,6 +138,7 @@ class ResNet(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output stride: expected 8, 16 or 32, found {output_stride}")
         self.channels = [width * block.expansion for width in (64, 128, 256, 512)]
+        self.grid = (output_stride, 1)      # sides of images are best a multiple of the first, plus the second
         if stem_widths is None:
             stem_out = 64
             self.conv1 = nn.Conv2d(3, stem_out, 7, stride=2, padding=3, bias=False)

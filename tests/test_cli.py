@@ -24,7 +24,7 @@ input-size jitter keep learning-rate log-every loss-weights
 model momentum no-channels-last norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level
 optimizer
 panel-every
-parallel power random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
+parallel power pretrained random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
 snapshot-dir split
 stem val-every val-list val-split warmup-steps weight-decay
 """
@@ -98,7 +98,7 @@ NO_SPLITS = ("", ".", "..", "/", "val/", "../val", "a/b", "a\0b", "x" * 256, "ü
     (["--learning-rate", "nan"], "expected a number above 0"),
     (["--ohem-thres", "1.5"], "expected a number from 0 to 1"),
     (["--num-workers", "-1"], "expected a number of at least 0"),
-    (["--backbone", "vgg"], "invalid choice"),
+    (["--backbone", "vgg"], "or timm:NAME, found 'vgg'"),
     (["--random-scale", "2,1"], "expected LO,HI from 0.01 to 100"),
     (["--jitter", "1,2"], "expected BRIGHTNESS,CONTRAST,SATURATION,HUE"),
     (["--batch-size", "5000000000"], "above 0 and at most 65536"),

@@ -6,7 +6,7 @@ from torch import nn
 
 from . import checkpoint, versions
 from .cli import UserError
-from .inference import STRIDE
+from .inference import grid_of
 
 OPSET = 18
 
@@ -27,7 +27,8 @@ class ImagesToLogits(nn.Module):
         """images (B, 3, H, W) float32 RGB, 0 to 255 → fine logits (B, N, H, W), and coarse ones if there are."""
         height, width = images.shape[-2:]
         # As in inference: the mean colour, which is zero here, up to the sizes where logits lie on pixels.
-        below, right = -(height - 1) % STRIDE, -(width - 1) % STRIDE
+        step, rest = grid_of(self.network)
+        below, right = -(height - rest) % step, -(width - rest) % step
         outputs = self.network(F.pad(self.normalization(images), (0, right, 0, below)))
         return tuple(F.interpolate(outputs[name], size=(height + below, width + right), mode="bilinear",
                                    align_corners=True)[..., :height, :width] for name in head_names(outputs))
@@ -37,10 +38,11 @@ def head_names(outputs):
     return [name for name in ("fine", "coarse") if name in outputs]
 
 
-def export_onnx(network, normalization, path, size=(257, 321)):
+def export_onnx(network, normalization, path, size=(257, 321), traced=False):
     """Write an ONNX file with any batch size, height and width. Raises `UserError` without the packages it needs.
 
-    network: in evaluation mode, with norms folded; on the CPU. size: of the example that is traced.
+    network: in evaluation mode, with norms folded; on the CPU. size: of the example that is traced. traced: by the
+    older exporter (`versions.onnx_program`).
     """
     try:
         import onnx  # noqa: F401, the exporter imports it
@@ -53,6 +55,6 @@ def export_onnx(network, normalization, path, size=(257, 321)):
     with torch.no_grad():
         names = head_names(network(normalization(example)))
         program = versions.onnx_program(model, example, ["images"], names,
-                                        {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}, OPSET)
+                                        {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}, OPSET, traced)
     checkpoint.write_atomically(path, lambda file: file.write(program))
     return names

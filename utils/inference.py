@@ -13,21 +13,27 @@ from .metrics import ConfusionMatrix
 from .normalization import Normalization
 from .upsampling import upsampling_matrix
 
-STRIDE = 8      # pixels between neighbouring logits
+GRID = (8, 1)       # the sides of images that fit a network are a multiple of the first, plus the second
 
 
-def round_size(size):
+def grid_of(network):
+    """The grid that a network says it has, else `GRID`."""
+    return getattr(network, "grid", GRID)
+
+
+def round_size(size, grid=GRID):
     """(height, width) → each rounded up to 8k + 1: only there do logits at stride 8, with aligned corners,
-    lie on the pixels they stand for."""
-    return tuple(length + -(length - 1) % STRIDE for length in size)
+    lie on the pixels they stand for. grid: of a network with another stride."""
+    step, rest = grid
+    return tuple(length + -(length - rest) % step for length in size)
 
 
-def fitting_size(size, what):
+def fitting_size(size, what, grid=GRID):
     """`round_size`, and says so where it changes something; what: crops or windows."""
-    rounded = round_size(size)
+    rounded = round_size(size, grid)
     if rounded != tuple(size):
         print(f"{what} of {size[0]}×{size[1]} are rounded up to {rounded[0]}×{rounded[1]}: logits fit the pixels at "
-              "8k + 1 only")
+              f"{grid[0]}k{' + 1' * grid[1]} only")
     return rounded
 
 
@@ -47,8 +53,9 @@ class SlidingPredictor:
     size of the image. Everything happens on the device, in float32 where probabilities are concerned.
 
     Args:
-        network: images (B, 3, h, w) → {"fine": logits[, "coarse": logits]}, in evaluation mode, at stride 8.
-        window: (height, width) in pixels, rounded up to 8k + 1; None for the whole (scaled) image at once.
+        network: images (B, 3, h, w) → {"fine": logits[, "coarse": logits]}, in evaluation mode; `grid`, if it has
+            one, says at which sizes logits fit the pixels (`round_size`).
+        window: (height, width) in pixels, rounded up to these; None for the whole (scaled) image at once.
         overlap: of neighbouring windows, as a share of the window.
         scales: factors by which the image is resized (bilinear, half-pixel centres).
         flip: run each scale mirrored too.
@@ -70,7 +77,8 @@ class SlidingPredictor:
         if window is not None and min(window) < 1:
             raise ValueError(f"window: expected at least one pixel, found {window}")
         self.network = network
-        self.window = None if window is None else round_size(window)
+        self.grid = grid_of(network)
+        self.window = None if window is None else round_size(window, self.grid)
         self.overlap = overlap
         self.scales = tuple(scales)
         self.flip = flip
@@ -112,7 +120,7 @@ class SlidingPredictor:
         image = self.checked(image)
         size = image.shape[:2]
         sides = (False, True) if self.flip else (False,)
-        passes = [_Pass(scale, mirrored, size, self.window, self.overlap, self.device)
+        passes = [_Pass(scale, mirrored, size, self.window, self.overlap, self.device, self.grid)
                   for scale, mirrored in itertools.product(self.scales, sides)]
         self._check_memory(passes)
         image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
@@ -208,12 +216,13 @@ class _Pass:
         window: (height, width) at most; None for the whole scaled image.
         overlap: of neighbouring windows.
         device: of the probabilities.
+        grid: of the network.
     """
 
-    def __init__(self, scale, mirrored, size, window, overlap, device):
+    def __init__(self, scale, mirrored, size, window, overlap, device, grid=GRID):
         self.scale, self.mirrored, self.size = scale, mirrored, size
         self.scaled = size if scale == 1 else tuple(max(1, round(length * scale)) for length in size)
-        self.window = window or round_size(self.scaled)
+        self.window = window or round_size(self.scaled, grid)
         self.padded = tuple(max(pair) for pair in zip(self.scaled, self.window, strict=True))
         starts = [window_starts(length, side, overlap)
                   for length, side in zip(self.scaled, self.window, strict=True)]

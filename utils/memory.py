@@ -125,11 +125,12 @@ def passing_bytes(network, device, autocast=None):
 
     hooks = [module.register_forward_hook(measure) for module in network.modules()]
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        outputs = network(torch.zeros(1, 3, 65, 65, device=device))
+        step, rest = getattr(network, "grid", (8, 1))
+        outputs = network(torch.zeros(1, 3, 8 * step + rest, 8 * step + rest, device=device))
     for hook in hooks:
         hook.remove()
     # 9 logits to a side, or 72 pixels: taken by itself the border of a crop so small would count too much.
-    return most / 72 ** 2, sum(logits.shape[1] for logits in outputs.values())
+    return most / ((8 + rest) * step) ** 2, sum(logits.shape[1] for logits in outputs.values())
 
 
 def kept_bytes(network, images, autocast=None):

@@ -252,7 +252,8 @@ def _optimizer(field, network, config):
                                f"{len(groups)} groups of {len(numbers)} parameters")
     frozen = {parameter for module in _frozen(Field(field.path, "config.arguments.freeze", arguments.get("freeze")),
                                               network) for parameter in module.parameters()}
-    learning = {number for number, parameter in enumerate(parameters) if parameter not in frozen}
+    learning = {number for number, parameter in enumerate(parameters)
+                if parameter.requires_grad and parameter not in frozen}
     state = field["state"].need(isinstance(field["state"].value, dict), "a dict")
     field["state"].need(not state or state.keys() == learning, "the state of every parameter that learns, or of none")
     kind = Field(field.path, "config.arguments.optimizer", arguments.get("optimizer", "sgd"))

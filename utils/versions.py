@@ -48,7 +48,7 @@ def cpu_computes_in_bf16(cpuinfo="/proc/cpuinfo"):
         return False
 
 
-def onnx_program(model, example, inputs, outputs, axes, opset):
+def onnx_program(model, example, inputs, outputs, axes, opset, traced=False):
     """A model as the bytes of an ONNX file, for any size of some axes.
 
     Args:
@@ -57,18 +57,34 @@ def onnx_program(model, example, inputs, outputs, axes, opset):
         inputs, outputs: names; outputs have the axes of the input.
         axes: {axis: (name, least size)}.
         opset: version of the operators.
+        traced: by the older exporter, which follows one pass: the one by torch.export fixes sizes that a network of
+            others looks at in Python, or takes minutes to find that it need not.
     """
     names = {"input_names": inputs, "output_names": outputs, "opset_version": opset}
-    if torch_version() >= (2, 9):       # the exporter by torch.export became the default; before, it was being made
+    if torch_version() >= (2, 9) and not traced:        # the default since; before, it was being made
         sizes = {axis: torch.export.Dim(name, min=least) for axis, (name, least) in axes.items()}
         program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(sizes,), verbose=False, **names)
         return program.model_proto.SerializeToString()
     file = io.BytesIO()
     free = {axis: name for axis, (name, _) in axes.items()}
+    older = {"dynamo": False} if torch_version() >= (2, 5) else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)    # of constants that are constant
-        torch.onnx.export(model, (example,), file, dynamic_axes=dict.fromkeys((*inputs, *outputs), free), **names)
+        warnings.simplefilter("ignore", DeprecationWarning)         # of the older exporter itself
+        torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize_bicubic, opset)
+        torch.onnx.export(model, (example,), file, dynamic_axes=dict.fromkeys((*inputs, *outputs), free), **names,
+                          **older)
     return file.getvalue()
+
+
+def _resize_bicubic(graph, image, size, align_corners, *scales):
+    """Bicubic resizing with antialiasing, of which the older exporter does not know; not with aligned corners."""
+    kept = graph.op("Slice", graph.op("Shape", image), *(graph.op("Constant", value_t=torch.tensor([value]))
+                                                         for value in (0, 2)))
+    none = graph.op("Constant", value_t=torch.tensor([], dtype=torch.float32))
+    size = graph.op("Concat", kept, graph.op("Cast", size, to_i=7), axis_i=0)      # 7: int64
+    return graph.op("Resize", image, none, none, size, mode_s="cubic", antialias_i=1, cubic_coeff_a_f=-0.5,
+                    exclude_outside_i=1, coordinate_transformation_mode_s="half_pixel")
 
 
 def torch_version():

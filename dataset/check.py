@@ -24,11 +24,11 @@ from PIL import Image
 
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
+from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_folder, check_name, split_files
 from .labels import IGNORE_INDEX, ClassTable
-from .reading import read_file, read_ids, read_image, sizes_differ
 
 FAST = 16           # pairs of each split that --fast looks into
 SHEET = 12          # pairs on a contact sheet

@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
+from utils.decoding import kind_of, read_file, read_ids, read_image, sizes_differ
 from utils.jitter import draw_jitter
 from utils.logger import progress
 
 from .labels import IGNORE_INDEX, ClassTable
-from .reading import DecodedCache, kind_of, read_file, read_ids, read_image, sizes_differ
+from .reading import DecodedCache
 from .sampling import class_positions, do_jobs
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}

@@ -14,51 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.classes import IGNORE_INDEX, UNKNOWN, Classes
 from utils.cli import UserError
+from utils.decoding import read_file
 
-from .reading import read_file
-
-IGNORE_INDEX = 255
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
 COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
-UNKNOWN = 254       # stands for ids that are not in the table, so train ids end at 253
 
 
-class ClassTable:
-    """The classes of a data set.
+class ClassTable(Classes):
+    """The classes of a data set: beside what a network's outputs stand for, what the values in label maps mean.
 
-    Attributes:
-        names: N names, by train id.
-        categories: N category names, by train id; the class's own name where the table has none.
-        ids: (N,) the id written for each train id in predictions: of several with that train id, the table's first.
-        palette: (256, 3) uint8 RGB by train id; black for what is ignored.
+    Attributes, beside those of `Classes`:
         lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
         color_lookup: {red · 65536 + green · 256 + blue: the rows of that colour}.
     """
 
     def __init__(self, rows, source="class table"):
         """rows: dicts with the columns of the file; source: its name, for messages. Raises `UserError`."""
-        self.source = str(source)
-        self.rows = rows
-        evaluated = [row for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)]
-        found = sorted({row["train_id"] for row in evaluated})
-        if not found or found != list(range(len(found))) or len(found) > UNKNOWN:
-            raise UserError(f"{source}: expected train ids 0 to N-1 without a gap (-1 or 255 to ignore), "
-                            f"N at most 254, found {found}")
-        ids = [row["id"] for row in rows]
-        twice = sorted({i for i in ids if ids.count(i) > 1})
-        if twice:
-            raise UserError(f"{source}: expected every id once, found {twice} several times")
-        first = {row["train_id"]: row for row in reversed(evaluated)}
-        classes = [first[train_id] for train_id in found]
-        self.names = [row["name"] for row in classes]
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:       # scores are reported by name
-            raise UserError(f"{source}: expected another name for every class, found {', '.join(twice)} several times")
-        self.categories = [row["category"] or row["name"] for row in classes]
-        self.ids = np.array([row["id"] for row in classes])
-        self.palette = np.zeros((256, 3), np.uint8)
-        self.palette[:len(classes)] = [[row["red"], row["green"], row["blue"]] for row in classes]
+        super().__init__(rows, source)
         # A negative id (license plate) never stands in a label map.
         trained = {row["id"]: IGNORE_INDEX if row["train_id"] == -1 else row["train_id"] for row in rows
                    if row["id"] >= 0}
@@ -85,10 +59,6 @@ class ClassTable:
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}: expected a class table (CSV), found: {error}") from None
         return cls(rows, path)
-
-    @property
-    def num_classes(self):
-        return len(self.names)
 
     def encode(self, ids, name="label map"):
         """Ids (H, W), any integer dtype, or colours (H, W, 3) uint8 → train ids (H, W) uint8.
@@ -135,16 +105,6 @@ class ClassTable:
         warnings.warn(f"{self.source} gives the colour {shown} to {names}: all its pixels are learned and scored as "
                       f"{meant[scored[0]]['name']}; only maps of ids tell them apart", stacklevel=4)
         return scored[0]
-
-    def decode(self, train_ids):
-        """Train ids (H, W) → ids (H, W), uint8 or, where ids go beyond 255, uint16; ignored ones become 0."""
-        table = np.zeros(256, np.uint8 if self.ids.max() < 256 else np.uint16)
-        table[:self.num_classes] = self.ids
-        return table[train_ids]
-
-    def color(self, train_ids):
-        """Train ids (H, W) → RGB (H, W, 3) uint8."""
-        return self.palette[train_ids]
 
     def looks_like_train_ids(self, ids):
         """Whether a map (H, W) that was given as ids probably holds train ids: all its values are train ids, and read

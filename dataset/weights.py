@@ -7,10 +7,10 @@ import os
 import numpy as np
 
 from utils.cli import UserError
+from utils.decoding import read_file
 from utils.logger import progress
 
 from .labels import CITYSCAPES
-from .reading import read_file
 from .sampling import do_jobs
 
 # name,weight: as published with OCNet, HRNet and many after them; their origin is 1 / log of the pixel counts.

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 import train
-from dataset import reading
 from dataset.cityscapes import CityscapesDataset, parse_split
-from dataset.reading import DecodedCache, read_ids, read_image
+from dataset.reading import DecodedCache
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler, class_index, class_positions, make_sampler
 from dataset.transforms import train_transform
 from tests.test_reading import OTHER, other_content
-from utils import checkpoint
+from utils import checkpoint, decoding
 from utils.cli import UserError
+from utils.decoding import read_ids, read_image
 
 
 def index_of(dataset):
@@ -151,7 +151,7 @@ def test_the_cache_gives_the_same_samples_and_decodes_once(streets, tmp_path, mo
         for index in range(len(plain)):
             a, b = plain[index, index], cached[index, index]
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-        monkeypatch.setattr(reading, "open_image", lambda *file: pytest.fail("decoded again"))
+        monkeypatch.setattr(decoding, "open_image", lambda *file: pytest.fail("decoded again"))
         plain = cached
     assert len(list((tmp_path / "c").iterdir())) == 18
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
-from dataset.reading import read_ids, read_image
 from dataset.streets import write_dataset
 from dataset.transforms import one_thread, train_transform
+from utils.decoding import read_ids, read_image
 
 SIZE = (769, 769)
 

@@ -1,0 +1,252 @@
+"""From files to arrays: images and label maps.
+
+Wherever they are read (training, evaluation, checking, prediction), images and label maps are turned upright by their
+EXIF orientation, as `cv2.imread` and Pillow's `exif_transpose` turn them.
+"""
+
+import io
+import os
+import re
+import stat
+import zlib
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from .cli import UserError
+
+LOSSY = {"JPEG", "WEBP"}        # formats that may change the values of a label map
+MOST_BYTES = 1 << 30            # of a file; a larger one is refused
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+         stat.S_IFSOCK: "a socket"}
+ORIENTATION = 0x0112            # the EXIF tag
+TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)}
+# Chunks of a PNG that do not change its pixels. Text chunks may hold an EXIF orientation: `_plain_png` looks at them.
+HARMLESS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD", b"tEXt",
+            b"zTXt"}
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")       # any but a restart, the only one within a scan
+
+
+def kind_of(path):
+    """What stands at a path, in words: "a file", "a folder", "a pipe" ..., or "no such file"."""
+    try:
+        return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a file")
+    except (OSError, ValueError):       # ValueError: a null byte in the name
+        return "no such file"
+
+
+def open_file(path, what="an image"):
+    """A regular file, open for reading in binary. Raises `UserError`: `what` was expected, and what was found.
+
+    Pipes and devices are refused at once: waiting for a pipe, or reading a device, may never end.
+    """
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    except FileNotFoundError:
+        found = "no such file"
+    except IsADirectoryError:
+        found = "a folder"
+    except (OSError, ValueError) as error:
+        found = f"one that cannot be read: {error}"
+    else:
+        kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+        if kind == stat.S_IFREG:
+            return file
+        file.close()
+        found = KINDS.get(kind, "something else")
+    raise UserError(f"{path}: expected {what}, found {found}")
+
+
+def read_file(path, what="an image"):
+    """The bytes of a regular file. Raises `UserError` as `open_file`, and for files beyond `MOST_BYTES`."""
+    with open_file(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise UserError(f"{path}: expected {what} of at most {MOST_BYTES / 1e9:.1f} GB, found {size / 1e9:.1f} GB")
+        try:
+            return file.read()
+        except OSError as error:
+            raise UserError(f"{path}: expected {what}, found one that cannot be read: {error}") from None
+
+
+def read_image(path):
+    """Read an image file as RGB (H, W, 3) uint8, upright: grey, palettes, 16 bits and transparency become RGB.
+
+    Raises `UserError`.
+    """
+    data = read_file(path)
+    image = open_image(path, data)
+    if _plain_jpeg(image, data) or _plain_png(image, data, ((8, 0), (8, 2))):
+        pixels = _by_opencv(image, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is not None:
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            return pixels if image.format == "PNG" else turn_upright(pixels, image)     # a plain PNG has no EXIF
+    load(path, image)
+    try:
+        return turn_upright(as_rgb(image), image)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def pixels_of(image):
+    """The path of a file, a `PIL.Image`, or a uint8 array or tensor (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), grey,
+    RGB or RGBA of 0 to 255 → RGB (H, W, 3) uint8, an array or a tensor.
+
+    Raises `UserError` for a file that cannot be read, and ValueError for anything else: 0 to 1 would pass for a dark
+    image, and channels in front for a strange one.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        load(getattr(image, "filename", None) or "image", image)
+        return as_rgb(image)
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(f"image: expected a path, a PIL image, or a uint8 array, found {type(image).__name__}")
+    kind, shape, hint = str(image.dtype).removeprefix("torch."), tuple(image.shape), ""
+    if kind == "uint8" and 0 not in shape:
+        if len(shape) == 2 or len(shape) == 3 and shape[2] == 1:
+            return image.reshape(*shape[:2], 1)[..., [0, 0, 0]]
+        if len(shape) == 3 and shape[2] in (3, 4):
+            return image[..., :3]
+        if len(shape) == 4:
+            hint = "; one image at a time"
+        elif len(shape) == 3 and shape[0] in (1, 3, 4):
+            hint = f"; channels come last: image.{'permute' if torch.is_tensor(image) else 'transpose'}(1, 2, 0)"
+    elif "float" in kind:
+        hint = "; of values from 0 to 1, take 255 times as much, rounded to uint8"
+    elif "int" in kind and kind != "uint8":
+        hint = "; of 16 bits, take image // 257 as uint8"
+    raise ValueError(f"image: expected uint8 (H, W, 3) RGB, (H, W) grey or (H, W, 4) RGBA, found {kind} {shape}{hint}")
+
+
+def as_rgb(image):
+    """A `PIL.Image` of any mode → RGB (H, W, 3) uint8. Raises `ValueError` for floating-point numbers."""
+    if image.mode == "F":
+        raise ValueError("expected an image of 8 or 16 bits, found one of floating-point numbers")
+    if image.mode.startswith("I"):      # 16 bits: Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
+
+
+def read_ids(path):
+    """Read a label map, upright: ids (H, W) of any integer dtype, or colours (H, W, 3) uint8.
+
+    With a palette the indices are the ids. Colours are looked up in the class table later (`ClassTable.encode`).
+    Raises `UserError`.
+    """
+    data = read_file(path)
+    image = open_image(path, data)
+    if _plain_png(image, data, ((8, 0), (16, 0))):
+        ids = _by_opencv(image, data, cv2.IMREAD_UNCHANGED)
+        if ids is not None:
+            return ids
+    load(path, image)
+    if image.format in LOSSY and not (image.format == "WEBP" and image.mode == "RGB" and b"VP8L" in data[:64]):
+        raise UserError(f"{path}: expected a label map in a lossless format such as PNG, found {image.format}, which "
+                        "changes values")
+    if image.mode == "F":
+        raise UserError(f"{path}: expected whole numbers, found a label map of floating-point numbers")
+    values = np.asarray(image) if image.mode != "1" else np.asarray(image.convert("L")) // 255
+    if values.ndim == 2:
+        return turn_upright(values, image)
+    if image.mode == "LA" or (image.mode == "RGBA" and (values[..., 3] != 255).any()):
+        raise UserError(f"{path}: expected a label map of ids or colours, found one with transparency")
+    if image.mode not in ("RGB", "RGBA"):
+        raise UserError(f"{path}: expected a label map of ids or colours, found mode {image.mode}")
+    return turn_upright(np.ascontiguousarray(values[..., :3]), image)
+
+
+def open_image(path, data):
+    """A `PIL.Image` of a file's bytes, not decoded yet. Raises `UserError` that says what is wrong with the file."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        frames = getattr(image, "n_frames", 1)
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: expected an image, found {'a file that is none' if data else 'an empty file'}"
+                        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
+    if frames > 1:
+        raise UserError(f"{path}: expected one image, found an animation of {frames}")
+    return image
+
+
+def load(path, image):
+    """Decode a `PIL.Image`. Raises `UserError`."""
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
+
+
+def orientation(image):
+    """The EXIF orientation of a `PIL.Image`, 1 to 8; 1, upright, where it has none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:   # damaged metadata makes Pillow raise errors of any kind
+        return 1
+
+
+def turn_upright(array, image):
+    """An array (H, W, ...) as the EXIF orientation of its `PIL.Image` says."""
+    turn = TURNS.get(orientation(image))
+    return array if turn is None else np.ascontiguousarray(turn(array))
+
+
+def upright_size(path):
+    """(width, height) of an image file as `read_image` turns it, from its header. Raises `UserError`."""
+    image = open_image(path, read_file(path))
+    return image.size[::-1] if orientation(image) > 4 else image.size       # 5 to 8 exchange width and height
+
+
+def sizes_differ(path, image, label_path, ids):
+    """The sentence for an image and a label map, (H, W, ...), of two sizes; it names EXIF where that may be why."""
+    text = (f"{label_path}: expected the size of {path}, {image.shape[1]}×{image.shape[0]}, "
+            f"found {ids.shape[1]}×{ids.shape[0]}")
+    for file in (path, label_path):
+        if orientation(open_image(file, read_file(file))) > 4:      # 5 to 8 exchange width and height
+            text += f"; {file} was turned upright by its EXIF orientation"
+    return text
+
+
+def _plain_png(image, data, kinds):
+    """Whether OpenCV may decode a file: a whole PNG of one of these kinds (bits, colour type), with harmless chunks.
+
+    OpenCV is faster than Pillow, but accepts files that are cut short or damaged: so the checksum of every chunk is
+    compared here.
+    """
+    if image.format != "PNG" or data[12:16] != b"IHDR" or (data[24], data[25]) not in kinds:
+        return False
+    place, name = 8, None
+    while name != b"IEND" and place + 12 <= len(data):
+        length, name = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
+        end = place + 8 + length
+        text = name in (b"tEXt", b"zTXt") and data.startswith(b"Raw profile", place + 8)
+        if name not in HARMLESS or text or zlib.crc32(memoryview(data)[place + 4:end]) != int.from_bytes(
+                data[end:end + 4], "big"):
+            return False
+        place = end + 4
+    return name == b"IEND"
+
+
+def _plain_jpeg(image, data):
+    """Whether OpenCV may decode a file: a JPEG of one scan that ends where the file does, grey or of three channels."""
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return False
+    place = 2
+    while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":     # segments before the scan
+        place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
+    marker = JPEG_MARKER.search(data, place + 2)
+    return marker is not None and marker.group() == b"\xff\xd9" and marker.end() == len(data)
+
+
+def _by_opencv(image, data, flags):
+    """The array that OpenCV decodes, or None where it cannot: the caller then tries Pillow, which says why."""
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    return array if array is not None and array.shape[1::-1] == image.size else None

@@ -22,6 +22,10 @@ What the Cityscapes server takes:
 For other runtimes:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export acfnet.onnx
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export fixed.onnx --export-size 1024,2048 \
+        --export-precision fp16
+
+From Python: networks/predictor.py
 """
 
 import argparse
@@ -40,10 +44,8 @@ from torch.utils.data import DataLoader
 from dataset.cityscapes import CityscapesDataset
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
-from libs.convert import fold_norms
-from networks import build_network
-from networks.pretrained import read_snapshot
-from networks.timm_backbone import is_timm
+from networks.exporting import export_snapshot
+from networks.predictor import AMP, load_network, sliding_predictor
 from utils import checkpoint, cli, memory, visualize
 from utils.calibration import BINS, Calibration
 from utils.cli import UserError
@@ -59,13 +61,12 @@ from utils.distributed import (
     start_processes,
     started_by_torchrun,
 )
-from utils.export import export_onnx
-from utils.inference import SlidingPredictor, fitting_size, grid_of, score
+from utils.inference import score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
-from utils.precision import AUTOCAST, best_precision, exact_float32
+from utils.precision import best_precision, exact_float32
 from utils.report import WorstImages, score_columns, write_report
-from utils.results import ResultsFolder, check_file
+from utils.results import ResultsFolder
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 FOLDERS = {"labels": "labelIds", "color": "color", "overlay": "overlay", "confidence": "confidence"}
@@ -98,8 +99,13 @@ def get_parser():
     tasks.add_argument("--submission", type=cli.path, metavar="FOLDER",
                        help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and, to upload, "
                        f"FOLDER/{SUBMISSION}")
-    tasks.add_argument("--export", type=cli.path, metavar="FILE.onnx",
-                       help="write the network as ONNX, for images of any size")
+    tasks.add_argument("--export", type=cli.path, metavar="FILE",
+                       help="write the network for whole images, without windows: FILE.onnx, FILE.pt2 (torch.export); "
+                       "or its weights, with config.json and a model card beside them: FILE.safetensors")
+    tasks.add_argument("--export-size", type=cli.size, metavar="H,W",
+                       help="of the images that .onnx and .pt2 take, one at a time; default: any size and number")
+    tasks.add_argument("--export-precision", choices=("fp32", "fp16"),
+                       help="of weights and arithmetic (fp32); images and logits are float32 in any case")
 
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--input-size", type=cli.size, metavar="H,W",
@@ -117,31 +123,18 @@ def get_parser():
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
                      "else the CPU")
     run.add_argument("--batch-size", type=cli.batch_size, default=4, help="windows at a time (4)")
-    run.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision; default: bf16 where the device "
-                     "has instructions for it, else fp16 on a GPU and off on a CPU")
+    run.add_argument("--amp", choices=AMP, help="mixed precision; default: bf16 where the device has "
+                     "instructions for it, else fp16 on a GPU and off on a CPU")
 
     out = parser.add_argument_group("results")
     out.add_argument("--output-dir", type=cli.path,
                      help="default: a folder named after the snapshot and the split, beside it")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
-                     "and nothing else")
+                     "or the file of --export, and nothing else")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=("labels", "color", "overlay"),
                      help="pictures of each image: label ids, colours, colours over the image (these three), and the "
                      "probability of the class that was chosen, in grey, 255 for certain")
     return parser
-
-
-def load_network(path, device, raw_weights=False):
-    """Snapshot file → (network prepared for evaluation, its `utils.snapshot.Config`).
-
-    raw_weights: those of the last step, also where the snapshot has a moving average of the weights.
-    """
-    found = read_snapshot(path)
-    network = build_network(**found.config.network)
-    if found.average is not None:
-        print(f"{path}: {'the weights of the last step' if raw_weights else 'the moving average of the weights'}")
-    network.load_state_dict(found.model if raw_weights or found.average is None else found.average)
-    return fold_norms(network).to(device, memory_format=torch.channels_last).eval(), found.config
 
 
 class Pictures:
@@ -309,6 +302,8 @@ def check(args):
     """Refuse what cannot work, before anything is read."""
     if args.overlap >= 1:
         raise UserError("--overlap: expected a share below 1, found 1")
+    if not args.export and (args.export_size or args.export_precision):
+        raise UserError("--export-size, --export-precision: expected with --export, found none")
     tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
     if len(tasks) > 1:
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
@@ -332,7 +327,7 @@ class Protocol:
         window: (height, width) in pixels; None for the training crop.
         whole: the whole image at once, no windows.
         overlap, scales, flip, batch_size: as in `SlidingPredictor`.
-        amp: a key of `AUTOCAST`.
+        amp: one of `AMP`.
         raw_weights: as in `load_network`.
     """
 
@@ -347,11 +342,9 @@ class Protocol:
 
     def predictor(self, network, config, device, images):
         """The `SlidingPredictor` of a snapshot's network, which tells how the first of so many images gets on."""
-        window = None if self.whole else fitting_size(self.window or config.input_size, "windows",
-                                                           grid_of(network))
-        return SlidingPredictor(network, window, self.overlap, self.scales, self.flip, self.batch_size,
-                                config.normalization, device, AUTOCAST[self.amp], torch.channels_last,
-                                FirstImage(images))
+        return sliding_predictor(network, config, device, window=self.window, whole=self.whole, overlap=self.overlap,
+                                 scales=self.scales, flip=self.flip, batch_size=self.batch_size, amp=self.amp,
+                                 watch=FirstImage(images))
 
     def as_json(self, window, split, config):
         """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None."""
@@ -394,7 +387,9 @@ def main(argv=None):
     protocol = Protocol(args.input_size, args.whole, args.overlap, tuple(args.scales), args.flip, args.batch_size,
                         args.amp or "off", args.raw_weights)
     if args.export:
-        memory.explained(lambda: export(paths[0], args.export, args.raw_weights), protocol.too_little_memory)
+        print(memory.explained(lambda: export_snapshot(
+            paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
+            precision=args.export_precision or "fp32", overwrite=args.overwrite), protocol.too_little_memory))
         return
     devices = select_devices(args.gpu)
     if len(devices) > 1 and not started_by_torchrun():
@@ -440,15 +435,6 @@ def perform(args, paths, protocol, machine):
     leave_processes()
     if broken:
         sys.exit(1)
-
-
-def export(path, target, raw_weights):
-    """Write a snapshot's network as ONNX."""
-    check_file("--export", target)
-    network, config = load_network(path, torch.device("cpu"), raw_weights)
-    heads = export_onnx(network, config.normalization, target, traced=is_timm(config.network["backbone"]))
-    print(f"{target}: images (B, 3, H, W) float32 RGB, 0 to 255 → {', '.join(heads)} logits (B, "
-          f"{config.network['num_classes']}, H, W); whole images, no windows")
 
 
 def score_snapshot(path, data, protocol, machine, table_path, kinds, results):

@@ -240,3 +240,6 @@ def meta_network(**arguments):
 def _check(holds, name, value, expected):
     if not holds:
         raise ValueError(f"{name}: expected {expected}, found {value!r:.60}")
+
+
+from .predictor import load  # noqa: E402, F401, it builds on what stands above

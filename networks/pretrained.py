@@ -12,6 +12,7 @@ Families are recognised from the files themselves:
 and so is the input normalisation they expect. With a backbone `timm:NAME` timm itself reads its files.
 """
 
+import json
 import os
 import re
 import zipfile
@@ -23,6 +24,7 @@ import torch
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
 from utils import checkpoint, snapshot
 from utils.cli import UserError
+from utils.model_card import CONFIG
 from utils.normalization import CAFFE, Normalization
 
 from . import BACKBONE, BACKBONES, STEMS, meta_network, timm_backbone
@@ -101,18 +103,8 @@ def read_weights(path, backbone=None):
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not os.path.exists(path):
         path = _fetch(str(path))
     _look(path)
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(f"{path}: expected the package safetensors for this file, found none; pip install "
-                            "safetensors") from None
-        try:
-            content = load_file(path)
-        except Exception as error:  # noqa: BLE001, its own kinds of error
-            raise UserError(f"{path}: expected a file of safetensors, found one that cannot be read: {error}") from None
-    else:
-        content = checkpoint.load(path)
+    content = checkpoint.load(path)
+    content = _exported(path, content) or content
     if is_timm(backbone) and not _is_snapshot(content):
         return timm_weights(backbone, _state_dict(content, str(path)), str(path))
     return recognise(content, str(path))
@@ -134,16 +126,33 @@ def timm_weights(backbone, state=None, name="--pretrained"):
 
 
 def read_snapshot(path, resuming=False):
-    """Read one of our own snapshots: the only way to → `utils.snapshot.Snapshot`. Raises `UserError`.
+    """Read one of our own snapshots, or what `evaluate.py --export` made of one as .safetensors: the only way to →
+    `utils.snapshot.Snapshot`. Raises `UserError`.
 
     resuming: a run is to go on from it.
     """
-    return snapshot.parse(path, _with_head(checkpoint.load(path)), meta_network, resuming)
+    content, exported = checkpoint.load(path), Path(path).suffix == ".safetensors"
+    if exported and (content := _exported(path, content)) is None:
+        raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none such")
+    return snapshot.parse(path, _with_head(content), meta_network, resuming)
+
+
+def _exported(path, tensors):
+    """The tensors of a .safetensors file and its config.json, as a snapshot has them; None without one of our own."""
+    config = Path(path).with_name(CONFIG)
+    if Path(path).suffix != ".safetensors" or not config.is_file():
+        return None
+    try:
+        config = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return {"model": tensors, "config": config, "step": config.get("step")} if isinstance(
+        config, dict) and "network" in config else None
 
 
 def weights_of(found):
     """`Snapshot` → `Weights`: the moving average of its weights where it has one, as evaluation takes it."""
-    model = found.model if found.average is None else found.average
+    model = found.weights()
     backbone = {key.removeprefix("backbone."): value for key, value in model.items() if key.startswith("backbone.")}
     family = "ours" if found.average is None else "ours, the moving average of its weights"
     network = found.config.network

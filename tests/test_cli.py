@@ -28,8 +28,9 @@ parallel power pretrained random-mirror random-scale random-seed recompute resto
 snapshot-dir split
 stem val-every val-list val-split warmup-steps weight-decay
 """
-EVALUATE = """amp batch-size classes data-dir data-list export flip gpu help images input-size no-flip num-workers
-output-dir overlap overwrite raw-weights restore-from save scales split submission whole"""
+EVALUATE = """amp batch-size classes data-dir data-list export export-precision export-size flip gpu help images
+input-size no-flip num-workers output-dir overlap overwrite raw-weights restore-from save scales split submission
+whole"""
 
 
 def flags(parser):
@@ -130,7 +131,7 @@ def test_bad_values_name_the_flag_and_exit_with_2(words, message, capsys):
 
 
 def takes_a_path(action):
-    return action.metavar in ("FILE", "DIR", "PATH", "FOLDER", "FILE.onnx") or action.dest.endswith("_dir") or (
+    return action.metavar in ("FILE", "DIR", "PATH", "FOLDER") or action.dest.endswith("_dir") or (
         action.dest in ("classes", "restore_from", "resume"))
 
 

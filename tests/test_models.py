@@ -14,7 +14,7 @@ from networks.pretrained import load_weights
 from tests.test_train import run
 from utils import checkpoint
 from utils.cli import UserError
-from utils.export import ImagesToLogits, export_onnx
+from utils.export import ImagesToLogits, write_program
 from utils.normalization import Normalization
 
 ONE_MAP = [name for name, model in MODELS.items() if model.head == "plain"]
@@ -94,7 +94,7 @@ def test_exported_files_hold_for_every_size(model, tmp_path):
     """Pooling and attention are traced with one size and run with others."""
     onnxruntime = pytest.importorskip("onnxruntime")
     network = fold_norms(build_network(model, 4, "resnet18").eval()).eval()
-    export_onnx(network, Normalization(), tmp_path / "n.onnx", (65, 97))
+    write_program(tmp_path / "n.onnx", network, Normalization())
     session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
     for size in ((65, 97), (70, 51), (33, 129)):
         images = torch.randint(256, (1, 3, *size)).float()

@@ -49,6 +49,20 @@ def write_atomically(path, write):
             temporary.unlink()
 
 
+def write_checked(path, content, check):
+    """Write bytes as `write_atomically` does, but rename the file only after `check(its temporary name)`, which may
+    raise. Returns what that returns."""
+    answers = []
+
+    def write(file):
+        file.write(content)
+        file.flush()
+        answers.append(check(file.name))
+
+    write_atomically(path, write)
+    return answers[0]
+
+
 def save(path, content):
     """Write a dict of tensors and plain Python values, atomically."""
     write_atomically(path, lambda file: torch.save(content, file))
@@ -61,12 +75,14 @@ def write_json(path, values):
 
 
 def load(path):
-    """Read a file that `torch.save` wrote, on the CPU, as data only. Raises `UserError`, also where a bit has flipped
-    since it was written: torch itself does not look at the check sums that the file holds."""
+    """Read a file that `torch.save` wrote, or one of safetensors, on the CPU, as data only. Raises `UserError`, also
+    where a bit of the former has flipped since: torch itself does not look at the check sums that the file holds."""
     path = Path(path)
     if not os.path.isfile(path):        # false, not an error, for a name too long
         raise UserError(f"{path}: expected a file of weights, found "
                         f"{'a folder' if os.path.isdir(path) else 'no such file'}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -74,6 +90,18 @@ def load(path):
         reason = str(error).strip().split("\n")[0][:160]
         raise UserError(f"{path}: expected a file of tensors written by torch.save, found one that cannot be "
                         f"read as data alone ({reason})") from None
+
+
+def _load_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: expected the package safetensors for this file, found none; pip install safetensors"
+                        ) from None
+    try:
+        return load_file(path)
+    except Exception as error:  # noqa: BLE001, its own kinds of error
+        raise UserError(f"{path}: expected a file of safetensors, found one that cannot be read: {error}") from None
 
 
 def _check_sums(path):

@@ -1,4 +1,8 @@
-"""A network as an ONNX file, for other runtimes."""
+"""A network as a file for other runtimes: ONNX, or PyTorch's own exported program. Each is compared with the network
+before it takes its name."""
+
+import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +10,12 @@ from torch import nn
 
 from . import checkpoint, versions
 from .cli import UserError
-from .inference import grid_of
+from .inference import grid_of, round_size
 
 OPSET = 18
+# For the largest difference of logits, as a share of the largest of them: fp16 has eleven bits, and a hundred layers
+# use some of them up.
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}
 
 
 class ImagesToLogits(nn.Module):
@@ -17,20 +24,22 @@ class ImagesToLogits(nn.Module):
     Args:
         network: in evaluation mode, with norms folded into convolutions.
         normalization: of its input.
+        dtype: of the network's input.
     """
 
-    def __init__(self, network, normalization):
+    def __init__(self, network, normalization, dtype=torch.float32):
         super().__init__()
-        self.network, self.normalization = network, normalization
+        self.network, self.normalization, self.dtype = network, normalization, dtype
 
     def forward(self, images):
-        """images (B, 3, H, W) float32 RGB, 0 to 255 → fine logits (B, N, H, W), and coarse ones if there are."""
+        """images (B, 3, H, W) float32 RGB, 0 to 255 → fine logits (B, N, H, W), and coarse ones if there are; float32.
+        """
         height, width = images.shape[-2:]
         # As in inference: the mean colour, which is zero here, up to the sizes where logits lie on pixels.
         step, rest = grid_of(self.network)
         below, right = -(height - rest) % step, -(width - rest) % step
-        outputs = self.network(F.pad(self.normalization(images), (0, right, 0, below)))
-        return tuple(F.interpolate(outputs[name], size=(height + below, width + right), mode="bilinear",
+        outputs = self.network(F.pad(self.normalization(images), (0, right, 0, below)).to(self.dtype))
+        return tuple(F.interpolate(outputs[name].float(), size=(height + below, width + right), mode="bilinear",
                                    align_corners=True)[..., :height, :width] for name in head_names(outputs))
 
 
@@ -38,23 +47,126 @@ def head_names(outputs):
     return [name for name in ("fine", "coarse") if name in outputs]
 
 
-def export_onnx(network, normalization, path, size=(257, 321), traced=False):
-    """Write an ONNX file with any batch size, height and width. Raises `UserError` without the packages it needs.
+def example_images(size=None):
+    """Two images of noise (2, 3, 257, 321), for a network of any size; or one (1, 3, *size). float32, 0 to 255."""
+    return torch.randint(256, (2, 3, 257, 321) if size is None else (1, 3, *size)).float()
 
-    network: in evaluation mode, with norms folded; on the CPU. size: of the example that is traced. traced: by the
-    older exporter (`versions.onnx_program`).
+
+@torch.no_grad()
+def write_program(path, network, normalization, *, size=None, precision="fp32", traced=False):
+    """Write a network as .onnx or .pt2, whichever the path ends in.
+
+    Args:
+        network: in evaluation mode, with norms folded; on the CPU.
+        size: (height, width) of the images, one at a time; None for any, and any number of them.
+        precision: `fp32`, or `fp16` for weights and arithmetic; images and logits are float32 in any case.
+        traced: to ONNX by the older exporter (`versions.onnx_program`).
+
+    Returns:
+        (names of the outputs, what the comparison with the network found). Raises `UserError` without the packages it
+        needs, and where the file computes something else.
     """
+    reference = model = ImagesToLogits(network, normalization).eval()
+    if precision == "fp16":
+        model = ImagesToLogits(in_half_precision(network), normalization, torch.float16).eval()
+    example = example_images(size)
+    examples = [example] if size else [example, example[:1, :, :72, :100]]
+    axes = {} if size else {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}
+    names = head_names(network(_small_image(network)))
+    if path.suffix == ".onnx":
+        content, reopen = _onnx(path, model, example, names, axes, traced), _open_onnx
+    else:
+        content, reopen = _pt2(path, model, example, axes), _open_pt2
+    checked = checkpoint.write_checked(path, content, lambda written: compare(
+        path, lambda: reopen(written), reference, examples, precision))
+    return names, checked
+
+
+@torch.no_grad()
+def compare(path, reopen, reference, examples, precision):
+    """Raise `UserError` where a file that was exported computes something else than the network; else a sentence.
+
+    Args:
+        path: that the file will have.
+        reopen: () → (images → tensors, by the file), or a text that says why nothing here can run it.
+        reference: images → tensors.
+        examples: images.
+        precision: a key of `TOLERANCE`.
+    """
+    largest, scale = 0.0, 0.0
+    for images in examples:
+        try:
+            run = reopen()
+            if isinstance(run, str):
+                return f"not checked against PyTorch: {run}"
+            outputs = run(images)
+        except Exception as error:  # noqa: BLE001, every runtime has errors of its own
+            raise UserError(f"--export {path}: expected a file that runs with {len(images)} images of "
+                            f"{images.shape[2]}×{images.shape[3]}, found: {first_words(error)}; --export-size fixes "
+                            "the size") from None
+        for ours, theirs in zip(reference(images), outputs, strict=True):
+            largest = max(largest, (ours - theirs).abs().nan_to_num(torch.inf).max().item())
+            scale = max(scale, ours.abs().max().item())
+    if largest > TOLERANCE[precision] * scale:
+        raise UserError(f"--export {path}: expected logits within {TOLERANCE[precision]:.1%} of the largest of "
+                        f"PyTorch's, {scale:.3g}, found a difference of {largest:.3g}")
+    return f"checked against PyTorch: largest difference {largest:.2g}, of logits up to {scale:.3g}"
+
+
+def first_words(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def in_half_precision(network):
+    """A copy of a network for float16 input. What raises its input to float32 by itself, such as the class centers,
+    keeps weights of float32: the dtype that arrives there tells."""
+    half = copy.deepcopy(network).half()
+
+    def keep(module, arguments, whole):
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in arguments):
+            for name, parameter in whole.named_parameters(recurse=False):
+                getattr(module, name).data = parameter.data
+
+    hooks = [module.register_forward_pre_hook(functools.partial(keep, whole=network.get_submodule(name)))
+             for name, module in half.named_modules()]
+    half(_small_image(network).half())
+    for hook in hooks:
+        hook.remove()
+    return half
+
+
+def _small_image(network):
+    return torch.zeros(1, 3, *round_size((65, 65), grid_of(network)))
+
+
+def _onnx(path, model, example, names, axes, traced):
     try:
         import onnx  # noqa: F401, the exporter imports it
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--export {path}: expected the packages onnx and onnxscript, found no {error.name}; "
                         "pip install onnx onnxscript") from None
-    model = ImagesToLogits(network, normalization).eval()
-    example = torch.randint(256, (2, 3, *size)).float()
-    with torch.no_grad():
-        names = head_names(network(normalization(example)))
-        program = versions.onnx_program(model, example, ["images"], names,
-                                        {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}, OPSET, traced)
-    checkpoint.write_atomically(path, lambda file: file.write(program))
-    return names
+    return versions.onnx_program(model, example, ["images"], names, axes, OPSET, traced)
+
+
+def _open_onnx(written):
+    try:
+        import onnxruntime
+    except ImportError:
+        return "expected the package onnxruntime, found none"
+    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
+
+
+def _pt2(path, model, example, axes):
+    try:
+        return versions.exported_program(model, example, axes)
+    except Exception as error:  # noqa: BLE001, there are many ways not to be exported
+        raise UserError(f"--export {path}: expected a network that torch.export of PyTorch {torch.__version__} takes"
+                        f"{' for any size' if axes else ''}, found: {first_words(error)}"
+                        f"{'; --export-size fixes the size' if axes else ''}") from None
+
+
+def _open_pt2(written):
+    with open(written, "rb") as file:
+        return torch.export.load(file).module()

@@ -102,7 +102,7 @@ class SlidingPredictor:
 
     def checked(self, image):
         """An array or tensor as a tensor; `ValueError` if it is not uint8 (H, W, 3)."""
-        image = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
+        image = torch.as_tensor(np.require(image, requirements="CW") if isinstance(image, np.ndarray) else image)
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"image: expected uint8 (H, W, 3) RGB, found {str(image.dtype).removeprefix('torch.')} "
                              f"{tuple(image.shape)}")

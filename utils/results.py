@@ -121,11 +121,13 @@ def check_names(what, folder, names):
                         f"{len(os.fsencode(longest))}")
 
 
-def check_file(flag, path):
-    """Raise `UserError` where a file cannot be written, before anything is done for it."""
+def check_file(flag, path, overwrite=True):
+    """Raise `UserError` where a file cannot be written, or must not be overwritten, before anything is done for it."""
     path, what = Path(path), f"{flag} {path}"
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UserError(f"{what}: expected a file, or nothing there, found something else")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{what}: expected nothing there (or --overwrite), found a file")
     place = _nearest(path.absolute().parent, os.path.lexists)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{what}: expected a folder that can be written, found {place}, which "

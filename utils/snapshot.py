@@ -69,6 +69,10 @@ class Snapshot:
     quick_mean_iou: float | None
     average: dict | None = None
 
+    def weights(self, raw=False):
+        """Names → tensors to evaluate with: the moving average where there is one; raw: of the last step anyway."""
+        return self.model if raw or self.average is None else self.average
+
 
 def parse(path, content, build, resuming=False):
     """What `checkpoint.load` gave for one of our own snapshots → `Snapshot`.

@@ -1,6 +1,7 @@
 """What the versions of PyTorch that requirements.txt allows do in different ways, and from which version on nothing
 of it is needed any more: tests/oldest.sh runs the lowest ones, tests/run.sh the newest."""
 
+import contextlib
 import inspect
 import io
 import os
@@ -49,7 +50,7 @@ def cpu_computes_in_bf16(cpuinfo="/proc/cpuinfo"):
 
 
 def onnx_program(model, example, inputs, outputs, axes, opset, traced=False):
-    """A model as the bytes of an ONNX file, for any size of some axes.
+    """A model as the bytes of an ONNX file, for any size of some axes, or for that of the example.
 
     Args:
         model: in evaluation mode; takes one tensor, returns a tuple of tensors.
@@ -62,8 +63,7 @@ def onnx_program(model, example, inputs, outputs, axes, opset, traced=False):
     """
     names = {"input_names": inputs, "output_names": outputs, "opset_version": opset}
     if torch_version() >= (2, 9) and not traced:        # the default since; before, it was being made
-        sizes = {axis: torch.export.Dim(name, min=least) for axis, (name, least) in axes.items()}
-        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=(sizes,), verbose=False, **names)
+        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=_sizes(axes), verbose=False, **names)
         return program.model_proto.SerializeToString()
     file = io.BytesIO()
     free = {axis: name for axis, (name, _) in axes.items()}
@@ -85,6 +85,27 @@ def _resize_bicubic(graph, image, size, align_corners, *scales):
     size = graph.op("Concat", kept, graph.op("Cast", size, to_i=7), axis_i=0)      # 7: int64
     return graph.op("Resize", image, none, none, size, mode_s="cubic", antialias_i=1, cubic_coeff_a_f=-0.5,
                     exclude_outside_i=1, coordinate_transformation_mode_s="half_pixel")
+
+
+def exported_program(model, example, axes):
+    """A model as the bytes of a file of `torch.export.save`; arguments as in `onnx_program`.
+
+    Raises errors of many kinds; before 2.9, where any size is asked for, in any case.
+    """
+    file, as_given = io.BytesIO(), contextlib.nullcontext()
+    if axes:        # as the exporter to ONNX does it: that the example's size fits must not become a condition
+        from torch.fx.experimental import _config
+        as_given = _config.patch(backed_size_oblivious=True)
+    with as_given:
+        program = torch.export.export(model, (example,), dynamic_shapes=_sizes(axes), strict=False)
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def _sizes(axes):
+    """What torch.export wants to know of the only input, of which some axes may have any size; None of none."""
+    sizes = {axis: torch.export.Dim(name, min=least) for axis, (name, least) in axes.items()}
+    return (sizes,) if sizes else None
 
 
 def torch_version():

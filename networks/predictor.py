@@ -1,0 +1,150 @@
+"""A trained network from its file, ready to predict: what evaluate.py does, for Python.
+
+    from networks import load
+
+    network = load("snapshots/CS_scenes_60000.pth")
+    labels = network.predict("street.jpg").labels       # (H, W) train ids; network.names says which classes they are
+"""
+
+import functools
+
+import torch
+
+from libs.convert import fold_norms
+from utils.classes import Classes
+from utils.decoding import pixels_of
+from utils.distributed import select_devices
+from utils.inference import SlidingPredictor, fitting_size, most_probable
+from utils.precision import AUTOCAST, best_precision, exact_float32
+
+from . import build_network
+from .pretrained import read_snapshot
+
+AMP = ("off", "bf16", "fp16")
+
+
+def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3, scales=(1.0,), flip=False,
+         batch_size=4, raw_weights=False):
+    """Load a snapshot of train.py, or what `evaluate.py --export` wrote as .safetensors → `Predictor`.
+
+    Args:
+        path: of the file.
+        device: `torch.device` or its name; None for the first GPU, else the CPU.
+        amp: `off`, `bf16` or `fp16`; None for what the device computes in fastest without harm.
+        window: (height, width) in pixels, rounded up to 8k + 1; None for the crops of the training.
+        whole: the whole image at once, no windows.
+        overlap: of neighbouring windows, as a share.
+        scales, flip: passes over an image; evaluate.py takes 0.75 to 2.0 by 0.25, each mirrored too.
+        batch_size: windows at a time.
+        raw_weights: those of the last step, also where the snapshot has a moving average.
+
+    Raises `UserError` for a file or a GPU that is none, ValueError for the rest.
+    """
+    if amp not in (None, *AMP):
+        raise ValueError(f"amp: expected one of {', '.join(AMP)}, or None, found {amp!r}")
+    device = _device(device)
+    amp = amp or best_precision(device)
+    exact_float32(amp, device)
+    network, config = load_network(path, device, raw_weights)
+    return Predictor(sliding_predictor(network, config, device, window=window, whole=whole, overlap=overlap,
+                                       scales=scales, flip=flip, batch_size=batch_size, amp=amp),
+                     Classes(config.classes, f"classes of {path}"))
+
+
+class Predictor:
+    """A network that predicts images of any size.
+
+    Attributes:
+        names: N class names, by train id.
+        palette: (N, 3) uint8 RGB, the colours of the classes.
+        sliding: the `SlidingPredictor`: image → probabilities on the device.
+    """
+
+    def __init__(self, sliding, classes):
+        self.sliding, self.classes = sliding, classes
+        self.names, self.palette = classes.names, classes.palette[:classes.num_classes]
+
+    def predict(self, image):
+        """Predict one image → `Prediction`.
+
+        image: path of a file, which is turned upright by its EXIF orientation; `PIL.Image` of any mode; or uint8 array
+            or tensor of 0 to 255: RGB (H, W, 3), grey (H, W), or RGBA, whose transparency is left out.
+
+        Raises ValueError for any other array, `UserError` for a file that cannot be read, and `MemoryError` where the
+        device has too little memory.
+        """
+        return Prediction(self.sliding(pixels_of(image)), self.classes)
+
+
+class Prediction:
+    """What a network makes of an image, at the image's size, as NumPy arrays.
+
+    Of many images keep `labels` alone: this object holds the probabilities, 4N bytes a pixel, on the device.
+
+    Attributes:
+        labels: (H, W) uint8, the train id of the most probable class.
+        names: N class names, by train id.
+    """
+
+    def __init__(self, probabilities, classes):
+        self._probabilities, self._classes, self.names = probabilities, classes, classes.names
+        self.labels = most_probable(probabilities).to(torch.uint8).cpu().numpy()
+
+    @functools.cached_property
+    def probabilities(self):
+        """(N, H, W) float32; their sum over the classes is 1."""
+        return self._probabilities.cpu().numpy()
+
+    @property
+    def colors(self):
+        """(H, W, 3) uint8 RGB, the colours of the classes."""
+        return self._classes.color(self.labels)
+
+    @property
+    def ids(self):
+        """(H, W) label ids, as the class table has them: uint8, or uint16 where they go beyond 255."""
+        return self._classes.decode(self.labels)
+
+
+def load_network(path, device, raw_weights=False):
+    """File → (network prepared for evaluation, its `utils.snapshot.Config`).
+
+    raw_weights: those of the last step, also where the snapshot has a moving average of the weights.
+    """
+    found = read_snapshot(path)
+    network = prepared(found.config, chosen_weights(found, raw_weights))
+    return network.to(device, memory_format=torch.channels_last), found.config
+
+
+def chosen_weights(found, raw):
+    """Those of a `Snapshot` to evaluate with, as `Snapshot.weights`; says which, where there is a choice."""
+    if found.average is not None:
+        print(f"{found.path}: {'the weights of the last step' if raw else 'the moving average of the weights'}")
+    return found.weights(raw)
+
+
+def prepared(config, state):
+    """The network of a `Config` with these weights, in evaluation mode and with its norms folded."""
+    network = build_network(**config.network)
+    network.load_state_dict(state)
+    return fold_norms(network).eval()
+
+
+def sliding_predictor(network, config, device, *, window, whole, overlap, scales, flip, batch_size, amp, watch=None):
+    """The `SlidingPredictor` of what `load_network` gave; arguments as in `load` and there."""
+    window = None if whole else window or config.input_size
+    predictor = SlidingPredictor(network, window, overlap, scales, flip, batch_size, config.normalization, device,
+                                 AUTOCAST[amp], torch.channels_last, watch)
+    if not whole:
+        fitting_size(window, "windows", predictor.grid)     # said, after the predictor has taken it
+    return predictor
+
+
+def _device(device):
+    if device is None:
+        return select_devices()[0]
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected one such as cpu or cuda:0, or None, found {device!r}") from None
+    return select_devices(str(device.index or 0))[0] if device.type == "cuda" else device

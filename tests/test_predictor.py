@@ -1,0 +1,166 @@
+"""Networks from Python: the README's own lines, the files that evaluate.py writes, and images of all kinds."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import evaluate
+from dataset.labels import ClassTable
+from networks import load
+from tests.conftest import ROOT, snapshot_content
+from tests.test_evaluate import snapshot  # noqa: F401, a fixture
+from utils import checkpoint
+from utils.cli import UserError
+from utils.decoding import pixels_of
+
+PLAIN = {"device": "cpu", "amp": "off"}
+RGB = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def readme_blocks():
+    """The code blocks of the README's section, as they stand there."""
+    section = re.search(r"^## From Python\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", section, re.M)
+    return [re.sub(r"^ {4}", "", block, flags=re.M).strip() for block in blocks if "import" in block], section
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the README's lines name."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    checkpoint.save(folder / "snapshots/CS_scenes_60000.pth", snapshot_content(60000))
+    Image.fromarray(RGB).save(folder / "street.jpg")
+    return folder
+
+
+def run(block, folder, **environment):
+    done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", range(3), ids=["load", "ACFHead", "InPlaceABN"])
+def test_the_readmes_lines_run_from_any_folder(place, number):
+    blocks, section = readme_blocks()
+    assert len(blocks) == 3 and "`PYTHONPATH=/path/to/ACFNet python yours.py`" in section
+    out = run(blocks[number], place, PYTHONPATH=str(ROOT))
+    if number == 0:
+        assert out.splitlines()[-1] == f"(40, 70) {ClassTable.read().names}"
+
+
+def test_the_readmes_lines_run_from_the_checkouts_folder(place, tmp_path):
+    for name in ("networks", "libs", "utils"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("snapshots", "street.jpg"):
+        (tmp_path / name).symlink_to(place / name)
+    assert "(40, 70) ['road', " in run(readme_blocks()[0][0], tmp_path, PYTHONPATH="")
+
+
+@pytest.mark.parametrize("words, options", [
+    (("--scales", "1.0", "--no-flip"), {}),
+    (("--scales", "0.75", "1.5", "--whole"), {"scales": (0.75, 1.5), "flip": True, "whole": True}),
+    (("--scales", "1.0", "--input-size", "33,41", "--overlap", "0.5"),
+     {"flip": True, "window": (33, 41), "overlap": 0.5})], ids=["plain", "scales", "windows"])
+def test_predictions_are_those_of_evaluate(snapshot, tmp_path, words, options):  # noqa: F811
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    evaluate.main(["--restore-from", str(snapshot), "--images", str(tmp_path / "a.png"), "--output-dir",
+                   str(tmp_path / "r"), "--gpu", "cpu", "--num-workers", "0", "--amp", "off", *words])
+    network = load(snapshot, **PLAIN, **options)
+    found = network.predict(tmp_path / "a.png")
+    written = {kind: np.asarray(Image.open(tmp_path / f"r/{kind}/a.png")) for kind in ("labelIds", "color")}
+    assert np.array_equal(found.ids, written["labelIds"]) and np.array_equal(found.colors, written["color"])
+    assert len(np.unique(found.ids)) > 1 and found.labels.shape == (40, 70) and found.labels.dtype == np.uint8
+    assert found.probabilities.shape == (19, 40, 70) and np.array_equal(found.probabilities.argmax(0), found.labels)
+    np.testing.assert_allclose(found.probabilities.sum(0), 1, rtol=1e-5)
+    classes = ClassTable.read()
+    assert found.names == network.names == classes.names
+    assert np.array_equal(network.palette[found.labels], found.colors) and network.palette.shape == (19, 3)
+    for same in (RGB, torch.from_numpy(RGB), Image.fromarray(RGB), str(tmp_path / "a.png")):
+        assert np.array_equal(network.predict(same).labels, found.labels)
+
+
+def pil(mode):
+    return Image.fromarray(RGB).convert(mode)
+
+
+TAKEN = {"RGB": (RGB, RGB), "grey": (GREY, np.stack([GREY] * 3, 2)), "one channel": (RGB[..., :1], RGB[..., [0] * 3]),
+         "RGBA": (np.dstack([RGB, GREY]), RGB), "not contiguous": (RGB[::-1, ::-1], RGB[::-1, ::-1]),
+         **{f"PIL {mode}": (pil(mode), np.asarray(pil(mode).convert("RGB"))) for mode in (
+             "RGB", "L", "P", "LA", "RGBA", "CMYK", "1", "YCbCr", "HSV")},
+         "PIL I;16": (Image.fromarray(GREY.astype(np.uint16) * 257), np.stack([GREY] * 3, 2))}
+REFUSED = {"0 to 1": (RGB / 255, r"float64 \(40, 70, 3\); of values from 0 to 1, take 255 times"),
+           "16 bits": (RGB.astype(np.uint16), "found uint16"), "int64": (RGB.astype(int), "found int64"),
+           "channels first": (RGB.transpose(2, 0, 1), r"\(3, 40, 70\); channels come last: image.transpose\(1, 2, 0\)"),
+           "tensor, channels first": (torch.from_numpy(RGB).permute(2, 0, 1), r"image.permute\(1, 2, 0\)"),
+           "several": (RGB[None], "one image at a time"), "bool": (RGB > 9, "found bool"),
+           "none": (None, "found NoneType"), "two channels": (RGB[..., :2], r"found uint8 \(40, 70, 2\)"),
+           "empty": (RGB[:0], r"found uint8 \(0, 70, 3\)"), "a row": (RGB[0, :, 0], r"found uint8 \(70,\)"),
+           "PIL F": (pil("F"), "found one of floating-point numbers"), "a list": ([1], "found list"),
+           "bf16": (torch.ones(3, 3).bfloat16(), "found bfloat16")}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_images_that_are_taken(kind):
+    image, expected = TAKEN[kind]
+    assert np.array_equal(pixels_of(image), expected)
+    if isinstance(image, np.ndarray):
+        assert torch.equal(pixels_of(torch.from_numpy(image.copy())), torch.from_numpy(expected.copy()))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_images_that_are_refused(kind):
+    image, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message) as caught:
+        pixels_of(image)
+    assert "expected" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_and_turned_images(snapshot, tmp_path):  # noqa: F811
+    """A file is turned upright, as in evaluate.py; labels of a PIL image lie on its pixels."""
+    network = load(snapshot, **PLAIN, whole=True)
+    read_only = RGB.copy()
+    read_only.setflags(write=False)
+    labels = network.predict(read_only).labels
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
+    image = Image.open(tmp_path / "a.png")
+    assert np.array_equal(network.predict(image).labels, labels)
+    turned = network.predict(tmp_path / "a.png").labels
+    assert turned.shape == (70, 40) and np.array_equal(turned, network.predict(ImageOps.exif_transpose(image)).labels)
+
+
+def test_what_cannot_be_loaded_or_read(snapshot, tmp_path):  # noqa: F811
+    for name, value in {"amp": "fp8", "device": "gpu", "scales": (), "overlap": 1, "window": (0, 9)}.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, found"):
+            load(snapshot, **{**PLAIN, name: value})
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="expected"):
+            load(snapshot, device="cuda:1")
+    with pytest.raises(UserError, match="nowhere.pth: expected a file of weights, found no such file"):
+        load(tmp_path / "nowhere.pth")
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(UserError, match="a.png: expected an image, found a file that is none"):
+        load(snapshot, **PLAIN).predict(tmp_path / "a.png")
+
+
+def test_the_moving_average_is_what_predicts(tmp_path, capsys):
+    content = snapshot_content()
+    content["config"]["arguments"]["ema"] = 0.9
+    content["average"] = {name: tensor * 0.5 if tensor.is_floating_point() else tensor
+                          for name, tensor in content["model"].items()}
+    checkpoint.save(tmp_path / "CS_scenes_7.pth", content)
+    averaged, raw = (load(tmp_path / "CS_scenes_7.pth", **PLAIN, raw_weights=raw).predict(RGB).probabilities
+                     for raw in (False, True))
+    assert not np.allclose(averaged, raw)
+    shown = capsys.readouterr().out
+    assert "the moving average of the weights" in shown and "the weights of the last step" in shown

@@ -13,9 +13,9 @@ from .cli import UserError
 from .inference import grid_of, round_size
 
 OPSET = 18
-# For the largest difference of logits, as a share of the largest of them: fp16 has eleven bits, and a hundred layers
-# use some of them up.
-TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}
+# For the largest difference of logits, as a share of the largest of them. What goes wrong shows in all of it; fp16
+# keeps eleven bits, and the worst of a million pixels after a hundred layers has few of them left.
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.25}
 
 
 class ImagesToLogits(nn.Module):
@@ -60,7 +60,7 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
         network: in evaluation mode, with norms folded; on the CPU.
         size: (height, width) of the images, one at a time; None for any, and any number of them.
         precision: `fp32`, or `fp16` for weights and arithmetic; images and logits are float32 in any case.
-        traced: to ONNX by the older exporter (`versions.onnx_program`).
+        traced: to ONNX by the older exporter (`versions.onnx_program`), and to .pt2 of a fixed size alone.
 
     Returns:
         (names of the outputs, what the comparison with the network found). Raises `UserError` without the packages it
@@ -75,6 +75,9 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
     names = head_names(network(_small_image(network)))
     if path.suffix == ".onnx":
         content, reopen = _onnx(path, model, example, names, axes, traced), _open_onnx
+    elif traced and size is None:
+        raise UserError(f"--export {path}: expected --export-size with this backbone, as torch.export takes minutes to "
+                        "find that it cannot leave the size open, found no such flag")
     else:
         content, reopen = _pt2(path, model, example, axes), _open_pt2
     checked = checkpoint.write_checked(path, content, lambda written: compare(
@@ -108,7 +111,7 @@ def compare(path, reopen, reference, examples, precision):
             largest = max(largest, (ours - theirs).abs().nan_to_num(torch.inf).max().item())
             scale = max(scale, ours.abs().max().item())
     if largest > TOLERANCE[precision] * scale:
-        raise UserError(f"--export {path}: expected logits within {TOLERANCE[precision]:.1%} of the largest of "
+        raise UserError(f"--export {path}: expected logits within {TOLERANCE[precision]:g} of the largest of "
                         f"PyTorch's, {scale:.3g}, found a difference of {largest:.3g}")
     return f"checked against PyTorch: largest difference {largest:.2g}, of logits up to {scale:.3g}"
 

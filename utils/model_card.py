@@ -53,7 +53,8 @@ def write_weights(path, found, *, raw, precision, scores, check):
     checkpoint.write_json(path.with_name(CONFIG), {
         "written_by": MARK, "step": found.step, "weights": kind, "precision": precision,
         **{name: plain[name] for name in ("network", "normalization", "input_size", "classes")}})
-    text = card(path.name, found.config, f"{kind} of step {found.step}, {precision}", scores)
+    which = f"{'moving average at' if kind == AVERAGE else 'those of'} step {found.step}, {precision}"
+    text = card(path.name, found.config, which, scores)
     checkpoint.write_atomically(path.with_name(CARD), lambda file: file.write(text.encode()))
     return checked
 

@@ -67,6 +67,8 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
         needs, and where the file computes something else.
     """
     reference = model = ImagesToLogits(network, normalization).eval()
+    if path.suffix == ".pt2":
+        _check_program(path, size, traced)
     if precision == "fp16":
         model = ImagesToLogits(in_half_precision(network), normalization, torch.float16).eval()
     example = example_images(size)
@@ -75,9 +77,6 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
     names = head_names(network(_small_image(network)))
     if path.suffix == ".onnx":
         content, reopen = _onnx(path, model, example, names, axes, traced), _open_onnx
-    elif traced and size is None:
-        raise UserError(f"--export {path}: expected --export-size with this backbone, as torch.export takes minutes to "
-                        "find that it cannot leave the size open, found no such flag")
     else:
         content, reopen = _pt2(path, model, example, axes), _open_pt2
     checked = checkpoint.write_checked(path, content, lambda written: compare(
@@ -122,7 +121,7 @@ def first_words(error):
 
 def in_half_precision(network):
     """A copy of a network for float16 input. What raises its input to float32 by itself, such as the class centers,
-    keeps weights of float32: the dtype that arrives there tells."""
+    keeps weights of float32: the dtype that arrives there tells. Raises `UserError` where a layer cannot."""
     half = copy.deepcopy(network).half()
 
     def keep(module, arguments, whole):
@@ -132,7 +131,11 @@ def in_half_precision(network):
 
     hooks = [module.register_forward_pre_hook(functools.partial(keep, whole=network.get_submodule(name)))
              for name, module in half.named_modules()]
-    half(_small_image(network).half())
+    try:
+        half(_small_image(network).half())
+    except RuntimeError as error:
+        raise UserError(f"--export-precision fp16: expected a network that PyTorch {torch.__version__} computes in "
+                        f"float16 on a CPU, found: {first_words(error)}") from None
     for hook in hooks:
         hook.remove()
     return half
@@ -159,6 +162,15 @@ def _open_onnx(written):
         return "expected the package onnxruntime, found none"
     session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
+
+
+def _check_program(path, size, traced):
+    if versions.torch_version() < versions.EXPORT:
+        raise UserError(f"--export {path}: expected PyTorch {'.'.join(map(str, versions.EXPORT))} or newer for .pt2, "
+                        f"found {torch.__version__}")
+    if traced and size is None:
+        raise UserError(f"--export {path}: expected --export-size with this backbone, as torch.export takes minutes to "
+                        "find that it cannot leave the size open, found no such flag")
 
 
 def _pt2(path, model, example, axes):

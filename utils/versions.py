@@ -18,6 +18,10 @@ WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE
 COMPILER = (2, 9)
 
 
+# From which version on .pt2 is tested. In 2.4 torch.export takes none of our networks.
+EXPORT = (2, 9)
+
+
 def total_norm(tensors):
     """Euclidean norm of all values of some tensors on one device: scalar tensor."""
     if hasattr(torch.nn.utils, "get_total_norm"):       # 2.6
@@ -72,6 +76,7 @@ def onnx_program(model, example, inputs, outputs, axes, opset, traced=False):
         warnings.simplefilter("ignore", torch.jit.TracerWarning)    # of constants that are constant
         warnings.simplefilter("ignore", DeprecationWarning)         # of the older exporter itself
         torch.onnx.register_custom_op_symbolic("aten::_upsample_bicubic2d_aa", _resize_bicubic, opset)
+        torch.onnx.register_custom_op_symbolic("aten::addcmul", _addcmul, opset)
         torch.onnx.export(model, (example,), file, dynamic_axes=dict.fromkeys((*inputs, *outputs), free), **names,
                           **older)
     return file.getvalue()
@@ -87,10 +92,16 @@ def _resize_bicubic(graph, image, size, align_corners, *scales):
                     exclude_outside_i=1, coordinate_transformation_mode_s="half_pixel")
 
 
+def _addcmul(graph, total, one, other, value):
+    """total + value · one · other in their dtype, which the older exporter would raise to float32 from here on."""
+    product = graph.op("Mul", graph.op("Mul", one, other), graph.op("CastLike", value, one))
+    return graph.op("Add", total, product).setType(total.type())
+
+
 def exported_program(model, example, axes):
     """A model as the bytes of a file of `torch.export.save`; arguments as in `onnx_program`.
 
-    Raises errors of many kinds; before 2.9, where any size is asked for, in any case.
+    Raises errors of many kinds.
     """
     file, as_given = io.BytesIO(), contextlib.nullcontext()
     if axes:        # as the exporter to ONNX does it: that the example's size fits must not become a condition

@@ -22,8 +22,7 @@ What the Cityscapes server takes:
 For other runtimes:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export acfnet.onnx
-    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export fixed.onnx --export-size 1024,2048 \
-        --export-precision fp16
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export fixed.onnx --export-size 1024,2048
 
 From Python: networks/predictor.py
 """

@@ -221,6 +221,7 @@ def scores_by_time(path, rows):
                           [100 * (row["mean_iou_95"] or 0) for row in some], fmt=marker, color=color, label=label,
                           ecolor=f"{color}80", elinewidth=1.2, capsize=3, markersize=6)
     axes.margins(0.12)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     axes.set_xlabel("evaluation of an image, ms")
     axes.set_ylabel("mean IoU, %")
     axes.grid(alpha=0.25)

@@ -53,10 +53,9 @@ BASE = "deeplabv3"      # what others are compared with, if it is there
 T_95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
                        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052,
                        2.048, 2.045), start=2))
-# Flags of train.py that this command sets itself → what says it here.
-SET = {"data_dir": "the first word", "model": "--models", "acf": "--models NAME+acf", "random_seed": "--seeds",
-       "num_steps": "--steps", "snapshot_dir": "--output-dir", "resume": "nothing: every run goes on where it was",
-       "gpu": "--gpu"}
+# Flags of train.py that this command sets itself, and by what.
+SET = {"data_dir": "by its first word", "model": "by --models", "acf": "by --models NAME+acf", "gpu": "by --gpu",
+       "random_seed": "by --seeds", "num_steps": "by --steps", "snapshot_dir": "by --output-dir", "resume": "always"}
 # Flags that may change before the same command goes on: they say how, not what.
 FREE = {*SET, "num_workers", "cache", "parallel", "val_every", "save_pred_every", "keep", "log_every", "panel_every"}
 LARGEST_CROP = 257      # pixels a side, for counting kept bytes
@@ -162,44 +161,45 @@ def run_all(comparison, gpus, every=60.0):
     to stop is passed on to those at work, and raises `cli.Interrupted` when they have saved.
     """
     waiting = deque((variant, seed) for seed in range(comparison.seeds) for variant in comparison.variants)
-    working, failed, told, said = {}, [], False, time.monotonic()
+    failed, working, told, said = [], [], False, time.monotonic()
     with cli.StopRequest() as stop:
+        workers = [work(comparison, waiting, gpu, stop, failed) for gpu in gpus]
         try:
-            while working or (waiting and not stop.asked):
-                for place, gpu in enumerate(gpus):
-                    run, process = working.get(place, (None, None))
-                    if process is not None and process.poll() is None:
-                        continue
-                    working.pop(place, None)
-                    if process is not None and process.returncode and not stop.asked:
-                        failed.append(process.returncode)
-                        say(run, last_words(comparison.run_folder(*run), process.returncode), file=sys.stderr)
-                        run = None
-                    elif process is not None and (result := comparison.result(*run)):
-                        say(run, f"mIoU {100 * result['mean_iou']:.2f} %")
-                    command = comparison.command(*run, gpu) if run else None
-                    while command is None and waiting and not stop.asked:
-                        run = waiting.popleft()
-                        command = comparison.command(*run, gpu)
-                    if command is not None and not stop.asked:
-                        say(run, f"{comparison.stage(*run)}, on {gpu}")
-                        working[place] = run, start(command, comparison.run_folder(*run))
+            while working := [pair for worker in workers if (pair := next(worker, None))]:
                 if stop.asked and not told:
                     told = True
-                    for _, process in working.values():
+                    for _, process in working:
                         process.send_signal(stop.number)
                 if time.monotonic() - said > every:
                     said = time.monotonic()
-                    for run, _ in working.values():
+                    for run, _ in working:
                         say(run, comparison.stage(*run))
                 time.sleep(0.1)
         finally:        # asked twice, or an error here
-            for _, process in working.values():
+            for _, process in working:
                 process.kill()
                 process.wait()
     if stop.asked:
         raise cli.Interrupted(stop.number)
     return failed
+
+
+def work(comparison, waiting, gpu, stop, failed):
+    """What one device does: it takes run after run from a deque, trains and scores it. Yields (run, process) as long as
+    a process is at work; statuses of those that failed go to a list."""
+    while waiting and not stop.asked:
+        run = waiting.popleft()
+        while not stop.asked and (command := comparison.command(*run, gpu)):
+            say(run, f"{comparison.stage(*run)}, on {gpu}")
+            process = start(command, comparison.run_folder(*run))
+            while process.poll() is None:
+                yield run, process
+            if process.returncode and not stop.asked:
+                failed.append(process.returncode)
+                say(run, last_words(comparison.run_folder(*run), process.returncode), file=sys.stderr)
+                break
+            if result := comparison.result(*run):
+                say(run, f"mIoU {100 * result['mean_iou']:.2f} %")
 
 
 def start(command, folder):
@@ -435,18 +435,18 @@ def get_parser():
 
 
 def for_all(data, words, steps, gpus=1):
-    """Words of train.py for every run of so many steps, of which `gpus` share the machine's cores. Raises `UserError`
-    where one says what this command says itself."""
+    """Words of train.py for every run of so many steps; so many `gpus` share the machine's cores. Raises `UserError`
+    where one is of a flag that this command sets itself."""
     given = train.get_parser().parse_args(["--data-dir", data, *words],
                                           argparse.Namespace(**{name: None for name in SET}))
     for name in SET:
         if getattr(given, name) != (data if name == "data_dir" else None):
-            raise UserError(f"--{name.replace('_', '-')}: expected a flag that holds for all runs, found one that "
-                            f"differs from run to run, which {SET[name]} says")
-    # Steps are few in most comparisons, and the last snapshot of each run is enough.
-    quiet = ["--log-every", str(max(1, min(10, steps // 10))), "--keep", "1"]
+            raise UserError(f"--{name.replace('_', '-')}: expected a flag of train.py that holds for all runs, found "
+                            f"one that this command sets itself, {SET[name]}")
+    # Speed needs several lines, however few the steps; and the newest snapshot of each run is enough.
+    few = ["--log-every", str(max(1, min(10, steps // 10))), "--keep", "1"]
     cores = ["--num-workers", str(max(1, min(8, os.cpu_count() // gpus - 1)))] if gpus > 1 else []
-    return ("--data-dir", data, *quiet, *cores, *words)
+    return ("--data-dir", data, *few, *cores, *words)
 
 
 def main(argv=None):

@@ -11,6 +11,7 @@ import evaluate
 import train
 from dataset.labels import ClassTable
 from networks import build_network
+from networks.predictor import load_network
 from tests.benchmarks import altered, compare, contribution
 from tests.benchmarks import camvid as comparison
 from tests.conftest import randomise
@@ -51,7 +52,7 @@ def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch):
     results = [json.loads((tmp_path / f"r/acfnet_resnet{end}_seed0/result/result.json").read_text())
                for end in ("", "_no_term", "_true_centers")]
     assert all(0 < result["mean_iou"] < 1 and result["num_images"] == 2 for result in results)
-    network, _ = evaluate.load_network(tmp_path / "r/acfnet_resnet_no_term_seed0/CS_scenes_1.pth", torch.device("cpu"))
+    network, _ = load_network(tmp_path / "r/acfnet_resnet_no_term_seed0/CS_scenes_1.pth", torch.device("cpu"))
     assert not any(parameter.any() for parameter in network.head.acf.cab.parameters())
     capsys.readouterr()
     contribution.main([str(tmp_path), str(tmp_path / "r"), "--gpu", "cpu"])

@@ -7,13 +7,14 @@ true_centers    class centers come from the truth, as an upper bound; attention 
 """
 
 import sys
+from unittest.mock import patch
 
 import torch
 
 import evaluate
 import train
 from dataset.cityscapes import CityscapesDataset
-from networks import build_network
+from networks import build_network, predictor
 from networks.acf import ACFModule
 from networks.acfnet import SegmentationNet
 from utils import cli
@@ -103,26 +104,30 @@ class PredictorWithTruth(SlidingPredictor):
         return image
 
 
-def score_with_truth(predictor, items, num_classes, ignore_index, processes, seen):
+def score_with_truth(predicting, items, num_classes, ignore_index, processes, seen):
     """`score`, whose predictor sees the truth, and `seen` does not."""
-    return score(predictor, map(add_truth, items), num_classes, ignore_index, processes,
+    return score(predicting, map(add_truth, items), num_classes, ignore_index, processes,
                  lambda item, *found: seen(hide_truth(item), *found))
 
 
-def show_truth():
-    """Let train.py and evaluate.py hand the truth to their networks."""
-    train.CityscapesDataset, evaluate.SlidingPredictor, evaluate.score = WithTruth, PredictorWithTruth, score_with_truth
-    train.make_engine = lambda network, *, normalization, **rest: make_engine(
-        network, normalization=beside_truth(normalization), **rest)
-    train.draw_panel = lambda engine, normalization, sample, *rest: draw_panel(
-        engine, normalization, hide_truth(sample), *rest)
+def engine_with_truth(network, *, normalization, **rest):
+    return make_engine(network, normalization=beside_truth(normalization), **rest)
+
+
+def panel_without_truth(engine, normalization, sample, *rest):
+    return draw_panel(engine, normalization, hide_truth(sample), *rest)
 
 
 def main(argv):
     how, script, *words = argv
-    train.build_network = evaluate.build_network = {"no_term": without_term, "true_centers": with_true_centers}[how]
+    # `patch` raises AttributeError for a name that is no longer there, where plain assignment would alter nothing.
+    for module in (train, predictor):
+        patch.object(module, "build_network", {"no_term": without_term, "true_centers": with_true_centers}[how]).start()
     if how == "true_centers":
-        show_truth()
+        patch.multiple(train, CityscapesDataset=WithTruth, make_engine=engine_with_truth,
+                       draw_panel=panel_without_truth).start()
+        patch.object(predictor, "SlidingPredictor", PredictorWithTruth).start()
+        patch.object(evaluate, "score", score_with_truth).start()
     {"train": train, "evaluate": evaluate}[script].main(words)
 
 

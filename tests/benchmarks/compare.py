@@ -37,6 +37,7 @@ import train
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
 from networks import MODELS, build_network, meta_network
+from networks.predictor import load_network
 from tests.benchmarks.macs import count
 from tests.benchmarks.memory import NoConvolutions
 from utils import checkpoint, cli, visualize
@@ -257,7 +258,7 @@ def cost(comparison, path, image, device):
     exact_float32(amp, device)
     protocol = evaluate.Protocol(scoring.input_size, scoring.whole, scoring.overlap, tuple(scoring.scales),
                                  scoring.flip, amp=amp, raw_weights=scoring.raw_weights)
-    network, config = evaluate.load_network(path, device, scoring.raw_weights)
+    network, config = load_network(path, device, scoring.raw_weights)
     predictor = protocol.predictor(network, config, device, 1)
     predictor.watch = None
     seconds = []

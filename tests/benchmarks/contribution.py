@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
-from evaluate import load_network
+from networks.predictor import load_network
 from tests.benchmarks.altered import true_logits
 from tests.benchmarks.compare import interval
 from utils import checkpoint, cli

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .convolution import convolution
+
 
 class ASPP(nn.Module):
     """A 1×1 and three dilated 3×3 convolutions side by side, joined by a 1×1. No image pooling.
@@ -15,13 +17,10 @@ class ASPP(nn.Module):
 
     def __init__(self, in_channels, out_channels, norm, rates=(12, 24, 36)):
         super().__init__()
-        self.branches = nn.ModuleList([nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                                                     norm(out_channels))])
-        for rate in rates:
-            conv = nn.Conv2d(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
-            self.branches.append(nn.Sequential(conv, norm(out_channels)))
-        self.project = nn.Sequential(
-            nn.Conv2d(out_channels * len(self.branches), out_channels, 1, bias=False), norm(out_channels))
+        self.branches = nn.ModuleList([
+            convolution(in_channels, out_channels, norm, size=1),
+            *(convolution(in_channels, out_channels, norm, dilation=rate) for rate in rates)])
+        self.project = convolution(out_channels * len(self.branches), out_channels, norm, size=1)
 
     def forward(self, x):
         """x (B, in_channels, H, W) → (B, out_channels, H, W)."""

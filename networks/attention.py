@@ -1,6 +1,24 @@
 """Attention over the positions of a map, without a map of all pairs."""
 
+import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+class SelfAttention(nn.Module):
+    """What makes queries, keys and values of a map, and the weight of what is attended.
+
+    Args:
+        channels: of the input, the values and the output.
+        key_channels: of queries and keys.
+    """
+
+    def __init__(self, channels, key_channels):
+        super().__init__()
+        self.query = nn.Conv2d(channels, key_channels, 1)
+        self.key = nn.Conv2d(channels, key_channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(()))      # at the start the input goes through as it is
 
 
 def attend(queries, keys, values, scale=1.0):

@@ -1,12 +1,13 @@
-"""What every head begins with: a 3×3 convolution, a norm and an activation."""
+"""What heads and contexts are made of: a convolution, a norm and an activation."""
 
 from torch import nn
 
 
-def convolution(in_channels, channels, norm, size=3):
+def convolution(in_channels, channels, norm, size=3, dilation=1):
     """size×size convolution with norm and activation: (B, in_channels, h, w) → (B, channels, h, w).
 
     With one classifier after it, the head of a fully convolutional network (Long, Shelhamer, Darrell, CVPR 2015) as it
     is compared with today. `norm(channels)` makes a norm with the network's activation.
     """
-    return nn.Sequential(nn.Conv2d(in_channels, channels, size, padding=size // 2, bias=False), norm(channels))
+    return nn.Sequential(nn.Conv2d(in_channels, channels, size, padding=size // 2 * dilation, dilation=dilation,
+                                   bias=False), norm(channels))

@@ -5,26 +5,16 @@ from torch import nn
 
 from utils.precision import at_least_float32, without_autocast
 
+from .attention import SelfAttention
 from .convolution import convolution
 
 
-class CrissCrossAttention(nn.Module):
+class CrissCrossAttention(SelfAttention):
     """Every pixel attends to the pixels of its column and its row (section 3.2).
 
     One softmax over these H + W - 1 pixels, itself among them once; products are not scaled. Computes in float32 at
     least: products of vectors that nothing bounds.
-
-    Args:
-        channels: of the input, the values and the output.
-        key_channels: of queries and keys.
     """
-
-    def __init__(self, channels, key_channels):
-        super().__init__()
-        self.query = nn.Conv2d(channels, key_channels, 1)
-        self.key = nn.Conv2d(channels, key_channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))      # at the start the input goes through as it is
 
     def forward(self, x):
         """x (B, C, H, W) → gamma · attention + x."""

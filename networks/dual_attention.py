@@ -6,24 +6,12 @@ from torch import nn
 from utils.precision import at_least_float32, without_autocast
 
 from .acf import DROPOUT, classifier
-from .attention import attend
+from .attention import SelfAttention, attend
 from .convolution import convolution
 
 
-class PositionAttention(nn.Module):
-    """Every pixel attends to all pixels (section 3.2, equations 1 and 2); products are not scaled.
-
-    Args:
-        channels: of the input, the values and the output.
-        key_channels: of queries and keys.
-    """
-
-    def __init__(self, channels, key_channels):
-        super().__init__()
-        self.query = nn.Conv2d(channels, key_channels, 1)
-        self.key = nn.Conv2d(channels, key_channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))      # α in the paper; at the start the input goes through as it is
+class PositionAttention(SelfAttention):
+    """Every pixel attends to all pixels (section 3.2, equations 1 and 2); products are not scaled. gamma is α there."""
 
     def forward(self, x):
         """x (B, C, H, W) → gamma · attention + x."""

@@ -74,10 +74,8 @@ class PyramidObjectContext(nn.Module):
         context = nn.Sequential(convolution(channels, width, norm),
                                 ObjectContext(width, width // 2, width, norm, pooling=2),
                                 convolution(width, width, norm, size=1))
-        self.branches = nn.ModuleList([context, convolution(channels, width, norm, size=1)])
-        for rate in rates:
-            conv = nn.Conv2d(channels, width, 3, padding=rate, dilation=rate, bias=False)
-            self.branches.append(nn.Sequential(conv, norm(width)))
+        self.branches = nn.ModuleList([context, convolution(channels, width, norm, size=1),
+                                       *(convolution(channels, width, norm, dilation=rate) for rate in rates)])
         self.join = convolution(len(self.branches) * width, channels, norm, size=1)
 
     def forward(self, x):

@@ -46,6 +46,7 @@ from dataset.labels import IGNORE_INDEX, ClassTable
 from networks.exporting import export_snapshot
 from networks.predictor import AMP, load_network, sliding_predictor
 from utils import checkpoint, cli, memory, visualize
+from utils.boundaries import BoundaryF
 from utils.calibration import BINS, Calibration
 from utils.cli import UserError
 from utils.distributed import (
@@ -64,7 +65,7 @@ from utils.inference import score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.precision import best_precision, exact_float32
-from utils.report import WorstImages, score_columns, write_report
+from utils.report import WorstImages, boundary_columns, score_columns, write_report
 from utils.results import ResultsFolder
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -117,6 +118,8 @@ def get_parser():
 
     protocol.add_argument("--raw-weights", action="store_true", help="the weights of the last step, also of a run with "
                           "--ema, whose moving average is scored otherwise")
+    protocol.add_argument("--boundary", type=cli.positive(float, 1000), metavar="PIXELS", help="also score how well "
+                          "outlines are met: boundary F-score of each class, with so many pixels of tolerance (off)")
 
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
@@ -180,17 +183,20 @@ def load_items(dataset, workers, processes, what):
     return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
 
 
-def evaluate(predictor, dataset, pictures, workers, processes=None):
+def evaluate(predictor, dataset, pictures, workers, processes=None, tolerance=None):
     """Run over a data set once, this process over its share.
 
-    Returns {protocol: {head: ConfusionMatrix}}, {head: `Calibration`} of the richest protocol, `WorstImages` and
-    `InstanceIoU` of all processes; the latter is None without instances.
+    tolerance: of boundaries, in pixels, or None.
+
+    Returns {protocol: {head: ConfusionMatrix}}, {head: `Calibration`} of the richest protocol, `WorstImages`,
+    `InstanceIoU` and `BoundaryF` of all processes; the last two are None without instances and without tolerance.
     """
     classes = dataset.classes
     worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
     sizes = classes.instance_sizes
     instances = InstanceIoU(sizes, classes.train_ids, classes.categories, classes.whole_categories)
     calibration = defaultdict(lambda: Calibration(IGNORE_INDEX))
+    boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
 
     def seen(item, heads, labels, counts, truth):
         confidence = {head: probabilities.amax(0) for head, probabilities in heads.items()}
@@ -201,6 +207,9 @@ def evaluate(predictor, dataset, pictures, workers, processes=None):
         worst.add(item["name"], image.numpy(), item["label"].numpy(), labels, counts, heads.get("coarse"))
         if "instances" in item:
             instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
+        if boundaries:
+            boundaries.update(item["name"], item["label"].numpy(),
+                              {head: values.numpy() for head, values in labels.items()})
 
     matrices = score(predictor, load_items(dataset, workers, processes, "evaluating"), classes.num_classes,
                      IGNORE_INDEX, processes, seen)
@@ -208,21 +217,27 @@ def evaluate(predictor, dataset, pictures, workers, processes=None):
         worst.merge(processes.gather_objects(worst.kept))
         for terms in processes.gather_objects(instances.terms):
             instances.terms |= terms
+        if boundaries:
+            for terms in processes.gather_objects(boundaries.terms):
+                boundaries.terms |= terms
         parts = processes.gather_objects(dict(calibration))
         calibration.clear()
         for head, one in itertools.chain.from_iterable(part.items() for part in parts):
             calibration[head].add(one)
     counted = len(instances.terms) == len(dataset) and not classes.train_ids.keys().isdisjoint(sizes)
-    return matrices, calibration, worst, instances if counted else None
+    return matrices, calibration, worst, instances if counted else None, boundaries
 
 
-def summarise(matrices, calibration, instances, classes, checkpoint_path, num_images, protocol):
+def summarise(matrices, calibration, instances, boundaries, classes, checkpoint_path, num_images, protocol):
     """What `result.json` holds. The headline is the fine head's, of the richest protocol that was run."""
     scores = {name: {head: matrix.scores(classes.names, classes.categories) for head, matrix in heads.items()}
               for name, heads in matrices.items()}
     *_, richest = scores
     if instances is not None:
         scores[richest]["fine"] |= instances.scores(matrices[richest]["fine"], classes.names)
+    if boundaries is not None:
+        for head, found in boundaries.scores(classes.names).items():
+            scores[richest][head] |= found
     headline = scores[richest]
     return {
         "mean_iou": headline["fine"]["mean_iou"],
@@ -238,12 +253,14 @@ def table(result):
     columns = score_columns(result)
     first = next(iter(columns.values()))
     wide = max(map(len, [*first["class_iou"], "mean IoU (categories)"]))
-    lines = [" " * wide + "".join(f"{name:>15}" for name in columns)]
+    lines = []
 
-    def add(label, values):
-        shown = ("not in data" if value is None else f"{100 * value:.2f}" for value in values)
+    def add(label, values, missing="not in data"):
+        shown = (missing if value is None else value if isinstance(value, str) else f"{100 * value:.2f}"
+                 for value in values)
         lines.append(f"{label:<{wide}}" + "".join(f"{text:>15}" for text in shown))
 
+    add("", columns)
     for name in first["class_iou"]:
         add(name, [scores["class_iou"][name] for scores in columns.values()])
     lines.append("-" * len(lines[0]))
@@ -260,6 +277,14 @@ def table(result):
     lines.append("expected calibration error, " + ", ".join(
         f"{head} {100 * found['expected_calibration_error']:.2f} %" for head, found in result["calibration"].items())
         + f" ({richest.split()[0]}-scale, {BINS} bins)")
+    bounded = boundary_columns(result)
+    if bounded:
+        lines.append("")
+        add(f"boundary F, {result['protocol']['boundary']:g} px, %", bounded)
+        for name in first["class_iou"]:
+            add(name, [scores["class_boundary_f"][name] for scores in bounded.values()], "no boundary")
+        lines.append("-" * len(lines[-1]))
+        add("mean", [scores["mean_boundary_f"] for scores in bounded.values()], "no boundary")
     return "\n".join(lines)
 
 
@@ -306,6 +331,8 @@ def check(args):
     tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
     if len(tasks) > 1:
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
+    if tasks and args.boundary:
+        raise UserError(f"--boundary: expected a data set to score, which has truth, found {tasks[0]}")
     if tasks and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one snapshot with {tasks[0]}, found {len(args.restore_from)}")
     names, most = Counter(Path(name).stem for name in args.restore_from).most_common(1)[0]
@@ -328,6 +355,7 @@ class Protocol:
         overlap, scales, flip, batch_size: as in `SlidingPredictor`.
         amp: one of `AMP`.
         raw_weights: as in `load_network`.
+        boundary: tolerance in pixels with which boundaries are scored, or None.
     """
 
     window: tuple | None = None
@@ -338,6 +366,7 @@ class Protocol:
     batch_size: int = 4
     amp: str = "off"
     raw_weights: bool = False
+    boundary: float | None = None
 
     def predictor(self, network, config, device, images):
         """The `SlidingPredictor` of a snapshot's network, which tells how the first of so many images gets on."""
@@ -351,7 +380,8 @@ class Protocol:
         return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
                 "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
                 "average": "probabilities"} | (
-                    {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {})
+                    {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {}) | (
+                    {"boundary": self.boundary} if self.boundary else {})
 
     def too_little_memory(self, found):
         """The `UserError`; found: the error's first words."""
@@ -384,7 +414,7 @@ def main(argv=None):
     check(args)
     paths = [Path(name) for name in args.restore_from]
     protocol = Protocol(args.input_size, args.whole, args.overlap, tuple(args.scales), args.flip, args.batch_size,
-                        args.amp or "off", args.raw_weights)
+                        args.amp or "off", args.raw_weights, args.boundary)
     if args.export:
         print(memory.explained(lambda: export_snapshot(
             paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
@@ -454,7 +484,8 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
     print(f"{path}; {dataset.describe()}")
     predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
-        matrices, calibration, worst, instances = evaluate(predictor, dataset, pictures, machine.workers, processes)
+        matrices, calibration, worst, instances, boundaries = evaluate(
+            predictor, dataset, pictures, machine.workers, processes, protocol.boundary)
     if processes is not None:
         processes.barrier()        # nothing is said of pictures that another could not write
     headline = list(matrices.values())[-1]
@@ -463,7 +494,7 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
                         "Cityscapes server are made by --submission FOLDER")
     if rank_and_size(processes)[0]:
         return None
-    result = summarise(matrices, calibration, instances, classes, path, len(dataset),
+    result = summarise(matrices, calibration, instances, boundaries, classes, path, len(dataset),
                        protocol.as_json(predictor.window, dataset.split, config))
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
     matrix = np.asarray(headline["fine"].matrix)

@@ -28,8 +28,8 @@ parallel power pretrained random-mirror random-scale random-seed recompute resto
 snapshot-dir split
 stem val-every val-list val-split warmup-steps weight-decay
 """
-EVALUATE = """amp batch-size classes data-dir data-list export export-precision export-size flip gpu help images
-input-size no-flip num-workers output-dir overlap overwrite raw-weights restore-from save scales split submission
+EVALUATE = """amp batch-size boundary classes data-dir data-list export export-precision export-size flip gpu help
+images input-size no-flip num-workers output-dir overlap overwrite raw-weights restore-from save scales split submission
 whole"""
 
 
@@ -148,6 +148,9 @@ def test_no_path_may_be_empty(script, capsys):
 @pytest.mark.parametrize("words, message", [
     (["--scales", "1e9"], "above 0 and at most 100"), (["--input-size", "1e9"], "expected HEIGHT,WIDTH"),
     (["--batch-size", "1000000"], "at most 65536"), (["--num-workers", "100000"], "at most 1024"),
+    (["--boundary", "0"], "a number above 0"), (["--boundary", "-3"], "a number above 0"),
+    (["--boundary", "nan"], "a number above 0"), (["--boundary", "1e9"], "at most 1000"),
+    (["--boundary", "three"], "expected a number, found 'three'"),
     *((["--split", name], "expected the name of a split") for name in NO_SPLITS),
 ])
 def test_bad_values_of_evaluation(words, message, capsys):

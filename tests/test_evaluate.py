@@ -285,6 +285,7 @@ def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys)
     (["--restore-from", "a.pth", "b.pth", "--images", "x"], "expected one snapshot with --images, found 2"),
     (["--images", "nowhere/*.jpg"], r"--images nowhere/\*.jpg: expected an image, a folder or a pattern"),
     (["--images", "x", "--submission", "y"], "expected one task at a time, found --images and --submission"),
+    (["--images", "x", "--boundary", "3"], "--boundary: expected a data set to score, which has truth, found --images"),
     (["--submission", "y", "--data-list", "z"], "expected a Cityscapes folder"),
     (["--classes", "CAMVID"], "expected the 19 classes of .*, found 2"),
     (["--restore-from", "none.pth"], "none.pth: expected a file of weights, found no such file"),
@@ -318,7 +319,7 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
     label = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine_labelIds.png")
     (tmp_path / "one.lst").write_text(f"{image} {label}\n")
     for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
-        words = ["--scales", "1.0", "--no-flip", "--save", "labels", *map(str, words)]
+        words = ["--scales", "1.0", "--no-flip", "--save", "labels", "--boundary", "2", *map(str, words)]
         alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
         status, out, error = finish(start(
             "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",

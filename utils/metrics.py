@@ -169,8 +169,8 @@ class InstanceIoU:
         category_iiou = {
             name: _ratio(group_hit[name], int(counts[~inside][:, inside].sum()), group_missed[name])
             if name in self.whole_categories else None for name, inside in member.items()}
-        return {"class_iiou": class_iiou, "mean_iiou": _mean_of_scores(class_iiou),
-                "category_iiou": category_iiou, "mean_category_iiou": _mean_of_scores(category_iiou)}
+        return {"class_iiou": class_iiou, "mean_iiou": mean_of_scores(class_iiou.values()),
+                "category_iiou": category_iiou, "mean_category_iiou": mean_of_scores(category_iiou.values())}
 
 
 def _ratio(true, false_positive, false_negative):
@@ -178,8 +178,9 @@ def _ratio(true, false_positive, false_negative):
     return true / total if total else None
 
 
-def _mean_of_scores(scores):
-    return none_if_nan(mean_of_known([value for value in scores.values() if value is not None]))
+def mean_of_scores(values):
+    """Mean of the values that are not None; None without any."""
+    return none_if_nan(mean_of_known([value for value in values if value is not None]))
 
 
 def mean_of_known(values):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from . import checkpoint
-from .metrics import none_if_nan
+from .metrics import mean_of_scores, none_if_nan
 from .visualize import difference, error_map, reliability_chart
 
 OVERALL = 10        # images shown of the whole data set
@@ -43,7 +43,7 @@ class WorstImages:
         class_iou = {head: [none_if_nan(iou) for iou in matrix.class_iou().tolist()]
                      for head, matrix in counts.items()}
         entry = {"name": name, "class_iou": class_iou,
-                 "mean_iou": {head: _mean(values) for head, values in class_iou.items()},
+                 "mean_iou": {head: mean_of_scores(values) for head, values in class_iou.items()},
                  "true_classes": np.setdiff1d(truth, [self.ignore_index]).tolist()}
         self.kept[name] = entry
         if name in self._prune():
@@ -107,11 +107,14 @@ def write_report(path, result, matrix, classes, palette, entries):
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    columns = dict(reversed(score_columns(result).items()))       # the headline first: phones are narrow
+    columns, bounded = (dict(reversed(some(result).items()))        # the headline first: phones are narrow
+                        for some in (score_columns, boundary_columns))
     page = template.render(
         result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,
         colors=["#{:02x}{:02x}{:02x}".format(*color) for color in np.asarray(palette).tolist()],
         rows=[(name, [column["class_iou"][name] for column in columns.values()]) for name in classes],
+        bounded=bounded,
+        boundary_rows=[(name, [column["class_boundary_f"][name] for column in bounded.values()]) for name in classes],
         void=bool(matrix[:, -1].any()), reliability=_data_url("PNG", reliability_chart(result["calibration"])))
     checkpoint.write_atomically(path, lambda file: file.write(page.encode()))
 
@@ -128,14 +131,14 @@ def score_columns(result):
     return columns
 
 
+def boundary_columns(result):
+    """Those of `score_columns` that hold scores of boundaries."""
+    return {heading: scores for heading, scores in score_columns(result).items() if "mean_boundary_f" in scores}
+
+
 def _badness(entry):
     mean = entry["mean_iou"]["fine"]
     return (2.0 if mean is None else mean, entry["name"])
-
-
-def _mean(values):
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _encode(array, kind="PNG"):

@@ -1,19 +1,26 @@
-"""Every flag changes something: what a run is made of, or whether it is refused."""
+"""Every flag changes something: what a run is made of, what it writes, or whether it is refused."""
 
 import dataclasses
 import functools
+import hashlib
+import itertools
+import json
 
 import numpy as np
 import torch
 
+import evaluate
 import train
+from dataset.streets import write_dataset
 from libs import backend
-from utils import resume
+from tests.conftest import snapshot_content
+from utils import checkpoint, report, resume, visualize
 from utils.cli import UserError
+from utils.inference import SlidingPredictor
 from utils.logger import NoLog
 
 SKIPPED = (torch.Generator, type(None))
-# Flag → words that follow it. A tuple of two lists: the words before, with which alone it is compared, and its own.
+# Flag → words that follow it; or a pair: the words before, with which alone it is compared, and its own.
 TRAIN = {
     "acf": (["--model", "fcn"], ""), "ablations": "norms", "abn-backend": "torch",
     "accumulate": "2", "activation": (["--norm", "bn"], "relu"),
@@ -32,6 +39,28 @@ TRAIN = {
     "sampling": "class", "save-pred-every": "3", "snapshot-dir": "there",
     "split": "val", "stem": "32-32-64", "val-every": "2", "val-list": (["--val-every", "2"], "train.lst"),
     "val-split": (["--val-every", "2"], "train"), "warmup-steps": "2", "weight-decay": "0.1"}
+EVALUATE = {
+    "amp": "bf16", "batch-size": (["--input-size", "33,33"], "2"), "boundary": "3", "classes": "classes.csv",
+    "data-dir": "elsewhere", "data-list": "all.lst", "export": "network.onnx",
+    "export-precision": (["--export", "network.onnx"], "fp16"), "export-size": (["--export", "network.onnx"], "64,64"),
+    "flip": "", "gpu": "7", "help": "",
+    "images": "image.png", "input-size": "33,33", "no-flip": (["--flip"], ""), "num-workers": "1",
+    "output-dir": "there", "overlap": (["--input-size", "33,33"], "0.7"),
+    "overwrite": (["--output-dir", "earlier"], ""), "raw-weights": (["--restore-from", "averaged.pth"], ""),
+    "restore-from": "averaged.pth", "save": "color", "scales": "0.5", "split": "train", "submission": "upload",
+    "whole": ""}
+
+
+def without_effect(flags, base, outcome):
+    """The flags with which `outcome(words)` gives nothing else than without."""
+    known, unchanged = {}, []
+    for flag, words in flags.items():
+        before, own = words if isinstance(words, tuple) else ([], words)
+        if tuple(before) not in known:
+            known[tuple(before)] = outcome([*base, *before])
+        if outcome([*base, *before, f"--{flag}", *own.split()]) == known[tuple(before)]:
+            unchanged.append(flag)
+    return unchanged
 
 
 def walk(value, seen, path=""):
@@ -103,14 +132,86 @@ def test_every_flag_of_training_changes_something(streets, tmp_path, monkeypatch
     base = ["--data-dir", str(streets), "--gpu", "cpu", "--num-steps", "8", "--model", "acfnet_resnet", "--backbone",
             "eca_resnet18", "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0", "--amp", "off",
             "--snapshot-dir", "run"]
-    known, unchanged = {}, []
-    for flag, words in TRAIN.items():
-        before, own = words if isinstance(words, tuple) else ([], words)
-        if tuple(before) not in known:
-            known[tuple(before)] = outcome([*base, *before], monkeypatch)
-        if outcome([*base, *before, f"--{flag}", *([own] if own else [])], monkeypatch) == known[tuple(before)]:
-            unchanged.append(flag)
-    assert unchanged == [], unchanged
+    assert without_effect(TRAIN, base, lambda words: outcome(words, monkeypatch)) == []
     known = {name.removeprefix("--") for action in train.get_parser()._actions for name in action.option_strings}
     elsewhere = {"opt-level", "parallel"}       # of apex and of several GPUs: tests of precision and of the launcher
     assert elsewhere.union(TRAIN, ("help", "-h")) == known
+
+
+def small_inputs(folder):
+    """What evaluation reads, in a folder: two streets, two snapshots of a network, a class table, a list."""
+    folder.mkdir()
+    write_dataset(folder / "data", train=1, val=1, size=(64, 128), workers=1)
+    images, labels = (sorted((folder / "data").glob(f"{name}/*/*/*{kind}.png"))
+                      for name, kind in (("leftImg8bit", ""), ("gtFine", "_labelIds")))
+    (folder / "image.png").write_bytes(images[0].read_bytes())
+    (folder / "all.lst").write_text("".join(f"{one} {other}\n" for one, other in zip(images, labels, strict=True)))
+    (folder / "classes.csv").write_text(open(evaluate.ClassTable.read().source).read().replace("bicycle", "pushbike"))
+    content = snapshot_content()
+    del content["optimizer"]
+    checkpoint.save(folder / "plain.pth", content)
+    content["config"]["arguments"]["ema"] = 0.9
+    checkpoint.save(folder / "averaged.pth", content | {"average": {        # which takes every class for another
+        name: tensor.flip(0) if name.startswith("head.fine") else tensor for name, tensor in content["model"].items()}})
+
+
+def written(folder):
+    """{name: content} of the files that a command wrote; scores without what only repeats its flags."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.suffix != ".html":
+            name = path.relative_to(folder).as_posix()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.name == "result.json":
+                content = json.loads(path.read_text())
+                found[name] = {key: content[key] for key in content if key not in ("checkpoint", "protocol")}
+    return found
+
+
+def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
+    """The files it writes, or what it asks of the network and of workers; each command in a folder of its own."""
+    small_inputs(tmp_path / "inputs")
+    asked, numbers, forward = [], itertools.count(), SlidingPredictor._forward
+
+    def noted(self, crops):
+        asked.append((tuple(crops.shape), self.autocast))
+        return forward(self, crops)
+
+    def loader(items, **options):
+        asked.append(options)
+        return items
+
+    def exported(path, target, **options):
+        target.write_text(f"{path} {options}")
+        return "exported"
+    monkeypatch.setattr(SlidingPredictor, "_forward", noted)
+    monkeypatch.setattr(evaluate, "export_snapshot", exported)
+    monkeypatch.setattr(evaluate, "DataLoader", loader)
+    for picture in ("confusion_picture", "iou_chart"):
+        monkeypatch.setattr(visualize, picture, lambda *args: None)
+    monkeypatch.setattr(report, "reliability_chart", lambda *args: b"")
+
+    def outcome(words):
+        folder = tmp_path / str(next(numbers))
+        (folder / "earlier").mkdir(parents=True)
+        (folder / "earlier/result.json").write_text("{}")
+        (folder / "earlier/written.json").write_text(json.dumps(["result.json"]))
+        for path in (tmp_path / "inputs").iterdir():
+            (folder / path.name).symlink_to(path)
+        monkeypatch.chdir(folder)
+        asked.clear()
+        refused = None
+        try:
+            evaluate.main(words)
+        except (UserError, SystemExit) as error:
+            refused = str(error)
+        return refused, written(folder), list(asked)
+
+    base = ["--restore-from", "plain.pth", "--data-dir", "data", "--gpu", "cpu", "--num-workers", "0", "--amp", "off",
+            "--scales", "1.0", "--no-flip", "--save", "labels", "--output-dir", "results"]
+    first = outcome(base)
+    assert first == outcome(base), "what changes by itself proves nothing of a flag"
+    assert first[0] is None and "results/result.json" in first[1] and len(first[2]) > 1
+    assert without_effect(EVALUATE, base, outcome) == []
+    flags = {name.removeprefix("--") for action in evaluate.get_parser()._actions for name in action.option_strings}
+    assert flags == EVALUATE.keys() | {"-h"}

@@ -222,11 +222,12 @@ def test_too_little_memory_in_one_process_is_a_sentence(streets, snapshot, tmp_p
 import os, sys
 sys.path.insert(0, os.getcwd())
 import evaluate, torch
+from utils.inference import SlidingPredictor
 from utils import cli
 def fail(self, crops):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\\nand more")
 if os.environ.get("RANK") == "1":
-    evaluate.SlidingPredictor._forward = fail
+    SlidingPredictor._forward = fail
 cli.run(evaluate.main)
 """)
     code = ("import sys; from utils import cli; from utils.distributed import start_processes; "

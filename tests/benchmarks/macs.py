@@ -1,6 +1,7 @@
 """Parameters and multiply-accumulates of each part of a network.
 
     python -m tests.benchmarks.macs [--model acfnet] [--backbone eca_resnet101] [--size 769,769]
+    python -m tests.benchmarks.macs --all       a line for each model
 
 MACs are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
 """
@@ -10,7 +11,7 @@ import argparse
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import BACKBONES, MODELS, build_network
+from networks import BACKBONES, MODELS, build_network, meta_network
 from utils import cli
 
 
@@ -36,7 +37,14 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="acfnet")
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--size", type=cli.size, default=(769, 769))
+    parser.add_argument("--all", action="store_true", help="all models, without their parts")
     args = parser.parse_args()
+    if args.all:
+        for model in MODELS:
+            parameters, macs = map(sum, zip(*count(meta_network(model=model, backbone=args.backbone),
+                                                   args.size).values(), strict=True))
+            print(f"{model:<14}{parameters / 1e6:>10.1f} M parameters{macs / 1e9:>10.0f} GMACs")
+        return
     parts = count(build_network(args.model, backbone=args.backbone), args.size)
     total = [sum(column) for column in zip(*parts.values(), strict=True)]
     print(f"{args.model}, {args.backbone}, one image of {args.size[0]}×{args.size[1]}, evaluation")

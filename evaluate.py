@@ -198,8 +198,7 @@ def evaluate(predictor, dataset, pictures, workers, processes=None, tolerance=No
     calibration = defaultdict(lambda: Calibration(IGNORE_INDEX))
     boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
 
-    def seen(item, heads, labels, counts, truth):
-        confidence = {head: probabilities.amax(0) for head, probabilities in heads.items()}
+    def seen(item, heads, confidence, labels, counts, truth):
         for head, values in labels.items():
             calibration[head].update(confidence[head], values, truth)
         image, labels = item["image"].permute(1, 2, 0), {head: values.cpu() for head, values in labels.items()}
@@ -215,11 +214,9 @@ def evaluate(predictor, dataset, pictures, workers, processes=None, tolerance=No
                      IGNORE_INDEX, processes, seen)
     if processes is not None:
         worst.merge(processes.gather_objects(worst.kept))
-        for terms in processes.gather_objects(instances.terms):
-            instances.terms |= terms
-        if boundaries:
-            for terms in processes.gather_objects(boundaries.terms):
-                boundaries.terms |= terms
+        for scored in filter(None, (instances, boundaries)):
+            for terms in processes.gather_objects(scored.terms):
+                scored.terms |= terms
         parts = processes.gather_objects(dict(calibration))
         calibration.clear()
         for head, one in itertools.chain.from_iterable(part.items() for part in parts):

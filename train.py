@@ -418,8 +418,7 @@ def assemble(args, devices, processes, precision, dataset, workers):
     dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     network = build_network(**config.network, recompute=args.recompute).to(devices[0], memory_format=memory_format)
-    if is_timm(args.backbone):
-        share_statistics(network, devices, processes)
+    share_statistics(network, devices, processes)
     optimizer = make_optimizer(network, kind=args.optimizer, learning_rate=args.learning_rate, momentum=args.momentum,
                                weight_decay=args.weight_decay, head_lr_factor=args.head_lr_factor)
     if args.norm == "inplace_abn":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.normalization import Normalization
+from utils.upsampling import upsample
 
 PREFIX = "timm:"
 # All that may be passed on to timm, which else would take names of files and addresses: snapshots come from strangers.
@@ -112,8 +113,7 @@ class TimmBackbone(nn.Module):
         if not self.plan.joined:
             return maps
         finest = maps[0].shape[-2:]
-        joined = torch.cat([maps[0], *(F.interpolate(one, size=finest, mode="bilinear", align_corners=True)
-                                       for one in maps[1:])], 1)
+        joined = torch.cat([maps[0], *(upsample(one, finest).to(one.dtype) for one in maps[1:])], 1)
         return [joined, joined]
 
     def first_stages(self, names):

@@ -148,8 +148,8 @@ def test_evaluation(gpu, amp, layout, scales, flip):
                        "label": torch.zeros(size, dtype=torch.uint8)}
             waits += gpu.waits
 
-        score(predictor, items(), 19, 255, seen=lambda item, heads, labels, counts, truth: calibration.update(
-            heads["fine"].amax(0), labels["fine"], truth))
+        score(predictor, items(), 19, 255, seen=lambda item, heads, confidence, labels, counts, truth:
+              calibration.update(confidence["fine"], labels["fine"], truth))
         assert len(waits) == 2 and "to cuda" in waits[0] and "to cuda" in waits[1], waits
     assert windows[0] > 10
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import checkpoint, versions
 from .cli import UserError
-from .inference import grid_of, round_size
+from .upsampling import grid_of, round_size
 
 OPSET = 18
 # For the largest difference of logits, as a share of the largest of them. What goes wrong shows in all of it; fp16
@@ -36,10 +36,10 @@ class ImagesToLogits(nn.Module):
         """
         height, width = images.shape[-2:]
         # As in inference: the mean colour, which is zero here, up to the sizes where logits lie on pixels.
-        step, rest = grid_of(self.network)
-        below, right = -(height - rest) % step, -(width - rest) % step
-        outputs = self.network(F.pad(self.normalization(images), (0, right, 0, below)).to(self.dtype))
-        return tuple(F.interpolate(outputs[name].float(), size=(height + below, width + right), mode="bilinear",
+        below, right = size = round_size((height, width), grid_of(self.network))
+        pixels = F.pad(self.normalization(images), (0, right - width, 0, below - height))
+        outputs = self.network(pixels.to(self.dtype))
+        return tuple(F.interpolate(outputs[name].float(), size=size, mode="bilinear",
                                    align_corners=True)[..., :height, :width] for name in head_names(outputs))
 
 

@@ -11,21 +11,7 @@ import torch.nn.functional as F
 from . import memory
 from .metrics import ConfusionMatrix
 from .normalization import Normalization
-from .upsampling import upsampling_matrix
-
-GRID = (8, 1)       # the sides of images that fit a network are a multiple of the first, plus the second
-
-
-def grid_of(network):
-    """The grid that a network says it has, else `GRID`."""
-    return getattr(network, "grid", GRID)
-
-
-def round_size(size, grid=GRID):
-    """(height, width) → each rounded up to 8k + 1: only there do logits at stride 8, with aligned corners,
-    lie on the pixels they stand for. grid: of a network with another stride."""
-    step, rest = grid
-    return tuple(length + -(length - rest) % step for length in size)
+from .upsampling import GRID, grid_of, round_size, upsampling_matrix
 
 
 def fitting_size(size, what, grid=GRID):
@@ -327,8 +313,9 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
         predictor: `SlidingPredictor`.
         items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}; with processes, those of this one.
         processes: `Processes` that share the data set; the counts of all are added up.
-        seen: called for every item with (item, probabilities (N, H, W), labels (H, W), ConfusionMatrix of this item),
-            each but the first by head and of the richest protocol, and the truth where they are; or None.
+        seen: called for every item with (item, probabilities (N, H, W), the largest of each pixel (H, W), its class
+            (H, W), ConfusionMatrix of this item), each but the first by head and of the richest protocol, and the truth
+            where they are; or None.
 
     Returns:
         {protocol: {head: ConfusionMatrix}}, the richest protocol last.
@@ -337,7 +324,9 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
     for item in items:
         truth = item["label"]
         for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
-            labels = {head: most_probable(probabilities) for head, probabilities in heads.items()}
+            confidence, labels = {}, {}
+            for head, probabilities in heads.items():
+                confidence[head], labels[head] = probabilities.max(0)
             counts = {}
             for head, predicted in labels.items():
                 truth = truth.to(predicted.device)
@@ -346,7 +335,7 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
                 matrices.setdefault(protocol, {}).setdefault(
                     head, ConfusionMatrix(num_classes, ignore_index)).add(counts[head])
         if seen is not None:
-            seen(item, heads, labels, counts, truth)
+            seen(item, heads, confidence, labels, counts, truth)
     if processes is None:
         return matrices
     total = {}      # one without images knows neither protocols nor heads

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .cli import UserError
+from .upsampling import grid_of
 
 try:
     import resource
@@ -125,7 +126,7 @@ def passing_bytes(network, device, autocast=None):
 
     hooks = [module.register_forward_hook(measure) for module in network.modules()]
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        step, rest = getattr(network, "grid", (8, 1))
+        step, rest = grid_of(network)
         outputs = network(torch.zeros(1, 3, 8 * step + rest, 8 * step + rest, device=device))
     for hook in hooks:
         hook.remove()

@@ -7,6 +7,20 @@ import torch.nn.functional as F
 
 from .precision import at_least_float32, without_autocast
 
+GRID = (8, 1)       # the sides of images that fit a network are a multiple of the first, plus the second
+
+
+def grid_of(network):
+    """The grid that a network says it has, else `GRID`."""
+    return getattr(network, "grid", GRID)
+
+
+def round_size(size, grid=GRID):
+    """(height, width) → each rounded up to 8k + 1: only there do logits at stride 8, with aligned corners,
+    lie on the pixels they stand for. grid: of a network with another stride."""
+    step, rest = grid
+    return tuple(length + -(length - rest) % step for length in size)
+
 
 def upsample(logits, size):
     """Logits (B, N, h, w) → (B, N, *size) in at least float32, bilinear with aligned corners."""

@@ -16,8 +16,6 @@ WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE
 
 # From which version on --compile is tested. In 2.4 compiled code updates the running statistics of our norms twice.
 COMPILER = (2, 9)
-
-
 # From which version on .pt2 is tested. In 2.4 torch.export takes none of our networks.
 EXPORT = (2, 9)
 

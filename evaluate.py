@@ -30,8 +30,7 @@ From Python: networks/predictor.py
 import argparse
 import itertools
 import sys
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -64,16 +63,14 @@ from utils.distributed import (
 from utils.inference import score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
+from utils.pictures import FOLDERS, Pictures
 from utils.precision import best_precision, exact_float32
 from utils.report import WorstImages, boundary_columns, score_columns, write_report
 from utils.results import ResultsFolder
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-FOLDERS = {"labels": "labelIds", "color": "color", "overlay": "overlay", "confidence": "confidence"}
 SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
-WRITERS = 2         # threads that encode pictures beside the network
-WAITING = 8         # images they may be behind, so that memory does not grow with the data set
 
 
 def get_parser():
@@ -137,45 +134,6 @@ def get_parser():
                      help="pictures of each image: label ids, colours, colours over the image (these three), and the "
                      "probability of the class that was chosen, in grey, 255 for certain")
     return parser
-
-
-class Pictures:
-    """Writes the pictures of predictions beside the network's work, a bounded number of images behind it.
-
-    Args:
-        folder: of the results.
-        kinds: of `FOLDERS`.
-        classes: `ClassTable`.
-    """
-
-    def __init__(self, folder, kinds, classes):
-        self.folder, self.kinds, self.classes = folder, kinds, classes
-        self.writers, self.waiting = ThreadPoolExecutor(WRITERS), deque()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.writers.shutdown(cancel_futures=error[0] is not None)
-        while self.waiting and error[0] is None:
-            self.waiting.popleft().result()
-
-    def add(self, name, image, labels, confidence):
-        """image (H, W, 3) uint8, labels (H, W) train ids, confidence (H, W) 0 to 1; all tensors."""
-        if not self.kinds:
-            return
-        while len(self.waiting) >= WAITING:
-            self.waiting.popleft().result()
-        grey = (255 * confidence).round().to(torch.uint8).cpu().numpy() if "confidence" in self.kinds else None
-        self.waiting.append(self.writers.submit(self._write, name, image.numpy(), labels.to(torch.uint8).cpu().numpy(),
-                                                grey))
-
-    def _write(self, name, image, labels, grey):
-        pictures = {"labels": lambda: self.classes.decode(labels), "color": lambda: self.classes.color(labels),
-                    "overlay": lambda: visualize.overlay(image, self.classes.color(labels)),
-                    "confidence": lambda: grey}
-        for kind in self.kinds:
-            visualize.save_png(self.folder / FOLDERS[kind] / f"{name}.png", pictures[kind]())
 
 
 def load_items(dataset, workers, processes, what):

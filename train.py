@@ -16,59 +16,47 @@ A batch too large for the memory: --accumulate 4 takes it in four parts
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import IGNORE_INDEX, ClassTable
-from dataset.sampling import class_index, make_sampler
-from dataset.transforms import one_thread, train_transform
+from dataset.sampling import class_index, make_loader
+from dataset.transforms import train_transform
 from dataset.weights import class_weights
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import SegmentationCriterion
-from networks import (
-    ABLATIONS,
-    ACTIVATIONS,
-    BACKBONE,
-    BACKBONES,
-    MODELS,
-    STEMS,
-    build_network,
-    find_model,
-    fitting_grid,
-    recompute_choices,
-)
-from networks.pretrained import choose_backbone, load_weights, read_snapshot, read_weights, timm_weights, weights_of
-from networks.resnet import RECOMPUTE, STAGES
-from networks.timm_backbone import PREFIX, find_plan, input_normalization, is_timm, synchronise_norms
-from utils import checkpoint, cli, memory, resume, versions, visualize
+from networks import ABLATIONS, ACTIVATIONS, BACKBONE, BACKBONES, MODELS, STEMS, build_network, find_backbone
+from networks.choice import NetworkChoice
+from networks.pretrained import find_start, load_weights, read_snapshot, weights_of
+from networks.resnet import RECOMPUTE
+from networks.timm_backbone import PREFIX, share_statistics
+from utils import checkpoint, cli, memory, optimization, resume
 from utils.cli import UserError
 from utils.distributed import (
     by_the_first,
+    crops_at_once,
     join_processes,
     leave_processes,
     own_device,
     prepare_device,
-    processes_started,
     rank_and_size,
     select_devices,
     share_cores,
     start_processes,
     started_by_torchrun,
 )
-from utils.engine import Engine, NotFinite, make_engine
+from utils.engine import NotFinite, check_compile, make_engine
 from utils.history import History
 from utils.inference import fitting_size
-from utils.logger import METRICS, QUICK, NoLog, RunLog, read_lines, speak_for_all
-from utils.normalization import NORMALIZATIONS, Normalization
+from utils.logger import speak_for_all
+from utils.normalization import NORMALIZATIONS
 from utils.optimization import OPTIMIZERS, PolySchedule, make_optimizer
 from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision
+from utils.run import Run
 from utils.snapshot import Config
-from utils.validation import QuickValidation, draw_panel
+from utils.validation import QuickValidation, draw_curves, draw_panel
 
 
 def get_parser():
@@ -180,9 +168,10 @@ def add_network(parser):
 
 def backbone_name(text):
     """Flag type: a key of `BACKBONES`, or the name of a network of timm."""
-    if text not in BACKBONES and not is_timm(text):
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(BACKBONES)}, or {PREFIX}NAME, found {text!r}")
-    return text
+    try:
+        return find_backbone(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("backbone: ")) from None
 
 
 def add_run(parser):
@@ -222,57 +211,19 @@ def add_run(parser):
 
 def check(args, devices, classes):
     """Refuse what cannot work, before anything is read or written."""
-    sharing = max(len(devices), processes_started()) * args.accumulate
-    if args.batch_size % sharing:
-        of = f" times {args.accumulate} parts of --accumulate" if args.accumulate > 1 else ""
-        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {sharing // args.accumulate} "
-                        f"devices{of} that share it")
     if args.num_classes not in (None, classes.num_classes):
         raise UserError(f"--num-classes {args.num_classes}: expected the {classes.num_classes} classes of "
                         f"{classes.source}")
-    if args.activation == "relu" and args.norm != "bn":
-        raise UserError(f"--activation relu: expected --norm bn with it, found --norm {args.norm}")
-    try:
-        model = find_model(args.model, args.acf)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    if model.context == "psp" and args.batch_size == args.accumulate:
-        raise UserError(f"--batch-size {args.batch_size}: expected at least two crops in each part with --model "
-                        f"{args.model}, found one, of which its norms after pooling would see one value a channel")
-    if args.ablations and model.head != "acf":
-        raise UserError(f"--ablations {' '.join(args.ablations)}: expected a --model with ACF, found {args.model}")
-    if args.freeze != STAGES[:len(args.freeze)]:
-        raise UserError(f"--freeze {','.join(args.freeze)}: expected stages from {','.join(STAGES)} that begin with "
-                        "stem and leave none out, such as stem,1,2")
-    if args.pretrained and (args.restore_from or not is_timm(args.backbone)):
-        raise UserError("--pretrained: expected --backbone timm:NAME and no --restore-from with it, found "
-                        f"{'--restore-from' if args.restore_from else args.backbone or BACKBONE}")
-    if is_timm(args.backbone):
-        check_timm(args)
-        choose_backbone(None, args.backbone, args.stem, args.downsample, args.eca_kernels)
-    heads = model.loss_weights
-    if args.loss_weights and args.loss_weights.keys() != heads.keys():
-        raise UserError(f"--loss-weights: expected a factor for each of {', '.join(heads)}, the heads of --model "
-                        f"{args.model}, found {', '.join(args.loss_weights)}")
+    cli.from_flags(NetworkChoice, args).check(
+        batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
+        pretrained=args.pretrained, restore_from=args.restore_from)
+    optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
+                       num_steps=args.num_steps)
+    if args.compile:
+        check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute)
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")
-    if args.compile and len(devices) > 1 and args.parallel == "dp":
-        raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
-                        "replicas cannot share compiled code")
-    if args.compile and args.recompute != "none":
-        raise UserError(f"--compile: expected --recompute none with it, found {args.recompute}, which cannot be "
-                        "compiled; compiled code decides by itself what it computes again")
-    if args.compile and versions.torch_version() < versions.COMPILER:
-        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, versions.COMPILER))} or newer, found "
-                        f"{torch.__version__}, whose compiled code was not tested, or updates running statistics twice")
-    if args.optimizer == "adamw" and args.momentum == 1:
-        raise UserError("--momentum 1: expected less than 1 with --optimizer adamw")
-    if args.ema == 1:
-        raise UserError("--ema 1: expected less than 1, with which the average would never change")
-    if args.warmup_steps >= args.num_steps:
-        raise UserError(f"--warmup-steps {args.warmup_steps}: expected fewer than the {args.num_steps} steps of "
-                        "--num-steps")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
     if args.val_every and args.data_list and not args.val_list:
@@ -294,11 +245,11 @@ def main(argv=None):
     classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
+    crops = crops_at_once(args.batch_size, args.accumulate, devices)
     check(args, devices, classes)
     if args.parallel == "ddp" and len(devices) > 1:     # before this process uses a GPU, whose memory that would take
         start_processes(len(devices), argv)
     given, args.amp = args.amp, args.amp or best_precision(devices[0])
-    precision = Precision(args.amp, devices[0], args.opt_level)
     processes = join_processes(devices[0])
     speak_for_all(processes)
     args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
@@ -317,143 +268,54 @@ def main(argv=None):
             dataset.fill_cache(workers)
         if processes is not None:
             processes.barrier()
-    crops = args.batch_size // args.accumulate // max(len(devices), processes_started())
     stopped = memory.explained(
-        lambda: perform(assemble(args, devices, processes, precision, dataset, workers)),
-        lambda found: memory.too_little(found, crops=crops, input_size=args.input_size, accumulate=args.accumulate,
-                                        recompute=args.recompute, amp=args.amp, model=args.model + "+acf" * args.acf,
-                                        backbone=args.backbone, norm=args.norm,
-                                        recompute_choices=recompute_choices(args.backbone or BACKBONE)))
+        lambda: perform(assemble(args, devices, processes, dataset, workers)),
+        lambda found: memory.too_little(
+            found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
+            amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
+            recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
     leave_processes()
     if stopped:     # after everything else: nothing that waits for a finished training may follow
         raise cli.Interrupted(stopped)
 
 
-def describe(args, dataset, followed, found):
-    """The `Config` of a run.
-
-    followed: `Weights` of the file whose structure it takes over, or None; found: `Snapshot` from which it goes on, or
-    None.
-    """
-    shape = {"model": args.model, "num_classes": dataset.classes.num_classes, "norm": args.norm,
-             "activation": args.activation, "ablations": args.ablations,
-             **({"acf": True} if args.acf else {}),
-             **choose_backbone(followed, args.backbone, args.stem, args.downsample, args.eca_kernels)}
-    args.backbone = shape["backbone"]       # for the record, and should the memory run out
-    args.input_size = fitting_size(args.input_size, "crops",
-                                   fitting_grid(args.backbone, shape.get("backbone_arguments")))
-    if is_timm(args.backbone):
-        check_timm(args)
-    elif args.recompute not in recompute_choices(args.backbone):
-        raise UserError(f"--recompute {args.recompute}: expected a backbone of at least 50 layers, found "
-                        f"{args.backbone}, in which it would save nothing; --recompute full works there")
-    heads = find_model(args.model, args.acf).loss_weights
-    if found is not None and not args.loss_weights:
-        args.loss_weights = resume.loss_weights(found.config, heads)
-    args.loss_weights = {head: (args.loss_weights or heads)[head] for head in heads}
-    if args.normalization:
-        normalization = NORMALIZATIONS[args.normalization]
-    elif followed is not None:
-        normalization = followed.normalization
-    else:
-        normalization = input_normalization(args.backbone) if is_timm(args.backbone) else Normalization()
-    print(f"network: {args.model}{' with ACF' if args.acf else ''}, {args.backbone}, {describe_backbone(shape)}; "
-          f"input {normalization.order}, mean {', '.join(map(str, normalization.mean))}")
-    return Config(shape, normalization, dataset.classes.rows, args.input_size, plain_values(args),
-                  dataset.fingerprint())
-
-
-def check_timm(args):
-    """Refuse what only our own residual networks can do."""
-    for flag, value in (("recompute", args.recompute.replace("none", "")), ("freeze", ",".join(args.freeze))):
-        if value:
-            raise UserError(f"--{flag} {value}: expected a residual network of our own, whose stages are known, found "
-                            f"{args.backbone}")
-
-
-def describe_backbone(shape):
-    """What is to be said of it beside its name; shape: arguments of `build_network`."""
-    if is_timm(shape["backbone"]):
-        plan = find_plan(shape["backbone"], shape["backbone_arguments"])
-        return f"output stride {plan.stride}{', the only one it has' * (plan.stride != 8)}"
-    return f"stem {shape['stem']}, {'average' if shape['average_downsample'] else 'strided'} downsampling"
-
-
-def share_statistics(network, devices, processes):
-    """Let the norms of a backbone of timm see the whole batch, as all others do, or say that they do not."""
-    norms = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.backbone.modules())
-    if not norms or processes is None and len(devices) == 1:
-        return
-    if processes is not None and devices[0].type == "cuda":
-        synchronise_norms(network)
-    else:
-        print(f"{norms} batch norms of the backbone see the share of a device alone: those of timm are synchronised "
-              "among processes on GPUs only; small shares make their statistics noisy")
-
-
-def plain_values(args):
-    """The flags' values as a snapshot and JSON can hold them."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-    return values | {"loss_weights": cli.plain_numbers(args.loss_weights)}
-
-
-def assemble(args, devices, processes, precision, dataset, workers):
+def assemble(args, devices, processes, dataset, workers):
     """What the flags describe, as a `Run`. Nothing below knows flags."""
-    found = args.resume and by_the_first(       # hosts may share no disk
-        processes, lambda: resume.find_snapshot(args.resume, args.snapshot_dir, read_snapshot))
-    weights = None
-    if found is None and args.restore_from:
-        weights = read_weights(args.restore_from[0], args.backbone)
-    elif found is None and args.pretrained:
-        weights = timm_weights(args.backbone)
-    if found is not None and (args.restore_from or args.pretrained):
-        print(f"--resume: the weights are the snapshot's; --{'restore-from' if args.restore_from else 'pretrained'} is "
-              "not read")
-    elif args.resume and found is None:
-        print(f"--resume: no snapshot in {args.snapshot_dir} yet, so this run starts from the beginning")
-    config = describe(args, dataset, weights if found is None else weights_of(found), found)
-    if found is not None:
-        resume.compare(found.path, found.config, config)
-
+    found, weights = find_start(
+        resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
+        pretrained=args.pretrained, backbone=args.backbone, processes=processes)
+    config = describe(args, dataset, found, weights)
     dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    network = build_network(**config.network, recompute=args.recompute).to(devices[0], memory_format=memory_format)
-    share_statistics(network, devices, processes)
-    optimizer = make_optimizer(network, kind=args.optimizer, learning_rate=args.learning_rate, momentum=args.momentum,
-                               weight_decay=args.weight_decay, head_lr_factor=args.head_lr_factor)
-    if args.norm == "inplace_abn":
-        print(backend.describe())
-    account = None
-    if weights is not None:
-        account = load_weights(network, weights, allow_partial=args.allow_partial)
-        print(account)
-    elif found is None:
-        print("no --restore-from: the network starts from random weights")
-    # A snapshot has the weights, what the optimiser keeps of each, their average, and whatever else is small.
-    copies = 2 + (args.optimizer == "adamw") + (args.ema is not None)
-    checkpoint.check_room(f"--snapshot-dir {args.snapshot_dir}", args.snapshot_dir,
-                          4 * copies * sum(parameter.numel() for parameter in network.parameters()), "a snapshot")
-    class_weight = args.class_weights and by_the_first(
-        processes, lambda: class_weights(args.class_weights, dataset, workers))
+    network, account = make_network(args, config, devices, processes, found, weights)
+    engine = make_engine(
+        network, devices=devices, processes=processes, normalization=config.normalization,
+        optimizer=make_optimizer(network, kind=args.optimizer, learning_rate=args.learning_rate,
+                                 momentum=args.momentum, weight_decay=args.weight_decay,
+                                 head_lr_factor=args.head_lr_factor),
+        criterion=SegmentationCriterion(
+            args.loss_weights, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep,
+            args.class_weights and by_the_first(processes, lambda: class_weights(args.class_weights, dataset,
+                                                                                 workers))),
+        precision=Precision(args.amp, devices[0], args.opt_level), memory_format=memory_format(args),
+        freeze=args.freeze, clip_gradient=args.clip_gradient, ema=args.ema, compiled=args.compile)
     index = by_the_first(processes, lambda: class_index(dataset, args.cache or args.snapshot_dir, workers)) \
         if args.sampling == "class" else None
-    if rank_and_size(processes)[0]:
-        checkpoint.seed_generators(args.random_seed + processes.rank)       # dropout differs from process to process
-    engine = make_engine(
-        network, optimizer=optimizer, normalization=config.normalization, precision=precision, devices=devices,
-        criterion=SegmentationCriterion(args.loss_weights, IGNORE_INDEX, bool(args.ohem), args.ohem_thres,
-                                        args.ohem_keep, class_weight),
-        processes=processes, memory_format=memory_format, freeze=args.freeze, clip_gradient=args.clip_gradient,
-        ema=args.ema, compiled=args.compile)
+    rank, world = rank_and_size(processes)
+    if rank:
+        checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
+    start = 0
     if found is not None:
         resume.restore(found, engine)
-    run = Run(engine=engine, schedule=PolySchedule(args.num_steps, args.power, args.warmup_steps),
-              start=0 if found is None else found.step, accumulate=args.accumulate, save_every=args.save_pred_every,
-              val_every=args.val_every, log_every=args.log_every, panel_every=args.panel_every)
-    run.batches = make_batches(dataset, run, sampling=args.sampling, index=index, seed=args.random_seed,
-                               batch_size=args.batch_size, workers=workers)
+        start = found.step
+    run = Run(
+        engine=engine, schedule=PolySchedule(args.num_steps, args.power, args.warmup_steps), start=start,
+        accumulate=args.accumulate, save_every=args.save_pred_every, val_every=args.val_every,
+        log_every=args.log_every, panel_every=args.panel_every,
+        batches=make_loader(dataset, kind=args.sampling, index=index, seed=args.random_seed, start=start,
+                            stop=args.num_steps, batch_size=args.batch_size, parts=args.accumulate, rank=rank,
+                            world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
+        panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
     resume.record(run, args.snapshot_dir, config, args.keep, account)
-    run.panel = lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX)
     if args.val_every:
         images = CityscapesDataset(args.data_dir, args.val_split, args.val_list, dataset.classes)
         print(f"quick validation every {args.val_every} steps: {images.describe()}")
@@ -463,57 +325,49 @@ def assemble(args, devices, processes, precision, dataset, workers):
     return run
 
 
-@dataclass(kw_only=True)
-class Run:
-    """What a training is made of.
+def describe(args, dataset, found, weights):
+    """The `Config` of a run, which goes on from `found`, a `Snapshot`, or starts from `weights`, or from nothing.
 
-    Attributes:
-        engine: takes the steps.
-        schedule: their number, and the factor of the rates.
-        start: steps done before.
-        accumulate: parts in which a batch goes through.
-        batches: those parts, {"image", "label", "name"} of this process, for the steps that are left.
-        log: what is said of each step.
-        snapshots: writes them.
-        panel: () → a picture of what the network does, (H, W, 3) uint8; None for none.
-        validate: (step) → a score if it is the best so far, else None; None for none.
-        save_every, val_every, log_every, panel_every: steps between these; also after the last one.
+    Fills in the flags that were left open: for the record, and should the memory run out.
     """
-
-    engine: Engine
-    schedule: PolySchedule
-    start: int = 0
-    accumulate: int = 1
-    batches: Iterable = ()
-    log: RunLog | NoLog = field(default_factory=NoLog)
-    snapshots: resume.SnapshotFolder | None = None
-    panel: Callable | None = None
-    validate: Callable | None = None
-    save_every: int = 5000
-    val_every: int = 0
-    log_every: int = 10
-    panel_every: int = 500
-
-
-def make_batches(dataset, run, *, sampling="uniform", index=None, seed=1234, batch_size=8, workers=0):
-    """The batches of a run that are left, or their parts: a DataLoader.
-
-    sampling, index: as in `dataset.sampling.make_sampler`; batch_size: images a step, over all processes.
-    """
-    rank, world = rank_and_size(run.engine.processes)
-    part = batch_size // run.accumulate
-    sampler = make_sampler(dataset, kind=sampling, index=index, seed=seed, start=run.start * batch_size,
-                           stop=run.schedule.num_steps * batch_size, batch_size=part, rank=rank, world=world)
-    return DataLoader(dataset, part // world, sampler=sampler, num_workers=workers,
-                      pin_memory=run.engine.devices[0].type == "cuda", persistent_workers=workers > 0,
-                      prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
-                      generator=torch.Generator())      # its own: dropout goes on with what was resumed
+    choice = cli.from_flags(NetworkChoice, args)
+    network, normalization = choice.settle(dataset.classes.num_classes, weights if found is None else weights_of(found))
+    args.backbone = network["backbone"]
+    args.input_size = fitting_size(args.input_size, "crops", find_backbone(args.backbone).grid(
+        network.get("backbone_arguments")))
+    heads = choice.find_model().loss_weights
+    if not args.loss_weights:
+        args.loss_weights = heads if found is None else resume.loss_weights(found.config, heads)
+    args.loss_weights = {head: args.loss_weights[head] for head in heads}
+    config = Config(network, normalization, dataset.classes.rows, args.input_size, cli.plain_values(vars(args)),
+                    dataset.fingerprint())
+    if found is not None:
+        resume.compare(found.path, found.config, config)
+    return config
 
 
-def start_worker(worker):
-    """A process that reads samples: it leaves signals to the parent, and other cores to other workers."""
-    cli.leave_signals_to_the_parent(worker)
-    one_thread()
+def make_network(args, config, devices, processes, found, weights):
+    """The network on its device, and the `Account` of the weights it starts from, or None."""
+    network = build_network(**config.network, recompute=args.recompute).to(devices[0],
+                                                                           memory_format=memory_format(args))
+    share_statistics(network, devices, processes)
+    if args.norm == "inplace_abn":
+        print(backend.describe())
+    # A snapshot has the weights, what the optimiser keeps of each, their average, and whatever else is small.
+    copies = 2 + (args.optimizer == "adamw") + (args.ema is not None)
+    checkpoint.check_room(f"--snapshot-dir {args.snapshot_dir}", args.snapshot_dir,
+                          4 * copies * sum(parameter.numel() for parameter in network.parameters()), "a snapshot")
+    if weights is not None:
+        account = load_weights(network, weights, allow_partial=args.allow_partial)
+        print(account)
+        return network, account
+    if found is None:
+        print("no --restore-from: the network starts from random weights")
+    return network, None
+
+
+def memory_format(args):
+    return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
 def perform(run):
@@ -523,13 +377,7 @@ def perform(run):
         if run.engine.skipped:
             run.log.say(f"{run.engine.skipped} steps were left out, because gradients overflowed in half precision")
     if run.snapshots.writes:
-        folder = run.snapshots.folder
-        metrics, quick = (read_lines(folder / name) for name in (METRICS, QUICK))
-        try:
-            if metrics:
-                visualize.training_curves(folder / "curves.png", metrics, quick)
-        except (OSError, UserError) as error:       # a full disk: the snapshots are what counts
-            print(f"curves.png is missing: {error}")
+        draw_curves(run.snapshots.folder)
     return stopped
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import checkpoint
+from utils import checkpoint, cli
 from utils.logger import progress
 
 from .reading import stamp
+from .transforms import one_thread
 
 POSITIONS = 16      # pixels of a class that the class index keeps of an image
 
@@ -134,6 +135,32 @@ def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_
     if dataset.weights:
         return WeightedSampler(dataset.parts, dataset.weights, **entries)
     return EpochSampler(len(dataset), **entries)
+
+
+def make_loader(dataset, *, start, stop, batch_size, parts=1, rank=0, world=1, workers=0, pin_memory=False, **sampling):
+    """The batches of the steps from `start` to `stop` - 1, or their parts: a DataLoader.
+
+    Args:
+        batch_size: images a step, over all processes.
+        parts: in which a batch is taken, one after the other.
+        rank, world: this process, and their number.
+        workers: processes that read samples.
+        pin_memory: for a GPU.
+        sampling: kind, index and seed as in `make_sampler`.
+    """
+    part = batch_size // parts
+    sampler = make_sampler(dataset, start=start * batch_size, stop=stop * batch_size, batch_size=part, rank=rank,
+                           world=world, **sampling)
+    return DataLoader(dataset, part // world, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+                      worker_init_fn=start_worker,
+                      generator=torch.Generator())      # its own: dropout goes on with what was resumed
+
+
+def start_worker(worker):
+    """A process that reads samples: it leaves signals to the parent, and other cores to other workers."""
+    cli.leave_signals_to_the_parent(worker)
+    one_thread()
 
 
 def class_positions(train_ids, seed, ignore_index=255):

@@ -6,9 +6,9 @@ from utils import export, model_card
 from utils.cli import UserError
 from utils.results import check_file
 
+from .backbones import find_backbone
 from .predictor import chosen_weights, prepared
 from .pretrained import read_snapshot
-from .timm_backbone import is_timm
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 
@@ -41,7 +41,7 @@ def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp
                                            scores=model_card.find_scores(path, model_card.kind_of(found, raw_weights)))
         return f"{target}, with {' and '.join(model_card.BESIDE)}; {checked}"
     heads, checked = export.write_program(target, network, config.normalization, size=size, precision=precision,
-                                          traced=is_timm(config.network["backbone"]))
+                                          traced=find_backbone(config.network["backbone"]).traced)
     count, shape = ("1", "{}, {}".format(*size)) if size else ("B", "H, W")
     return (f"{target}: images ({count}, 3, {shape}) float32 RGB, 0 to 255 → {', '.join(heads)} logits ({count}, "
             f"{config.network['num_classes']}, {shape}); whole images, no windows; {checked}")

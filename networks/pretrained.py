@@ -22,17 +22,16 @@ from pathlib import Path
 import torch
 
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
-from utils import checkpoint, snapshot
+from utils import checkpoint, resume, snapshot
 from utils.cli import UserError
+from utils.distributed import by_the_first
 from utils.model_card import CONFIG
 from utils.normalization import CAFFE, Normalization
 
-from . import BACKBONE, BACKBONES, STEMS, meta_network, timm_backbone
-from .timm_backbone import is_timm
+from . import meta_network, timm_backbone
+from .backbones import BACKBONE, find_backbone, read_structure
 
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
-DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
-BASIC_DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 CSAIL_STEM = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.2", "bn2": "conv1.3", "conv3": "conv1.4",
               "bn3": "bn1"}
 TIMM_STEM = {"conv1.0": "conv1.0", "conv1.1": "conv1.1", "conv1.3": "conv1.2", "conv1.4": "conv1.3",
@@ -48,8 +47,8 @@ class Weights:
         family: see the head of this file.
         state: our names (`backbone.` before those of a backbone) → tensors.
         norm: `bn` or `inplace_abn`: what a norm's weight means.
-        structure: what the file says of the network: depth, eca, stem, average_downsample, eca_kernels; or eca,
-            backbone and backbone_arguments, where the backbone is one of timm.
+        structure: what the file says of the network: its backbone, and that one's stem, average_downsample and
+            eca_kernels or, where it is one of timm, backbone_arguments.
         normalization: of the input that the weights expect.
     """
 
@@ -105,7 +104,7 @@ def read_weights(path, backbone=None):
     _look(path)
     content = checkpoint.load(path)
     content = _exported(path, content) or content
-    if is_timm(backbone) and not _is_snapshot(content):
+    if find_backbone(backbone or BACKBONE).weights_by_timm and not _is_snapshot(content):
         return timm_weights(backbone, _state_dict(content, str(path)), str(path))
     return recognise(content, str(path))
 
@@ -121,7 +120,7 @@ def timm_weights(backbone, state=None, name="--pretrained"):
         expected = "weights of its cache, or from the network" if name == "--pretrained" else f"weights of {backbone}"
         raise UserError(f"{name}: expected {expected}, found: {' '.join(lines[:2])[:240]}") from None
     state = {f"backbone.{key}": value for key, value in (others | state).items()}
-    return Weights(name, backbone, state, "bn", {"eca": False, "backbone": backbone, "backbone_arguments": arguments},
+    return Weights(name, backbone, state, "bn", {"backbone": backbone, "backbone_arguments": arguments},
                    timm_backbone.input_normalization(backbone))
 
 
@@ -135,6 +134,30 @@ def read_snapshot(path, resuming=False):
     if exported and (content := _exported(path, content)) is None:
         raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none such")
     return snapshot.parse(path, _with_head(content), meta_network, resuming)
+
+
+def find_start(*, resume_from, folder, restore_from, pretrained, backbone, processes=None):
+    """What a run begins with: (`Snapshot` to go on from, or None; `Weights` to start from, or None).
+
+    Args:
+        resume_from: file of a snapshot, "newest" of the folder, or None.
+        folder: of the run's snapshots.
+        restore_from: file of weights, or None.
+        pretrained: take the weights that timm has for the backbone.
+        backbone: that flags name, or None.
+        processes: that share the run: they may share no disk.
+    """
+    found = resume_from and by_the_first(processes, lambda: resume.find_snapshot(resume_from, folder, read_snapshot))
+    if found is not None:
+        if restore_from or pretrained:
+            print(f"--resume: the weights are the snapshot's; --{'restore-from' if restore_from else 'pretrained'} is "
+                  "not read")
+        return found, None
+    if resume_from:
+        print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
+    if restore_from:
+        return None, read_weights(restore_from, backbone)
+    return None, timm_weights(backbone) if pretrained else None
 
 
 def _exported(path, tensors):
@@ -156,8 +179,7 @@ def weights_of(found):
     backbone = {key.removeprefix("backbone."): value for key, value in model.items() if key.startswith("backbone.")}
     family = "ours" if found.average is None else "ours, the moving average of its weights"
     network = found.config.network
-    built = {"eca": False, "backbone": network["backbone"], "backbone_arguments": network.get("backbone_arguments")} \
-        if is_timm(network["backbone"]) else structure(backbone)
+    built = find_backbone(network["backbone"]).structure(network, backbone)
     return Weights(found.path, family, model, network["norm"], built, found.config.normalization)
 
 
@@ -213,28 +235,11 @@ def recognise(content, name):
         ours |= {key.removeprefix(outer): value for key, value in state.items()
                  if key.startswith(outer) and not key.startswith(prefix)}
         ours = {_in_head(key): value for key, value in ours.items()}
-    found = structure(renamed)
+    found = read_structure(renamed)
     kernels = found["eca_kernels"] or ()
     if not all(kernel % 2 for kernel in kernels):
         raise UserError(f"{name}: expected kernels of odd sizes for the channel attention, found {kernels}")
     return Weights(name, family, ours, "bn", found, CAFFE if _expects_bytes(renamed) else Normalization())
-
-
-def structure(state):
-    """What a residual network's tensors, by our names, say of it; None for what they leave open."""
-    blocks = tuple(1 + max((int(match[1]) for key in state if (match := re.match(rf"layer{stage}\.(\d+)\.", key))),
-                           default=-1) for stage in (1, 2, 3, 4))
-    basic = "layer1.0.conv3.weight" not in state
-    stem = "7x7"
-    if "conv1.0.weight" in state:
-        stem = "-".join(str(*state[key].shape[:1]) if (key := f"conv1.{index}.weight") in state else "?"
-                        for index in (0, 2, 4))
-    kernels = [state[key].shape[2] if state[key].ndim == 3 else 0 for stage in (1, 2, 3, 4)
-               if (key := f"layer{stage}.0.eca.conv.weight") in state]
-    return {"depth": (BASIC_DEPTHS if basic else DEPTHS).get(blocks, f"with {'-'.join(map(str, blocks))} blocks"),
-            "eca": bool(kernels), "stem": stem, "eca_kernels": kernels or None,
-            "average_downsample": "layer2.0.downsample.1.weight" in state
-            and state["layer2.0.downsample.1.weight"].ndim == 4}
 
 
 def _expects_bytes(state):
@@ -260,48 +265,13 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
         weights: `Weights`, or None.
         backbone, stem, downsample (`strided` or `average`), eca_kernels: what flags say; None for nothing.
     """
+    theirs, source = ({}, None) if weights is None else (weights.structure, weights.name)
     flags = {"stem": stem, "downsample": downsample, "eca-kernels": eca_kernels and list(eca_kernels)}
-    if is_timm(backbone) or weights is not None and "backbone" in weights.structure:
-        return _choose_timm(weights, backbone, flags)
-    found = {"stem": "7x7", "downsample": "strided", "eca-kernels": None}
-    if weights is not None:
-        theirs = weights.structure
-        named = f"{'eca_' * theirs['eca']}resnet{theirs['depth']}"
-        backbone = backbone or named
-        more_attention = backbone == f"eca_{named}"     # which then starts where it changes nothing
-        if backbone not in BACKBONES or not (backbone == named or more_attention):
-            raise UserError(f"--backbone {backbone}: expected one of {', '.join(BACKBONES)} that fits {weights.name}, "
-                            f"found {named} there")
-        found = {"stem": theirs["stem"], "downsample": "average" if theirs["average_downsample"] else "strided",
-                 "eca-kernels": theirs["eca_kernels"]}
-        for flag, value in flags.items():
-            if None not in (value, found[flag]) and value != found[flag]:
-                raise UserError(f"--{flag} {value}: expected that of {weights.name}, found {found[flag]} there")
-        if found["stem"] not in STEMS:
-            raise UserError(f"{weights.name}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
-    chosen = {name: found[name] if flags[name] is None else flags[name] for name in flags}
-    backbone = backbone or BACKBONE
-    kernels = chosen["eca-kernels"] or BACKBONES[backbone].eca_kernels
-    return {"backbone": backbone, "stem": chosen["stem"], "average_downsample": chosen["downsample"] == "average",
-            "eca_kernels": kernels and list(kernels)}
-
-
-def _choose_timm(weights, backbone, flags):
-    """`choose_backbone` where flags or weights name a backbone of timm."""
-    theirs = {} if weights is None else weights.structure
-    backbone = backbone or theirs["backbone"]
-    if weights is not None and theirs.get("backbone") != backbone:
-        raise UserError(f"--backbone {backbone}: expected the one of {weights.name}, found "
-                        f"{theirs.get('backbone', 'a residual network of our own')} there")
-    for flag, value in flags.items():
-        if value is not None:
-            raise UserError(f"--{flag}: expected no such flag with {backbone}, which timm builds as it is, found "
-                            f"{value}")
     try:
-        plan = timm_backbone.find_plan(backbone, theirs.get("backbone_arguments"))
+        chosen = find_backbone(backbone or theirs.get("backbone", BACKBONE))
     except ValueError as error:
-        raise UserError(f"--{error}") from None
-    return {"backbone": backbone, "backbone_arguments": plan.arguments}
+        raise UserError(f"{source}: {error}" if source else f"--{error}") from None
+    return chosen.follow(theirs, flags, source)
 
 
 def load_weights(network, weights, name="", allow_partial=False):
@@ -341,7 +311,7 @@ def load_weights(network, weights, name="", allow_partial=False):
         raise UserError(f"{weights.name}: expected weights of this network or its backbone, found {len(fitting)} "
                         f"fitting tensors of {len(weights.state)}: {account.share:.0%} of the backbone's values"
                         f"{insist}")
-    neutral = _neutral_attention(fitting, target, weights.structure)
+    neutral = _neutral_attention(fitting, target, weights.state)
     fitting |= neutral
     account.loaded = [key for key in fitting if key not in neutral or ".eca." not in key]
     for key in counted:
@@ -453,10 +423,10 @@ def _why_ignored(key, value, target):
     return "no counterpart in this network"
 
 
-def _neutral_attention(fitting, target, structure):
+def _neutral_attention(fitting, target, state):
     """Attention at zero and doubled norms before it, for a backbone with attention from a file without."""
     missing = [key for key in target if key.startswith("backbone.") and key.endswith(".eca.conv.weight")]
-    if structure["eca"] or not missing:
+    if not missing or any(key.endswith(".eca.conv.weight") for key in state):
         return {}
     neutral = {}
     for key in missing:

@@ -68,11 +68,6 @@ class Plan:
         return max(self.reductions), 0 if self.tiles else 1
 
 
-def is_timm(backbone):
-    """Whether that is a name of this file's backbones, known to timm or not."""
-    return isinstance(backbone, str) and backbone.startswith(PREFIX)
-
-
 class TimmBackbone(nn.Module):
     """A network of timm that gives feature maps of images of any size.
 
@@ -299,8 +294,18 @@ def _record_loading():
         nn.Module.load_state_dict = load
 
 
-def synchronise_norms(network):
-    """Turn the batch norms of a network's backbone into synchronised ones, which work on GPUs alone, one a process."""
-    from timm.layers import convert_sync_batchnorm
+def share_statistics(network, devices, processes):
+    """Let the batch norms of a network's backbone see the whole batch, as those of our own do, or say that they do not.
 
-    network.backbone.body = convert_sync_batchnorm(network.backbone.body)
+    Networks of timm alone have such. devices: of this process; processes: `Processes` that share the batch, or None.
+    """
+    norms = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.backbone.modules())
+    if not norms or processes is None and len(devices) == 1:
+        return
+    if processes is not None and devices[0].type == "cuda":     # PyTorch synchronises on GPUs alone, one a process
+        from timm.layers import convert_sync_batchnorm
+
+        network.backbone.body = convert_sync_batchnorm(network.backbone.body)
+    else:
+        print(f"{norms} batch norms of the backbone see the share of a device alone: those of timm are synchronised "
+              "among processes on GPUs only; small shares make their statistics noisy")

@@ -22,6 +22,7 @@ import torch
 import train
 from dataset.streets import write_dataset
 from utils import checkpoint
+from utils.logger import read_lines
 
 STEPS = 24
 
@@ -108,7 +109,7 @@ def main():
             if ended == "done":
                 if not same(expected, checkpoint.load(attempt / f"CS_scenes_{STEPS}.pth")):
                     sys.exit(f"after {kills} kills the end differs from the undisturbed run's")
-                steps = [line["step"] for line in train.read_lines(attempt / "metrics.jsonl")]
+                steps = [line["step"] for line in read_lines(attempt / "metrics.jsonl")]
                 if steps != list(range(1, STEPS + 1)):
                     sys.exit(f"after {kills} kills metrics.jsonl holds the steps {steps}")
                 rounds += 1

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
-import train
 from dataset.cityscapes import CityscapesDataset
 from dataset.images import ImageFiles
-from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler
+from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler, start_worker
 from dataset.transforms import train_transform
 from tests.conftest import finish, start
 from utils.cli import UserError, sentence
@@ -110,7 +109,7 @@ def test_everything_crosses_to_workers_that_inherit_nothing(streets, tmp_path):
     everything = ConcatDataset([ImageFiles([streets / "gone.png", dataset.pairs[0][0]]), Jobs(dataset.positions, [3]),
                                 Jobs(dataset.decode_pair, [5]), dataset])
     items = list(DataLoader(everything, None, num_workers=1, multiprocessing_context="spawn",
-                            worker_init_fn=train.start_worker))
+                            worker_init_fn=start_worker))
     assert "gone.png: expected an image" in items[0]["error"]
     assert np.array_equal(items[1]["image"].permute(1, 2, 0), np.asarray(Image.open(dataset.pairs[0][0])))
     assert list(map(tuple, items[2])) == dataset.positions(3) and items[3] == 5

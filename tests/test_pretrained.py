@@ -28,9 +28,8 @@ def reference(name, stride):
 
 def ours_from(weights, stride, **options):
     found = weights.structure
-    backbone = f"{'eca_' * found['eca']}resnet{found['depth']}"
-    network = build_backbone(backbone, "bn", "relu", found["stem"], found["average_downsample"], found["eca_kernels"],
-                             output_stride=stride, **options)
+    network = build_backbone(found["backbone"], "bn", "relu", found["stem"], found["average_downsample"],
+                             found["eca_kernels"], output_stride=stride, **options)
     network.load_state_dict({key.removeprefix("backbone."): value for key, value in weights.state.items()
                              if ".fc." not in key})
     return network.double().eval()
@@ -45,12 +44,12 @@ def stages(network, images):
 
 @pytest.mark.parametrize("stride", [32, 8])
 @pytest.mark.parametrize("name, expected", [
-    ("ecaresnet101d", (101, True, "32-32-64", True, [5, 5, 5, 7])),
-    ("ecaresnet50d", (50, True, "32-32-64", True, [5, 5, 5, 7])),
-    ("resnet101d", (101, False, "32-32-64", True, None)),
-    ("resnet18d", (18, False, "32-32-64", True, None)),
-    ("resnet50", (50, False, "7x7", False, None)),
-    ("resnet34", (34, False, "7x7", False, None)),
+    ("ecaresnet101d", ("eca_resnet101", "32-32-64", True, [5, 5, 5, 7])),
+    ("ecaresnet50d", ("eca_resnet50", "32-32-64", True, [5, 5, 5, 7])),
+    ("resnet101d", ("resnet101", "32-32-64", True, None)),
+    ("resnet18d", ("resnet18", "32-32-64", True, None)),
+    ("resnet50", ("resnet50", "7x7", False, None)),
+    ("resnet34", ("resnet34", "7x7", False, None)),
 ])
 def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
     theirs = reference(name, stride)
@@ -58,7 +57,7 @@ def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
     save_file(state, tmp_path / f"{name}.safetensors")
     weights = read_weights(tmp_path / f"{name}.safetensors")
     found = weights.structure
-    assert (found["depth"], found["eca"], found["stem"], found["average_downsample"], found["eca_kernels"]) == expected
+    assert (found["backbone"], found["stem"], found["average_downsample"], found["eca_kernels"]) == expected
     ours = ours_from(weights, stride)
     images = torch.randn(1, 3, 97, 129, dtype=torch.float64)
     with torch.no_grad():
@@ -66,7 +65,7 @@ def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
     for a, b in zip(stages(ours, images), expected_maps, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
-    if found["eca"]:
+    if found["eca_kernels"]:
         with torch.no_grad():
             ours.layer3[2].eca.conv.weight[0, 0, 1] += 0.3
         difference = stages(ours, images)[3] - expected_maps[3]
@@ -281,7 +280,7 @@ def test_our_backbone_alone_under_any_prefix(prefix):
     backbone = build_backbone("eca_resnet18", stem="64-64-128", average_downsample=True)
     randomise(backbone)
     weights = recognise({f"{prefix}{key}": value for key, value in backbone.state_dict().items()}, "b.pth")
-    assert weights.structure == {"depth": 18, "eca": True, "stem": "64-64-128", "average_downsample": True,
+    assert weights.structure == {"backbone": "eca_resnet18", "stem": "64-64-128", "average_downsample": True,
                                  "eca_kernels": [3, 5, 7, 7]}
     network = build_network("base", 3, "eca_resnet18", stem="64-64-128", average_downsample=True, norm="bn")
     assert load_weights(network, weights).share == 1

@@ -197,11 +197,12 @@ def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets,
     """RLIMIT_FSIZE lets no file grow beyond 1500 bytes, as a full disk would, until the snapshot is written."""
     (tmp_path / "limited.py").write_text(
         f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom utils import cli, checkpoint\n"
+        "from utils.engine import Engine\n"
         "def limit(size):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n"
         "def save(*args, before=checkpoint.save_step):\n    limit(-1)\n    before(*args)\n"
-        "def step(self, *args, before=train.Engine.step, **named):\n    limit(1500)\n"
+        "def step(self, *args, before=Engine.step, **named):\n    limit(1500)\n"
         "    return before(self, *args, **named)\n"
-        "checkpoint.save_step, train.Engine.step = save, step\ncli.run(train.main)\n")
+        "checkpoint.save_step, Engine.step = save, step\ncli.run(train.main)\n")
     status, out, error = finish(start(tmp_path / "limited.py", *words(
         streets, tmp_path / "s", "--save-pred-every", "12", "--panel-every", "5", steps=12)), 100)
     assert status == 0, error

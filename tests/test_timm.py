@@ -296,11 +296,11 @@ def test_folding_norms_leaves_timm_alone_and_memory_is_probed_at_its_stride():
 def test_norms_are_synchronised_on_gpus_and_else_it_is_said(capsys):
     network = build_network("acfnet_resnet", 5, "timm:mobilenetv3_small_050", "bn")
     names, count = list(network.state_dict()), len(list(network.parameters()))
-    train.share_statistics(network, [torch.device("cpu")], None)
+    timm_backbone.share_statistics(network, [torch.device("cpu")], None)
     assert not capsys.readouterr().out
-    train.share_statistics(network, [torch.device("cpu")], object())
+    timm_backbone.share_statistics(network, [torch.device("cpu")], object())
     assert "batch norms of the backbone see the share of a device alone" in capsys.readouterr().out
-    train.share_statistics(network, [torch.device("cuda", 0)], object())
+    timm_backbone.share_statistics(network, [torch.device("cuda", 0)], object())
     kinds = {type(module) for module in network.backbone.modules()
              if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds and all(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds)

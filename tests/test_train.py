@@ -19,7 +19,7 @@ from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, start
 from utils import checkpoint, versions
 from utils.cli import UserError
-from utils.engine import NetworkWithLoss, NotFinite
+from utils.engine import Engine, NetworkWithLoss, NotFinite
 from utils.normalization import Normalization
 
 
@@ -331,7 +331,7 @@ def test_weights_that_a_step_has_ruined_are_not_called_the_state_before(streets,
 
 def finite_losses_then(monkeypatch, losses, last):
     """Let the engine report these losses instead of its own, one a step, and then raise."""
-    step, given = train.Engine.step, iter(losses)
+    step, given = Engine.step, iter(losses)
 
     def reporting(self, *args, **named):
         loss = next(given, None)
@@ -340,7 +340,7 @@ def finite_losses_then(monkeypatch, losses, last):
         terms, asked = step(self, *args, **named)
         return dict.fromkeys(terms, loss), asked
 
-    monkeypatch.setattr(train.Engine, "step", reporting)
+    monkeypatch.setattr(Engine, "step", reporting)
 
 
 @pytest.mark.parametrize("losses, last, keep, kept, advice", [

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -266,6 +267,17 @@ def named_numbers(text):
 def plain_numbers(values):
     """{name: number} → the text that `named_numbers` reads."""
     return ",".join(f"{name}={value:g}" for name, value in values.items())
+
+
+def from_flags(kind, args):
+    """A dataclass of that kind whose fields are the flags of the same names."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def plain_values(flags):
+    """{flag's name: value} as a snapshot and JSON can hold it: tuples as lists, named numbers as their text."""
+    kinds = {tuple: list, dict: plain_numbers}
+    return {name: kinds.get(type(value), lambda same: same)(value) for name, value in flags.items()}
 
 
 # Beyond these no flag means anything: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.

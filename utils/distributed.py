@@ -187,6 +187,18 @@ def processes_started():
     return 1 if place is None else place.size
 
 
+def crops_at_once(batch_size, accumulate, devices):
+    """Crops that each device takes at once. Raises `UserError` where devices and parts do not share them alike.
+
+    batch_size: crops a step, over all devices; accumulate: parts of it; devices: of this process.
+    """
+    sharing = max(len(devices), processes_started())
+    if batch_size % (sharing * accumulate):
+        of = f" times {accumulate} parts of --accumulate" if accumulate > 1 else ""
+        raise UserError(f"--batch-size {batch_size}: expected a multiple of the {sharing} devices{of} that share it")
+    return batch_size // accumulate // sharing
+
+
 def start_processes(count, argv=None):
     """Run this command in `count` processes, as torchrun would, and exit with their status. Does not return.
 

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import random_state, set_random_state
+from .cli import UserError
 from .distributed import share_batches
 from .jitter import apply_jitter
 from .optimization import average_of_weights, update_average
-from .versions import total_norm
+from .versions import COMPILER, torch_version, total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
 COMPILED_BUDGET = 0.8
@@ -32,6 +33,19 @@ def compile_network(network, **options):
     torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
     torch._inductor.config.fallback_random = True
     network.compile(**options)
+
+
+def check_compile(*, devices, parallel, recompute):
+    """Raise `UserError` where --compile cannot work; arguments: devices of this process, and the flags' values."""
+    if len(devices) > 1 and parallel == "dp":
+        raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
+                        "replicas cannot share compiled code")
+    if recompute != "none":
+        raise UserError(f"--compile: expected --recompute none with it, found {recompute}, which cannot be "
+                        "compiled; compiled code decides by itself what it computes again")
+    if torch_version() < COMPILER:
+        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, COMPILER))} or newer, found "
+                        f"{torch.__version__}, whose compiled code was not tested, or updates running statistics twice")
 
 
 class NetworkWithLoss(nn.Module):

@@ -5,8 +5,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .cli import UserError
+
 # What each keeps of every parameter: "step" is a number as a tensor, all else has the parameter's shape.
 OPTIMIZERS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+
+
+def check(*, kind, momentum, ema, warmup_steps, num_steps):
+    """Raise `UserError` for flags that would learn nothing; kind: the one of --optimizer."""
+    if kind == "adamw" and momentum == 1:
+        raise UserError("--momentum 1: expected less than 1 with --optimizer adamw")
+    if ema == 1:
+        raise UserError("--ema 1: expected less than 1, with which the average would never change")
+    if warmup_steps >= num_steps:
+        raise UserError(f"--warmup-steps {warmup_steps}: expected fewer than the {num_steps} steps of --num-steps")
 
 
 def make_optimizer(network, *, kind="sgd", learning_rate=1e-2, momentum=0.9, weight_decay=1e-4, head_lr_factor=1.0):

@@ -1,4 +1,4 @@
-"""What is looked at while a network learns: a quick score, and a picture."""
+"""What is looked at while a network learns: a quick score, a picture, and curves."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import checkpoint, cli, visualize
+from .cli import UserError
 from .distributed import share_items
 from .inference import SlidingPredictor, score
+from .logger import METRICS, QUICK, read_lines
 from .upsampling import upsample
 
 
@@ -69,3 +71,13 @@ def draw_panel(engine, normalization, sample, classes, ignore_index):
     if len(maps) == 2:
         pictures.append(visualize.difference(truth, *maps, ignore_index))
     return visualize.panel(pictures)
+
+
+def draw_curves(folder):
+    """curves.png of the run in a folder, or a word why it is missing: on a full disk, the snapshots are what counts."""
+    metrics, quick = (read_lines(folder / name) for name in (METRICS, QUICK))
+    try:
+        if metrics:
+            visualize.training_curves(folder / "curves.png", metrics, quick)
+    except (OSError, UserError) as error:
+        print(f"curves.png is missing: {error}")

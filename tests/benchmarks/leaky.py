@@ -25,8 +25,8 @@ def main():
     classifier = {key: state.pop(f"fc.{key}").float() for key in ("weight", "bias") if f"fc.{key}" in state}
     networks = {}
     for activation in ("relu", "leaky_relu"):
-        networks[activation] = build_backbone(f"{'eca_' * found['eca']}resnet{found['depth']}", "bn", activation,
-                                              found["stem"], found["average_downsample"], found["eca_kernels"], 32)
+        networks[activation] = build_backbone(found["backbone"], "bn", activation, found["stem"],
+                                              found["average_downsample"], found["eca_kernels"], 32)
         networks[activation].load_state_dict(state)
         networks[activation].eval()
     shifts, same, count = [[] for _ in range(4)], 0, 0

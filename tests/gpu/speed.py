@@ -16,9 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from dataset.cityscapes import CityscapesDataset
-from dataset.sampling import EpochSampler
+from dataset.sampling import EpochSampler, start_worker
 from dataset.streets import write_dataset
 from dataset.transforms import train_transform
 from libs import backend
@@ -289,7 +288,7 @@ def loader_section(rows, device, size=(1024, 2048), crop=(769, 769), images=16, 
                 dataset.fill_cache(workers)
             sampler = EpochSampler(len(dataset), 0, 0, batch * batches, batch)
             loader = DataLoader(dataset, batch, sampler=sampler, num_workers=workers, prefetch_factor=4,
-                                pin_memory=device.type == "cuda", worker_init_fn=train.start_worker)
+                                pin_memory=device.type == "cuda", worker_init_fn=start_worker)
             rows.figure(f"samples, {name}", samples_a_second, loader, batch)
 
 

@@ -105,16 +105,7 @@ def get_parser():
                        help="of weights and arithmetic (fp32); images and logits are float32 in any case")
 
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--input-size", type=cli.size, metavar="H,W",
-                          help="window, rounded up to 8k + 1; default: the training crop")
-    protocol.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
-    protocol.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
-    protocol.add_argument("--scales", type=cli.scale, nargs="+", default=PAPER_SCALES,
-                          help="(0.75 1.0 1.25 1.5 1.75 2.0)")
-    protocol.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="run mirrored too (yes)")
-
-    protocol.add_argument("--raw-weights", action="store_true", help="the weights of the last step, also of a run with "
-                          "--ema, whose moving average is scored otherwise")
+    add_protocol(protocol)
     protocol.add_argument("--boundary", type=cli.positive(float, 1000), metavar="PIXELS", help="also score how well "
                           "outlines are met: boundary F-score of each class, with so many pixels of tolerance (off)")
 
@@ -136,71 +127,106 @@ def get_parser():
     return parser
 
 
+def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
+    """Flags that say how images are predicted, with these defaults; window: name of the flag for its size."""
+    group.add_argument(window, type=cli.size, metavar="H,W",
+                       help="window, rounded up to 8k + 1; default: the training crop")
+    group.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
+    group.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
+    group.add_argument("--scales", type=cli.scale, nargs="+", default=scales, help=f"({' '.join(map(str, scales))})")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=flip,
+                       help=f"run mirrored too ({'yes' if flip else 'no'})")
+    group.add_argument("--raw-weights", action="store_true", help="the weights of the last step, also of a run with "
+                       "--ema, whose moving average is scored otherwise")
+
+
 def load_items(dataset, workers, processes, what):
     """This process's share of a data set, with progress."""
     return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
 
 
-def evaluate(predictor, dataset, pictures, workers, processes=None, tolerance=None):
-    """Run over a data set once, this process over its share.
+class Evaluation:
+    """What a network makes of a data set, counted: one pass over it, each process over its share.
 
-    tolerance: of boundaries, in pixels, or None.
+    Args:
+        dataset: with labels; a `CityscapesDataset`.
+        pictures: `Pictures`, which gets the predictions.
+        tolerance: of boundaries, in pixels, or None.
 
-    Returns {protocol: {head: ConfusionMatrix}}, {head: `Calibration`} of the richest protocol, `WorstImages`,
-    `InstanceIoU` and `BoundaryF` of all processes; the last two are None without instances and without tolerance.
+    Attributes, after `run` of all processes:
+        matrices: {protocol: {head: ConfusionMatrix}}, the richest protocol last.
+        calibration: {head: `Calibration`} of the richest protocol.
+        worst: `WorstImages`.
+        instances: `InstanceIoU`; boundaries: `BoundaryF`; None without instances and without tolerance.
     """
-    classes = dataset.classes
-    worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
-    sizes = classes.instance_sizes
-    instances = InstanceIoU(sizes, classes.train_ids, classes.categories, classes.whole_categories)
-    calibration = defaultdict(lambda: Calibration(IGNORE_INDEX))
-    boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
 
-    def seen(item, heads, confidence, labels, counts, truth):
+    def __init__(self, dataset, pictures, tolerance=None):
+        self.dataset, self.pictures, self.classes = dataset, pictures, dataset.classes
+        classes = self.classes
+        self.matrices, self.calibration = {}, defaultdict(lambda: Calibration(IGNORE_INDEX))
+        self.worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
+        self.instances = InstanceIoU(classes.instance_sizes, classes.train_ids, classes.categories,
+                                     classes.whole_categories)
+        self.boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
+
+    def run(self, predictor, workers, processes=None):
+        """predictor: `SlidingPredictor`; workers: that read images."""
+        self.matrices = score(predictor, load_items(self.dataset, workers, processes, "evaluating"),
+                              self.classes.num_classes, IGNORE_INDEX, processes, self._see)
+        if processes is not None:
+            self._merge(processes)
+        if len(self.instances.terms) < len(self.dataset) or self.classes.train_ids.keys().isdisjoint(
+                self.classes.instance_sizes):
+            self.instances = None
+
+    def _see(self, item, heads, confidence, labels, counts, truth):
+        """An image, as `utils.inference.score` shows it."""
         for head, values in labels.items():
-            calibration[head].update(confidence[head], values, truth)
+            self.calibration[head].update(confidence[head], values, truth)
         image, labels = item["image"].permute(1, 2, 0), {head: values.cpu() for head, values in labels.items()}
-        pictures.add(item["name"], image, labels["fine"], confidence["fine"])
-        worst.add(item["name"], image.numpy(), item["label"].numpy(), labels, counts, heads.get("coarse"))
+        self.pictures.add(item["name"], image, labels["fine"], confidence["fine"])
+        self.worst.add(item["name"], image.numpy(), item["label"].numpy(), labels, counts, heads.get("coarse"))
         if "instances" in item:
-            instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
-        if boundaries:
-            boundaries.update(item["name"], item["label"].numpy(),
-                              {head: values.numpy() for head, values in labels.items()})
+            self.instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
+        if self.boundaries:
+            self.boundaries.update(item["name"], item["label"].numpy(),
+                                   {head: values.numpy() for head, values in labels.items()})
 
-    matrices = score(predictor, load_items(dataset, workers, processes, "evaluating"), classes.num_classes,
-                     IGNORE_INDEX, processes, seen)
-    if processes is not None:
-        worst.merge(processes.gather_objects(worst.kept))
-        for scored in filter(None, (instances, boundaries)):
+    def _merge(self, processes):
+        """Add what the other processes found; the matrices are whole."""
+        self.worst.merge(processes.gather_objects(self.worst.kept))
+        for scored in filter(None, (self.instances, self.boundaries)):
             for terms in processes.gather_objects(scored.terms):
                 scored.terms |= terms
-        parts = processes.gather_objects(dict(calibration))
-        calibration.clear()
+        parts = processes.gather_objects(dict(self.calibration))
+        self.calibration.clear()
         for head, one in itertools.chain.from_iterable(part.items() for part in parts):
-            calibration[head].add(one)
-    counted = len(instances.terms) == len(dataset) and not classes.train_ids.keys().isdisjoint(sizes)
-    return matrices, calibration, worst, instances if counted else None, boundaries
+            self.calibration[head].add(one)
 
+    @property
+    def headline(self):
+        """{head: ConfusionMatrix} of the richest protocol that was run."""
+        return list(self.matrices.values())[-1]
 
-def summarise(matrices, calibration, instances, boundaries, classes, checkpoint_path, num_images, protocol):
-    """What `result.json` holds. The headline is the fine head's, of the richest protocol that was run."""
-    scores = {name: {head: matrix.scores(classes.names, classes.categories) for head, matrix in heads.items()}
-              for name, heads in matrices.items()}
-    *_, richest = scores
-    if instances is not None:
-        scores[richest]["fine"] |= instances.scores(matrices[richest]["fine"], classes.names)
-    if boundaries is not None:
-        for head, found in boundaries.scores(classes.names).items():
-            scores[richest][head] |= found
-    headline = scores[richest]
-    return {
-        "mean_iou": headline["fine"]["mean_iou"],
-        **{name: heads["fine"] for name, heads in scores.items()},
-        **({"coarse": {name: heads["coarse"] for name, heads in scores.items()}} if "coarse" in headline else {}),
-        "calibration": {head: one.scores() for head, one in calibration.items()},
-        "num_images": num_images, "checkpoint": str(checkpoint_path), "protocol": protocol,
-    }
+    def result(self, checkpoint_path, protocol):
+        """What `result.json` holds; protocol: its plain values. The first score is the headline's fine head's."""
+        names = self.classes.names
+        scores = {name: {head: matrix.scores(names, self.classes.categories) for head, matrix in heads.items()}
+                  for name, heads in self.matrices.items()}
+        richest = list(scores.values())[-1]
+        if self.instances is not None:
+            richest["fine"] |= self.instances.scores(self.headline["fine"], names)
+        if self.boundaries is not None:
+            for head, found in self.boundaries.scores(names).items():
+                richest[head] |= found
+        coarse = {name: heads["coarse"] for name, heads in scores.items() if "coarse" in heads}
+        return {
+            "mean_iou": richest["fine"]["mean_iou"],
+            **{name: heads["fine"] for name, heads in scores.items()},
+            **({"coarse": coarse} if coarse else {}),
+            "calibration": {head: one.scores() for head, one in self.calibration.items()},
+            "num_images": len(self.dataset), "checkpoint": str(checkpoint_path), "protocol": protocol,
+        }
 
 
 def table(result):
@@ -439,26 +465,25 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
     print(f"{path}; {dataset.describe()}")
     predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
-        matrices, calibration, worst, instances, boundaries = evaluate(
-            predictor, dataset, pictures, machine.workers, processes, protocol.boundary)
+        found = Evaluation(dataset, pictures, protocol.boundary)
+        found.run(predictor, machine.workers, processes)
     if processes is not None:
         processes.barrier()        # nothing is said of pictures that another could not write
-    headline = list(matrices.values())[-1]
-    if not headline["fine"].matrix.any():
+    if not found.headline["fine"].matrix.any():
         raise UserError(f"--split {dataset.split}: expected labelled pixels to score, found none; predictions for the "
                         "Cityscapes server are made by --submission FOLDER")
     if rank_and_size(processes)[0]:
         return None
-    result = summarise(matrices, calibration, instances, boundaries, classes, path, len(dataset),
-                       protocol.as_json(predictor.window, dataset.split, config))
-    heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"] for head, matrix in headline.items()}
-    matrix = np.asarray(headline["fine"].matrix)
+    result = found.result(path, protocol.as_json(predictor.window, dataset.split, config))
+    heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"]
+             for head, matrix in found.headline.items()}
+    matrix = np.asarray(found.headline["fine"].matrix)
     print(table(result))
     checkpoint.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
     visualize.confusion_picture(folder / "confusion.png", matrix, classes.names)
     visualize.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
-                 worst.entries())
+                 found.worst.entries())
     print(f"results in {folder}: report.html, result.json, iou.png, confusion.png"
           f"{''.join(f', {FOLDERS[kind]}/' for kind in kinds)}")
     return result

@@ -425,13 +425,7 @@ def get_parser():
     parser.add_argument("--gpu", help="ids such as 0,1, each of which takes the next run, or cpu; default: all visible "
                         "GPUs, else the CPU")
     parser.add_argument("--output-dir", type=cli.path, default="runs/compare", help="(runs/compare)")
-    protocol = parser.add_argument_group("protocol, as in evaluate.py")
-    protocol.add_argument("--window", type=cli.size, metavar="H,W", help="its --input-size; default: the training crop")
-    protocol.add_argument("--overlap", type=cli.probability, default=1 / 3, help="(1/3)")
-    protocol.add_argument("--whole", action="store_true")
-    protocol.add_argument("--scales", type=cli.scale, nargs="+", default=[1.0], help="(1.0)")
-    protocol.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="(no)")
-    protocol.add_argument("--raw-weights", action="store_true")
+    evaluate.add_protocol(parser.add_argument_group("protocol, as in evaluate.py"), "--window", (1.0,), flip=False)
     return parser
 
 

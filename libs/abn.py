@@ -1,7 +1,13 @@
 """Activated batch normalisation: the layers of the `inplace_abn` package 1.1.0 in PyTorch alone.
 
 Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
-CVPR 2018. A layer is a batch norm and the activation after it.
+CVPR 2018. A layer is a batch norm and the activation after it. In a network of your own:
+
+    import torch
+    from libs.abn import InPlaceABN
+
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, bias=False), InPlaceABN(64, activation="leaky_relu"))
+    block(torch.rand(2, 3, 64, 64)).mean().backward()
 """
 
 from types import SimpleNamespace

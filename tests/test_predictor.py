@@ -1,4 +1,4 @@
-"""Networks from Python: the README's own lines, the files that evaluate.py writes, and images of all kinds."""
+"""Networks from Python: the documented lines themselves, the files that evaluate.py writes, and images of all kinds."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 import evaluate
 from dataset.labels import ClassTable
+from libs import abn
 from networks import load
 from tests.conftest import ROOT, snapshot_content
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
@@ -24,11 +25,16 @@ RGB = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
 
 
+def python_blocks(text):
+    """The blocks of Python in a text, as they stand there."""
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.M)
+    return [re.sub(r"^ {4}", "", block, flags=re.M).strip() for block in blocks if "import" in block]
+
+
 def readme_blocks():
-    """The code blocks of the README's section, as they stand there."""
-    section = re.search(r"^## From Python\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", section, re.M)
-    return [re.sub(r"^ {4}", "", block, flags=re.M).strip() for block in blocks if "import" in block], section
+    """Those of the README's section, and the section."""
+    section = re.search(r"^### From Python\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    return python_blocks(section), section
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,9 @@ def run(block, folder, **environment):
 
 
 @pytest.mark.parametrize("number", range(3), ids=["load", "ACFHead", "InPlaceABN"])
-def test_the_readmes_lines_run_from_any_folder(place, number):
+def test_documented_lines_run_from_any_folder(place, number):
     blocks, section = readme_blocks()
+    blocks += python_blocks(abn.__doc__)
     assert len(blocks) == 3 and "`PYTHONPATH=/path/to/ACFNet python yours.py`" in section
     out = run(blocks[number], place, PYTHONPATH=str(ROOT))
     if number == 0:

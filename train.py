@@ -56,6 +56,7 @@ from utils.optimization import OPTIMIZERS, PolySchedule, make_optimizer
 from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision
 from utils.run import Run
 from utils.snapshot import Config
+from utils.trackers import SERVICES, check_packages
 from utils.validation import QuickValidation, draw_curves, draw_panel
 
 
@@ -207,6 +208,8 @@ def add_run(parser):
                      help="steps between TensorBoard pictures (500)")
     out.add_argument("--resume", type=cli.path, nargs="?", const="newest", metavar="FILE",
                      help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
+    out.add_argument("--log", choices=SERVICES, nargs="+", default=[], help="send metrics and pictures there too, "
+                     "where the package is installed (nowhere)")
 
 
 def check(args, devices, classes):
@@ -241,6 +244,7 @@ def check(args, devices, classes):
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
+    check_packages(args.log)
     devices = select_devices(args.gpu)
     classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
     if started_by_torchrun() or args.parallel == "none":
@@ -315,7 +319,7 @@ def assemble(args, devices, processes, dataset, workers):
                             stop=args.num_steps, batch_size=args.batch_size, parts=args.accumulate, rank=rank,
                             world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
         panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
-    resume.record(run, args.snapshot_dir, config, args.keep, account)
+    resume.record(run, args.snapshot_dir, config, args.keep, account, args.log)
     if args.val_every:
         images = CityscapesDataset(args.data_dir, args.val_split, args.val_list, dataset.classes)
         print(f"quick validation every {args.val_every} steps: {images.describe()}")

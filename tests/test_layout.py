@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"networks": {"libs", "utils"}, "dataset": {"utils"}, "loss": {"utils"}, "libs": {"utils"}, "utils": set()}
 TOP = {"train.py", "evaluate.py", "run_local.sh", "networks", "dataset", "utils", "loss", "libs", "snapshots", "tests",
        "requirements.txt", "README.md", "pyproject.toml", "LICENSE", ".gitignore", ".ci"}
-OPTIONAL = {"apex", "inplace_abn", "timm", "safetensors", "onnx", "onnxruntime"}
+OPTIONAL = {"apex", "inplace_abn", "timm", "safetensors", "onnx", "onnxruntime", "wandb", "mlflow"}
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 

@@ -1,4 +1,4 @@
-"""What a training run tells: a progress line, `metrics.jsonl`, TensorBoard."""
+"""What a training run tells: a progress line, `metrics.jsonl`, TensorBoard, services that keep experiments."""
 
 import contextlib
 import json
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cli import UserError
+from .trackers import start_trackers
 
 try:
     import fcntl
@@ -43,10 +44,12 @@ class RunLog:
         num_steps: steps in all.
         start: steps done before; lines of later ones, which will be done again, are dropped.
         about: plain values that describe this start of the run, for `runs.json`.
+        track: names of services that are told too (`utils.trackers`).
     """
 
-    def __init__(self, folder, num_steps, start=0, about=None):
+    def __init__(self, folder, num_steps, start=0, about=None, track=()):
         self.folder = Path(folder)
+        self.about, self.track, self.trackers = about or {}, track, []
         self.lock = _lock(self.folder)
         checkpoint.remove_unfinished(self.folder)
         self.num_steps = num_steps
@@ -54,15 +57,18 @@ class RunLog:
         self.started = time.monotonic()
         self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
-        _remember(self.folder / "runs.json", about or {})
+        _remember(self.folder / "runs.json", self.about)
         self.files = {name: _continued(self.folder / name, start) for name in (METRICS, QUICK)}
         self.board = Board(self.folder / "tensorboard")
 
     def __enter__(self):
+        self.trackers = start_trackers(self.track, self.folder, self.first > 0, self.about)
         return self
 
     def __exit__(self, *error):
         self.bar.close()
+        for tracker in self.trackers:
+            tracker.close(failed=error[0] is not None)
         for file in (*self.files.values(), self.board, self.lock):
             file.close()
 
@@ -73,9 +79,7 @@ class RunLog:
         """values: {name: number}, with loss, lr, images_per_second, seconds_data among them; seconds: since the
         last time."""
         self._write(METRICS, {"step": step, **values})
-        for name, value in values.items():
-            if value is not None:
-                self.board.add(summary.scalar(name, value), step)
+        self._numbers(values, step)
         terms = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
                           if name.startswith("loss"))
         speed = (f"{values['images_per_second']:.1f} images/s, {100 * values['seconds_data'] / seconds:.0f} % of the "
@@ -90,25 +94,34 @@ class RunLog:
 
     def quick_validation(self, step, scores):
         """scores: {head: `ConfusionMatrix.scores`}. Named quick everywhere: it is not the official protocol."""
-        values = {"step": step}
+        values, curves = {"step": step}, {}
         for head, score in scores.items():
             values[f"quick_mean_iou_{head}"] = score["mean_iou"]
             values[f"quick_class_iou_{head}"] = score["class_iou"]
-            self.board.add(summary.scalar(f"quick_mean_iou/{head}", score["mean_iou"] or 0), step)
-            for name, iou in score["class_iou"].items():
-                if iou is not None:
-                    self.board.add(summary.scalar(f"quick_class_iou_{head}/{name}", iou), step)
+            curves[f"quick_mean_iou/{head}"] = score["mean_iou"] or 0
+            curves |= {f"quick_class_iou_{head}/{name}": iou for name, iou in score["class_iou"].items()}
         self._write(QUICK, values)
+        self._numbers(curves, step)
         self.say(f"quick validation after step {step} (whole images at scale 1, not the official protocol): mIoU "
                  + ", ".join(f"{head} {100 * (score['mean_iou'] or 0):.2f} %" for head, score in scores.items()))
 
     def picture(self, name, image, step):
         """image (H, W, 3) uint8."""
         self.board.add(summary.image(name, image, dataformats="HWC"), step)
+        for tracker in self.trackers:
+            tracker.picture(name, image, step)
 
     def say(self, text):
         """A line that stays, above the bar."""
         tqdm.write(text) if not self.bar.disable else print(text, flush=True)
+
+    def _numbers(self, values, step):
+        """Points of curves; values: {name: number, or None where there is none}."""
+        values = {name: value for name, value in values.items() if value is not None}
+        for name, value in values.items():
+            self.board.add(summary.scalar(name, value), step)
+        for tracker in self.trackers:
+            tracker.numbers(values, step)
 
     def _write(self, name, values):
         self.files[name].append((json.dumps(values) + "\n").encode())

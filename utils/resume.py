@@ -139,12 +139,16 @@ def compare(path, before, now):
                         "--snapshot-dir starts another run")
 
 
-def record(run, folder, config, keep=None, account=None):
-    """Give a run its log and its snapshots, in a folder. account: of the weights it starts from, or None."""
+def record(run, folder, config, keep=None, account=None, track=()):
+    """Give a run its log and its snapshots, in a folder.
+
+    account: of the weights it starts from, or None; track: as in `RunLog`.
+    """
     engine, folder = run.engine, Path(folder)
     run.snapshots = SnapshotFolder(folder, engine, config, keep)
     if run.snapshots.writes:
-        run.log = RunLog(folder, run.schedule.num_steps, run.start, about_this_run(config.arguments, engine.devices))
+        run.log = RunLog(folder, run.schedule.num_steps, run.start, about_this_run(config.arguments, engine.devices),
+                         track)
         if account is not None:
             checkpoint.write_json(folder / "weights.json", account.as_json())
         best = folder / checkpoint.BEST

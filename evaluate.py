@@ -40,6 +40,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
+from dataset.folders import add_folder_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
 from networks.exporting import export_snapshot
@@ -81,6 +82,7 @@ def get_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    add_folder_flags(data)
     data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
                       help="files of \"image label\" lines, paths relative "
                       "to --data-dir or to the list")
@@ -320,10 +322,11 @@ def check(args):
     if most > 1 and args.output_dir:
         raise UserError(f"--restore-from: expected snapshots of different names with --output-dir, found {names} "
                         f"{most} times")
-    if not args.data_dir and not args.images and not args.export:
-        raise UserError("--data-dir: expected the folder of the data set, found none")
-    if args.submission and args.data_list:
-        raise UserError("--submission: expected a Cityscapes folder in --data-dir, found --data-list")
+    if not args.images and not args.export:
+        data_root(args.data_dir, args.images_dir, args.labels_dir)
+    if args.submission and (args.data_list or args.images_dir):
+        raise UserError("--submission: expected a Cityscapes folder in --data-dir, found "
+                        f"{'--data-list' if args.data_list else '--images-dir'}")
 
 
 @dataclass(frozen=True)
@@ -434,8 +437,10 @@ def perform(args, paths, protocol, machine):
             for results in folders:
                 results.check(RESULTS)
 
+        root = data_root(args.data_dir, args.images_dir, args.labels_dir)
+
         def data(classes):
-            return CityscapesDataset(args.data_dir, args.split, args.data_list, classes, instances=True)
+            return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
 
         found = [score_snapshot(path, data, protocol, machine, args.classes, kinds, results)
                  for path, results in zip(paths, folders, strict=True)]

@@ -20,6 +20,7 @@ import time
 import torch
 
 from dataset.cityscapes import CityscapesDataset
+from dataset.folders import ASSUMED, add_folder_flags, assume_classes, check_validation, data_root, keep_table
 from dataset.labels import IGNORE_INDEX, ClassTable
 from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
@@ -72,8 +73,9 @@ def get_parser():
 def add_data(parser):
     """Flags that say from which samples."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", required=True, type=cli.path,
+    data.add_argument("--data-dir", type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    add_folder_flags(data)
     data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
                       help="files of \"image label\" lines, paths relative "
                       "to --data-dir or to the list; without it the folder is scanned")
@@ -214,9 +216,8 @@ def add_run(parser):
 
 def check(args, devices, classes):
     """Refuse what cannot work, before anything is read or written."""
-    if args.num_classes not in (None, classes.num_classes):
-        raise UserError(f"--num-classes {args.num_classes}: expected the {classes.num_classes} classes of "
-                        f"{classes.source}")
+    if classes is not None:     # else the label maps will tell
+        classes.check_count(args.num_classes)
     cli.from_flags(NetworkChoice, args).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)
@@ -229,8 +230,6 @@ def check(args, devices, classes):
                         f"a pattern?): {' '.join(args.restore_from)}")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
-    if args.val_every and args.data_list and not args.val_list:
-        raise UserError("--val-every: expected --val-list with --data-list, found none")
     existing = checkpoint.snapshots(args.snapshot_dir)
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
@@ -245,8 +244,11 @@ def check(args, devices, classes):
 def main(argv=None):
     args = get_parser().parse_args(argv)
     check_packages(args.log)
+    root = data_root(args.data_dir, args.images_dir, args.labels_dir)
+    if args.val_every:
+        check_validation(root, args.data_list, args.val_list, args.val_split)
     devices = select_devices(args.gpu)
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
+    classes = ClassTable.read(args.classes) if args.classes else None if args.images_dir else ClassTable.read()
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
     crops = crops_at_once(args.batch_size, args.accumulate, devices)
@@ -263,7 +265,12 @@ def main(argv=None):
         print(f"--amp {args.amp}: the best that the {'CPU' if devices[0].type == 'cpu' else 'GPU'} has instructions "
               "for")
     checkpoint.seed_generators(args.random_seed)
-    dataset = CityscapesDataset(args.data_dir, args.split, args.data_list, classes, seed=args.random_seed,
+    if classes is None:
+        parts = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
+        classes = by_the_first(processes, lambda: assume_classes(
+            args.labels_dir, [label for part in parts for _, label in CityscapesDataset(root, *part).pairs], workers))
+        classes.check_count(args.num_classes)
+    dataset = CityscapesDataset(root, args.split, args.data_list, classes, seed=args.random_seed,
                                 cache=args.cache, jitter=args.jitter)
     print(dataset.describe())
     dataset.check_labels()
@@ -319,9 +326,11 @@ def assemble(args, devices, processes, dataset, workers):
                             stop=args.num_steps, batch_size=args.batch_size, parts=args.accumulate, rank=rank,
                             world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
         panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
+    if dataset.classes.source == ASSUMED and rank == 0:
+        keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
     resume.record(run, args.snapshot_dir, config, args.keep, account, args.log)
     if args.val_every:
-        images = CityscapesDataset(args.data_dir, args.val_split, args.val_list, dataset.classes)
+        images = CityscapesDataset(dataset.root, args.val_split, args.val_list, dataset.classes)
         print(f"quick validation every {args.val_every} steps: {images.describe()}")
         run.validate = QuickValidation(engine=engine, dataset=images, normalization=config.normalization,
                                        ignore_index=IGNORE_INDEX, workers=workers, log=run.log,

@@ -2,6 +2,7 @@
 
     python -m dataset.check CITYSCAPES
     python -m dataset.check DATA --data-list DATA/train.lst DATA/val.lst --classes DATA/classes.csv
+    python -m dataset.check --images-dir DATA/images --labels-dir DATA/labels
     python -m dataset.check CITYSCAPES --fast        a few files of each split
 
 Decodes every image and label map, on all cores. Looks for files that are missing, unreadable or twice there, label maps
@@ -28,6 +29,7 @@ from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_folder, check_name, split_files
+from .folders import ASSUMED, add_folder_flags, assume_classes, data_root, keep_table, splits_of
 from .labels import IGNORE_INDEX, ClassTable
 
 FAST = 16           # pairs of each split that --fast looks into
@@ -80,15 +82,15 @@ def find_pairs(root, split):
     return [(images[key], labels[key]) for key in images if key in labels], problems
 
 
-def find_splits(root, lists, classes):
+def find_splits(root, lists):
     """{name of split or list: (pairs, problems)}. Raises `UserError` where there is nothing."""
     if lists:
-        found = {}
-        for path in lists:
-            pairs = CityscapesDataset(root, data_list=path, classes=classes).pairs
-            found[str(path)] = (pairs, [])
-        return found
+        return {str(path): (CityscapesDataset(root, data_list=path).pairs, []) for path in lists}
+    if isinstance(root, tuple):
+        return {os.path.join(root[0], name): (CityscapesDataset(root, name).pairs, []) for name in splits_of(root)} or {
+            root[0]: (CityscapesDataset(root).pairs, [])}
     check_folder(root)
+    root = Path(root)
     found = {split: find_pairs(root, split) for split in SPLITS if (root / "leftImg8bit" / split).is_dir()}
     if not any(pairs for pairs, _ in found.values()):
         raise UserError(f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, "
@@ -230,8 +232,9 @@ def table(report):
 def main():
     parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=cli.path,
+    parser.add_argument("data_dir", type=cli.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    add_folder_flags(parser)
     parser.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
                         help="files of \"image label\" lines, one a split")
     parser.add_argument("--classes", type=cli.path, help="class table (CSV); default Cityscapes")
@@ -240,18 +243,24 @@ def main():
     parser.add_argument("--num-workers", type=cli.positive(int, 1024), default=os.cpu_count(),
                         help="processes (all cores)")
     args = parser.parse_args()
-    root = Path(args.data_dir)
-    folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(os.path.abspath(root))}")
-    classes = ClassTable.read(args.classes) if args.classes else ClassTable.read()
+    root = data_root(args.data_dir, args.images_dir, args.labels_dir)
+    place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
+    folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(place)}")
+    classes = ClassTable.read(args.classes) if args.classes else None if args.images_dir else ClassTable.read()
     allow_large_images()
-    splits = find_splits(root, args.data_list, classes)
+    splits = find_splits(root, args.data_list)
+    if classes is None:
+        classes = assume_classes(args.labels_dir, [label for pairs, _ in splits.values() for _, label in pairs],
+                                 args.num_workers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: expected a folder, found: {error}") from None
+    if classes.source == ASSUMED:
+        keep_table(folder / "classes.csv", classes)
     report, facts = check(splits, classes, args.fast, args.num_workers)
     print(table(report))
-    checkpoint.write_json(folder / "check.json", {"data": str(root), "fast": args.fast, "splits": report})
+    checkpoint.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report})
     draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
     print(f"{wrong} problem{'s' * (wrong != 1)}; check.json and pictures of what is sound in {folder}")

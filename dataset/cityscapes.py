@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
-from utils.decoding import kind_of, read_file, read_ids, read_image, sizes_differ
+from utils.decoding import kind_of, read_ids, read_image, sizes_differ
 from utils.jitter import draw_jitter
 from utils.logger import progress
 
+from .folders import check_folder, pair_folders, pair_listed, read_list, undivided
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import DecodedCache
 from .sampling import class_positions, do_jobs
@@ -29,14 +30,15 @@ DECODERS = (read_image, read_ids)       # of an image and of its label map
 class CityscapesDataset(Dataset):
     """Images with label maps.
 
-    Without a list, `root/leftImg8bit/<split>/<city>/*_leftImg8bit.png` and
+    Of one folder without a list, `root/leftImg8bit/<split>/<city>/*_leftImg8bit.png` and
     `root/gtFine/<split>/<city>/*_gtFine_labelIds.png` are scanned (gtCoarse for `train_extra`).
 
     Args:
-        root: folder of the data set.
+        root: folder of the data set; or two, (of images, of label maps of the same stems): see `dataset.folders`.
         split: `train`, `val`, `test` or `train_extra`; several joined by +, with weights if wanted:
             `train:2+train_extra:1`.
-        data_list: text file of "image label" lines, paths relative to root or to the list; or several of them.
+        data_list: text file of "image label" lines, paths relative to root or to the list, or, of two folders, of one
+            stem a line; or several of them.
         classes: `ClassTable`, or the CSV file of one; None for Cityscapes.
         transform: (image (H, W, 3) uint8, label (H, W), NumPy Generator) → image, label; such as
             `dataset.transforms.train_transform`.
@@ -68,28 +70,42 @@ class CityscapesDataset(Dataset):
 
     def __init__(self, root, split="train", data_list=None, classes=None, transform=None, seed=0,
                  instances=False, cache=None, jitter=None):
-        self.root = Path(root)
+        self.root = root
+        self.folders = [Path(one) for one in (root if isinstance(root, tuple) else (root,))]
         self.split = split
         self.classes = classes if isinstance(classes, ClassTable) else ClassTable.read(*([classes] * bool(classes)))
         self.transform, self.seed = transform, seed
         self.instances, self.jitter = instances, jitter
         self.cache = DecodedCache(cache) if cache else None
-        check_folder(root, "--data-dir ")
         self.scanned = not data_list
-        if self.scanned:
-            self.splits, self.weights = parse_split(split)
-            found = [_scan(self.root, name) for name in self.splits]
-            self.lines = self.list_folders = None
-        else:
-            lists = [data_list] if isinstance(data_list, str | Path) else data_list
-            read = [_read_list(self.root, Path(one)) for one in lists]
-            found, self.splits, self.weights = [pairs for pairs, _ in read], (), None
-            # Of each pair: "FILE, line N", which messages name, and the folder of its list.
-            self.lines = [line for _, lines in read for line in lines]
-            self.list_folders = [Path(one).parent for one, pairs in zip(lists, found, strict=True) for _ in pairs]
+        lists = [data_list] if isinstance(data_list, str | Path) else data_list
+        found = self._scan_splits() if self.scanned else self._read_lists(lists)
         self.parts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
-        self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.root))
+        self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.folders[0]))
+
+    def _scan_splits(self):
+        """[[(image, label map)]] of each split."""
+        self.lines = self.list_folders = None
+        self.splits, self.weights = parse_split(self.split)
+        if len(self.folders) == 2:
+            return pair_folders(self.root, self.splits)
+        check_folder(self.root, "--data-dir ")
+        return [_scan(self.folders[0], name) for name in self.splits]
+
+    def _read_lists(self, lists):
+        """[[(image, label map)]] of each list."""
+        self.splits, self.weights = (), None
+        if len(self.folders) == 2:
+            read = [pair_listed(self.root, one) for one in lists]
+        else:
+            check_folder(self.root, "--data-dir ")
+            read = [_read_list(self.folders[0], Path(one)) for one in lists]
+        found = [pairs for pairs, _ in read]
+        # Of each pair: "FILE, line N", which messages name, and the folder of its list.
+        self.lines = [line for _, lines in read for line in lines]
+        self.list_folders = [Path(one).parent for one, pairs in zip(lists, found, strict=True) for _ in pairs]
+        return found
 
     def __len__(self):
         return len(self.pairs)
@@ -198,15 +214,16 @@ class CityscapesDataset(Dataset):
         """{"count", "sha256"} of the pairs' names in their order; it stays when the data and its lists are moved."""
         names = hashlib.sha256()
         for index, pair in enumerate(self.pairs):
-            folders = [self.root] if self.scanned else [self.root, self.list_folders[index]]
+            folders = self.folders if self.scanned else [*self.folders, self.list_folders[index]]
             names.update("".join(f"{_below(path, folders)}\n" for path in pair).encode(errors="surrogateescape"))
         return {"count": len(self), "sha256": names.hexdigest()}
 
     def describe(self):
         """One line: how many images and classes, and whether the official split has another number of images."""
-        text = f"{self.split if self.scanned else 'list'}: {len(self)} images, {self.classes.num_classes} classes"
+        what = "list" if not self.scanned else "both folders" if undivided(self.root, self.splits[0]) else self.split
+        text = f"{what}: {len(self)} images, {self.classes.num_classes} classes"
         for name, found in zip(self.splits, self.parts, strict=False):
-            official = OFFICIAL_COUNTS.get(name)
+            official = OFFICIAL_COUNTS.get(name) if len(self.folders) == 1 else None
             if official and found != official:
                 text += f" (the official Cityscapes {name} split has {official})"
         return text
@@ -239,14 +256,6 @@ def check_name(path, classes):
                         "use *_labelIds.png")
 
 
-def check_folder(path, flag=""):
-    """Raise `UserError` where a path is no folder."""
-    if not os.path.isdir(path):
-        found = kind_of(path)
-        raise UserError(f"{flag}{path}: expected a folder, found "
-                        f"{'nothing there' if found == 'no such file' else found}")
-
-
 def split_files(root, split):
     """Files of a split by city and stem: {key: image}, {key: label map}, and the folder of the latter."""
     truth = "gtCoarse" if split == COARSE else "gtFine"
@@ -271,25 +280,14 @@ def _scan(root, split):
 
 def _read_list(root, path):
     """[(image, label map)] of a list, and ["FILE, line N"], where each stands. Raises `UserError`."""
-    try:
-        lines = read_file(path, "a text file").decode("utf-8-sig").splitlines()
-    except UserError as error:
-        raise UserError(f"--data-list {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
     pairs, lines_of_pairs = [], []
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    for number, line in read_list(path):
         parts = line.split("\t") if "\t" in line else line.split()
         if len(parts) != 2:
             raise UserError(f"{path}, line {number}: expected \"image label\" (a tab between names with spaces), found "
                             f"{line!r}")
         pairs.append(tuple(_find(part.strip(), root, path, number) for part in parts))
         lines_of_pairs.append(f"{path}, line {number}")
-    if not pairs:
-        raise UserError(f"--data-list {path}: expected lines \"image label\", found an empty list")
     return pairs, lines_of_pairs
 
 

@@ -11,11 +11,10 @@ from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError
-from utils.decoding import load, open_image, read_file, read_image, upright_size
+from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}
 SUBMISSION = "submission.zip"
 
 

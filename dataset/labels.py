@@ -60,6 +60,20 @@ class ClassTable(Classes):
             raise UserError(f"{path}: expected a class table (CSV), found: {error}") from None
         return cls(rows, path)
 
+    def as_csv(self):
+        """The text of the table's file."""
+        text = io.StringIO()
+        categories = ["category"] * any(row["category"] for row in self.rows)
+        writer = csv.DictWriter(text, [*COLUMNS, *categories], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def check_count(self, expected):
+        """Raise `UserError` where --num-classes, None if it is not given, says another number of classes."""
+        if expected not in (None, self.num_classes):
+            raise UserError(f"--num-classes {expected}: expected the {self.num_classes} classes of {self.source}")
+
     def encode(self, ids, name="label map"):
         """Ids (H, W), any integer dtype, or colours (H, W, 3) uint8 → train ids (H, W) uint8.
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 ablations abn-backend accumulate acf activation allow-partial amp backbone batch-size cache channels-last checkpoint
 class-weights classes clip-gradient compile data-dir data-list downsample eca-kernels ema freeze gpu head-lr-factor help
-input-size jitter keep learning-rate log log-every loss-weights
+images-dir input-size jitter keep labels-dir learning-rate log log-every loss-weights
 model momentum no-channels-last norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level
 optimizer
 panel-every
@@ -29,8 +29,8 @@ snapshot-dir split
 stem val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size boundary classes data-dir data-list export export-precision export-size flip gpu help
-images input-size no-flip num-workers output-dir overlap overwrite raw-weights restore-from save scales split submission
-whole"""
+images images-dir input-size labels-dir no-flip num-workers output-dir overlap overwrite raw-weights restore-from save
+scales split submission whole"""
 
 
 def flags(parser):

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .cli import UserError
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}     # of files that are images
 LOSSY = {"JPEG", "WEBP"}        # formats that may change the values of a label map
 MOST_BYTES = 1 << 30            # of a file; a larger one is refused
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",

@@ -133,8 +133,9 @@ def compare(path, before, now):
             raise UserError(f"--resume {path}: expected a run {differ}; another --snapshot-dir starts another run")
         print(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
     if before.samples not in (None, now.samples):
+        samples_flag = "--data-list" if new["data_list"] else "--images-dir" if new.get("images_dir") else "--data-dir"
         raise UserError(f"--resume {path}: expected a run on the {now.samples['count']} pairs of image and label of "
-                        f"{'--data-list' if new['data_list'] else '--data-dir'}, found one on "
+                        f"{samples_flag}, found one on "
                         f"{before.samples['count']} pairs, of other names or in another order; another "
                         "--snapshot-dir starts another run")
 

@@ -1,0 +1,259 @@
+"""Data sets of two folders, and the class table that goes without saying."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import train
+from dataset import check
+from dataset.cityscapes import CityscapesDataset
+from dataset.folders import assume_classes, check_validation, data_root, distinct_color, ids_of, keep_table
+from dataset.labels import ClassTable
+from tests.conftest import SMALL
+from utils import checkpoint
+from utils.cli import UserError
+
+BINARY = "name,id,train_id,red,green,blue\nbackground,0,0,0,0,0\nforeground,255,1,255,255,255\n"
+
+
+def make(root, *stems, values=(0, 255), suffixes=(".png", ".jpg", ".TIF"), size=(40, 48)):
+    """Two folders with a pair for each stem, such as train/a; the label maps hold these values."""
+    rng = np.random.default_rng(1)
+    for number, stem in enumerate(stems):
+        image, label = (root / kind / stem for kind in ("images", "labels"))
+        for path in (image, label):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        ids = rng.permutation(np.resize(np.array(values, np.uint8), size[0] * size[1])).reshape(size)
+        Image.fromarray(ids).save(f"{label}.png")
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(f"{image}{suffixes[number % len(suffixes)]}")
+    return str(root / "images"), str(root / "labels")
+
+
+def words(folders, *more):
+    return ["--images-dir", folders[0], "--labels-dir", folders[1], *map(str, more)]
+
+
+def refusal(call, *args, **options):
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    return str(caught.value)
+
+
+def stems_of(dataset):
+    assert all(image.stem == label.stem for image, label in dataset.pairs)
+    return [image.stem for image, _ in dataset.pairs]
+
+
+def test_pairs_are_the_files_of_one_stem(tmp_path):
+    folders = make(tmp_path, "a", "b.2", "c")
+    (tmp_path / "images/notes.txt").touch()
+    (tmp_path / "labels/.hidden.png").touch()
+    dataset = CityscapesDataset(folders, classes=ClassTable.read())
+    assert stems_of(dataset) == dataset.names == ["a", "b.2", "c"]
+    assert [image.suffix for image, _ in dataset.pairs] == [".png", ".jpg", ".TIF"]
+    assert dataset.describe().startswith("both folders: 3 images")
+
+
+def test_splits_are_folders_in_both(tmp_path):
+    folders = make(tmp_path, "train/a", "train/b", "val/a", "extra/c")
+    assert stems_of(CityscapesDataset(folders, "val")) == ["a"]
+    both = CityscapesDataset(folders, "train:2+extra:1")
+    assert stems_of(both) == ["a", "b", "c"] and both.parts == [2, 1] and both.weights == [2, 1]
+    assert both.describe().startswith("train:2+extra:1: 3 images")
+    assert "expected a folder, found nothing there" in refusal(CityscapesDataset, folders, "train+gone")
+    assert "--split gone: expected folders of these names" in refusal(CityscapesDataset, folders, "gone")
+
+
+def test_a_list_holds_a_stem_a_line(tmp_path):
+    folders = make(tmp_path, "a", "b.2", "c d", "alone")
+    os.remove(tmp_path / "labels/alone.png")
+    (tmp_path / "some.txt").write_text("# validation\n\nc d\nb.2\n")
+    (tmp_path / "more.txt").write_text("a\n")
+    dataset = CityscapesDataset(folders, data_list=[tmp_path / "some.txt", tmp_path / "more.txt"])
+    assert stems_of(dataset) == ["c d", "b.2", "a"] and dataset.parts == [2, 1]
+    assert dataset.lines[1] == f"{tmp_path / 'some.txt'}, line 4"
+
+
+def test_a_run_is_known_again_when_the_folders_are_moved(tmp_path):
+    before = CityscapesDataset(make(tmp_path / "here", "train/a", "train/b")).fingerprint()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert CityscapesDataset((tmp_path / "there/images", tmp_path / "there/labels")).fingerprint() == before
+    assert CityscapesDataset(make(tmp_path / "other", "train/a", "train/c")).fingerprint() != before
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda root: (root / "labels/b.png").unlink(),
+     "labels: expected a partner of each of the 5 files in {images}, found none of the stem of b.jpg; --data-list"),
+    (lambda root: [(root / f"labels/{stem}.png").unlink() for stem in "abcd"], "a.png, b.jpg, c.TIF and 1 others"),
+    (lambda root: (root / "images/b.jpg").unlink(), "images: expected a partner of each of the 5 files in {labels}"),
+    (lambda root: (root / "images/a.jpeg").touch(), "images: expected every stem once, found a.jpeg and a.png"),
+    (lambda root: (root / "labels/a.tif").touch(), "labels: expected every stem once, found a.png and a.tif"),
+    (lambda root: (root / "images").rename(root / "moved"), "images: expected a folder, found nothing there"),
+    (lambda root: [path.unlink() for path in (root / "labels").iterdir()],
+     "labels: expected images (.bmp, .jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp) in it, found none"),
+    (lambda root: [path.unlink() for path in (root / "images").iterdir()] + [(root / "images/sets").mkdir()],
+     "found none, but folders: sets"),
+])
+def test_what_is_no_pair_is_a_sentence(tmp_path, spoil, message):
+    folders = make(tmp_path, *"abcde")
+    spoil(tmp_path)
+    said = refusal(CityscapesDataset, folders)
+    assert message.format(images=folders[0], labels=folders[1]) in said and said.startswith("--"), said
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a\na.png\n", "line 2: expected the stem of a file in {images}, such as a, found 'a.png'"),
+    ("a\n\na\n", "line 3: expected every stem once, found 'a' again"), ("# none\n", "found an empty list"),
+    ("b\n", "line 1: expected the stem of a file in {labels}, such as a, found 'b'"), ("../images/a", "line 1: ")])
+def test_what_is_no_list_of_stems_is_a_sentence(tmp_path, text, message):
+    folders = make(tmp_path, "a", "b")
+    (tmp_path / "labels/b.png").unlink()
+    (tmp_path / "list.txt").write_text(text)
+    assert message.format(images=folders[0], labels=folders[1]) in refusal(
+        CityscapesDataset, folders, data_list=tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("given, message", [
+    ((None, None, None), "--data-dir: expected .* or --images-dir and --labels-dir, found none"),
+    ((None, "A", None), "found A$"), ((None, None, "B"), "found B$"), (("C", "A", "B"), "found A and B and C$")])
+def test_one_kind_of_folder_is_named(given, message):
+    with pytest.raises(UserError, match=message):
+        data_root(*given)
+
+
+def test_validation_has_images_of_its_own(tmp_path):
+    plain, divided = make(tmp_path / "plain", "a"), make(tmp_path / "divided", "train/a", "val/b")
+    for root, data_list, val_list in ((divided, None, None), (plain, "l", "v"), ("city", None, None),
+                                      ("city", "l", "v"), ("city", None, "v")):
+        check_validation(root, data_list, val_list, "val")
+    assert "--val-list with --images-dir, found none" in refusal(check_validation, plain, None, None, "val")
+    assert "--val-list with --data-list, found none" in refusal(check_validation, "city", "l", None, "val")
+    assert "--val-list: expected --data-list with it" in refusal(check_validation, plain, None, "v", "val")
+
+
+def assumed(root, **options):
+    folders = make(root, "a", "b", **options)
+    return assume_classes(folders[1], sorted((root / "labels").iterdir()), 0)
+
+
+def test_0_and_255_are_background_and_foreground(tmp_path, capsys):
+    classes = assumed(tmp_path)
+    assert classes.as_csv() == BINARY and f"assumed\n{BINARY}" in capsys.readouterr().out
+    assert classes.decode(classes.encode(np.array([[0, 255]], np.uint8))).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 1, 255), tuple(range(150)), (*range(254), 255)], ids=len)
+def test_0_to_n_are_the_classes(tmp_path, values):
+    classes = assumed(tmp_path, values=values)
+    number = len(set(values) - {255})
+    assert classes.names == [f"class {one}" for one in range(number)] and classes.ids.tolist() == list(range(number))
+    assert classes.encode(np.array([[255, number - 1]], np.uint8)).tolist() == [[255, number - 1]]
+    assert len({tuple(color) for color in classes.palette[:number]}) == number
+    (tmp_path / "classes.csv").write_text(classes.as_csv())
+    assert [{**row, "category": ""} for row in ClassTable.read(tmp_path / "classes.csv").rows] == classes.rows
+
+
+@pytest.mark.parametrize("values, message", [
+    ((0,), r"0 \(0 in"), ((255,), r"255 \(255 in"), ((0, 1, 3), r"0, 1, 3 \(3 in"),
+    ((1, 2), r"1, 2 \(1 in"), ((0, 127, 255), r"0, 127, 255 \(127 in .*a.png\)"),
+    (tuple(range(256)), r"0, 1, 2, 3, 4, 5, 6, 7 \.\.\. \(")])
+def test_other_values_are_a_sentence(tmp_path, values, message):
+    with pytest.raises(UserError, match=f"--labels-dir .*: expected the values 0 and 255.*, found {message}"):
+        assumed(tmp_path, values=values)
+
+
+def test_black_and_white_are_ids_and_colours_are_none(tmp_path):
+    for color, kind in (((255, 255, 255), "RGB"), ((255, 0, 0), "RGB"), ((7, 7, 7), "RGB"), (70000, "I"), (1, "1")):
+        Image.new(kind, (4, 3), color).save(tmp_path / f"{kind}{color}.tif")
+    assert ids_of(tmp_path / "RGB(255, 255, 255).tif") == [255]
+    assert ids_of(tmp_path / "I70000.tif") == [70000] and ids_of(tmp_path / "11.tif") == [1]
+    for name in ("RGB(255, 0, 0)", "RGB(7, 7, 7)"):
+        assert "expected ids where --classes is left out, found a label map of colours" in refusal(
+            ids_of, tmp_path / f"{name}.tif")
+
+
+def test_colours_are_those_of_pascal_voc():
+    assert [distinct_color(one) for one in (0, 1, 2, 3, 8, 15, 20, 255)] == [
+        (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (64, 0, 0), (192, 128, 128), (0, 64, 128), (224, 224, 192)]
+
+
+def test_a_table_is_written_once_and_never_over_another(tmp_path):
+    classes, path = assumed(tmp_path / "data"), tmp_path / "s/classes.csv"
+    keep_table(path, classes)
+    before = path.stat().st_mtime_ns
+    keep_table(path, classes)
+    assert path.read_text() == BINARY and path.stat().st_mtime_ns == before
+    path.write_text(BINARY.replace("foreground", "ship"))
+    assert f"--classes {path} takes it" in refusal(keep_table, path, classes) and "ship" in path.read_text()
+
+
+def test_training_and_evaluation(tmp_path, capsys):
+    folders = make(tmp_path / "data", "train/a", "train/b", "val/a", "val/c")
+    out = tmp_path / "s"
+    train.main([*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 1, "--val-every", 1)])
+    said = capsys.readouterr().out
+    assert "reading ids: 4/4" in said and "train: 2 images, 2 classes\n" in said and "val: 2 images, 2 classes" in said
+    assert (out / "classes.csv").read_text() == BINARY
+    train.main([*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 2, "--resume")])
+    path = out / "CS_scenes_2.pth"
+    assert ClassTable(checkpoint.load(path)["config"]["classes"]).as_csv() == BINARY
+    evaluate.main(words(folders, "--restore-from", path, "--gpu", "cpu", "--num-workers", 0, "--amp", "off", "--scales",
+                        1, "--no-flip", "--save", "labels"))
+    result = json.loads((out / "CS_scenes_2_val/result.json").read_text())
+    assert result["num_images"] == 2 and list(result["single_scale"]["class_iou"]) == ["background", "foreground"]
+    label = np.asarray(Image.open(out / "CS_scenes_2_val/labelIds/a.png"))
+    assert set(np.unique(label)) <= {0, 255} and label.shape == (40, 48)
+
+
+def test_validation_ids_count_for_the_table(tmp_path):
+    folders = make(tmp_path, "a", "b", values=(0, 1))
+    Image.fromarray(np.full((40, 48), 2, np.uint8)).save(tmp_path / "labels/b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    train.main([*SMALL, *words(folders, "--data-list", tmp_path / "a.txt", "--val-list", tmp_path / "b.txt",
+                               "--val-every", 1, "--snapshot-dir", tmp_path / "s", "--batch-size", 1, "--accumulate", 1,
+                               "--num-steps", 1)])
+    assert "class 2,2,2" in (tmp_path / "s/classes.csv").read_text()
+
+
+@pytest.mark.parametrize("more, spoil, message", [
+    ([], lambda root: Image.new("L", (48, 40), 3).save(f"{root}/labels/b.png"), "found 0, 3, 255 (3 in "),
+    (["--num-classes", "3"], None, "--num-classes 3: expected the 2 classes of the assumed class table"),
+    ([], lambda root: Path(root, "s").mkdir() or Path(root, "s/classes.csv").write_text("mine"),
+     "s/classes.csv: expected the class table that the label maps make, or no file, found another one"),
+    (["--val-every", "1"], None, "--val-every: expected --val-list with --images-dir, found none"),
+    (["--data-dir", "."], None, "--images-dir, --labels-dir: expected both and no other folder of data")])
+def test_what_training_refuses(tmp_path, more, spoil, message):
+    folders = make(tmp_path, "a", "b")
+    if spoil:
+        spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refusal(train.main, [*SMALL, *words(folders, "--snapshot-dir", tmp_path / "s", "--batch-size", 2,
+                                                          *more)])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("stems, splits", [("ab", ["images"]), (("train/a", "train/b", "val/c"), ["train", "val"])])
+def test_the_check(tmp_path, monkeypatch, capsys, stems, splits):
+    folders = make(tmp_path / "data", *stems)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", "1")])
+    check.main()
+    found = json.loads((tmp_path / "runs/check_data/check.json").read_text())["splits"]
+    assert [Path(name).name for name in found] == splits and not any(one["official"] for one in found.values())
+    assert (tmp_path / "runs/check_data/classes.csv").read_text() == BINARY and "0 problems" in capsys.readouterr().out
+    (tmp_path / "some.txt").write_text("a\n")
+    if splits == ["images"]:
+        monkeypatch.setattr("sys.argv", ["check", *words(folders, "--data-list", "some.txt", "--num-workers", "1")])
+        check.main()
+        assert "some.txt: 1 pairs" in capsys.readouterr().out
+
+
+def test_a_split_for_the_server_is_of_cityscapes(tmp_path):
+    said = refusal(evaluate.main, words(("A", "B"), "--restore-from", "x.pth", "--submission", "F", "--gpu", "cpu"))
+    assert said == "--submission: expected a Cityscapes folder in --data-dir, found --images-dir"

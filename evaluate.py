@@ -14,6 +14,14 @@ Any images, without truth:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images holiday/ 'more/*.jpg'
 
+Videos, and numbered images as one, frame by frame into color/drive.mp4 and overlay/drive.mp4:
+
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images drive.mp4 'frames/%05d.png'
+
+How fast that is, by any protocol; nothing is written:
+
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images drive.mp4 --whole --benchmark
+
 What the Cityscapes server takes:
 
     python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --split test \
@@ -41,11 +49,11 @@ from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_folder_flags, data_root
-from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, write_submission
+from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
 from networks.exporting import export_snapshot
 from networks.predictor import AMP, load_network, sliding_predictor
-from utils import checkpoint, cli, memory, visualize
+from utils import checkpoint, cli, memory, timing, visualize
 from utils.boundaries import BoundaryF
 from utils.calibration import BINS, Calibration
 from utils.cli import UserError
@@ -64,12 +72,14 @@ from utils.distributed import (
 from utils.inference import score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
-from utils.pictures import FOLDERS, Pictures
+from utils.pictures import FOLDERS, Pictures, VideoPictures
 from utils.precision import best_precision, exact_float32
 from utils.report import WorstImages, boundary_columns, score_columns, write_report
 from utils.results import ResultsFolder
+from utils.video import RATE
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
 SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
 
@@ -94,7 +104,8 @@ def get_parser():
 
     tasks = parser.add_argument_group("instead of scoring")
     tasks.add_argument("--images", type=cli.path, nargs="+", metavar="PATH",
-                       help="predict images: files, folders, patterns")
+                       help="predict images: files, folders, patterns; or videos, at their rate and without sound: "
+                       f"files, or the names of numbered images, such as 'frames/%%05d.png' ({RATE:g} frames/s)")
     tasks.add_argument("--submission", type=cli.path, metavar="FOLDER",
                        help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and, to upload, "
                        f"FOLDER/{SUBMISSION}")
@@ -105,6 +116,8 @@ def get_parser():
                        help="of the images that .onnx and .pt2 take, one at a time; default: any size and number")
     tasks.add_argument("--export-precision", choices=("fp32", "fp16"),
                        help="of weights and arithmetic (fp32); images and logits are float32 in any case")
+    tasks.add_argument("--benchmark", action="store_true", help="time the prediction of some of the images, from "
+                       "pixels to labels, and write nothing")
 
     protocol = parser.add_argument_group("protocol")
     add_protocol(protocol)
@@ -112,8 +125,8 @@ def get_parser():
                           "outlines are met: boundary F-score of each class, with so many pixels of tolerance (off)")
 
     run = parser.add_argument_group("machine")
-    run.add_argument("--gpu", help="ids such as 0,1, which share the images, or cpu; default: all visible GPUs, "
-                     "else the CPU")
+    run.add_argument("--gpu", help="ids such as 0,1, which share the images, and videos whole, or cpu; default: all "
+                     "visible GPUs, else the CPU")
     run.add_argument("--batch-size", type=cli.batch_size, default=4, help="windows at a time (4)")
     run.add_argument("--amp", choices=AMP, help="mixed precision; default: bf16 where the device has "
                      "instructions for it, else fp16 on a GPU and off on a CPU")
@@ -123,9 +136,10 @@ def get_parser():
                      help="default: a folder named after the snapshot and the split, beside it")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
                      "or the file of --export, and nothing else")
-    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), default=("labels", "color", "overlay"),
-                     help="pictures of each image: label ids, colours, colours over the image (these three), and the "
-                     "probability of the class that was chosen, in grey, 255 for certain")
+    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image: label ids, "
+                     "colours, colours over the image (these three), and the probability of the class that was chosen, "
+                     "in grey, 255 for certain; of videos the default leaves out label ids, which codecs would change: "
+                     "they are a PNG for each frame")
     return parser
 
 
@@ -312,6 +326,10 @@ def check(args):
     if not args.export and (args.export_size or args.export_precision):
         raise UserError("--export-size, --export-precision: expected with --export, found none")
     tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
+    others = [f"--{name.replace('_', '-')}" for name in ("submission", "export", "boundary", "save", "output_dir",
+                                                         "overwrite") if getattr(args, name)]
+    if args.benchmark and others:
+        raise UserError(f"--benchmark: expected a protocol and images, of which nothing is written, found {others[0]}")
     if len(tasks) > 1:
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
     if tasks and args.boundary:
@@ -404,7 +422,7 @@ def main(argv=None):
             paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
             precision=args.export_precision or "fp32", overwrite=args.overwrite), protocol.too_little_memory))
         return
-    devices = select_devices(args.gpu)
+    devices = select_devices(args.gpu)[:1 if args.benchmark else None]
     if len(devices) > 1 and not started_by_torchrun():
         start_processes(len(devices), argv)
     device = own_device(devices)
@@ -420,15 +438,28 @@ def main(argv=None):
 
 def perform(args, paths, protocol, machine):
     """The task that the flags name. Nothing below knows flags."""
-    kinds = () if "none" in args.save else tuple(args.save)
-    if args.submission:
+    found = find_images(args.images) if args.images else {}
+    videos = open_videos(found)
+    kinds = tuple(dict.fromkeys(args.save or (VIDEO_PICTURES if videos else PICTURES)))
+    kinds = () if "none" in kinds else kinds
+    root = None if found or args.submission else data_root(args.data_dir, args.images_dir, args.labels_dir)
+
+    def data(classes):
+        return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
+
+    if args.benchmark:
+        for path in paths:
+            benchmark(path, found and (videos or ImageFiles(found)), data, protocol, machine, args.classes)
+        broken = 0
+    elif args.submission:
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
         broken = predict(paths[0], dataset, protocol, machine, args.classes, ("labels",),
                          ResultsFolder("--submission", Path(args.submission), args.overwrite), submission=True)
     elif args.images:
         folder = results_folder(paths[0], "images", args.output_dir)
-        broken = predict(paths[0], ImageFiles(find_images(args.images)), protocol, machine, args.classes, kinds,
-                         ResultsFolder("--output-dir", folder, args.overwrite))
+        work, what = (predict_videos, videos) if videos else (predict, ImageFiles(found))
+        broken = work(paths[0], what, protocol, machine, args.classes, kinds,
+                      ResultsFolder("--output-dir", folder, args.overwrite))
     else:
         folders = [ResultsFolder("--output-dir", results_folder(path, f"{args.split}{'_raw' * args.raw_weights}",
                                                                args.output_dir, len(paths) > 1),
@@ -436,12 +467,6 @@ def perform(args, paths, protocol, machine):
         if rank_and_size(machine.processes)[0] == 0:        # of all snapshots, before hours go into the first
             for results in folders:
                 results.check(RESULTS)
-
-        root = data_root(args.data_dir, args.images_dir, args.labels_dir)
-
-        def data(classes):
-            return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
-
         found = [score_snapshot(path, data, protocol, machine, args.classes, kinds, results)
                  for path, results in zip(paths, folders, strict=True)]
         if len(found) > 1 and found[0]:
@@ -507,17 +532,9 @@ def predict(path, dataset, protocol, machine, table_path, kinds, results, submis
     make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * submission, processes)
     print(f"{path}; {len(dataset)} images")
     predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
-    broken = []
-    with Pictures(folder, kinds, classes) as pictures:
-        for item in load_items(dataset, machine.workers, processes, "predicting"):
-            if "error" in item:
-                broken.append(item["error"])
-                print(f"skipped: {item['error']}", file=sys.stderr)
-            else:
-                image = item["image"].permute(1, 2, 0)
-                confidence, labels = predictor(image).max(0)
-                pictures.add(item["name"], image, labels, confidence)
-    count = len(broken) if processes is None else sum(processes.gather_objects(len(broken)))
+    _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
+                              Pictures(folder, kinds, classes))
+    count = broken if processes is None else sum(processes.gather_objects(broken))
     if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
     if rank == 0 and submission:
@@ -528,6 +545,86 @@ def predict(path, dataset, protocol, machine, table_path, kinds, results, submis
     if rank == 0:
         results.close()
     return count
+
+
+def predict_items(predictor, items, pictures):
+    """Predict images; what cannot be read is named and skipped. Returns how many were predicted and skipped.
+
+    items: {"image": uint8 (3, H, W), "name"}, or {"error": sentence, and "frames" where it is about several}.
+    """
+    done = broken = 0
+    with pictures:
+        for item in items:
+            if "error" in item:
+                broken += item.get("frames", 1)
+                print(f"skipped: {item['error']}", file=sys.stderr)
+                continue
+            image = item["image"].permute(1, 2, 0)
+            confidence, labels = predictor(image).max(0)
+            pictures.add(item["name"], image, labels, confidence)
+            done += 1
+    return done, broken
+
+
+def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
+    """Predict videos, {name: `Video`}, each as a whole in one process. Returns the number of frames that could not be
+    read. Asked to stop, it finishes the videos with the frames that are done and raises `cli.Interrupted`."""
+    network, config = load_network(path, machine.device, protocol.raw_weights)
+    classes = read_classes(table_path, config, path)
+    folder, processes = results.folder, machine.processes
+    rank, size = rank_and_size(processes)
+    make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.files_of(
+        name, kinds, video.last() if "labels" in kinds else 0)], processes)
+    own = list(videos.items())[rank::size]
+    print(f"{path}; {len(videos)} video{'s' * (len(videos) > 1)}"
+          f"{f', each predicted by one of {size} processes' * (size > 1)}")
+    predictor = protocol.predictor(network, config, machine.device, sum(len(video) for _, video in own))
+    done = broken = 0
+    with cli.StopRequest() as stop:
+        for name, video in own:
+            print(f"{video.path}: {len(video) or 'unknown number of'} frames, {video.rate:g} a second")
+            items = itertools.takewhile(lambda _: not stop.asked, progress(video, name, "frame"))
+            pictures = VideoPictures(folder, kinds, classes, name, video.rate)
+            done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
+    if stop.asked and processes is not None:
+        raise cli.Interrupted(stop.number)
+    if processes is not None:
+        done, broken = map(sum, zip(*processes.gather_objects((done, broken)), strict=True))
+    if rank == 0:
+        results.close()
+        print(f"{done} frames predicted, {broken} skipped{', then stopped' * stop.asked}; results in {folder}: "
+              f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+    if stop.asked:
+        raise cli.Interrupted(stop.number)
+    return broken
+
+
+def benchmark(path, found, data, protocol, machine, table_path):
+    """Time predictions by a snapshot and print what they take.
+
+    found: {name: `Video`} or `ImageFiles`, of which the first are taken; without any those of `data`; the rest as in
+    `score_snapshot`.
+    """
+    if machine.processes is not None:
+        raise UserError(f"--benchmark: expected one process, found {machine.processes.size}")
+    network, config = load_network(path, machine.device, protocol.raw_weights)
+    found = found or data(read_classes(table_path, config, path))
+    items = itertools.chain.from_iterable(found.values()) if isinstance(found, dict) else map(
+        found.__getitem__, range(len(found)))
+    images = [item["image"].permute(1, 2, 0) for item in itertools.islice(
+        (item for item in items if "image" in item), timing.TURNS)]
+    if not images:
+        raise UserError("--images: expected one that can be read, found none")
+    predictor = protocol.predictor(network, config, machine.device, len(images))
+    predictor.watch = None
+    took = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
+    print(f"{path} on {timing.device_name(machine.device)}, --amp {protocol.amp}: {len(images)} images of "
+          f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
+          f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
+          f"{protocol.batch_size} at a time, scales {' '.join(f'{scale:g}' for scale in protocol.scales)}"
+          f"{', mirrored too' * protocol.flip}")
+    print("{images_per_s:.3g} images/s, {ms:.4g} ms an image (median; spread {spread_ms:.3g}), "
+          "{beyond_the_network:.1%} of it beyond the network; peak memory {peak_gb:.2f} GB".format(**took))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from utils import checkpoint
 from utils.cli import UserError
 from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
+from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
 
@@ -44,7 +45,8 @@ class ImageFiles(Dataset):
 
 
 def find_images(places):
-    """Find the images that files, folders (with all below them) and patterns such as "a/*.png" stand for, each once.
+    """Find the images that files, folders (with all below them) and patterns such as "a/*.png" stand for, each once;
+    "a/%05d.png" stands for one video, and is found as it is.
 
     Returns {path: relative path}: relative to the folder that was given, with that folder's name before it if there
     are several places; of single files to the folder of the first, or the one common to all. Raises `UserError`.
@@ -59,6 +61,9 @@ def find_images(places):
                               strict=True))
         elif os.path.lexists(place):
             inside, what = [Path(place)] if os.path.isfile(place) else [], "a regular file, a folder or a pattern"
+            single += inside
+        elif is_numbered(place):
+            inside, what = [Path(place)] * bool(numbered_images(place)), "numbered images of such names"
             single += inside
         else:
             inside = sorted(Path(file) for file in glob.glob(place, recursive=True) if os.path.isfile(file))
@@ -92,6 +97,25 @@ def _search(top):
             elif path.suffix.lower() in SUFFIXES and path.is_file():
                 found.append(path)
     return sorted(found)
+
+
+def open_videos(found):
+    """The videos among what `find_images` gives: {name: `Video`}, of which no two names are the same; none where all
+    are images. Raises `UserError` where both are, or where a video cannot be read."""
+    videos = {path: relative for path, relative in found.items() if is_video(path)}
+    if videos and len(videos) < len(found):
+        raise UserError(f"--images: expected images or videos, found both, such as {min(found.keys() - videos.keys())} "
+                        f"and {min(videos)}")
+    names = unique_names([_named(path, relative) for path, relative in videos.items()])
+    return dict(zip(names, map(open_video, videos), strict=True))
+
+
+def _named(path, relative):
+    """The relative path from which a video gets its name: that of numbered images has no number, or is its folder's."""
+    if not is_numbered(path):
+        return relative
+    left = NUMBER.sub("", path.stem).strip("_-. ")
+    return relative.with_name((left or path.absolute().parent.name or "images") + path.suffix)
 
 
 def images_of_split(root, split):

@@ -28,9 +28,9 @@ parallel power pretrained random-mirror random-scale random-seed recompute resto
 snapshot-dir split
 stem val-every val-list val-split warmup-steps weight-decay
 """
-EVALUATE = """amp batch-size boundary classes data-dir data-list export export-precision export-size flip gpu help
-images images-dir input-size labels-dir no-flip num-workers output-dir overlap overwrite raw-weights restore-from save
-scales split submission whole"""
+EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip
+gpu help images images-dir input-size labels-dir no-flip num-workers output-dir overlap overwrite raw-weights
+restore-from save scales split submission whole"""
 
 
 def flags(parser):

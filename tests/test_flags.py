@@ -41,8 +41,8 @@ TRAIN = {
     "split": "val", "stem": "32-32-64", "val-every": "2", "val-list": (["--val-every", "2"], "train.lst"),
     "val-split": (["--val-every", "2"], "train"), "warmup-steps": "2", "weight-decay": "0.1"}
 EVALUATE = {
-    "amp": "bf16", "batch-size": (["--input-size", "33,33"], "2"), "boundary": "3", "classes": "classes.csv",
-    "data-dir": "elsewhere", "data-list": "all.lst", "export": "network.onnx",
+    "amp": "bf16", "batch-size": (["--input-size", "33,33"], "2"), "benchmark": "", "boundary": "3",
+    "classes": "classes.csv", "data-dir": "elsewhere", "data-list": "all.lst", "export": "network.onnx",
     "export-precision": (["--export", "network.onnx"], "fp16"), "export-size": (["--export", "network.onnx"], "64,64"),
     "flip": "", "gpu": "7", "help": "",
     "images": "image.png", "images-dir": "i", "input-size": "33,33", "labels-dir": "l",

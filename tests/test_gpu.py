@@ -17,7 +17,7 @@ from tests.gpu.rows import Rows
 CPU = torch.device("cpu")
 FIGURES = {"speed": {"ms", "spread_ms", "images_per_s", "of_matrix_products", "kernels", "convolution", "norm", "glue",
                      "loss", "update"},
-           "inference": {"ms", "spread_ms", "images_per_s", "beyond_the_network"},
+           "inference": {"ms", "spread_ms", "images_per_s", "beyond_the_network", "peak_gb"},
            "loader": {"images_per_s", "slowest_batch_ms"}, "waits": {"waits", "where"}}
 
 

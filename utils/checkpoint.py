@@ -21,20 +21,21 @@ LATEST = "latest.pth"       # a link to the newest snapshot
 BEST = "best_quick.pth"     # the snapshot with the best result of the quick validation
 
 
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, and rename it.
+@contextlib.contextmanager
+def replacing(path, suffix=""):
+    """A temporary path beside `path`, that ends in `suffix`, for a file to be written there; at the end of the context
+    it is flushed to the disk and renamed.
 
     Whatever stood at `path` stays whole until the new content is. Raises `UserError` where the disk is
     full or the folder cannot be written.
     """
     path = Path(path)
     # Not longer than the name itself may be.
-    temporary = path.with_name(f".{path.stem[:20]}.{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.stem[:20]}.{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
@@ -47,6 +48,12 @@ def write_atomically(path, write):
     finally:
         with contextlib.suppress(OSError):      # where the folder is none, or its name too long
             temporary.unlink()
+
+
+def write_atomically(path, write):
+    """Call `write(file)` on a temporary file beside `path`, and rename it: `replacing`."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file)
 
 
 def write_checked(path, content, check):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cli import UserError
+from .timing import device_name
 from .trackers import start_trackers
 
 try:
@@ -210,7 +211,7 @@ def about_this_run(arguments, devices):
             continue
     return {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": shlex.join([sys.executable, *sys.argv]),
             "arguments": arguments, "versions": versions, "cuda": torch.version.cuda,
-            "devices": [torch.cuda.get_device_name(d) if d.type == "cuda" else "CPU" for d in devices],
+            "devices": list(map(device_name, devices)),
             "git_commit": _git("rev-parse", "HEAD"), "git_changed_files": _git("status", "--porcelain"),
             "host": platform.node()}
 
@@ -236,11 +237,11 @@ def read_lines(path):
 def progress(iterable, what, unit, every=10.0, total=None):
     """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds.
 
-    total: of items; None for the length of the iterable.
+    total: of items; None for the length of the iterable, 0 where nobody knows.
     """
     total = len(iterable) if total is None else total
     if sys.stderr.isatty():
-        yield from tqdm(iterable, total=total, desc=what, unit=unit, dynamic_ncols=True)
+        yield from tqdm(iterable, total=total or None, desc=what, unit=unit, dynamic_ncols=True)
         return
     started = said = time.monotonic()
     for done, item in enumerate(iterable, 1):
@@ -248,8 +249,9 @@ def progress(iterable, what, unit, every=10.0, total=None):
         now = time.monotonic()
         if now - said > every or done == total:
             said = now
-            print(f"{what}: {done}/{total} {unit}s, {_duration((now - started) / done * (total - done))} left",
-                  flush=True)
+            rate = done / max(now - started, 1e-9)
+            of, left = (f"/{total}", f", {_duration(max(0, total - done) / rate)} left") if total else ("", "")
+            print(f"{what}: {done}{of} {unit}s, {rate:.3g} {unit}s/s{left}", flush=True)
 
 
 class FirstImage:

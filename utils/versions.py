@@ -1,5 +1,5 @@
-"""What the versions of PyTorch that requirements.txt allows do in different ways, and from which version on nothing
-of it is needed any more: tests/oldest.sh runs the lowest ones, tests/run.sh the newest."""
+"""What the versions of PyTorch and OpenCV that requirements.txt allows do in different ways, and from which version on
+nothing of it is needed any more: tests/oldest.sh runs the lowest ones, tests/run.sh the newest."""
 
 import contextlib
 import inspect
@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 
+import cv2
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,3 +121,14 @@ def _sizes(axes):
 def torch_version():
     """(major, minor) of PyTorch."""
     return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+@contextlib.contextmanager
+def opencv_silent():
+    """Without what OpenCV prints of its own about files that it cannot open; version 5 asks for that elsewhere."""
+    place = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+    before = place.setLogLevel(0)
+    try:
+        yield
+    finally:
+        place.setLogLevel(before)

@@ -46,6 +46,7 @@ from utils.distributed import select_devices
 from utils.logger import METRICS, read_lines
 from utils.memory import kept_bytes
 from utils.precision import best_precision, exact_float32
+from utils.timing import SECONDS, TURNS, device_name, seconds_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULT = "result/result.json"
@@ -60,7 +61,6 @@ SET = {"data_dir": "by its first word", "model": "by --models", "acf": "by --mod
 # Flags that may change before the same command goes on: they say how, not what.
 FREE = {*SET, "num_workers", "cache", "parallel", "val_every", "save_pred_every", "keep", "log_every", "panel_every"}
 LARGEST_CROP = 257      # pixels a side, for counting kept bytes
-TURNS, SECONDS = 10, 30.0       # most evaluations of an image that are timed, and most seconds for them
 
 
 @dataclass(frozen=True)
@@ -261,18 +261,14 @@ def cost(comparison, path, image, device):
     network, config = load_network(path, device, scoring.raw_weights)
     predictor = protocol.predictor(network, config, device, 1)
     predictor.watch = None
-    seconds = []
-    while len(seconds) <= TURNS and (len(seconds) < 2 or sum(seconds) < SECONDS):
-        began = time.perf_counter()
-        predictor.labels(image).cpu()
-        seconds.append(time.perf_counter() - began)
+    seconds = seconds_of(lambda: predictor.labels(image).cpu(), device, TURNS, SECONDS)
     size = predictor.window or tuple(image.shape[:2])
     parameters, macs = (sum(column) for column in zip(*count(meta_network(**config.network), size).values(),
                                                       strict=True))
     return {"parameters": parameters, "macs": macs, "macs_size": list(size),
             "kept_bytes_a_pixel": kept_a_pixel(config, args.recompute, args.freeze, amp),
-            "evaluation_ms": 1000 * median(seconds[1:]), "image_size": list(image.shape[:2]),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
+            "evaluation_ms": 1000 * median(seconds), "image_size": list(image.shape[:2]),
+            "device": device_name(device)}
 
 
 def kept_a_pixel(config, recompute, freeze, amp):

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from libs.convert import fold_norms
 from networks import build_network
+from utils import timing
 from utils.inference import SlidingPredictor, score, window_starts
 from utils.normalization import Normalization
 from utils.precision import AUTOCAST
 
-from .rows import median_ms, near
+from .rows import near
 
 
 def make_network(size=65, **shape):
@@ -112,19 +113,10 @@ def section(rows, device, size=(129, 201), scales=(0.75, 1.0, 1.5), **shape):
 
 
 def speed(device, network, scales, flip, size, window, batch_size, runs):
-    """Time of an image, and the share of it that is not the network's: that of ready logits in its place."""
-    image = make_image(size)
-    options = {"window": window, "scales": scales, "flip": flip, "batch_size": batch_size, "device": device,
-               "autocast": torch.bfloat16, "memory_format": torch.channels_last}
-    logits = torch.randn(batch_size, 19, *((side - 1) // 8 + 1 for side in window), device=device)
-    ready = dict.fromkeys(("fine", "coarse"), logits)
-
-    def stand_in(crops):
-        return {head: maps[:len(crops)] for head, maps in ready.items()}
-
-    whole, rest = (median_ms(functools.partial(SlidingPredictor(way, **options).labels, image), runs, device)
-                   for way in (network, stand_in))
-    return whole | {"images_per_s": 1e3 / whole["ms"], "beyond_the_network": rest["ms"] / whole["ms"]}
+    """Time of an image, and the share of it that is not the network's."""
+    predictor = SlidingPredictor(network, window, scales=scales, flip=flip, batch_size=batch_size, device=device,
+                                 autocast=torch.bfloat16, memory_format=torch.channels_last)
+    return timing.prediction(predictor, [make_image(size)], runs)
 
 
 def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size=8, runs=3, **shape):

@@ -1,10 +1,6 @@
 """What the sections find: rows of plain values, handed on as soon as they are known."""
 
-import time
 import traceback
-from statistics import median
-
-import torch
 
 
 class Rows:
@@ -68,20 +64,3 @@ def near(found, expected, tolerance, what):
     error = distance(found, expected)
     assert error <= tolerance, f"{what}: expected a distance of at most {tolerance:.1e}, found {error:.1e}"
     return error
-
-
-def finished(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def median_ms(function, runs, device):
-    """{"ms", "spread_ms"} of calls of a function; one call before them is not counted."""
-    times = []
-    for _ in range(runs + 1):
-        finished(device)
-        start = time.perf_counter()
-        function()
-        finished(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"ms": median(times[1:]), "spread_ms": max(times[1:]) - min(times[1:])}

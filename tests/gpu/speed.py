@@ -26,9 +26,10 @@ from utils.distributed import share_cores
 from utils.engine import compile_network
 from utils.inference import SlidingPredictor, score
 from utils.precision import AUTOCAST
+from utils.timing import finished, median_ms
 
 from .evaluation import make_image, make_network
-from .rows import finished, median_ms, near
+from .rows import near
 from .steps import RATE, make_batch, make_engine
 
 ROOT = Path(__file__).resolve().parents[2]

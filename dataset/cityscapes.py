@@ -281,7 +281,7 @@ def _scan(root, split):
 def _read_list(root, path):
     """[(image, label map)] of a list, and ["FILE, line N"], where each stands. Raises `UserError`."""
     pairs, lines_of_pairs = [], []
-    for number, line in read_list(path):
+    for number, line in read_list(path, '"image label"'):
         parts = line.split("\t") if "\t" in line else line.split()
         if len(parts) != 2:
             raise UserError(f"{path}, line {number}: expected \"image label\" (a tab between names with spaces), found "

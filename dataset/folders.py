@@ -68,8 +68,8 @@ def check_folder(path, flag=""):
                         f"{'nothing there' if found == 'no such file' else found}")
 
 
-def read_list(path):
-    """[(number, line)] of a text file, but for empty lines and comments. Raises `UserError`."""
+def read_list(path, what):
+    """[(number, line)] of a text file of such lines, but for empty ones and comments. Raises `UserError`."""
     try:
         lines = read_file(path, "a text file").decode("utf-8-sig").splitlines()
     except UserError as error:
@@ -79,7 +79,7 @@ def read_list(path):
     found = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]
     if not found:
-        raise UserError(f"--data-list {path}: expected a line for each image, found an empty list")
+        raise UserError(f"--data-list {path}: expected lines {what}, found an empty list")
     return found
 
 
@@ -118,7 +118,7 @@ def _check_partners(files, others, place, folder):
 def pair_listed(folders, path):
     """[(image, label map)] of a list of stems, and ["FILE, line N"], where each stands. Raises `UserError`."""
     found, lines = _files(folders), {}
-    for number, stem in read_list(path):
+    for number, stem in read_list(path, "of one stem"):
         for files, folder in zip(found, folders, strict=True):
             if stem not in files:
                 raise UserError(f"{path}, line {number}: expected the stem of a file in {folder}, such as "

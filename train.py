@@ -76,15 +76,13 @@ def add_data(parser):
     data.add_argument("--data-dir", type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     add_folder_flags(data)
-    data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
-                      help="files of \"image label\" lines, paths relative "
-                      "to --data-dir or to the list; without it the folder is scanned")
+    data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE", help="files of \"image label\" lines, "
+                      "paths relative to --data-dir or to the list; without it the folder is scanned")
     data.add_argument("--split", type=cli.split, default="train", help="split to scan, or several with weights if "
                       "wanted: train+val, train:2+train_extra:1 (train)")
     data.add_argument("--cache", type=cli.path, metavar="DIR", help="decode images once, into arrays in this folder")
-    data.add_argument("--sampling", choices=("uniform", "class"), default="uniform",
-                      help="class: each crop holds a pixel of a class drawn uniformly, so that rare ones are seen "
-                      "(uniform)")
+    data.add_argument("--sampling", choices=("uniform", "class"), default="uniform", help="class: each crop holds a "
+                      "pixel of a class drawn uniformly, so that rare ones are seen (uniform)")
     data.add_argument("--classes", type=cli.path,
                       help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
     data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
@@ -129,10 +127,9 @@ def add_network(parser):
                      "full groups of blocks, both the ACF module too (none)")
     net.add_argument("--freeze", type=cli.words, default=(), metavar="STAGES", help="stages of the backbone that do "
                      "not learn, and whose norms keep their statistics, from the first one on: stem or stem,1,2 (none)")
-    net.add_argument("--restore-from", type=cli.path, nargs="+", metavar="FILE",
-                     help="weights to start from, of ECANet, timm, "
-                     "torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; without it, "
-                     "random ones")
+    net.add_argument("--restore-from", type=cli.path, nargs="+", metavar="FILE", help="weights to start from, of "
+                     "ECANet, timm, torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; "
+                     "without it, random ones")
     net.add_argument("--pretrained", action="store_true", help=f"with --backbone {PREFIX}NAME: start from the weights "
                      "that timm has for it, of its cache or the network")
     net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
@@ -201,8 +198,7 @@ def add_run(parser):
 
     out = parser.add_argument_group("results")
     out.add_argument("--snapshot-dir", type=cli.path, default="snapshots", help="(snapshots)")
-    out.add_argument("--save-pred-every", type=cli.positive(int), default=5000,
-                     help="steps between snapshots (5000)")
+    out.add_argument("--save-pred-every", type=cli.positive(int), default=5000, help="steps between snapshots (5000)")
     out.add_argument("--keep", type=cli.positive(int), metavar="N", help="remove all snapshots but "
                      "the newest N, and never the newest from which training went on normally; default: none")
     out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")

@@ -135,24 +135,35 @@ class ABN(nn.Module):
 
         Updates the running statistics.
         """
-        exchange = self._exchange(x)
-        count, mean, moment = functions.local_statistics(x)
-        if exchange is not None:
-            own = torch.full((1,), count, dtype=torch.double, device=mean.device)   # a copy of a list would wait
-            packed = torch.cat([own, mean.double(), moment.double()])                                 # (1 + 2C,)
-            parts = torch.stack(exchange.gather(packed))                                              # (P, 1 + 2C)
-            c = self.num_features
-            total, mean, moment = (v.to(mean.dtype) for v in combine(parts[:, 0], parts[:, 1:c + 1], parts[:, c + 1:]))
-            count = total if x.is_cuda else int(total)
-        if not isinstance(count, torch.Tensor) and count <= 1:
+        exchange, own = self._exchange(x), functions.values_a_channel(x)
+        updates = self.training and self.track_running_stats
+        if exchange is None:
+            self._check_count(own, x)
+            momentum, _ = self._momentum_and_training()
+            # On a GPU each operation on (C,) costs the host as much as one on a map: one kernel does it all.
+            mean, var = functions.local_statistics(x, *[self.running_mean, self.running_var, momentum] * updates)
+            return mean, (var + self.eps).rsqrt(), own, None
+        count, mean, var = self._gather_statistics(x, own, exchange)
+        self._check_count(count, x)
+        if updates and not (isinstance(exchange, Replicas) and exchange.rank):
+            momentum, _ = self._momentum_and_training()
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+        return mean, (var + self.eps).rsqrt(), count, exchange
+
+    def _gather_statistics(self, x, own, exchange):
+        """Values a channel, mean and variance (C,) of all parts of the batch; `own`: values a channel of this part."""
+        mean, var = functions.local_statistics(x)
+        count = torch.full((1,), own, dtype=torch.double, device=mean.device)       # a copy of a list would wait
+        parts = torch.stack(exchange.gather(torch.cat([count, mean.double(), (var * own).double()])))   # (P, 1 + 2C)
+        counts, means, moments = parts[:, 0], *parts[:, 1:].chunk(2, dim=1)
+        count, mean, moment = (values.to(mean.dtype) for values in combine(counts, means, moments))
+        return count if x.is_cuda else int(count), mean, moment / count
+
+    def _check_count(self, count, x):
+        if not isinstance(count, torch.Tensor) and count <= 1:      # on a GPU nobody waits for that of several parts
             raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
                              f"input of shape {tuple(x.shape)}")
-        var = moment / count
-        if self.training and self.track_running_stats and not (isinstance(exchange, Replicas) and exchange.rank):
-            momentum, _ = self._momentum_and_training()
-            self.running_mean.mul_(1 - momentum).add_(momentum * mean)
-            self.running_var.mul_(1 - momentum).add_(momentum * var * (count / (count - 1)))
-        return mean, (var + self.eps).rsqrt(), count, exchange
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # Version 1 files, of the first `inplace_abn` releases, do not count batches.

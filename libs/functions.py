@@ -30,14 +30,18 @@ def statistics_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def local_statistics(x):
-    """x (B, C, ...) → number of values a channel, mean (C,), centred second moment (C,)."""
-    count = x.numel() // max(x.shape[1], 1)
-    # The kernel below updates running statistics too, and from their dtype takes that of its results.
-    mean, var = (x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) for _ in range(2))
-    if not x.is_meta:
-        mean, var = torch.ops.aten.batch_norm_update_stats(x, mean, var, 0.0)
-    return count, mean, var * count
+def values_a_channel(x):
+    return x.numel() // max(x.shape[1], 1)
+
+
+def local_statistics(x, running_mean=None, running_var=None, momentum=0.0):
+    """x (B, C, ...) → mean and variance (C,), not the unbiased one. Updates running statistics, if they are given."""
+    dtype = statistics_dtype(x)
+    if running_mean is None or running_mean.dtype != dtype:     # the kernel's results take their dtype
+        running_mean, running_var = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
+    if x.is_meta:
+        return running_mean, running_var
+    return torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
 
 
 def along(vector, x):
@@ -97,9 +101,8 @@ def affine(x, mean, invstd, gamma, beta, out):
     return torch.mul(x, along(scale, x), out=out if x.dtype == invstd.dtype else None).add_(shift)
 
 
-def normalise(x, mean, invstd, weight, bias, settings):
+def normalise(x, mean, invstd, gamma, beta, settings):
     """y (B, C, ...): in the storage of x unless the input is to be kept."""
-    gamma, beta = factors(weight, bias, settings, invstd)
     out = torch.empty_like(x) if settings.keep_input else x
     z = activate_(affine(x, mean, invstd, gamma, beta, out), settings)
     return z if z is out else out.copy_(z)
@@ -114,12 +117,11 @@ class Operands(NamedTuple):
     scale: torch.Tensor         # (C,)
 
 
-def operands(buffer, dy, mean, invstd, weight, bias, settings):
+def operands(buffer, dy, mean, invstd, gamma, beta, settings):
     """The kept buffer (x or y) and dL/dy, both (B, C, ...) → `Operands`.
 
     Maps are in the statistics' dtype, but where CUDA's kernels serve: those take half precision as it is.
     """
-    gamma, beta = factors(weight, bias, settings, invstd)
     if kernels.serve(buffer):
         dy = kernels.laid_out_like(dy, buffer)
     else:
@@ -154,7 +156,7 @@ def input_gradient(found, factor, totals, count):
 
 
 def parameter_gradients(sums, weight, settings):
-    """(2, C) sums of this part → gradients of weight and bias; (None, None) without them."""
+    """The two sums (C,) of this part → gradients of weight and bias; (None, None) without them."""
     if weight is None:
         return None, None
     d_gamma = sums[1]
@@ -163,22 +165,25 @@ def parameter_gradients(sums, weight, settings):
     return d_gamma.to(weight.dtype), sums[0].to(weight.dtype)
 
 
-def gradients_alone(found, factor, eps):
-    """dL/dx and the (2, C) sums in training without other parts, on a CPU: one call of ATen's kernel, for which
-    `source` is the input, `center` its mean and `scale` its inverse deviation."""
+def gradients_alone(found, factor, count, eps):
+    """dL/dx and the sums of `channel_sums`, as a pair, in training without other parts. On a CPU one call of ATen's
+    kernel, for which `source` is the input, `center` its mean and `scale` its inverse deviation."""
+    if kernels.serve(found.source):
+        return kernels.backward_alone(*found, factor, count)
     dx, sum_normal_dz, sum_dz = torch.ops.aten.native_batch_norm_backward(
         found.dz, found.source, factor / found.scale, None, None, found.center, found.scale, True, eps,
         [True, True, True])
-    return dx, torch.stack([sum_dz, sum_normal_dz])
+    return dx, (sum_dz, sum_normal_dz)
 
 
 def normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
     """`normalise`, and in ctx what the backward pass needs: one large buffer, x or y."""
-    y = normalise(x, mean, invstd, weight, bias, settings)
+    gamma, beta = factors(weight, bias, settings, invstd)
+    y = normalise(x, mean, invstd, gamma, beta, settings)
     ctx.count, ctx.settings = count, settings
     if not settings.keep_input:
         ctx.mark_dirty(x)
-    ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, weight, bias)
+    ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, gamma, beta, weight)
     return y
 
 
@@ -193,18 +198,18 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        buffer, mean, invstd, weight, bias = ctx.saved_tensors
+        buffer, mean, invstd, gamma, beta, weight = ctx.saved_tensors
         settings, processes = ctx.settings, ctx.processes
-        found = operands(buffer, dy, mean, invstd, weight, bias, settings)
-        factor = factors(weight, bias, settings, invstd)[0] * invstd
-        if settings.training and not processes and not kernels.serve(found.source):
-            dx, sums = gradients_alone(found, factor, settings.eps)
+        found = operands(buffer, dy, mean, invstd, gamma, beta, settings)
+        factor = gamma * invstd
+        if settings.training and not processes:
+            dx, sums = gradients_alone(found, factor, ctx.count, settings.eps)
         else:
             sums = channel_sums(found)
             if not settings.training:
                 dx = found.dz * along(factor, found.dz)
             else:
-                dx = input_gradient(found, factor, processes.all_reduce(sums) if processes else sums, ctx.count)
+                dx = input_gradient(found, factor, processes.all_reduce(sums), ctx.count)
         return dx.to(dy.dtype), *parameter_gradients(sums, weight, settings), None, None, None, None, None
 
 
@@ -223,10 +228,9 @@ class NormaliseReplica(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, totals):
-        buffer, mean, invstd, weight, bias = ctx.saved_tensors
-        found = operands(buffer, dy, mean, invstd, weight, bias, ctx.settings)
-        factor = factors(weight, bias, ctx.settings, invstd)[0] * invstd
-        dx = input_gradient(found, factor, totals, ctx.count)
+        buffer, mean, invstd, gamma, beta, _ = ctx.saved_tensors
+        found = operands(buffer, dy, mean, invstd, gamma, beta, ctx.settings)
+        dx = input_gradient(found, gamma * invstd, totals, ctx.count)
         return dx.to(dy.dtype), None, None, None, None, None, None
 
 
@@ -250,12 +254,13 @@ class MeasureReplica(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, token, x, weight, bias, mean, invstd, settings):
         ctx.settings = settings
-        ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, weight, bias)
+        ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, *factors(weight, bias, settings, invstd),
+                              weight)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        buffer, mean, invstd, weight, bias = ctx.saved_tensors
-        sums = channel_sums(operands(buffer, dy, mean, invstd, weight, bias, ctx.settings))
+        buffer, mean, invstd, gamma, beta, weight = ctx.saved_tensors
+        sums = channel_sums(operands(buffer, dy, mean, invstd, gamma, beta, ctx.settings))
         return dy, sums, None, *parameter_gradients(sums, weight, ctx.settings), None, None, None

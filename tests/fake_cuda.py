@@ -23,6 +23,7 @@ aten = torch.ops.aten
 # Composite operators, which are taken apart so that what they consist of is seen.
 COMPOSITE = {"to", "conv2d", "conv1d", "linear", "matmul", "item", "cpu", "reshape", "contiguous", "flatten", "type_as",
              "log_softmax", "softmax", "einsum", "pad"}
+NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach_"}
 GPU = torch.device("cuda", 0)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -86,17 +87,19 @@ class FakeDevice(TorchDispatchMode):
         waits: places where the host waits for the device.
         called: {name of an operator that this class knows: how often}.
         maps: {(dtype, layout) of the maps that norms were given: how many}; not of maps of one pixel.
+        launches: {name of an operator that computes on the device: how often}. Some start several kernels.
         mode: the `FakeTensorMode` it was entered in.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.called, self.maps = [], collections.Counter(), collections.Counter()
+        self.waits, self.called, self.maps, self.launches = [], *(collections.Counter() for _ in range(3))
 
     def clear(self):
         self.waits.clear()
         self.called.clear()
         self.maps.clear()
+        self.launches.clear()
 
     def wait(self, what):
         self.waits.append(f"{what} {place()}")
@@ -111,6 +114,8 @@ class FakeDevice(TorchDispatchMode):
                 return found
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
+        if on_gpu and function.namespace == "aten" and not function.is_view and name not in NO_KERNEL:
+            self.launches[name] += 1
         mixed = on_gpu and any(tensor.is_cpu and tensor.ndim for tensor in tensors)
         assert not mixed or "copy" in name, f"{function} of tensors on both devices, {place()}"
         if function is aten._local_scalar_dense.default:

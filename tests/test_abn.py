@@ -315,7 +315,8 @@ def cuda_kernels(monkeypatch):
     def reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
         check([dy, x], [mean, invstd, weight])
         dims = [0, *range(2, x.ndim)]
-        return dy.float().sum(dims), (dy.float() * (x.float() - along(mean, x))).sum(dims), None, None
+        sum_dy, sum_dy_xmu = dy.float().sum(dims), (dy.float() * (x.float() - along(mean, x))).sum(dims)
+        return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd if weight_g else None, None
 
     def backward(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
         check([dy, x], [mean, invstd, weight, sum_dy, sum_dy_xmu])
@@ -325,15 +326,16 @@ def cuda_kernels(monkeypatch):
         return ((dy.float() - along(sum_dy * norm, x) - (x.float() - along(mean, x)) * along(factor, x))
                 * along(invstd * weight, x)).to(x.dtype)
 
-    def update_stats(x, mean, var, momentum):
+    def update_stats(x, running_mean=None, running_var=None, momentum=0.0):
         dims = [0, *range(2, x.ndim)]
+        if running_mean is not None:
+            running_mean.lerp_(x.float().mean(dims), momentum)
+            running_var.lerp_(x.float().var(dims), momentum)
         return x.float().mean(dims), x.float().var(dims, correction=0)
 
     for name, function in (("elemt", elemt), ("backward_reduce", reduce), ("backward_elemt", backward)):
         monkeypatch.setattr(torch, f"batch_norm_{name}", kernel(function))
-    monkeypatch.setattr(functions, "local_statistics", kernel(lambda x: (
-        x.numel() // x.shape[1], *(v * f for v, f in zip(update_stats(x, None, None, 0), (1, x.numel() // x.shape[1]),
-                                                         strict=True)))))
+    monkeypatch.setattr(functions, "local_statistics", kernel(update_stats))
     monkeypatch.setattr(kernels, "serve", lambda x: x.dtype != torch.float64)
     return watch
 
@@ -615,9 +617,9 @@ def test_recomputation_in_replicas_exchanges_once():
 
 def test_sizes_of_statistics_are_combined_exactly():
     parts = [torch.randn(n, 4).double() + k for k, n in enumerate((3, 10, 1))]
-    stats = [functions.local_statistics(p) for p in parts]
-    count, mean, moment = combine(torch.tensor([float(s[0]) for s in stats]).double(),
-                                  torch.stack([s[1] for s in stats]), torch.stack([s[2] for s in stats]))
+    counts, (means, variances) = torch.tensor([3.0, 10, 1]).double(), zip(*map(functions.local_statistics, parts),
+                                                                         strict=True)
+    count, mean, moment = combine(counts, torch.stack(means), counts[:, None] * torch.stack(variances))
     whole = torch.cat(parts)
     assert int(count) == 14 and not math.isnan(float(count))
     torch.testing.assert_close(mean, whole.mean(0))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from libs import backend
+from libs.abn import InPlaceABNSync
 from loss.criterion import SegmentationCriterion
 from networks import MODELS, build_network, find_model
 from tests.fake_cuda import GPU, LAYOUTS, InTurns, backward, fake_gpu
@@ -71,6 +72,20 @@ def check_norms(gpu, network, amp, layout):
     assert [gpu.called[name] for name in NORM_KERNELS] == [norms] * 3
     assert gpu.called["batch_norm_elemt"] >= norms      # more often where the output is computed again
     assert set(gpu.maps) == {(AUTOCAST[amp] or torch.float32, layout)}, gpu.maps
+
+
+def test_a_norm_in_place_starts_few_operations(gpu):
+    """An H100 computed faster than Python could ask for 36 of them in each norm."""
+    with torch.device(GPU):
+        norm = InPlaceABNSync(8).train()
+        x = torch.zeros(2, 8, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    norm(x * 1)
+    gpu.clear()
+    y = norm(x * 1)
+    forward = sum(gpu.launches.values()) - 1                                # x * 1
+    backward(y, torch.empty_like(y))
+    assert forward <= 8
+    assert sum(gpu.launches.values()) - 1 - forward <= 11 + 1 + 3           # of x * 1; into the three `grad`
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -578,7 +578,7 @@ def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
     own = list(videos.items())[rank::size]
     print(f"{path}; {len(videos)} video{'s' * (len(videos) > 1)}"
           f"{f', each predicted by one of {size} processes' * (size > 1)}")
-    predictor = protocol.predictor(network, config, machine.device, sum(len(video) for _, video in own))
+    predictor = protocol.predictor(network, config, machine.device, sum(len(video) for _, video in own) or 1)
     done = broken = 0
     with cli.StopRequest() as stop:
         for name, video in own:

@@ -206,8 +206,9 @@ def add_run(parser):
                      help="steps between TensorBoard pictures (500)")
     out.add_argument("--resume", type=cli.path, nargs="?", const="newest", metavar="FILE",
                      help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
-    out.add_argument("--log", choices=SERVICES, nargs="+", default=[], help="send metrics and pictures there too, "
-                     "where the package is installed (nowhere)")
+    out.add_argument("--log", "--track", choices=SERVICES, nargs="+", default=[], help="send metrics and pictures "
+                     "there too, where the package is installed; --track behind torchrun, which takes --log for its "
+                     "own (nowhere)")
 
 
 def check(args, devices, classes):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run as torchrun
 
 import evaluate
 import train
@@ -26,7 +27,7 @@ optimizer
 panel-every
 parallel power pretrained random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
 snapshot-dir split
-stem val-every val-list val-split warmup-steps weight-decay
+stem track val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip
 gpu help images images-dir input-size labels-dir no-flip num-workers output-dir overlap overwrite raw-weights
@@ -40,6 +41,14 @@ def flags(parser):
 @pytest.mark.parametrize("script, names", [(train, TRAIN), (evaluate, EVALUATE)], ids=["train", "evaluate"])
 def test_flags_are_these(script, names):
     assert flags(script.get_parser()) == {f"--{name}" for name in names.split()}
+
+
+@pytest.mark.parametrize("script", [train, evaluate], ids=["train", "evaluate"])
+def test_torchrun_leaves_every_flag_to_the_script(script):
+    """argparse, before Python 3.12.4, also looks behind the script for what might abbreviate a flag of torchrun."""
+    for flag in flags(script.get_parser()) - {"--log"}:     # which is --track there
+        found = torchrun.get_args_parser().parse_args(["--nproc_per_node", "4", "x.py", flag, "1"])
+        assert found.training_script_args == [flag, "1"]
 
 
 @pytest.mark.parametrize("script", [train, evaluate], ids=["train", "evaluate"])

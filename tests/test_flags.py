@@ -136,7 +136,7 @@ def test_every_flag_of_training_changes_something(streets, tmp_path, monkeypatch
             "--snapshot-dir", "run"]
     assert without_effect(TRAIN, base, lambda words: outcome(words, monkeypatch)) == []
     known = {name.removeprefix("--") for action in train.get_parser()._actions for name in action.option_strings}
-    elsewhere = {"opt-level", "parallel", "log"}    # tests of precision, of the launcher and of trackers
+    elsewhere = {"opt-level", "parallel", "log", "track"}    # tests of precision, of the launcher and of trackers
     assert elsewhere.union(TRAIN, ("help", "-h")) == known
 
 

@@ -215,13 +215,13 @@ def check(args, devices, classes):
     """Refuse what cannot work, before anything is read or written."""
     if classes is not None:     # else the label maps will tell
         classes.check_count(args.num_classes)
+    if args.compile:
+        check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute)
     cli.from_flags(NetworkChoice, args).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)
     optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
                        num_steps=args.num_steps)
-    if args.compile:
-        check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute)
     if args.restore_from and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one file, found {len(args.restore_from)} (did the shell expand "
                         f"a pattern?): {' '.join(args.restore_from)}")

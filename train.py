@@ -422,6 +422,7 @@ def train(run):
 
             last, logged = step == num_steps, step % run.log_every == 0 or step == num_steps
             if step == run.start + 1:
+                memory.forget_peak(engine.devices[0])       # cuDNN has tried ways of several times a step's memory
                 keeping, norms = layers_that_keep_their_input(engine.network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")

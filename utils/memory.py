@@ -43,6 +43,12 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def forget_peak(device):
+    """Count the most memory from now on; a process has only one peak in its life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def ran_out(error):
     """Whether an error, or its text, is for too little memory, on a GPU or a CPU."""
     return isinstance(error, MemoryError) or any(

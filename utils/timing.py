@@ -69,8 +69,7 @@ def prediction(predictor, images, turns, most=math.inf):
     ready, "peak_gb": of the device, on the CPU of the process}.
     """
     device = predictor.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    memory.forget_peak(device)
 
     def seconds(predictor, turns, most=math.inf):
         waiting = itertools.cycle(images)

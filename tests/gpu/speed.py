@@ -22,6 +22,7 @@ from dataset.streets import write_dataset
 from dataset.transforms import train_transform
 from libs import backend
 from tests.benchmarks.engine import matmul_rate
+from utils import memory
 from utils.distributed import share_cores
 from utils.engine import compile_network
 from utils.inference import SlidingPredictor, score
@@ -94,8 +95,7 @@ def measure(device, way, batch, runs, flops, rate, compiled=False, **shape):
     if compiled:
         compile_network(engine.network)
     engine.step([batch])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    memory.forget_peak(device)
     found = median_ms(lambda: engine.step([batch]), runs, device)
     if device.type == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9

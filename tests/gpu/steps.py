@@ -20,7 +20,9 @@ from tests.crash import same
 from utils import checkpoint, memory, resume
 from utils.distributed import share_batches
 from utils.engine import Engine, NetworkWithLoss, NotFinite
+from utils.engine import make_engine as make_whole_engine
 from utils.normalization import Normalization
+from utils.optimization import make_optimizer
 from utils.precision import Precision
 from utils.snapshot import Config
 
@@ -106,6 +108,46 @@ def recomputation(device, amp, recompute, size=97, **shape):
     joined = [torch.cat([values[name].double().flatten() for name in plain]) for values in (plain, recomputed)]
     error = near(joined[1], joined[0], {"cpu": 0}.get(device.type, 1e-5 if amp == "off" else 2e-2), "all values")
     return f"losses equal, gradients and statistics {error:.1e}"
+
+
+# What train.py offers beside plain SGD: of the optimiser, and of the engine.
+WAYS_TO_LEARN = {
+    "adamw, averaged, clipped": ({"kind": "adamw"}, {"ema": 0.9, "clip_gradient": 0.5}),
+    "frozen stages, another rate for the heads": ({"head_lr_factor": 10.0}, {"freeze": ("stem", "1")}),
+    "weighed classes": ({}, {}),
+}
+
+
+def learns(device, name, size, steps=3, **shape):
+    """The losses of steps on a device (steps, terms), the change of all weights, and their average or None."""
+    optimizer, options = WAYS_TO_LEARN[name]
+    torch.manual_seed(0)
+    network = build_network(**SHAPE | shape)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    network.to(device).train()
+    before = [weight.detach().cpu().clone() for weight in network.parameters()]
+    weight = torch.linspace(0.5, 1.5, 19) if name == "weighed classes" else None
+    engine = make_whole_engine(
+        network, criterion=SegmentationCriterion(class_weights=weight), normalization=Normalization(),
+        optimizer=make_optimizer(network, learning_rate=RATE, **optimizer), precision=Precision("off", device),
+        devices=[device], **options)
+    losses = [list(engine.step([make_batch(size, seed)])[0].values())[:-1] for seed in range(steps)]
+    change = torch.cat([(after.detach().cpu() - first).flatten()
+                        for after, first in zip(network.parameters(), before, strict=True)])
+    average = engine.scored_network if "ema" in options else None
+    return torch.tensor(losses), change, average and torch.cat([w.detach().cpu().flatten()
+                                                                for w in average.parameters()])
+
+
+def as_on_the_cpu(device, name, size, **shape):
+    """Losses, the change of the weights and their average after some steps."""
+    (losses, change, average), (expected, as_there, of_there) = (
+        learns(where, name, size, **shape) for where in (device, torch.device("cpu")))
+    words = f"losses {near(losses, expected, 1e-4, 'losses'):.1e}"
+    words += f", change of the weights {near(change, as_there, 0.1, 'change of the weights'):.1e}"
+    return words if average is None else f"{words}, average {near(average, of_there, 1e-3, 'average'):.1e}"
 
 
 def ohem_against_a_sort(device, size=385, keep=20000):
@@ -229,6 +271,8 @@ def section(rows, device, size=97, **shape):
     amps = ("off", "bf16", "fp16") if device.type == "cuda" else ("off", "bf16")
     for amp in amps:
         rows.check(f"resume, {amp}", exact_resume, device, amp, small, **shape)
+    for name in WAYS_TO_LEARN:
+        rows.check(f"as on the CPU: {name}", as_on_the_cpu, device, name, small, **shape)
     for recompute in BACKBONES[(SHAPE | shape)["backbone"]].recompute_choices()[1:]:
         for amp in amps[:2]:
             rows.check(f"recomputation {recompute}, {amp}", recomputation, device, amp, recompute, size, **shape)

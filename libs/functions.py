@@ -36,12 +36,17 @@ def values_a_channel(x):
 
 def local_statistics(x, running_mean=None, running_var=None, momentum=0.0):
     """x (B, C, ...) → mean and variance (C,), not the unbiased one. Updates running statistics, if they are given."""
-    dtype = statistics_dtype(x)
-    if running_mean is None or running_mean.dtype != dtype:     # the kernel's results take their dtype
-        running_mean, running_var = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
+    running = running_mean, running_var
+    # The kernel's results take the dtype of what it updates: of a module in half precision that is a copy.
+    updated = [x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) if one is None else one.to(statistics_dtype(x))
+               for one in running]
     if x.is_meta:
-        return running_mean, running_var
-    return torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+        return updated
+    found = torch.ops.aten.batch_norm_update_stats(x, *updated, momentum)
+    for one, new in zip(running, updated, strict=True):
+        if new is not one and one is not None:
+            one.copy_(new)
+    return found
 
 
 def along(vector, x):

@@ -218,6 +218,22 @@ def test_half_precision_with_parameters_in_float32(dtype):
     torch.testing.assert_close(layer.running_var, layer.running_var.to(dtype).float(), rtol=eps, atol=0)
 
 
+@pytest.mark.parametrize("kind", [InPlaceABN, ABN])
+@pytest.mark.parametrize(("parameters", "maps"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+                                                  (torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_running_statistics_of_any_dtype_are_updated(kind, parameters, maps):
+    torch.manual_seed(0)
+    layer, truth = kind(3, momentum=0.5).to(parameters), nn.BatchNorm2d(3, momentum=0.5).double()
+    for _ in range(2):
+        x = 2 * torch.randn(2, 3, 9, 9).to(maps) + 1
+        truth(x.double())
+        layer._batch_statistics(x)      # what the layer takes itself, not the one kernel of `ABN` on its own
+    eps = torch.finfo(parameters).eps if parameters in (torch.bfloat16, torch.float16) else 1e-6
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(layer, name).double(), getattr(truth, name), rtol=2 * eps, atol=eps)
+    assert layer.running_mean.dtype == parameters and layer.num_batches_tracked == 2
+
+
 def test_extremes_stay_finite():
     """Zero variance; ELU so far below zero that it has no digits left; a weight of zero. The package returns
     gradients that are not numbers for the second; here they are zero."""

@@ -1,6 +1,7 @@
 """Videos: frames out of a file or of numbered images, and frames into a file."""
 
 import contextlib
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -146,11 +147,11 @@ class VideoWriter:
 
     Args:
         path: of the file, .mp4.
-        rate: frames/s.
+        rate: frames/s; rounded so that its digits make a number up to 65535, as MPEG-4 has no others.
     """
 
     def __init__(self, path, rate):
-        self.path, self.rate = Path(path), rate
+        self.path, self.rate = Path(path), round(rate, int(math.log10(65535 / rate)))
         self.file, self.frames, self.open = None, 0, contextlib.ExitStack()     # which ends what is open
 
     def write(self, picture):
@@ -169,11 +170,11 @@ class VideoWriter:
             self.temporary = stack.enter_context(checkpoint.replacing(self.path, self.path.suffix))
             self.temporary.unlink(missing_ok=True)      # nothing is written through a link
             with opencv_silent():
-                self.file = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*CODEC), self.rate, size)
-            if not self.file.isOpened():
+                file = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*CODEC), self.rate, size)
+            if not file.isOpened():
                 raise UserError(f"{self.path}: expected OpenCV to write {CODEC} video of {size[0]}×{size[1]} pixels at "
                                 f"{self.rate:g} frames/s there, found that it cannot")
-            self.open = stack.pop_all()
+            self.file, self.open = file, stack.pop_all()
 
     def close(self):
         """Finish the file. Raises `UserError` where not all frames have reached it: OpenCV keeps silent then."""

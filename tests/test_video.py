@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 
 import cv2
@@ -218,6 +219,18 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_before_the_disk_is_full_what_was_predicted_is_kept(snapshot, tmp_path, monkeypatch):  # noqa: F811
+    asked, usage = [], shutil.disk_usage
+
+    def filling(place):
+        asked.append(place)
+        return usage(place)._replace(free=0 if len(asked) > 3 else 2 * video.ROOM)
+    monkeypatch.setattr(shutil, "disk_usage", filling)
+    with pytest.raises(UserError, match="color/a.mp4: expected 16 MB free for the frames that follow, found 0 MB"):
+        predict(snapshot, tmp_path / "r", write(tmp_path / "a.mp4", drawn_frames()))
+    assert len(read(tmp_path / "r/color/a.mp4")[0]) == 3
 
 
 @pytest.mark.parametrize("rate", [0.5, 24000 / 1001, 29.97, 66.6667, 120, 239.7612, 999.97])

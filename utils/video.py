@@ -22,6 +22,7 @@ NUMBER = re.compile(r"%0?\d*d")                 # in "frames/%05d.png", as FFmpe
 RATE = 25.0             # frames/s of numbered images, as FFmpeg takes them
 MOST = 1000.0           # frames/s; what is beyond is a header's nonsense, and cannot be written
 CODEC = "mp4v"          # the one that every OpenCV can write
+ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk
 ATTEMPTS = 250          # frames in succession that cannot be read, after which none is expected any more
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # FFmpeg's own words: what is wrong is said in a sentence
 
@@ -160,6 +161,8 @@ class VideoWriter:
             picture = picture[..., None].repeat(3, 2)
         height, width, _ = picture.shape
         picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+        # OpenCV says nothing of a full disk, and without the table that comes last all frames would be lost.
+        checkpoint.check_room(self.path, self.path.parent, ROOM, "the frames that follow")
         if self.file is None:
             self._open(picture.shape[1::-1])
         self.file.write(np.ascontiguousarray(picture[..., ::-1]))

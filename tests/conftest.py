@@ -32,20 +32,48 @@ SMALL = ["--gpu", "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "
          "0", "--log-every", "1", "--amp", "off", "--panel-every", "1000"]
 
 
+started = []        # by `start`, and perhaps still at work
+
+
 def start(*words, processes=1, **options):
-    """Start a script of the project with these words, under torchrun if there are several processes: `Popen`."""
+    """Start a script of the project with these words, under torchrun if there are several processes: `Popen`. What is
+    left of it at the end of the test is killed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), *map(str, words)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started.append(subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), *map(str, words)], cwd=ROOT,
+                                    env=environment, **streams | options))
+    return started[-1]
+
+
+def children(pid, script=""):
+    """Ids of the processes that a process has started, with this text in their command lines."""
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if script in line]
+
+
+def kill(pid):
+    """End a process and all that it has started."""
+    below = children(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in below:
+        kill(child)
+
+
+@pytest.fixture(autouse=True)
+def nothing_started_stays():
+    yield
+    while started:
+        with started.pop() as process:
+            if process.poll() is None:
+                kill(process.pid)
 
 
 def finish(process, seconds=120):
     """Wait for the end: (exit status, standard output, standard error)."""
-    try:
-        out, error = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
+    out, error = process.communicate(timeout=seconds)
     return process.returncode, out, error
 
 

@@ -65,17 +65,24 @@ def without_effect(flags, base, outcome):
     return unchanged
 
 
+def in_short(tensor):
+    """Shape, sum and sum of squares."""
+    tensor = tensor if tensor.is_floating_point() else tensor.double()
+    return tuple(tensor.shape), *(float(values.sum(dtype=torch.float64)) for values in (tensor, tensor.square()))
+
+
 def walk(value, seen, path=""):
     """(path, value) of everything plain below an object of ours, a container, or what they hold.
 
-    seen: {id: object} of what was walked through, which keeps ids from being used again.
+    seen: {id: object} of what was walked through, which keeps ids from being used again; of a tensor, it and its sums.
     """
     if isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.memory_format) or callable(
             value) and not hasattr(value, "__dict__"):
         yield path, str(value)
     elif isinstance(value, torch.Tensor | np.ndarray):
-        numbers = torch.as_tensor(value).double()
-        yield path, (tuple(numbers.shape), float(numbers.sum()), float(numbers.square().sum()))
+        if id(value) not in seen:
+            seen[id(value)] = value, in_short(torch.as_tensor(value).detach())
+        yield path, seen[id(value)][1]
     elif id(value) in seen or isinstance(value, SKIPPED):
         return
     elif isinstance(value, functools.partial):

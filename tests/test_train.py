@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ import train
 from dataset.labels import ClassTable
 from loss.criterion import SegmentationCriterion
 from networks import build_backbone, build_network
-from tests.conftest import SMALL, finish, start
+from tests.conftest import SMALL, finish, read_until, start
 from utils import checkpoint, versions
 from utils.cli import UserError
 from utils.engine import Engine, NetworkWithLoss, NotFinite
@@ -192,22 +189,17 @@ def test_a_file_that_would_run_code_is_refused(streets, tmp_path):
 
 @pytest.mark.parametrize("number, times, group", [
     (signal.SIGINT, 1, True),       # as a terminal sends it: to the worker processes too
-    (signal.SIGTERM, 1, False), (signal.SIGTERM, 2, True),      # as supervisors do
+    (signal.SIGTERM, 1, False),     # as `kill` and supervisors send it
     (signal.SIGHUP, 2, True),       # kernel and shell
 ])
 def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path, number, times, group):
-    command = [sys.executable, "train.py", "--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), "--gpu",
-               "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--batch-size",
-               "2", "--num-workers", "1", "--num-steps", "100000", "--log-every", "1"]
-    process = subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            for _ in range(times):
-                (os.killpg if group else os.kill)(process.pid, number)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 128 + number, rest
+    process = start("train.py", "--data-dir", streets, "--snapshot-dir", tmp_path / "s", *SMALL, "--batch-size", "2",
+                    "--num-workers", "1", "--num-steps", "100000", start_new_session=True)
+    read_until(process, "step 2/")
+    for _ in range(times):
+        (os.killpg if group else os.kill)(process.pid, number)
+    status, rest, error = finish(process, 60)
+    assert status == 128 + number, error
     (step, path), = checkpoint.snapshots(tmp_path / "s")
     assert f"stopped after step {step}; the same command with --resume goes on" in rest
     assert checkpoint.load(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
@@ -274,11 +266,11 @@ def test_light_recomputation_is_refused_where_it_does_nothing(streets, tmp_path)
 def test_processes_share_the_quick_validation(streets, tmp_path):
     """Beginning with weights of ordinary norms, which are converted in each process."""
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
-    words = ["train.py", "--data-dir", streets, *SMALL, "--batch-size", "2", "--num-steps", "2", "--val-every", "2",
-             "--learning-rate", "1e-9", "--restore-from", tmp_path / "resnet18.pth"]
-    for name, processes in (("one", 1), ("two", 2)):
-        status, _, error = finish(start(*words, "--snapshot-dir", tmp_path / name, processes=processes))
-        assert status == 0, error
+    words = ["--data-dir", str(streets), *SMALL, "--batch-size", "2", "--num-steps", "2", "--val-every", "2",
+             "--learning-rate", "1e-9", "--restore-from", str(tmp_path / "resnet18.pth"), "--snapshot-dir"]
+    train.main([*words, str(tmp_path / "one")])
+    status, _, error = finish(start("train.py", *words, tmp_path / "two", processes=2))
+    assert status == 0, error
     one, two = (json.loads((tmp_path / name / "quick_validation.jsonl").read_text()) for name in ("one", "two"))
     assert one["quick_mean_iou_fine"] == pytest.approx(two["quick_mean_iou_fine"], abs=1e-3)
     assert (tmp_path / "two/best_quick.pth").exists()

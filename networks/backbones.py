@@ -53,7 +53,7 @@ class ResidualNetwork:
                              f"{norm}: an in-place norm cannot recover its input from a ReLU's output")
         if eca_kernels is not None:
             check(self.eca_kernels is not None, "eca_kernels", eca_kernels,
-                  f"none, as {self.name} has no channel attention,")
+                  f"none with {self.name}, which has no channel attention")
             check(isinstance(eca_kernels, list | tuple) and len(eca_kernels) == 4 and all(
                 type(k) is int and k > 0 and k % 2 for k in eca_kernels), "eca_kernels", eca_kernels,
                 "four odd numbers")
@@ -109,6 +109,8 @@ class ResidualNetwork:
                     raise UserError(f"--{flag} {value}: expected that of {source}, found {found[flag]} there")
             if found["stem"] not in STEMS:
                 raise UserError(f"{source}: expected a stem of {', '.join(STEMS)}, found {found['stem']}")
+        if flags["eca-kernels"] and self.eca_kernels is None:
+            raise UserError(f"--eca-kernels: expected a --backbone with channel attention, found {self.name}")
         chosen = {name: found[name] if flags[name] is None else flags[name] for name in flags}
         kernels = chosen["eca-kernels"] or self.eca_kernels
         return {"backbone": self.name, "stem": chosen["stem"],

@@ -470,6 +470,7 @@ def test_the_sentence_about_memory_builds_nothing():
     (("--optimizer", "adamw", "--momentum", "1"), "--momentum 1: expected less than 1 with --optimizer adamw"),
     (("--ema", "1"), "--ema 1: expected less than 1"),
     (("--warmup-steps", "9", "--num-steps", "9"), "--warmup-steps 9: expected fewer than the 9 steps"),
+    (("--backbone", "resnet18", "--eca-kernels", "3,3,3,3"), "--eca-kernels: expected a --backbone with channel"),
     (("--freeze", "2"), "--freeze 2: expected stages from stem,1,2,3,4 that begin with stem"),
     (("--loss-weights", "fine=1"), "--loss-weights: expected a factor for each of fine, coarse, aux")])
 def test_flags_that_do_not_fit_each_other_are_refused(streets, tmp_path, more, message):

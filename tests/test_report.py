@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +67,12 @@ def browse(page, *words):
     return subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                            "--virtual-time-budget=4000", *words, page.as_uri()], capture_output=True, text=True,
                           timeout=120)
+
+
+def test_names_of_files_may_be_any_bytes(streets, snapshot, tmp_path):  # noqa: F811
+    odd = shutil.copy(snapshot, tmp_path / os.fsdecode(b"\xff.pth"))
+    run(streets, odd, tmp_path / "r", "--scales", "1.0", "--no-flip", "--save", "none")
+    assert "\\udcff.pth" in (tmp_path / "r/report.html").read_text()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt-get install chromium)")

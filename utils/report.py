@@ -116,7 +116,8 @@ def write_report(path, result, matrix, classes, palette, entries):
         bounded=bounded,
         boundary_rows=[(name, [column["class_boundary_f"][name] for column in bounded.values()]) for name in classes],
         void=bool(matrix[:, -1].any()), reliability=_data_url("PNG", reliability_chart(result["calibration"])))
-    checkpoint.write_atomically(path, lambda file: file.write(page.encode()))
+    content = page.encode(errors="backslashreplace")        # names of files may be any bytes
+    checkpoint.write_atomically(path, lambda file: file.write(content))
 
 
 def score_columns(result):

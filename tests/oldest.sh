@@ -24,4 +24,4 @@ if [ "${1:-}" = --short ]; then
     export OTHER_PYTHON=$PYTHON
     set -- tests/test_versions.py "$@"
 fi
-OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=5 "$@"
+run_pytest .venv-oldest/bin/python --durations=5 "$@"

@@ -7,5 +7,4 @@ choose_python requirements.txt tests/requirements.txt
 install_inplace_abn     # what libs/abn.py is compared with
 install_chromium        # what report.html is opened in
 "$PYTHON" -m ruff check .
-# A test for each core at a time, which computes on it alone; words such as -n 0 change that.
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal --durations=12 "$@"
+run_pytest "$PYTHON" --durations=12 "$@"

@@ -40,3 +40,10 @@ install_chromium() {    # with Debian's packages, where that is possible; withou
             echo "chromium could not be installed: a test that opens report.html will be skipped"
     fi
 }
+
+run_pytest() {      # PYTHON [words]  one test more at a time than there are cores, four at most, because many wait for
+    # processes that they started; each computes on one core. Words such as -n 0 change that.
+    local cores
+    cores=$(getconf _NPROCESSORS_ONLN)
+    OMP_NUM_THREADS=1 "$1" -m pytest -n "$((cores < 4 ? cores + 1 : 4))" --dist worksteal "${@:2}"
+}

@@ -152,8 +152,7 @@ def make_loader(dataset, *, start, stop, batch_size, parts=1, rank=0, world=1, w
     sampler = make_sampler(dataset, start=start * batch_size, stop=stop * batch_size, batch_size=part, rank=rank,
                            world=world, **sampling)
     return DataLoader(dataset, part // world, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-                      worker_init_fn=start_worker,
+                      prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
                       generator=torch.Generator())      # its own: dropout goes on with what was resumed
 
 

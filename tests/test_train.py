@@ -1,6 +1,8 @@
 """Training runs, small but whole."""
 
+import gc
 import json
+import multiprocessing
 import os
 import signal
 
@@ -280,6 +282,16 @@ def test_processes_share_the_quick_validation(streets, tmp_path):
 def test_quick_validation_of_a_list_needs_another_list(streets, tmp_path):
     with pytest.raises(UserError, match="--val-every: expected --val-list with --data-list"):
         run(streets, tmp_path / "s", "--val-every", "2", "--data-list", "x.lst")
+
+
+def test_no_reading_process_outlives_the_training(streets, tmp_path):
+    """At the end of Python they would be waited for, half a minute after they are told to end."""
+    gc.disable()
+    try:
+        run(streets, tmp_path, "--num-workers", "2", steps=1)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_channels_last_and_compile_train_alike(streets, tmp_path):

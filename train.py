@@ -261,6 +261,8 @@ def main(argv=None):
     if given is None:
         print(f"--amp {args.amp}: the best that the {'CPU' if devices[0].type == 'cpu' else 'GPU'} has instructions "
               "for")
+    if args.norm == "inplace_abn":
+        backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     checkpoint.seed_generators(args.random_seed)
     if classes is None:
         parts = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)

@@ -4,6 +4,8 @@ import importlib
 
 import torch
 
+from utils.cli import UserError
+
 CHOICES = ("auto", "torch", "package")
 _choice = "auto"
 _package = None
@@ -22,6 +24,18 @@ def choose(name):
         raise RuntimeError("backend package: expected the package inplace_abn (libs/requirements-extensions.txt), "
                            "found none that imports")
     _choice = name
+
+
+def check(amp, recompute, shared):
+    """Refuse a training that the package was asked for and cannot do: raises `UserError`.
+
+    amp: mixed precision, as `--amp`; recompute: as `--recompute`; shared: over several devices.
+    """
+    found = [f"--amp {amp}"] * (amp == "bf16") + [f"--recompute {recompute}"] * (recompute != "none") \
+        + ["several devices"] * shared
+    if _choice == "package" and found:
+        raise UserError("--abn-backend package: expected --amp off or fp16, no --recompute and one device, found "
+                        f"{', '.join(found)}; --abn-backend torch does this")
 
 
 def package():

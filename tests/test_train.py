@@ -13,6 +13,7 @@ import torchvision
 import evaluate
 import train
 from dataset.labels import ClassTable
+from libs import backend
 from loss.criterion import SegmentationCriterion
 from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, read_until, start
@@ -282,6 +283,15 @@ def test_processes_share_the_quick_validation(streets, tmp_path):
 def test_quick_validation_of_a_list_needs_another_list(streets, tmp_path):
     with pytest.raises(UserError, match="--val-every: expected --val-list with --data-list"):
         run(streets, tmp_path / "s", "--val-every", "2", "--data-list", "x.lst")
+
+
+@pytest.mark.parametrize("words", [("--amp", "bf16"), ("--amp", "off", "--recompute", "full")])
+def test_norms_of_the_package_are_refused_before_anything_is_written(streets, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(backend, "_package", print)
+    monkeypatch.setattr(backend, "_choice", "auto")
+    with pytest.raises(UserError, match=f"--abn-backend package: expected --amp off .*, found {' '.join(words[-2:])};"):
+        run(streets, tmp_path / "s", "--abn-backend", "package", *words)
+    assert not (tmp_path / "s").exists()
 
 
 def test_no_reading_process_outlives_the_training(streets, tmp_path):

@@ -18,9 +18,8 @@ from networks.pretrained import read_snapshot
 from networks.resnet import RECOMPUTE
 from tests.crash import same
 from utils import checkpoint, memory, resume
-from utils.distributed import share_batches
-from utils.engine import Engine, NetworkWithLoss, NotFinite
-from utils.engine import make_engine as make_whole_engine
+from utils.engine import NotFinite
+from utils.engine import make_engine as engine_of
 from utils.normalization import Normalization
 from utils.optimization import make_optimizer
 from utils.precision import Precision
@@ -33,20 +32,22 @@ RATE = 1e-3
 
 
 def make_engine(device, amp="off", layout=torch.contiguous_format, dropout=False, devices=None, processes=None,
-                ohem=False, **shape):
-    """An engine on a device, the same for the same arguments; without `dropout`, whose draws differ by device."""
+                ohem=False, class_weights=None, optimizer=None, options=None, **shape):
+    """An engine on a device, the same for the same arguments; without `dropout`, whose draws differ by device.
+
+    optimizer, options: further arguments of `make_optimizer` and of the engine.
+    """
     torch.manual_seed(0)
     network = build_network(**SHAPE | shape)
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout2d) and not dropout:
             module.p = 0.0
     network.to(device, memory_format=layout).train()
-    precision, criterion = Precision(amp, device), SegmentationCriterion(ohem=ohem, ohem_keep=500)
-    devices = devices or [device]
-    module = share_batches(NetworkWithLoss(network, criterion, Normalization(), precision.autocast), devices,
-                                 processes)
-    optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
-    return Engine(module, network, criterion, optimizer, precision, devices, processes, layout)
+    return engine_of(
+        network, criterion=SegmentationCriterion(ohem=ohem, ohem_keep=500, class_weights=class_weights),
+        optimizer=make_optimizer(network, learning_rate=RATE, **optimizer or {}), normalization=Normalization(),
+        precision=Precision(amp, device), devices=devices or [device], processes=processes, memory_format=layout,
+        **options or {})
 
 
 def make_batch(size, seed=0, images=4, classes=19):
@@ -110,41 +111,32 @@ def recomputation(device, amp, recompute, size=97, **shape):
     return f"losses equal, gradients and statistics {error:.1e}"
 
 
-# What train.py offers beside plain SGD: of the optimiser, and of the engine.
+# What train.py offers beside plain SGD, as arguments of `make_engine`.
 WAYS_TO_LEARN = {
-    "adamw, averaged, clipped": ({"kind": "adamw"}, {"ema": 0.9, "clip_gradient": 0.5}),
-    "frozen stages, another rate for the heads": ({"head_lr_factor": 10.0}, {"freeze": ("stem", "1")}),
-    "weighed classes": ({}, {}),
+    "adamw, averaged, clipped": {"optimizer": {"kind": "adamw"}, "options": {"ema": 0.9, "clip_gradient": 0.5}},
+    "frozen stages, another rate for the heads": {"optimizer": {"head_lr_factor": 10.0},
+                                                  "options": {"freeze": ("stem", "1")}},
+    "weighed classes": {"class_weights": torch.linspace(0.5, 1.5, 19)},
 }
 
 
-def learns(device, name, size, steps=3, **shape):
+def learns(device, way, size, steps=3, **shape):
     """The losses of steps on a device (steps, terms), the change of all weights, and their average or None."""
-    optimizer, options = WAYS_TO_LEARN[name]
-    torch.manual_seed(0)
-    network = build_network(**SHAPE | shape)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Dropout2d):
-            module.p = 0.0
-    network.to(device).train()
-    before = [weight.detach().cpu().clone() for weight in network.parameters()]
-    weight = torch.linspace(0.5, 1.5, 19) if name == "weighed classes" else None
-    engine = make_whole_engine(
-        network, criterion=SegmentationCriterion(class_weights=weight), normalization=Normalization(),
-        optimizer=make_optimizer(network, learning_rate=RATE, **optimizer), precision=Precision("off", device),
-        devices=[device], **options)
+    engine = make_engine(device, **way, **shape)
+    before = all_weights(engine.network)
     losses = [list(engine.step([make_batch(size, seed)])[0].values())[:-1] for seed in range(steps)]
-    change = torch.cat([(after.detach().cpu() - first).flatten()
-                        for after, first in zip(network.parameters(), before, strict=True)])
-    average = engine.scored_network if "ema" in options else None
-    return torch.tensor(losses), change, average and torch.cat([w.detach().cpu().flatten()
-                                                                for w in average.parameters()])
+    return (torch.tensor(losses), all_weights(engine.network) - before,
+            None if engine.average is None else all_weights(engine.average))
+
+
+def all_weights(network):
+    return torch.cat([weight.detach().cpu().flatten() for weight in network.parameters()])
 
 
 def as_on_the_cpu(device, name, size, **shape):
     """Losses, the change of the weights and their average after some steps."""
     (losses, change, average), (expected, as_there, of_there) = (
-        learns(where, name, size, **shape) for where in (device, torch.device("cpu")))
+        learns(where, WAYS_TO_LEARN[name], size, **shape) for where in (device, torch.device("cpu")))
     words = f"losses {near(losses, expected, 1e-4, 'losses'):.1e}"
     words += f", change of the weights {near(change, as_there, 0.1, 'change of the weights'):.1e}"
     return words if average is None else f"{words}, average {near(average, of_there, 1e-3, 'average'):.1e}"

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loss.criterion import SegmentationCriterion
 from networks import BACKBONES, build_network
-from utils import cli
+from utils import cli, memory
 from utils.distributed import (
     join_processes,
     leave_processes,
@@ -31,6 +31,7 @@ from utils.engine import Engine, NetworkWithLoss, compile_network
 from utils.logger import speak_for_all
 from utils.normalization import Normalization
 from utils.precision import AUTOCAST, Precision
+from utils.timing import finished, seconds_of
 
 VARIANTS = {        # amp, channels last, compile, checkpoint
     "fp32": ("off", False, False, "none"),
@@ -63,22 +64,14 @@ def make(variant, args, devices, processes):
 def matmul_rate(device, dtype, size):
     """FLOP/s of square matrix products."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size ** 3 / median(seconds[1:])
+    return 2 * size ** 3 / median(seconds_of(lambda: a @ b, device, 5))
 
 
 def timed(engine, batch):
     """Seconds of a step."""
     start = time.perf_counter()
     engine.step([batch])
-    if engine.devices[0].type == "cuda":
-        torch.cuda.synchronize()
+    finished(engine.devices[0])
     return time.perf_counter() - start
 
 
@@ -112,7 +105,7 @@ def main():
         for variant in args.variants:
             engine = make(variant, args, devices, processes)
             timed(engine, batch), timed(engine, batch)
-            torch.cuda.reset_peak_memory_stats(device)
+            memory.forget_peak(device)
             times[variant] = [timed(engine, batch) for _ in range(args.runs)]
             peaks[variant] = torch.cuda.max_memory_allocated(device)
             del engine

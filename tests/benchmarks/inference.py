@@ -24,6 +24,7 @@ from utils.distributed import select_devices
 from utils.inference import SlidingPredictor, window_starts
 from utils.normalization import Normalization
 from utils.precision import AUTOCAST
+from utils.timing import finished
 
 SIZE, WINDOW, STRIDE_LOGITS = (1024, 2048), 769, 97
 
@@ -51,8 +52,7 @@ def take_turns(ways, runs, device):
             start = time.perf_counter()
             with torch.inference_mode():
                 way()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            finished(device)
             if run:
                 seconds[name].append(time.perf_counter() - start)
     base = median(next(iter(seconds.values())))

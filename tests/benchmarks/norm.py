@@ -14,8 +14,9 @@ import torch
 
 from loss.criterion import SegmentationCriterion
 from networks import BACKBONES, build_network
-from utils import cli
+from utils import cli, memory
 from utils.distributed import select_devices
+from utils.timing import finished
 
 VARIANTS = {"bn": ("bn", "none"), "in place": ("inplace_abn", "none"), "light": ("inplace_abn", "light"),
             "full": ("inplace_abn", "full")}
@@ -28,8 +29,7 @@ def step(network, criterion, images, labels, autocast):
         outputs = network(images)
     criterion.total(criterion(outputs, labels)).backward()
     network.zero_grad(set_to_none=True)
-    if images.is_cuda:
-        torch.cuda.synchronize()
+    finished(images.device)
     return time.perf_counter() - start
 
 
@@ -50,8 +50,7 @@ def main():
         times, peaks = {variant: [] for variant in networks}, {}
         for run in range(args.runs + 1):        # the first run is not counted
             for variant, network in networks.items():
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
+                memory.forget_peak(device)
                 seconds = step(network, criterion, images, labels, autocast)
                 if run:
                     times[variant].append(seconds)

@@ -28,8 +28,8 @@ from utils.cli import UserError
 from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
 
-from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_folder, check_name, split_files
-from .folders import ASSUMED, add_folder_flags, assume_classes, data_root, keep_table, splits_of
+from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name, split_files
+from .folders import ASSUMED, add_folder_flags, assume_classes, check_folder, data_root, keep_table, splits_of
 from .labels import IGNORE_INDEX, ClassTable
 
 FAST = 16           # pairs of each split that --fast looks into

@@ -9,8 +9,8 @@ from torch import nn
 
 from libs.abn import NORMS
 from utils.cli import UserError
-from utils.inference import GRID
 from utils.normalization import Normalization
+from utils.upsampling import GRID
 
 from . import timm_backbone
 from .eca import ECA

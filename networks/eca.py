@@ -1,7 +1,48 @@
 """Efficient Channel Attention. Wang et al., CVPR 2020, arXiv 1910.03151, section 3.2."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from libs.functions import statistics_dtype
+from utils.precision import without_autocast
+
+
+class ScaleAndAdd(torch.autograd.Function):
+    """shortcut + x · ω with a backward pass that writes the gradient of x once.
+
+    Autograd by itself adds that of the mean as a map of its own, which is not channels-last where x is: in a bottleneck
+    with attention that moves a third more bytes, and a GPU reads maps of two layouts slowly.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shortcut, kernel):
+        """x, shortcut (B, C, H, W); kernel (1, 1, k) → (B, C, H, W)."""
+        y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))
+        kernel = kernel.to(y.dtype)
+        omega = attention(y, kernel)
+        ctx.save_for_backward(x, y, omega, kernel)
+        return torch.addcmul(shortcut, x, along_channels(omega, x))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y, omega, kernel = ctx.saved_tensors
+        by_omega = (gradient * x).sum(dim=(2, 3), dtype=omega.dtype)
+        by_logit = (by_omega * omega * (1 - omega))[:, None]                     # (B, 1, C)
+        by_y = F.conv1d(by_logit, kernel.flip(2), padding=kernel.shape[2] // 2)[:, 0]
+        by_kernel = torch.nn.grad.conv1d_weight(y[:, None], kernel.shape, by_logit, padding=kernel.shape[2] // 2)
+        by_mean = along_channels(by_y / x.shape[2:].numel(), x)
+        return torch.addcmul(by_mean, gradient, along_channels(omega, x)), gradient, by_kernel
+
+
+def attention(y, kernel):
+    """y (B, C), kernel (1, 1, k) → ω (B, C), equation 9."""
+    return torch.sigmoid(F.conv1d(y[:, None], kernel, padding=kernel.shape[2] // 2)[:, 0])
+
+
+def along_channels(vectors, x):
+    """(B, C) → (B, C, 1, 1) in the dtype of x."""
+    return vectors[:, :, None, None].to(x.dtype)
 
 
 class ECA(nn.Module):
@@ -17,12 +58,16 @@ class ECA(nn.Module):
             raise ValueError(f"ECA kernel size: expected an odd number, found {kernel_size}")
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def forward(self, x):
-        """x (B, C, H, W) → (B, C, H, W)."""
-        return x * self.weights(x)
+    def forward(self, x, shortcut=None):
+        """x (B, C, H, W), and what is added to it if anything, the same → (B, C, H, W)."""
+        if shortcut is None:
+            return x * self.weights(x)
+        # Without gradients, and for compilers, which write backward passes of their own, the formula as it is.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.addcmul(shortcut, x, self.weights(x))
+        with without_autocast(x):
+            return ScaleAndAdd.apply(x, shortcut, self.conv.weight)
 
     def weights(self, x):
         """x (B, C, H, W) → ω (B, C, 1, 1)."""
-        y = x.mean(dim=(2, 3))                              # (B, C)
-        omega = torch.sigmoid(self.conv(y[:, None])[:, 0])   # (B, C)
-        return omega[:, :, None, None].to(x.dtype)
+        return along_channels(attention(x.mean(dim=(2, 3)), self.conv.weight), x)

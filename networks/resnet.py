@@ -50,10 +50,9 @@ class Block(nn.Module):
     def join(self, x, shortcut):
         """The last convolution with its norm, the attention, the addition, the activation."""
         x = self.expand(x)
-        # One addition that keeps nothing of its own; the activation, in place, keeps its output, which the
-        # next block's convolution keeps anyway.
-        total = x + shortcut if self.eca is None else torch.addcmul(shortcut, x, self.eca.weights(x))
-        return self.activation(total)
+        # The addition keeps nothing of its own; the activation, in place, keeps its output, which the next block's
+        # convolution keeps anyway.
+        return self.activation(x + shortcut if self.eca is None else self.eca(x, shortcut))
 
 
 class BasicBlock(Block):

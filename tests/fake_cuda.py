@@ -88,18 +88,18 @@ class FakeDevice(TorchDispatchMode):
         called: {name of an operator that this class knows: how often}.
         maps: {(dtype, layout) of the maps that norms were given: how many}; not of maps of one pixel.
         launches: {name of an operator that computes on the device: how often}. Some start several kernels.
+        mixed: names of operators that were given maps of both layouts, which a GPU reads slowly.
         mode: the `FakeTensorMode` it was entered in.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.called, self.maps, self.launches = [], *(collections.Counter() for _ in range(3))
+        self.waits, self.mixed = [], []
+        self.called, self.maps, self.launches = (collections.Counter() for _ in range(3))
 
     def clear(self):
-        self.waits.clear()
-        self.called.clear()
-        self.maps.clear()
-        self.launches.clear()
+        for record in (self.waits, self.mixed, self.called, self.maps, self.launches):
+            record.clear()
 
     def wait(self, what):
         self.waits.append(f"{what} {place()}")
@@ -116,6 +116,8 @@ class FakeDevice(TorchDispatchMode):
         on_gpu = any(tensor.is_cuda for tensor in tensors)
         if on_gpu and function.namespace == "aten" and not function.is_view and name not in NO_KERNEL:
             self.launches[name] += 1
+            if len({layout_of(tensor) for tensor in tensors if tensor.ndim == 4 and min(tensor.shape[1:]) > 1}) > 1:
+                self.mixed.append(name)
         mixed = on_gpu and any(tensor.is_cpu and tensor.ndim for tensor in tensors)
         assert not mixed or "copy" in name, f"{function} of tensors on both devices, {place()}"
         if function is aten._local_scalar_dense.default:

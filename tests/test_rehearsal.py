@@ -97,6 +97,18 @@ def test_a_step(gpu, amp, norm, layout):
         check_norms(gpu, network, amp, layout)
 
 
+@pytest.mark.parametrize("backbone", ["eca_resnet18", "eca_resnet50"])
+def test_the_maps_of_a_backbone_keep_their_layout(gpu, backbone):
+    """Autograd's gradient of a mean does not: a map of its own, in the other layout, in each block with attention."""
+    network = make_network(torch.channels_last, backbone=backbone).train().backbone
+    with torch.device(GPU):
+        x = torch.zeros(2, 3, 65, 65).contiguous(memory_format=torch.channels_last)
+    last = network(x)[-1]
+    gpu.clear()
+    backward(last, torch.empty_like(last))
+    assert gpu.launches["convolution_backward"] and not gpu.mixed
+
+
 OTHERS = [name for name in MODELS if name != "acfnet"]
 
 

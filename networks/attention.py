@@ -21,7 +21,7 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))      # at the start the input goes through as it is
 
 
-def attend(queries, keys, values, scale=1.0):
+def attend(queries, keys, values, scale=None):
     """softmax over m of scale · queriesᵀ keys, times the values.
 
     By `F.scaled_dot_product_attention`, whose fused kernels keep no n×m map. Those want values as long as keys, so
@@ -30,7 +30,7 @@ def attend(queries, keys, values, scale=1.0):
 
     Args:
         queries: (B, K, n). keys: (B, K, m). values: (B, C, m).
-        scale: of the products; 1 for attention that is not scaled.
+        scale: of the products; None for 1 / √K.
 
     Returns:
         (B, C, n).

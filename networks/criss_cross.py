@@ -24,7 +24,8 @@ class CrissCrossAttention(SelfAttention):
             column = torch.einsum("bcyx,bczx->byxz", queries, keys)                     # (B, H, W, H)
             row = torch.einsum("bcyx,bcyz->byxz", queries, keys)                        # (B, H, W, W)
             height, width = x.shape[2:]
-            itself = torch.eye(height, dtype=torch.bool, device=x.device)[:, None]      # it is in the row already
+            places = torch.arange(height, device=x.device)
+            itself = (places[:, None] == places)[:, None]                               # it is in the row already
             weights = torch.cat([column.masked_fill(itself, -torch.inf), row], dim=3).softmax(dim=3)
             column, row = weights.split([height, width], dim=3)
             attended = torch.einsum("byxz,bczx->bcyx", column, values) + torch.einsum("byxz,bcyz->bcyx", row, values)

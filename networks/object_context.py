@@ -36,7 +36,7 @@ class ObjectContext(nn.Module):
             more = self.pooling - 1     # so that the last part may have fewer pixels
             x = F.max_pool2d(F.pad(x, (0, more, 0, more), mode="replicate"), self.pooling)
         keys, values = self.key(x).flatten(2), self.value(x).flatten(2)
-        context = attend(keys, keys, values, scale=keys.shape[1] ** -0.5)
+        context = attend(keys, keys, values)
         context = self.out(context.unflatten(2, x.shape[2:]))
         return upsample(context, size).to(context.dtype) if self.pooling > 1 else context
 

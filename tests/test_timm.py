@@ -17,6 +17,7 @@ from utils.cli import UserError
 from utils.inference import SlidingPredictor, round_size
 from utils.memory import passing_bytes
 from utils.normalization import Normalization
+from utils.versions import torch_version
 
 timm = pytest.importorskip("timm", reason="needs timm")
 # Stride of the logits, and the sides that fit: a multiple of the first, plus the second.
@@ -70,11 +71,14 @@ def test_a_family_is_trained_scored_and_exported(name, pair, tmp_path, capsys):
     result = json.loads((tmp_path / "scores/result.json").read_text())
     assert result["num_images"] == 1 and result["protocol"]["window"] == list(size)
 
-    evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "network.onnx")])
+    # Of Swin's windows, PyTorch 2.4 writes down how many the example has.
+    sizes = [(75, 101), (96, 50)][:1 if name.startswith("swin") and torch_version() < (2, 9) else 2]
+    evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "network.onnx"),
+                   *(["--export-size", "75,101"] if len(sizes) == 1 else [])])
     session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"), providers=["CPUExecutionProvider"])
     network, config = evaluate.load_network(snapshot, torch.device("cpu"))
     predictor = SlidingPredictor(network, None, normalization=config.normalization)
-    for height, width in ((75, 101), (96, 50)):
+    for height, width in sizes:
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         logits = session.run(None, {"images": image.transpose(2, 0, 1)[None].astype(np.float32)})[0][0]
         assert logits.shape == (19, height, width)
@@ -191,7 +195,8 @@ def test_files_of_timm_load_as_timm_loads_them(name, tmp_path):
     account = load_weights(network, read_weights(path, f"timm:{name}"))
     assert account.share == 1 and not any(key.startswith("backbone.") for key in account.initialised)
     assert account.ignored and account.notes == []          # the classifier
-    theirs = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay={"file": str(path)},
+    file = {"file": str(path), "custom_load": False}        # not by what reads the .npz of some families
+    theirs = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=file,
                                **network.backbone.arguments).eval()
     images = torch.randn(1, 3, 64, 96)
     ours = network.backbone.eval().body(images)

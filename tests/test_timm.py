@@ -71,14 +71,16 @@ def test_a_family_is_trained_scored_and_exported(name, pair, tmp_path, capsys):
     result = json.loads((tmp_path / "scores/result.json").read_text())
     assert result["num_images"] == 1 and result["protocol"]["window"] == list(size)
 
-    # Of Swin's windows, PyTorch 2.4 writes down how many the example has.
-    sizes = [(75, 101), (96, 50)][:1 if name.startswith("swin") and torch_version() < (2, 9) else 2]
-    evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "network.onnx"),
-                   *(["--export-size", "75,101"] if len(sizes) == 1 else [])])
+    if name.startswith("swin") and torch_version() < (2, 9):
+        for size in ([], ["--export-size", "75,101"]):      # the exporter stumbles over its windows
+            with pytest.raises(UserError, match="--export"):
+                evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "network.onnx"), *size])
+        return
+    evaluate.main(["--restore-from", str(snapshot), "--export", str(tmp_path / "network.onnx")])
     session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"), providers=["CPUExecutionProvider"])
     network, config = evaluate.load_network(snapshot, torch.device("cpu"))
     predictor = SlidingPredictor(network, None, normalization=config.normalization)
-    for height, width in sizes:
+    for height, width in ((75, 101), (96, 50)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         logits = session.run(None, {"images": image.transpose(2, 0, 1)[None].astype(np.float32)})[0][0]
         assert logits.shape == (19, height, width)

@@ -1,6 +1,7 @@
 """A network as a file for other runtimes: ONNX, or PyTorch's own exported program. Each is compared with the network
 before it takes its name."""
 
+import contextlib
 import copy
 import functools
 
@@ -152,7 +153,8 @@ def _onnx(path, model, example, names, axes, traced):
     except ImportError as error:
         raise UserError(f"--export {path}: expected the packages onnx and onnxscript, found no {error.name}; "
                         "pip install onnx onnxscript") from None
-    return versions.onnx_program(model, example, ["images"], names, axes, OPSET, traced)
+    with _refusals(path, "torch.onnx", axes):
+        return versions.onnx_program(model, example, ["images"], names, axes, OPSET, traced)
 
 
 def _open_onnx(written):
@@ -174,10 +176,17 @@ def _check_program(path, size, traced):
 
 
 def _pt2(path, model, example, axes):
-    try:
+    with _refusals(path, "torch.export", axes):
         return versions.exported_program(model, example, axes)
+
+
+@contextlib.contextmanager
+def _refusals(path, exporter, axes):
+    """Makes a `UserError` of what an exporter raises."""
+    try:
+        yield
     except Exception as error:  # noqa: BLE001, there are many ways not to be exported
-        raise UserError(f"--export {path}: expected a network that torch.export of PyTorch {torch.__version__} takes"
+        raise UserError(f"--export {path}: expected a network that {exporter} of PyTorch {torch.__version__} takes"
                         f"{' for any size' if axes else ''}, found: {first_words(error)}"
                         f"{'; --export-size fixes the size' if axes else ''}") from None
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from dataset.reading import DecodedCache
 from utils import decoding
 from utils.cli import UserError
-from utils.decoding import read_ids, read_image
+from utils.decoding import read_ids, read_image, upright_size
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(256, size=(11, 17, 3)).astype(np.uint8)
@@ -98,6 +98,14 @@ def test_what_pillow_refuses_is_refused_at_every_cut_and_every_spoilt_byte(monke
     assert refused > len(data)
 
 
+def test_a_photograph_with_a_preview_behind_it_is_the_photograph(tmp_path):
+    Image.fromarray(NOISE).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.fromarray(NOISE[:5])],
+                                quality=95)
+    assert Image.open(tmp_path / "a.jpg").n_frames == 2
+    expected = np.asarray(Image.open(tmp_path / "a.jpg"))
+    assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_everything_is_upright_by_its_orientation(tmp_path, turn):
     exif = Image.Exif()
@@ -108,6 +116,7 @@ def test_everything_is_upright_by_its_orientation(tmp_path, turn):
         upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         assert kind == "TIFF" or upright.shape == ((17, 11, 3) if turn > 4 else (11, 17, 3))
         assert np.abs(read_image(path).astype(int) - upright).max() <= (kind == "JPEG")
+        assert upright_size(path) == upright.shape[1::-1]
     jpeg = cv2.cvtColor(cv2.imread(str(tmp_path / "a.jpeg")), cv2.COLOR_BGR2RGB)
     assert np.array_equal(read_image(tmp_path / "a.jpeg"), jpeg)
     for ids in (LABEL, LABEL.astype(np.uint16) * 300):

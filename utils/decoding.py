@@ -170,7 +170,7 @@ def open_image(path, data):
                         ) from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":        # a photograph, and previews or depth behind it
         raise UserError(f"{path}: expected one image, found an animation of {frames}")
     return image
 
@@ -200,6 +200,9 @@ def turn_upright(array, image):
 def upright_size(path):
     """(width, height) of an image file as `read_image` turns it, from its header. Raises `UserError`."""
     image = open_image(path, read_file(path))
+    if image.format == "TIFF":      # which Pillow turns itself, some versions when it is opened, some when it is loaded
+        load(path, image)
+        return image.size
     return image.size[::-1] if orientation(image) > 4 else image.size       # 5 to 8 exchange width and height
 
 

@@ -200,9 +200,8 @@ def turn_upright(array, image):
 def upright_size(path):
     """(width, height) of an image file as `read_image` turns it, from its header. Raises `UserError`."""
     image = open_image(path, read_file(path))
-    if image.format == "TIFF":      # which Pillow turns itself, some versions when it is opened, some when it is loaded
-        load(path, image)
-        return image.size
+    if image.format == "TIFF":      # which Pillow turns itself: versions differ in when, and in what size it tells
+        return read_image(path).shape[1::-1]
     return image.size[::-1] if orientation(image) > 4 else image.size       # 5 to 8 exchange width and height
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A demonstration on drawn streets, on any machine, in about five minutes on two cores:
+# A demonstration on drawn streets, on any machine, in about three minutes on two cores:
 #
 #     ./run_local.sh [--gpu 0 ...]
 #
@@ -8,9 +8,10 @@
 #     ./run_local.sh CITYSCAPES [--ohem 1 ...]
 #     ./run_local.sh CITYSCAPES --from-scratch        without weights in dataset/
 #
+# It goes on after an interruption with the same words; the demonstration needs --resume too.
 # Further words go to train.py; --gpu, --amp, --data-list and --classes also to the check and to evaluate.py.
 set -euo pipefail
-case "${1:-}" in -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
 stood=$PWD
 cd "$(dirname "$(realpath "$0")")"

@@ -238,7 +238,10 @@ def check(args, devices, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def main(argv=None):
+def understand(argv=None):
+    """A command line that can work → its flags, `data_root`, the devices of this process, the `ClassTable` (None where
+    the label maps will tell) and the crops that each device takes at once. Raises `UserError` for others, before any
+    data are looked at."""
     args = get_parser().parse_args(argv)
     check_packages(args.log)
     root = data_root(args.data_dir, args.images_dir, args.labels_dir)
@@ -250,6 +253,11 @@ def main(argv=None):
         devices = [own_device(devices)]
     crops = crops_at_once(args.batch_size, args.accumulate, devices)
     check(args, devices, classes)
+    return args, root, devices, classes, crops
+
+
+def main(argv=None):
+    args, root, devices, classes, crops = understand(argv)
     if args.parallel == "ddp" and len(devices) > 1:     # before this process uses a GPU, whose memory that would take
         start_processes(len(devices), argv)
     given, args.amp = args.amp, args.amp or best_precision(devices[0])

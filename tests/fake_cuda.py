@@ -242,8 +242,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)      # by which checkpoints tell backward passes
     monkeypatch.setattr(FakeTensorMode, "avoid_device_init", property(lambda self: True))
     for name, value in {"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
-                        "is_bf16_supported": True, "get_device_capability": (9, 0), "_lazy_init": None,
-                        "set_device": None, "synchronize": None, "max_memory_allocated": 0,
+                        "is_bf16_supported": True, "get_device_capability": (9, 0), "get_arch_list": [],
+                        "_lazy_init": None, "set_device": None, "synchronize": None, "max_memory_allocated": 0,
                         "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (1 << 40, 1 << 40),
                         "set_rng_state": None,
                         "get_rng_state": torch.zeros(16, dtype=torch.uint8)}.items():

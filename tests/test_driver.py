@@ -5,7 +5,7 @@ import torch
 
 from utils import distributed
 from utils.cli import UserError
-from utils.driver import unusable_gpu
+from utils.driver import lacks_kernels, unusable_gpu
 
 # As the driver writes them, the second one since its kernel modules are open.
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Sep 12 19:41:22 UTC 2023\nGCC version:  gcc 11\n"
@@ -30,10 +30,53 @@ def ask(machine, text, cuda):
     (CLOSED, "470.223.02", "12.1", "needs driver 525 or newer; install that, or a PyTorch built for CUDA 11"),
     (CLOSED, "390.157", "12.1", "needs driver 525 or newer; install that"),
     (OPEN, "580.65.06", None, "built for the CPU alone; install a PyTorch built for CUDA 13"),
+    (CLOSED, "390.157", None, "install driver 450 or newer and a PyTorch built for CUDA"),
+    (OPEN, "580.65.06", "14.0", "which driver CUDA 14.0 needs is not known here: see NVIDIA's list, or install a "
+     "PyTorch built for CUDA 13"),
     (OPEN, "580.65.06", "13.0", "cannot use though the driver is new enough")])
 def test_driver_and_build_are_named_with_what_to_install(machine, text, driver, cuda, said):
     found = ask(machine, text.format(driver), cuda)
     assert f"a GPU with driver {driver}" in found and said in found and "2.15.0" in found
+
+
+def test_a_version_file_of_other_bytes_is_read(machine):
+    (machine / "version").write_bytes(CLOSED.format("535.104.05").encode() + b"GCC version: \xff\n")
+    assert "driver 535.104.05" in unusable_gpu(machine, machine, "13.0", "2.15.0")
+
+
+CUDA13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]     # of PyTorch 2.9's wheels
+
+
+@pytest.mark.parametrize("capability, archs, instead", [
+    ((6, 1), CUDA13, "built for CUDA 12.6"), ((7, 0), CUDA13, "built for CUDA 12.6"), ((3, 5), CUDA13, "have none"),
+    ((7, 5), CUDA13, None), ((8, 9), CUDA13, None), ((12, 1), CUDA13, None), ((13, 0), CUDA13, None),
+    ((11, 0), CUDA13, "install a newer PyTorch"), ((12, 0), ["sm_80", "sm_90"], "install a newer PyTorch"),
+    ((8, 0), ["sm_86"], "install a newer PyTorch"), ((9, 0), ["sm_90a"], None),
+    ((12, 0), ["compute_90a"], "newer"), ((12, 0), ["compute_90"], None), ((10, 3), ["sm_100f"], None),
+    ((7, 0), [], None), ((9, 0), ["gfx90a", "gfx942"], None)])
+def test_a_gpu_without_kernels_is_told_from_what_was_built(capability, archs, instead):
+    found = lacks_kernels("Tesla X", capability, archs, "2.14.1", "13.0")
+    assert found is None if instead is None else found.startswith("Tesla X of compute capability ") and instead in found
+
+
+def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(monkeypatch):
+    """Several are not asked by the process that starts one for each: that would make CUDA contexts."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA13)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (7, 0))[device.index])
+    devices = distributed.select_devices("0,1")
+    assert distributed.select_devices("0") == devices[:1]
+    with pytest.raises(UserError, match="--gpu 1: expected a GPU that can be used, found GPU 1 of compute capab"):
+        distributed.select_devices("1")
+    assert distributed.own_device(devices) == devices[0]
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_PORT": 1,
+                        "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="--gpu 1: .*found GPU 1"):
+        distributed.own_device(devices)
 
 
 def test_no_gpu_or_a_hidden_one_says_nothing(machine, monkeypatch):

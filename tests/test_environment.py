@@ -1,5 +1,6 @@
 """Which Python the scripts take, and what they say where none can be made."""
 
+import shutil
 import subprocess
 import sys
 
@@ -29,19 +30,54 @@ def test_what_is_missing_is_named(tmp_path):
     assert lacking[1].startswith("numpy>=1.0,<1.1 (found ")
 
 
+def test_a_python_that_is_too_old_is_missing_something(monkeypatch):
+    assert environment.missing([]) == []
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    lacking, = environment.missing([])
+    assert lacking.startswith("Python>=3.10 (found ")
+
+
+def test_a_file_where_the_venv_would_be(tmp_path, capsys):
+    (tmp_path / ".venv").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        environment.make([], tmp_path / ".venv")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.endswith("found a file of that name\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, script, found", [
+    (None, "", "none"), ("python", "echo Python 2.7.18 >&2", "Python 2.7.18"),
+    ("python3", "echo Python 3.8.1", "Python 3.8.1")])
+def test_only_an_old_python_is_named(tmp_path, name, script, found):
+    (tmp_path / "tail").symlink_to(shutil.which("tail"))
+    if name:
+        (tmp_path / name).write_text(f"#!/bin/sh\n[ $1 = --version ] || exit 1\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run([shutil.which("bash"), "-c", f". {ROOT}/utils/environment.sh; find_python"], cwd=tmp_path,
+                          env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: expected Python 3.10 or newer as python or python3 on the PATH, found {found}\n")
+
+
 def test_the_lowest_versions_are_those_of_the_files():
     done = subprocess.run([sys.executable, "utils/environment.py", "--lowest", "requirements.txt"], cwd=ROOT,
                           capture_output=True, text=True, check=True)
     assert "torch==2.4\n" in done.stdout and len(done.stdout.splitlines()) == 9
 
 
-def test_a_venv_that_was_only_begun_is_made_again(tmp_path):
+def test_a_venv_that_was_only_begun_or_is_too_old_is_made_again(tmp_path, monkeypatch):
     venv = tmp_path / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     assert subprocess.run([venv / "bin/python", "-m", "pip", "--version"], capture_output=True).returncode
     (tmp_path / "file.txt").write_text("")
     python = environment.make([tmp_path / "file.txt"], venv)
     assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    (venv / "mine").touch()
+    environment.make([tmp_path / "file.txt"], venv)
+    assert (venv / "mine").exists()
+    monkeypatch.setattr(environment, "OLDEST", (3, 99))
+    environment.make([tmp_path / "file.txt"], venv)
+    assert not (venv / "mine").exists() and python.exists()
 
 
 @pytest.mark.parametrize("said, reason", [
@@ -53,7 +89,7 @@ def test_the_cause_is_said_before_what_pip_says(tmp_path, monkeypatch, capfd, sa
     venv = tmp_path / ".venv"
     (venv / "bin").mkdir(parents=True)
     fake = venv / "bin/python"
-    fake.write_text(f"#!/bin/sh\n[ \"$3\" = --version ] && exit 0\ncat >&2 <<'EOF'\n{said}\nEOF\nexit 1\n")
+    fake.write_text(f"#!/bin/sh\n[ \"$1\" = -c ] && exit 0\ncat >&2 <<'EOF'\n{said}\nEOF\nexit 1\n")
     fake.chmod(0o755)
     with pytest.raises(SystemExit) as caught:
         environment.make([tmp_path / "file.txt"], venv)

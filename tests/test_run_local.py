@@ -64,11 +64,19 @@ def test_data_goes_all_the_way_to_a_score(project, streets):
 
 
 def words_of(project, monkeypatch, *words):
-    """What `utils.local` would start from another folder: [words], without starting any of it."""
+    """What `utils.local` would start from another folder: [words], without starting any of it. Scenes are drawn, and
+    the score is 50 %."""
     started = []
+    (project / "demo/streets").mkdir(parents=True, exist_ok=True)
 
     def call(*words, folder=None, watch=None):
-        started.append([str(word) for word in words])
+        words = [str(word) for word in words]
+        started.append(words)
+        if "--restore-from" in words:
+            results = Path(words[words.index("--restore-from") + 1]).with_suffix("")
+            results = results.with_name(f"{results.name}_val")
+            results.mkdir(parents=True, exist_ok=True)
+            (results / "result.json").write_text('{"mean_iou": 0.5}')
 
     monkeypatch.setattr(local, "PROJECT", project)
     monkeypatch.setattr(local, "call", call)
@@ -90,15 +98,58 @@ def test_words_reach_all_that_they_concern(project, monkeypatch):
         args = script.get_parser().parse_args(words[1:])
         assert (args.gpu, args.amp) == ("cpu", "off") and len(args.data_list) == 2 and args.classes.endswith("c.csv")
         if words is train:
-            assert (args.num_steps, args.keep) == (7, 2) and args.snapshot_dir == str(project / "snapshots")
+            assert (args.num_steps, args.keep, args.resume) == (7, 2, "newest")
+            assert args.snapshot_dir == str(project / "snapshots")
 
 
-def test_a_first_word_that_is_a_flag_is_no_folder(project, monkeypatch):
-    (project / "demo/streets").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="result.json"):     # nothing was scored
-        words_of(project, monkeypatch, "--gpu", "cpu", "--num-steps", "3")
-    with pytest.raises(UserError, match="--data-list: expected the data's folder as the first word"):
-        words_of(project, monkeypatch, "--data-list", "a.lst")
+def test_evaluation_is_not_told_of_apex(project, monkeypatch):
+    for data in ((), ("data", "--from-scratch")):
+        *_, train, evaluate = words_of(project, monkeypatch, *data, "--amp", "apex", "--gpu", "0")
+        assert train_script.get_parser().parse_args(train[1:]).amp == "apex"
+        args = evaluate_script.get_parser().parse_args(evaluate[1:])
+        assert args.amp is None and args.gpu == "0"
+
+
+@pytest.mark.parametrize("words, found", [
+    (("--data-list", "a.lst"), "none"), (("--data-dir", "x"), "none"), (("--images-dir=x",), "none"),
+    (("--labels-dir", "x"), "none"), (("data", "--from-scratch", "--data-dir", "x"), "this flag beside data")])
+def test_data_are_named_by_the_first_word_alone(project, monkeypatch, words, found):
+    flag = next(word for word in words if "-d" in word or "-l" in word).split("=")[0]
+    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first word, found {found}"):
+        words_of(project, monkeypatch, *words)
+
+
+def test_resume_takes_the_newest_run_with_a_snapshot(project, monkeypatch):
+    with pytest.raises(UserError, match="--resume: expected a run with a snapshot in .*demo, found none"):
+        words_of(project, monkeypatch, "--resume")
+    for run in ("run_1", "run_2", "run_3"):
+        (project / "demo" / run).mkdir(parents=True)
+    for run in ("run_1", "run_2"):
+        (project / "demo" / run / "CS_scenes_1.pth").touch()
+    for words, run in ((("--resume",), "demo/run_2"), (("--resume", "--snapshot-dir", "own"), "../own")):
+        *_, train, evaluate = words_of(project, monkeypatch, *words)
+        args = train_script.get_parser().parse_args(train[1:])
+        assert args.resume == "newest" and Path(args.snapshot_dir).resolve() == (project / run).resolve()
+        assert f"{args.snapshot_dir}/CS_scenes_1.pth" in evaluate
+
+
+def test_the_range_is_that_of_the_training_as_it_is(project, monkeypatch, capsys):
+    for words in ((), ("--gpu", "cpu", "--from-scratch")):
+        words_of(project, monkeypatch, *words)
+        assert f"fine 50.0 % ({local.EXPECTED})" in capsys.readouterr().out
+    for words in (("--num-steps", "3"), ("--classes", "c.csv"), ("--power", "1"), ("--amp", "bf16")):
+        words_of(project, monkeypatch, *words)
+        assert "fine 50.0 %\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--gpu", "7", "--snapshot-dir", "project/a/b"), "--gpu 7: expected different ids of GPUs that exist"),
+    (("--snapshot-dir", "project/train.py"), "train.py/.writable: expected to write a file there")])
+def test_wrong_words_end_before_anything_is_drawn(project, words, said):
+    words = [word.replace("project", project.name) for word in words]
+    done = run(project, *words)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (project / "demo").exists() and not (project / "a").exists()
 
 
 def test_an_unwritable_folder_ends_at_once(project):
@@ -128,7 +179,23 @@ def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys):
     rates = ((25, 1.0), (50, 10.0), (75, 99.0))
     lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rates]
     for count in (1, 2, 3):
-        (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n")
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n" + '{"step": 7' * (count == 1))
         watch()
     said, = capsys.readouterr().out.splitlines()
     assert said == "at 10.0 images/s training and scoring take 7 minutes more, 8 in all"    # 1000 · 4 / 10 s, and 5 %
+
+
+def test_a_run_that_goes_on_is_measured_anew(tmp_path, capsys):
+    """Its log drops the lines of steps that will be done again."""
+    lines = [json.dumps({"step": step, "images_per_second": rate})
+             for step, rate in ((10, 1.0), (20, 1.0), (30, 1.0), (20, 10.0), (30, 20.0))]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("\n".join(lines[:3]) + "\n")
+    watch = local.announce(tmp_path, local.time.monotonic(), 530, 4)
+    for kept in (lines[:1], [lines[0], lines[3]]):
+        metrics.write_text("\n".join(kept) + "\n")
+        watch()
+        assert capsys.readouterr().out == ""
+    metrics.write_text("\n".join([lines[0], *lines[3:]]) + "\n")
+    watch()
+    assert "at 20.0 images/s training and scoring take 2 minutes more" in capsys.readouterr().out

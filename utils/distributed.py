@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from .cli import UserError, deaf_for_a_second
-from .driver import unusable_gpu
+from .driver import lacks_kernels, unusable_gpu
 from .precision import exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
 from .versions import keeping_buffers
@@ -46,7 +46,19 @@ def select_devices(gpu=None):
             raise UserError(f"--gpu {gpu}: expected a GPU that can be used, found {reason} (--gpu cpu uses the CPU)")
         there = f"GPUs 0 to {count - 1}" if count else "no GPU (--gpu cpu uses the CPU)"
         raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {there}")
-    return [torch.device("cuda", i) for i in ids]
+    devices = [torch.device("cuda", i) for i in ids]
+    if len(devices) == 1:       # of several each process asks its own: this one may only start them
+        _check_kernels(devices[0])
+    return devices
+
+
+def _check_kernels(device):
+    """Raise `UserError` where PyTorch was not built for a GPU. That makes a CUDA context."""
+    archs = torch.cuda.get_arch_list()
+    if reason := archs and lacks_kernels(torch.cuda.get_device_name(device),
+                                         torch.cuda.get_device_capability(device), archs):
+        raise UserError(f"--gpu {device.index}: expected a GPU that can be used, found {reason} (--gpu cpu uses the "
+                        "CPU)")
 
 
 class Processes:
@@ -251,7 +263,7 @@ def share_cores(devices, workers=None):
 def own_device(devices):
     """The device of this process among those of the machine, which it uses from now on.
 
-    Raises `UserError` if there is none left for it.
+    Raises `UserError` if there is none left for it, or PyTorch was not built for it.
     """
     place = launched()
     local = 0 if place is None else place.local_rank
@@ -260,6 +272,7 @@ def own_device(devices):
     if local >= len(devices):
         raise UserError(f"--gpu: expected a GPU for each of the processes, found {len(devices)} for process {local}")
     torch.cuda.set_device(devices[local])
+    _check_kernels(devices[local])
     return devices[local]
 
 

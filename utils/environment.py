@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 VENV = Path(__file__).resolve().parents[1] / ".venv"
+OLDEST = (3, 10)        # Python; this file is read by older ones
 SAME = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")}
 # What pip says, and what it comes down to.
 CAUSES = (
@@ -55,6 +56,8 @@ def installed(name):
 def missing(files):
     """What this Python lacks, as texts."""
     lacking = []
+    if sys.version_info < OLDEST:
+        lacking.append(f"Python>={OLDEST[0]}.{OLDEST[1]} (found {sys.version.split()[0]})")
     for name, bounds in requirements(files):
         version = installed(name)
         if version is None or not all(meets(version, *bound) for bound in bounds):
@@ -71,9 +74,12 @@ def fail(expected, found, said=""):
 def make(files, venv=VENV):
     """Make a virtual environment, or complete one, and fill it. Ends with a sentence where that fails."""
     python = venv / "bin/python"
+    if venv.is_file():
+        fail(f"{venv} to be a folder, or nothing there", "a file of that name")
     print(f"installing into {venv} (PyTorch is several GB; a few minutes)", file=sys.stderr)
-    whole = python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    if not whole:       # none, or one that was begun: Debian without python3-venv leaves a Python without pip
+    usable = f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"
+    whole = python.exists() and subprocess.run([python, "-c", usable], capture_output=True).returncode == 0
+    if not whole:       # none, one too old, or only begun: Debian without python3-venv leaves a Python without pip
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", venv], capture_output=True, text=True)
         if made.returncode:
             said = (made.stdout + made.stderr).strip()

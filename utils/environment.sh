@@ -5,7 +5,7 @@ find_python() {     # sets ACTIVE to the first of python, python3 and .venv's th
         "$ACTIVE" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
     done
     echo "error: expected Python 3.10 or newer as python or python3 on the PATH, found" \
-        "$({ python3 --version || python --version || echo none; } 2>/dev/null | head -n 1)" >&2
+        "$({ python3 --version || python --version || echo none; } 2>&1 | tail -n 1)" >&2     # 2 says it on stderr
     exit 2
 }
 

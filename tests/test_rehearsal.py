@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import utils.engine
 from libs import backend
 from libs.abn import InPlaceABNSync
 from loss.criterion import SegmentationCriterion
@@ -14,6 +15,7 @@ from utils.distributed import Processes
 from utils.engine import Engine, NetworkWithLoss
 from utils.inference import SlidingPredictor, score
 from utils.normalization import Normalization
+from utils.optimization import OPTIMIZERS, make_optimizer
 from utils.precision import AUTOCAST, Precision
 from utils.replicas import ThreadReplicas
 from utils.versions import torch_version
@@ -46,18 +48,19 @@ def make_batch(size=65):
             "label": torch.zeros(4, size, size, dtype=torch.uint8)}
 
 
-def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, processes=None, wrap=None, **shape):
+def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, processes=None, wrap=None, kind="sgd",
+               learning=None, **shape):
     """Two steps, of which the second waits once (with fp16 twice): the first one asks the norms about half precision.
-    Returns the network."""
+    learning: arguments of the `Engine`. Returns the network."""
     layout = LAYOUTS[layout]
     network = make_network(layout, **shape).train()
     criterion = SegmentationCriterion(
         find_model(shape.get("model", "acfnet"), shape.get("acf", False)).loss_weights, ohem=ohem)
     precision = Precision(amp, GPU)
-    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = make_optimizer(network, kind=kind)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
     module = module if wrap is None else wrap(module)
-    engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes, layout)
+    engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes, layout, **learning or {})
     for _ in range(2):
         gpu.clear()
         engine.step([make_batch() for _ in range(parts)])
@@ -116,6 +119,15 @@ OTHERS = [name for name in MODELS if name != "acfnet"]
                                      *({"model": name} for name in OTHERS)], ids=str)
 def test_other_steps(gpu, options):
     take_steps(gpu, **options)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_ways_of_learning(gpu, kind, amp, monkeypatch):
+    # `copy.deepcopy` takes fake tensors for memory, and ends the process.
+    monkeypatch.setattr(utils.engine, "average_of_weights",
+                        lambda network: make_network(torch.channels_last).requires_grad_(False))
+    take_steps(gpu, amp, kind=kind, learning={"ema": 0.99, "clip_gradient": 1e-3})
 
 
 @pytest.mark.parametrize("recompute", ["light", "full"])

@@ -37,7 +37,8 @@ def place():
 
 
 def backward(loss, gradient=None):
-    """`loss.backward()` without autograd's engine: every node once all gradients that flow into it are there."""
+    """`loss.backward()` without autograd's engine, but in its order: of the nodes into which all gradients have flowed,
+    the one made last."""
     waiting, known, stack = collections.Counter(), {loss.grad_fn}, [loss.grad_fn]
     while stack:
         for node, _ in stack.pop().next_functions:
@@ -52,7 +53,7 @@ def backward(loss, gradient=None):
     ready = [loss.grad_fn]
     with torch.no_grad():
         while ready:
-            node = ready.pop()
+            node = ready.pop(max(range(len(ready)), key=lambda number: ready[number]._sequence_nr()))
             given = [arrived[node].get(number) for number in range(len(node._input_metadata))]
             del arrived[node]
             after = node.next_functions

@@ -37,6 +37,7 @@ from utils import checkpoint, cli, memory, optimization, resume
 from utils.cli import UserError
 from utils.distributed import (
     by_the_first,
+    check_kernels,
     crops_at_once,
     join_processes,
     leave_processes,
@@ -251,6 +252,9 @@ def understand(argv=None):
     classes = ClassTable.read(args.classes) if args.classes else None if args.images_dir else ClassTable.read()
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
+    if args.parallel == "dp":
+        for device in devices:
+            check_kernels(device)
     crops = crops_at_once(args.batch_size, args.accumulate, devices)
     check(args, devices, classes)
     return args, root, devices, classes, crops

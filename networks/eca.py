@@ -3,13 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from libs.functions import statistics_dtype
 from utils.precision import without_autocast
 
 
 class ScaleAndAdd(torch.autograd.Function):
-    """shortcut + x · ω with a backward pass that writes the gradient of x once.
+    """shortcut + x · ω (equation 9) with a backward pass that writes the gradient of x once.
 
     Autograd by itself adds that of the mean as a map of its own, which is not channels-last where x is: in a bottleneck
     with attention that moves a third more bytes, and a GPU reads maps of two layouts slowly.
@@ -18,21 +19,25 @@ class ScaleAndAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut, kernel):
         """x, shortcut (B, C, H, W); kernel (1, 1, k) → (B, C, H, W)."""
-        y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))
+        y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))                       # (B, C)
         kernel = kernel.to(y.dtype)
-        omega = attention(y, kernel)
+        omega = attention(y, kernel).to(y.dtype)    # apex computes convolutions in float16 even here
         ctx.save_for_backward(x, y, omega, kernel)
         return torch.addcmul(shortcut, x, along_channels(omega, x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
+        """gradient (B, C, H, W) → those of x, shortcut and kernel."""
         x, y, omega, kernel = ctx.saved_tensors
-        by_omega = (gradient * x).sum(dim=(2, 3), dtype=omega.dtype)
-        by_logit = (by_omega * omega * (1 - omega))[:, None]                     # (B, 1, C)
-        by_y = F.conv1d(by_logit, kernel.flip(2), padding=kernel.shape[2] // 2)[:, 0]
-        by_kernel = torch.nn.grad.conv1d_weight(y[:, None], kernel.shape, by_logit, padding=kernel.shape[2] // 2)
-        by_mean = along_channels(by_y / x.shape[2:].numel(), x)
-        return torch.addcmul(by_mean, gradient, along_channels(omega, x)), gradient, by_kernel
+        padding = kernel.shape[2] // 2
+        with without_autocast(x):
+            by_omega = (gradient * x).sum(dim=(2, 3), dtype=omega.dtype)                            # (B, C)
+            by_logit = (by_omega * omega * (1 - omega))[:, None]                                    # (B, 1, C)
+            by_y = F.conv1d(by_logit, kernel.flip(2), padding=padding)[:, 0]                        # (B, C)
+            by_kernel = torch.nn.grad.conv1d_weight(y[:, None], kernel.shape, by_logit, padding=padding)
+            by_mean = along_channels(by_y / x.shape[2:].numel(), x)
+            return torch.addcmul(by_mean, gradient, along_channels(omega, x)), gradient, by_kernel
 
 
 def attention(y, kernel):

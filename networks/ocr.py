@@ -45,8 +45,8 @@ class OCRHead(nn.Module):
         """features (B, C, h, w), logits of the regions (B, N, h, w) → {"fine"}, logits (B, N, h, w)."""
         objects = self.regions(features, logits)[..., None]                             # (B, C, N, 1)
         queries = self.pixel(features)                                                  # (B, C / 2, h, w)
-        context = attend(queries.flatten(2), self.object(objects).flatten(2), self.value(objects).flatten(2))
-                                                                                        # equations 2 and 4
+        keys, values = self.object(objects).flatten(2), self.value(objects).flatten(2)
+        context = attend(queries.flatten(2), keys, values)                              # equations 2 and 4
         context = self.up(context.unflatten(2, features.shape[2:]))
         return {"fine": self.fine(self.dropout(self.join(torch.cat([context, features], dim=1))))}
 

@@ -1,8 +1,11 @@
 """A GPU that is there but cannot be used, told from the files and values that are read."""
 
+import platform
+
 import pytest
 import torch
 
+import train
 from utils import distributed
 from utils.cli import UserError
 from utils.driver import lacks_kernels, unusable_gpu
@@ -51,10 +54,11 @@ CUDA13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
     ((6, 1), CUDA13, "built for CUDA 12.6"), ((7, 0), CUDA13, "built for CUDA 12.6"), ((3, 5), CUDA13, "have none"),
     ((7, 5), CUDA13, None), ((8, 9), CUDA13, None), ((12, 1), CUDA13, None), ((13, 0), CUDA13, None),
     ((11, 0), CUDA13, "install a newer PyTorch"), ((12, 0), ["sm_80", "sm_90"], "install a newer PyTorch"),
-    ((8, 0), ["sm_86"], "install a newer PyTorch"), ((9, 0), ["sm_90a"], None),
+    ((8, 0), ["sm_86"], "from source"), ((9, 0), ["sm_90a"], None),
     ((12, 0), ["compute_90a"], "newer"), ((12, 0), ["compute_90"], None), ((10, 3), ["sm_100f"], None),
     ((7, 0), [], None), ((9, 0), ["gfx90a", "gfx942"], None)])
-def test_a_gpu_without_kernels_is_told_from_what_was_built(capability, archs, instead):
+def test_a_gpu_without_kernels_is_told_from_what_was_built(capability, archs, instead, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")      # for others the wheels were built for less
     found = lacks_kernels("Tesla X", capability, archs, "2.14.1", "13.0")
     assert found is None if instead is None else found.startswith("Tesla X of compute capability ") and instead in found
 
@@ -69,6 +73,8 @@ def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (7, 0))[device.index])
     devices = distributed.select_devices("0,1")
     assert distributed.select_devices("0") == devices[:1]
+    with pytest.raises(UserError, match="--gpu 1"):
+        train.understand(["--gpu", "0,1", "--parallel", "dp", "--data-dir", "x"])
     with pytest.raises(UserError, match="--gpu 1: expected a GPU that can be used, found GPU 1 of compute capab"):
         distributed.select_devices("1")
     assert distributed.own_device(devices) == devices[0]
@@ -77,6 +83,16 @@ def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(mon
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="--gpu 1: .*found GPU 1"):
         distributed.own_device(devices)
+
+
+def test_the_only_gpu_without_kernels_is_a_warning_where_none_was_asked_for(monkeypatch, capsys):
+    for name, value in {"is_available": True, "device_count": 1, "get_arch_list": CUDA13, "get_device_name": "GTX",
+                        "get_device_capability": (6, 1)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    assert distributed.select_devices(None) == [torch.device("cpu")]
+    assert "warning: computing on the CPU, many times slower: expected a GPU, found GTX" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--gpu 0"):
+        distributed.select_devices("0")
 
 
 def test_no_gpu_or_a_hidden_one_says_nothing(machine, monkeypatch):

@@ -44,6 +44,9 @@ def test_its_backward_pass_is_the_derivative():
     x, shortcut = (torch.randn(2, 5, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda x, shortcut, kernel: torch.func.functional_call(
         eca, {"conv.weight": kernel}, (x, shortcut)), (x, shortcut, eca.conv.weight))
+    once, = torch.autograd.grad(eca(x, shortcut).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
 
 
 def test_even_kernel_is_refused():

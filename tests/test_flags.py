@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def walk(value, seen, path=""):
         yield path, type(value).__name__
         if isinstance(value, torch.nn.Module):
             yield from walk({**dict(value.named_parameters()), **dict(value.named_buffers())}, seen, f"{path}.state")
-        yield path, str(value) if type(value).__module__ == "pathlib" else ""
+        yield path, str(value) if isinstance(value, Path) else ""
         yield from walk({name: one for name, one in getattr(value, "__dict__", {}).items()
                          if name not in ("arguments", "started", "log")}, seen, path)
 

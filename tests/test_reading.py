@@ -104,6 +104,8 @@ def test_a_photograph_with_a_preview_behind_it_is_the_photograph(tmp_path):
     assert Image.open(tmp_path / "a.jpg").n_frames == 2
     expected = np.asarray(Image.open(tmp_path / "a.jpg"))
     assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - expected).max() <= 1
+    with pytest.raises(UserError, match="changes values"):
+        read_ids(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

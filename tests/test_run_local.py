@@ -182,7 +182,7 @@ def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys):
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n" + '{"step": 7' * (count == 1))
         watch()
     said, = capsys.readouterr().out.splitlines()
-    assert said == "at 10.0 images/s training and scoring take 7 minutes more, 8 in all"    # 1000 · 4 / 10 s, and 5 %
+    assert said == "at 10.0 images/s training and scoring take 7 minutes more, 8 in all"    # 1000 · 4 / 10 s, and 12 %
 
 
 def test_a_run_that_goes_on_is_measured_anew(tmp_path, capsys):

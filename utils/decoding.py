@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from .cli import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm"}     # of files that are images
-LOSSY = {"JPEG", "WEBP"}        # formats that may change the values of a label map
+LOSSY = {"JPEG", "MPO", "WEBP"}        # formats that may change the values of a label map
 MOST_BYTES = 1 << 30            # of a file; a larger one is refused
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
          stat.S_IFSOCK: "a socket"}
@@ -198,7 +198,7 @@ def turn_upright(array, image):
 
 
 def upright_size(path):
-    """(width, height) of an image file as `read_image` turns it, from its header. Raises `UserError`."""
+    """(width, height) of an image file as `read_image` turns it. Raises `UserError`."""
     image = open_image(path, read_file(path))
     if image.format == "TIFF":      # which Pillow turns itself: versions differ in when, and in what size it tells
         return read_image(path).shape[1::-1]

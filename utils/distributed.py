@@ -30,6 +30,9 @@ def select_devices(gpu=None):
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     reason = unusable_gpu() if count == 0 and gpu != "cpu" else None
+    if gpu is None and count == 1:
+        reason = _missing_kernels(torch.device("cuda", 0))
+        count = 0 if reason else 1
     if gpu is None and reason:
         print(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}", file=sys.stderr)
     if gpu is None:
@@ -48,17 +51,22 @@ def select_devices(gpu=None):
         raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {there}")
     devices = [torch.device("cuda", i) for i in ids]
     if len(devices) == 1:       # of several each process asks its own: this one may only start them
-        _check_kernels(devices[0])
+        check_kernels(devices[0])
     return devices
 
 
-def _check_kernels(device):
+def check_kernels(device):
     """Raise `UserError` where PyTorch was not built for a GPU. That makes a CUDA context."""
-    archs = torch.cuda.get_arch_list()
-    if reason := archs and lacks_kernels(torch.cuda.get_device_name(device),
-                                         torch.cuda.get_device_capability(device), archs):
+    if reason := _missing_kernels(device):
         raise UserError(f"--gpu {device.index}: expected a GPU that can be used, found {reason} (--gpu cpu uses the "
                         "CPU)")
+
+
+def _missing_kernels(device):
+    with warnings.catch_warnings():     # PyTorch's own words about every GPU of the machine
+        warnings.simplefilter("ignore")
+        return lacks_kernels(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device),
+                             torch.cuda.get_arch_list())
 
 
 class Processes:
@@ -271,8 +279,8 @@ def own_device(devices):
         return devices[0]
     if local >= len(devices):
         raise UserError(f"--gpu: expected a GPU for each of the processes, found {len(devices)} for process {local}")
+    check_kernels(devices[local])
     torch.cuda.set_device(devices[local])
-    _check_kernels(devices[local])
     return devices[local]
 
 

@@ -1,6 +1,7 @@
 """Why a GPU that is there cannot be used: said from what the driver and this PyTorch tell of themselves."""
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -56,8 +57,10 @@ def lacks_kernels(name, capability, archs, torch_version=torch.__version__, cuda
         return None
     if capability < (5, 0):
         instead = "PyTorch 2.4 and newer have none for it"
-    elif capability < (7, 5):
+    elif capability < (7, 5) and platform.machine() == "x86_64":
         instead = "install PyTorch 2.14 or older built for CUDA 12.6, which still has Maxwell, Pascal and Volta"
+    elif capability < min(version for _, version, _ in built):
+        instead = "build PyTorch for it from source"
     else:
         instead = "install a newer PyTorch"
     return (f"{name} of compute capability {capability[0]}.{capability[1]}, and PyTorch {torch_version} built for CUDA "

@@ -187,7 +187,7 @@ def _refusals(path, exporter, axes):
         yield
     except Exception as error:  # noqa: BLE001, there are many ways not to be exported
         raise UserError(f"--export {path}: expected a network that {exporter} of PyTorch {torch.__version__} takes"
-                        f"{' for any size' if axes else ''}, found: {first_words(error)}"
+                        f"{' for any size' if axes else ''}, found: {first_words(error.__cause__ or error)}"
                         f"{'; --export-size fixes the size' if axes else ''}") from None
 
 

@@ -37,7 +37,7 @@ PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--inpu
 FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags in whose place the first word stands
 # In a process of its own: nothing in utils/ knows train.py.
 CHECK = f"""import sys
-sys.path.insert(0, {str(PROJECT)!r})
+sys.path[:] = [{str(PROJECT)!r}, *filter(None, sys.path)]       # not the user's folder
 import train
 train.cli.run(lambda: train.understand(sys.argv[1:]))"""
 
@@ -84,11 +84,15 @@ def call(*words, folder=None, watch=lambda: None):
     # A terminal sends Ctrl-C to both, and the other one decides; what is sent to this process alone is handed on.
     before = [signal.signal(signal.SIGINT, signal.SIG_IGN),
               signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))]
-    while process.poll() is None:
-        watch()
-        time.sleep(1)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-        signal.signal(number, handler)
+    try:
+        while process.poll() is None:
+            watch()
+            time.sleep(1)
+    finally:
+        process.terminate()     # what still runs, if `watch` failed
+        process.wait()
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
     if process.returncode:
         sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
 
@@ -220,6 +224,8 @@ def main():
     os.chdir(stood)
     data = words.pop(0) if words and not words[0].startswith("-") else None
     args, words = get_parser().parse_known_args(words)
+    if data == "":
+        raise UserError("expected the data's folder as the first word, found an empty one")
     for name in FOLDERS if data else (*FOLDERS, "data_list"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: expected the data's folder as the first word, found "

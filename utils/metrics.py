@@ -1,5 +1,8 @@
 """Scores of a segmentation, as cityscapesScripts' pixel-level evaluation computes them."""
 
+import functools
+import operator
+
 import numpy as np
 import torch
 
@@ -186,7 +189,8 @@ def mean_of_scores(values):
 def mean_of_known(values):
     """Mean of the values that are not NaN, summed in order as the official script does; NaN without any."""
     known = [float(value) for value in values if value == value]
-    return sum(known) / len(known) if known else float("nan")
+    total = functools.reduce(operator.add, known, 0.0)      # `sum` rounds in another way from Python 3.12 on
+    return total / len(known) if known else float("nan")
 
 
 def none_if_nan(value):

@@ -29,7 +29,7 @@ TRAINING = ("--backbone", "eca_resnet18", "--random-mirror", "--sampling", "clas
             "--batch-size", BATCH, "--num-steps", STEPS, "--learning-rate", "4e-2", "--ohem", 1, "--ohem-keep", 10000,
             "--parallel", "none", "--log-every", 10)
 SCORING = ("--input-size", "257,513", "--scales", "1.0", "--no-flip")
-EXPECTED = "three runs gave coarse 53.5 to 54.2, fine 53.5 to 54.2 %"
+EXPECTED = "three runs gave coarse 52.5 to 54.7, fine 53.0 to 54.5 %"
 SCORING_SHARE = 0.12        # of the time for training
 ROOM = 200e6                # bytes: the scenes, a snapshot, pictures
 PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--input-size", "769,769", "--weight-decay",
@@ -174,7 +174,7 @@ def demonstrate(args, words):
         fine = f"coarse {100 * result['coarse']['single_scale']['mean_iou']:.1f} %, {fine}"
     expected = "" if changes or args.classes else f" ({EXPECTED})"
     print(f"\nmIoU of the demonstration: {fine}{expected}")
-    print("what fine has more is not ACF's alone: its loss weighs more, and only it uses OHEM")
+    print("what fine has more or less is not ACF's alone: its loss weighs more, and only it uses OHEM")
     print(f"look at {folder}/report.html for what went right and wrong, {folder}/overlay/ for all pictures")
     print(f"this took {(time.monotonic() - began) / 60:.1f} minutes")
 

@@ -12,8 +12,8 @@ from utils.precision import without_autocast
 class ScaleAndAdd(torch.autograd.Function):
     """shortcut + x · ω (equation 9) with a backward pass that writes the gradient of x once.
 
-    Autograd by itself adds that of the mean as a map of its own, which is not channels-last where x is: in a bottleneck
-    with attention that moves a third more bytes, and a GPU reads maps of two layouts slowly.
+    Autograd by itself adds that of the mean as a map of its own, which is not channels-last where x is: more bytes to
+    move, and maps of two layouts, which a GPU reads slowly.
     """
 
     @staticmethod

@@ -252,11 +252,11 @@ def understand(argv=None):
     classes = ClassTable.read(args.classes) if args.classes else None if args.images_dir else ClassTable.read()
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
+    crops = crops_at_once(args.batch_size, args.accumulate, devices)
+    check(args, devices, classes)
     if args.parallel == "dp":
         for device in devices:
             check_kernels(device)
-    crops = crops_at_once(args.batch_size, args.accumulate, devices)
-    check(args, devices, classes)
     return args, root, devices, classes, crops
 
 

@@ -21,7 +21,8 @@ class ScaleAndAdd(torch.autograd.Function):
         """x, shortcut (B, C, H, W); kernel (1, 1, k) → (B, C, H, W)."""
         y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))                       # (B, C)
         kernel = kernel.to(y.dtype)
-        omega = attention(y, kernel).to(y.dtype)    # apex computes convolutions in float16 even here
+        # apex computes convolutions in float16 even here.
+        omega = attention(y, kernel, kernel.shape[2] // 2).to(y.dtype)
         ctx.save_for_backward(x, y, omega, kernel)
         return torch.addcmul(shortcut, x, along_channels(omega, x))
 
@@ -40,9 +41,9 @@ class ScaleAndAdd(torch.autograd.Function):
             return torch.addcmul(by_mean, gradient, along_channels(omega, x)), gradient, by_kernel
 
 
-def attention(y, kernel):
-    """y (B, C), kernel (1, 1, k) → ω (B, C), equation 9."""
-    return torch.sigmoid(F.conv1d(y[:, None], kernel, padding=kernel.shape[2] // 2)[:, 0])
+def attention(y, kernel, padding):
+    """y (B, C), kernel (1, 1, k), padding (k - 1) / 2 → ω (B, C), equation 9."""
+    return torch.sigmoid(F.conv1d(y[:, None], kernel, padding=padding)[:, 0])
 
 
 def along_channels(vectors, x):
@@ -75,4 +76,4 @@ class ECA(nn.Module):
 
     def weights(self, x):
         """x (B, C, H, W) → ω (B, C, 1, 1)."""
-        return along_channels(attention(x.mean(dim=(2, 3)), self.conv.weight), x)
+        return along_channels(attention(x.mean(dim=(2, 3)), self.conv.weight, self.conv.padding[0]), x)

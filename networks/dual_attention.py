@@ -15,8 +15,7 @@ class PositionAttention(SelfAttention):
 
     def forward(self, x):
         """x (B, C, H, W) → gamma · attention + x."""
-        attended = attend(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2),
-                          scale=1.0)
+        attended = attend(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2), scale=1.0)
         return self.gamma * attended.unflatten(2, x.shape[2:]).to(x.dtype) + x
 
 

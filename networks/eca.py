@@ -19,12 +19,13 @@ class ScaleAndAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shortcut, kernel):
         """x, shortcut (B, C, H, W); kernel (1, 1, k) → (B, C, H, W)."""
-        y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))                       # (B, C)
-        kernel = kernel.to(y.dtype)
-        # apex computes convolutions in float16 even here.
-        omega = attention(y, kernel, kernel.shape[2] // 2).to(y.dtype)
-        ctx.save_for_backward(x, y, omega, kernel)
-        return torch.addcmul(shortcut, x, along_channels(omega, x))
+        with without_autocast(x):
+            y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))                   # (B, C)
+            kernel = kernel.to(y.dtype)
+            # apex computes convolutions in float16 even here.
+            omega = attention(y, kernel, kernel.shape[2] // 2).to(y.dtype)
+            ctx.save_for_backward(x, y, omega, kernel)
+            return torch.addcmul(shortcut, x, along_channels(omega, x))
 
     @staticmethod
     @once_differentiable
@@ -71,8 +72,7 @@ class ECA(nn.Module):
         # Without gradients, and for compilers, which write backward passes of their own, the formula as it is.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.addcmul(shortcut, x, self.weights(x))
-        with without_autocast(x):
-            return ScaleAndAdd.apply(x, shortcut, self.conv.weight)
+        return ScaleAndAdd.apply(x, shortcut, self.conv.weight)
 
     def weights(self, x):
         """x (B, C, H, W) → ω (B, C, 1, 1)."""

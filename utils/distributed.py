@@ -30,13 +30,13 @@ def select_devices(gpu=None):
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     reason = unusable_gpu() if count == 0 and gpu != "cpu" else None
-    if gpu is None and count == 1:
-        reason = _missing_kernels(torch.device("cuda", 0))
-        count = 0 if reason else 1
-    if gpu is None and reason:
-        print(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}", file=sys.stderr)
     if gpu is None:
-        gpu = ",".join(map(str, range(count))) or "cpu"
+        devices = [torch.device("cuda", i) for i in range(count)]
+        if count == 1:          # of several each process asks its own: this one may only start them
+            reason = _missing_kernels(devices[0])
+        if reason:
+            print(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}", file=sys.stderr)
+        return [torch.device("cpu")] if reason or not devices else devices
     if gpu == "cpu":
         return [torch.device("cpu")]
     try:
@@ -50,7 +50,7 @@ def select_devices(gpu=None):
         there = f"GPUs 0 to {count - 1}" if count else "no GPU (--gpu cpu uses the CPU)"
         raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {there}")
     devices = [torch.device("cuda", i) for i in ids]
-    if len(devices) == 1:       # of several each process asks its own: this one may only start them
+    if len(devices) == 1:       # as above
         check_kernels(devices[0])
     return devices
 

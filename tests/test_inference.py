@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from networks import build_network
 from utils import memory
-from utils.inference import SlidingPredictor, add_probabilities, round_size, window_starts
+from utils.inference import SlidingPredictor, _Pass, add_at_once, add_by_strips, round_size, window_starts
 from utils.normalization import Normalization
+from utils.upsampling import upsampling_matrix
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -129,6 +130,18 @@ def test_probabilities_are_averaged_at_image_size(rng):
     torch.testing.assert_close(both["multi_scale"]["fine"].sum(0), torch.ones(50, 70))
 
 
+def test_heads_that_are_not_asked_for_cost_nothing(rng, monkeypatch):
+    """Labels are those of the fine head; a GPU spends a tenth of an evaluation on adding up both."""
+    image = rng.integers(256, size=(50, 70, 3)).astype(np.uint8)
+    predictor = SlidingPredictor(local_network, (33, 33), scales=(0.5, 1.0))
+    both, added = predictor.predict(image)["multi_scale"], []
+    monkeypatch.setattr(_Pass, "add", lambda self, name, *rest, add=_Pass.add: added.append(name) or add(
+        self, name, *rest))
+    assert torch.equal(predictor.labels(image), both["fine"].argmax(0)) and set(added) == {"fine"}
+    found = predictor.predict(image, ("coarse",))["multi_scale"]
+    assert found.keys() == {"coarse"} and torch.equal(found["coarse"], both["coarse"])
+
+
 def test_padding_never_enters_a_score():
     """The same small image gives the same result however large the window: a network of one cell's view."""
     image = np.full((20, 24, 3), 90, np.uint8)
@@ -182,15 +195,17 @@ def test_interpolation_of_windows_matches_torch():
     assert torch.equal(large[0, 0, ::8, ::8], cells[0, 0])
 
 
+@pytest.mark.parametrize("add", [add_by_strips, add_at_once])
 @pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 3000.0])
 @pytest.mark.parametrize("shape, size", [((19, 97, 97), (769, 769)), ((3, 5, 7), (33, 49)), ((2, 1, 1), (8, 9)),
                                          ((4, 9, 6), (100, 37)), ((5, 3, 3), (3, 3))])
-def test_strips_equal_upsampling_and_softmax_of_the_whole_map(shape, size, spread):
+def test_what_a_window_adds_is_softmax_of_the_upsampled_logits(shape, size, spread, add):
     """Also where classes lie thousands apart, so that without care all of them would vanish between two cells."""
     logits = torch.randn(shape) * spread
     total = torch.zeros(shape[0], *size)
     rows, columns = torch.rand(size[0]), torch.rand(size[1])
-    add_probabilities(total, logits, rows, columns)
+    matrices = [upsampling_matrix(*lengths, total.device) for lengths in zip(size, shape[1:], strict=True)]
+    add(total, logits, *matrices, rows, columns)
     up = F.interpolate(logits.double()[None], size=size, mode="bilinear", align_corners=True)[0]
     expected = (up.softmax(0) * rows[:, None] * columns).float()
     # Interpolation itself rounds logits to float32, which moves probabilities by their size times 1e-7.
@@ -232,7 +247,7 @@ def test_memory_that_is_not_there_is_not_asked_for(monkeypatch, window, scales, 
     predictor = SlidingPredictor(Cells(), window, scales=scales, flip=flip)
     image = np.zeros((65, 73, 3), np.uint8)
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 0.99)
-    monkeypatch.setattr(predictor, "_run", lambda passes, pixels: iter(()))
+    monkeypatch.setattr(predictor, "_run", lambda *_: iter(()))
     with pytest.raises(MemoryError, match=f"an image of 73×65 needs at least {needed / 1e9:.1f} GB, of which .* free"):
         predictor.predict(image)
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 1.01)

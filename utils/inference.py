@@ -13,6 +13,8 @@ from .metrics import ConfusionMatrix
 from .normalization import Normalization
 from .upsampling import GRID, grid_of, round_size, upsampling_matrix
 
+HEADS = ("fine", "coarse")      # of which probabilities can be asked for
+
 
 def fitting_size(size, what, grid=GRID):
     """`round_size`, and says so where it changes something; what: crops or windows."""
@@ -79,7 +81,7 @@ class SlidingPredictor:
 
     def __call__(self, image):
         """image (H, W, 3) uint8 RGB, array or tensor → fine probabilities (N, H, W) float32."""
-        passes = self.predict(image)
+        passes = self.predict(image, ("fine",))
         return passes.get("multi_scale", passes.get("single_scale"))["fine"]
 
     def labels(self, image):
@@ -95,8 +97,9 @@ class SlidingPredictor:
         return image
 
     @torch.inference_mode()
-    def predict(self, image):
-        """image (H, W, 3) uint8 RGB → {protocol: {head: probabilities (N, H, W) float32}}.
+    def predict(self, image, heads=HEADS):
+        """image (H, W, 3) uint8 RGB → {protocol: {head: probabilities (N, H, W) float32}}, of these heads where the
+        network has them.
 
         Protocols: `single_scale`, the plain pass at scale 1 (or at the only scale), where it is among the
         passes; `multi_scale`, the mean over all passes, where there is more than one. Raises `ValueError` for any
@@ -111,12 +114,12 @@ class SlidingPredictor:
         self._check_memory(passes)
         image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
         total, results = {}, {}
-        for done in self._run(passes, self.normalization(image)):
-            heads = done.result()
+        for done in self._run(passes, self.normalization(image), heads):
+            found = done.result()
             if not done.mirrored and (done.scale == 1 or len(self.scales) == 1):
-                results["single_scale"] = heads
+                results["single_scale"] = found
             if len(passes) > 1:
-                for name, probabilities in heads.items():
+                for name, probabilities in found.items():
                     if name in total:
                         total[name] += probabilities
                     else:
@@ -148,7 +151,7 @@ class SlidingPredictor:
                               f"{free / 1e9:,.1f} GB are free")
         self.fitted = needed
 
-    def _run(self, passes, pixels):
+    def _run(self, passes, pixels, heads):
         """Run the network over the windows of all passes, several a time; yields each pass when it is complete."""
         waiting = []        # (pass, place, crop), of one size
         windows = sum(one.left for one in passes)
@@ -164,9 +167,10 @@ class SlidingPredictor:
             if not waiting:
                 return
             crops = torch.cat([crop for _, _, crop in waiting]).contiguous(memory_format=self.memory_format)
-            for name, logits in self._forward(crops).items():
-                for (one, place, _), window_logits in zip(waiting, logits, strict=True):
-                    one.add(name, window_logits, place)
+            outputs = self._forward(crops)
+            for name in (name for name in heads if name in outputs):
+                for (one, place, _), logits in zip(waiting, outputs[name].float(), strict=True):
+                    one.add(name, logits, place)
             for one, _, _ in waiting:
                 one.left -= 1
             waiting.clear()
@@ -189,8 +193,7 @@ class SlidingPredictor:
 
     def _forward(self, crops):
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            outputs = self.network(crops)
-        return {name: outputs[name].float() for name in ("fine", "coarse") if name in outputs}
+            return self.network(crops)
 
 
 class _Pass:
@@ -264,35 +267,44 @@ LARGEST_GAP = 80.0      # exp(-80) is above the smallest float32
 
 
 def add_probabilities(total, logits, row_weights, column_weights):
-    """total += softmax(upsampled logits) · weights, without a map of full size in between.
-
-    Bilinear upsampling with aligned corners is a matrix from each side: the columns once, then the rows strip by
-    strip, so that on a CPU everything after the first product stays in the cache.
+    """total += softmax(upsampled logits) · weights; upsampling (bilinear, aligned corners) is a matrix from each side.
 
     Args:
         total: (N, H, W) float32, changed in place; may be a view.
         logits: (N, h, w) float32.
         row_weights, column_weights: (H,) and (W,).
     """
+    from_rows, from_columns = (upsampling_matrix(length, source, logits.device) for length, source
+                               in zip(total.shape[1:], logits.shape[1:], strict=True))
+    add = add_at_once if total.is_cuda else add_by_strips
+    add(total, logits, from_rows, from_columns, row_weights, column_weights)
+
+
+def add_at_once(total, logits, from_rows, from_columns, row_weights, column_weights):
+    """`add_probabilities` in as few passes over the map as a GPU can do it."""
+    values = from_rows @ (logits @ from_columns.T)                                  # (N, H, W)
+    total.addcmul_(values.softmax(0), row_weights[:, None] * column_weights)
+
+
+def add_by_strips(total, logits, from_rows, from_columns, row_weights, column_weights):
+    """`add_probabilities` without a map of full size: the columns once, then the rows strip by strip, so that on a CPU
+    everything after the first product stays in the cache."""
     _, height, width = total.shape
     # Shifted so that the largest of each pixel is 0: interpolated values then stay below 0, and exp below 1. Where
     # classes lie so far apart that all could vanish between two pixels, the shift is found again after upsampling.
     logits = logits - logits.amax(0)
-    shift_again = total.is_cuda or bool(logits.amin() < -LARGEST_GAP)     # on a GPU asking costs more
-    from_rows, from_columns = (upsampling_matrix(length, source, logits.device) for length, source
-                               in zip((height, width), logits.shape[1:], strict=True))
+    shift_again = bool(logits.amin() < -LARGEST_GAP)
     wide = logits @ from_columns.T                                                  # (N, h, W)
-    rows = height if total.is_cuda else max(1, STRIP // (len(total) * width))
+    rows = max(1, STRIP // (len(total) * width))
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
-        matrix = from_rows[strip]                                                   # (rows, h)
         first, last = _span(top, strip.stop - 1, height, logits.shape[1])
-        values = matrix[:, first:last] @ wide[:, first:last]                        # (N, rows, W)
+        values = from_rows[strip, first:last] @ wide[:, first:last]                 # (N, rows, W)
         if shift_again:
             values -= values.amax(0)
         values.exp_()
         factor = row_weights[strip, None] * column_weights / values.sum(0)          # (rows, W)
-        total[:, strip] += values.mul_(factor)
+        total[:, strip].add_(values.mul_(factor))       # `+=` would copy the sum onto itself
 
 
 def _span(top, bottom, length, source):

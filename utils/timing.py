@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from . import memory
+from .inference import SlidingPredictor
 
 TURNS, SECONDS = 10, 30.0       # most predictions that are timed, and most seconds for them
 
@@ -57,13 +58,14 @@ class ReadyLogits:
         return self.ready[crops.shape]
 
 
-def prediction(predictor, images, turns, most=math.inf):
+def prediction(predictor, images, turns, most=math.inf, predict=SlidingPredictor.labels):
     """What a `SlidingPredictor` takes from the pixels of an image to its labels in the host's memory.
 
     Args:
         predictor: a `SlidingPredictor`.
         images: (H, W, 3) uint8 each, which take turns.
         turns, most: as in `seconds_of`.
+        predict: (predictor, image) → what is asked for, a tensor.
 
     Returns {"ms", "spread_ms", "images_per_s", "beyond_the_network": share of the time that is left when its logits are
     ready, "peak_gb": of the device, on the CPU of the process}.
@@ -73,14 +75,14 @@ def prediction(predictor, images, turns, most=math.inf):
 
     def seconds(predictor, turns, most=math.inf):
         waiting = itertools.cycle(images)
-        return seconds_of(lambda: predictor.labels(next(waiting)).cpu(), device, turns, most)
+        return seconds_of(lambda: predict(predictor, next(waiting)).cpu(), device, turns, most)
 
     whole = seconds(predictor, turns, most)
     peak = memory.peak_bytes(device)
     without = copy.copy(predictor)
     without.network = ReadyLogits(predictor.network)
     for image in {tuple(image.shape): image for image in images}.values():
-        without.labels(image)
+        predict(without, image)
     rest = seconds(without, len(whole))
     found = in_ms(whole)
     return found | {"images_per_s": 1e3 / found["ms"], "beyond_the_network": in_ms(rest)["ms"] / found["ms"],

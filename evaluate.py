@@ -85,8 +85,7 @@ RESULTS = (*SCORES, *FOLDERS.values())
 
 
 def get_parser():
-    parser = cli.Parser(description="Score a snapshot, or use it.", epilog=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description="Score a snapshot, or use it.", epilog=__doc__)
     parser.add_argument("--restore-from", type=cli.path, nargs="+", required=True, metavar="FILE",
                         help="snapshot of train.py; several are scored one after the other")
     data = parser.add_argument_group("data")

@@ -63,8 +63,7 @@ from utils.validation import QuickValidation, draw_curves, draw_panel
 
 
 def get_parser():
-    parser = cli.Parser(description="Train ACFNet.", epilog=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description="Train ACFNet.", epilog=__doc__)
     add_data(parser)
     add_network(parser)
     add_run(parser)

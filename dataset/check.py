@@ -11,7 +11,6 @@ check.json, a chart of the class frequencies and contact sheets (images under th
 something is wrong.
 """
 
-import argparse
 import hashlib
 import math
 import os
@@ -230,8 +229,7 @@ def table(report):
 
 
 def main():
-    parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__)
     parser.add_argument("data_dir", type=cli.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     add_folder_flags(parser)

@@ -7,7 +7,6 @@ being written (its temporary file lies there, unfinished, after the kill). A run
 tensor by tensor, and another one begins. Exit status 1 if anything differs.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ import torch
 
 import train
 from dataset.streets import write_dataset
-from utils import checkpoint
+from utils import checkpoint, cli
 from utils.logger import read_lines
 
 STEPS = 24
@@ -85,7 +84,7 @@ def same(a, b):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to work; default: a temporary one")

@@ -97,6 +97,21 @@ def test_documented_commands_parse(source):
         parser.parse_args(words)
 
 
+@pytest.mark.parametrize("script, words, said", [
+    (train, ["--lerning-rate", "1"], "--lerning-rate: expected a flag of this command, perhaps --learning-rate, found"),
+    (train, ["--snapshot=x"], "--snapshot: expected a flag of this command, perhaps --snapshot-dir, found an unknown"),
+    (train, ["--val", "x"], "perhaps --val-every or --val-split or --val-list, found"),
+    (train, ["-gpu", "0"], "-gpu: expected a flag of this command, perhaps --gpu, found"),
+    (train, ["--teacher"], "--teacher: expected a flag of this command, found an unknown one"),
+    (evaluate, ["--restore", "x"], "--restore: expected a flag of this command, perhaps --restore-from, found")])
+def test_an_unknown_flag_is_told_with_those_like_it(script, words, said, capsys):
+    """Also what is the beginning of one: run_local.sh would not know it, and torchrun takes some for its own."""
+    with pytest.raises(SystemExit) as caught:
+        script.get_parser().parse_args(words)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and error.startswith("error: -") and said in error
+
+
 NO_SPLITS = ("", ".", "..", "/", "val/", "../val", "a/b", "a\0b", "x" * 256, "ü" * 128)
 
 

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
+import itertools
 import math
 import os
 import re
@@ -23,7 +25,25 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, without the list of all flags before it."""
+    """An argument parser whose errors are one sentence, without the list of all flags before it.
+
+    Flags are written out, since run_local.sh hands on some by their names; descriptions keep their lines.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; the error for an unknown flag names those that are like it."""
+        words = sys.argv[1:] if args is None else args
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            flag, known = word.split("=")[0], self._option_string_actions
+            if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
+                alike = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(
+                    flag, known, 2, 0.8)
+                self.error(f"{flag}: expected a flag of this command{', perhaps ' * bool(alike)}{' or '.join(alike)}, "
+                           "found an unknown one")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists all flags)\n")

@@ -44,7 +44,7 @@ train.cli.run(lambda: train.understand(sys.argv[1:]))"""
 
 def get_parser():
     """Words that concern more than train.py; all others are its own."""
-    parser = cli.Parser(add_help=False, allow_abbrev=False)
+    parser = cli.Parser(add_help=False)
     parser.add_argument("--gpu")
     parser.add_argument("--amp")
     for name in FOLDERS:

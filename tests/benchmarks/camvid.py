@@ -7,7 +7,6 @@ windows of the size of the crops: in larger ones ASPP's far taps, which see noth
 speak untrained. The same command goes on where it was stopped.
 """
 
-import argparse
 from pathlib import Path
 
 from tests.benchmarks.compare import Comparison, Variant, compare, for_all
@@ -36,7 +35,7 @@ BASES = ("base, fine 1.3", "base")
 
 
 def main(argv=None):
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("weights", type=cli.path)
     parser.add_argument("--steps", type=cli.positive(int), default=600)

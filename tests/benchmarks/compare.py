@@ -413,7 +413,7 @@ def models(text):
 
 
 def get_parser():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("data", type=cli.path, help="folder of the data set")
     parser.add_argument("--models", type=models, required=True, metavar="NAME,...")
     parser.add_argument("--seeds", type=cli.positive(int, max(T_95)), default=3, help="runs of each model (3)")

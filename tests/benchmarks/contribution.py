@@ -8,7 +8,6 @@ network: for the mean over training photographs, for that of one of them, for on
 for zero. What the mean cannot do is what an image's own centers are worth. Windows of --size, side by side.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -106,7 +105,7 @@ def measure(network, data, val, every, size, device, autocast):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path, help="--output-dir of tests.benchmarks.camvid")
     parser.add_argument("--every", type=int, default=1, help="take every so many of the validation photographs")

@@ -9,7 +9,6 @@ whatever a variant recomputes; the share is of the rate that large matrix produc
 With several GPUs the batch is shared by DataParallel, under torchrun by its processes.
 """
 
-import argparse
 import time
 from statistics import median
 
@@ -76,7 +75,7 @@ def timed(engine, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--batch-size", type=cli.positive(int), default=2)
     parser.add_argument("--size", type=cli.size, default=(129, 129))

@@ -10,7 +10,6 @@ image to labels. The earlier public code's way, written out below, upsamples eve
 divides. The variants take turns; medians.
 """
 
-import argparse
 import time
 from statistics import median
 
@@ -20,6 +19,7 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 
 from libs.convert import fold_norms
 from networks import build_network
+from utils import cli
 from utils.distributed import select_devices
 from utils.inference import SlidingPredictor, window_starts
 from utils.normalization import Normalization
@@ -109,7 +109,7 @@ def whole_images(runs, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--network", action="store_true")
     parser.add_argument("--images", action="store_true")

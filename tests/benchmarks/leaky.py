@@ -6,18 +6,17 @@ Photographs that scikit-image ships, through the file's backbone with either act
 stage's output, ‖leaky - relu‖ / ‖relu‖, and how often both give the same most probable ImageNet class.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from skimage import data
 
 from networks import build_backbone
 from networks.pretrained import read_weights
+from utils import cli
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("weights")
     weights = read_weights(parser.parse_args().weights)
     found = weights.structure

@@ -6,8 +6,6 @@
 MACs are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
 """
 
-import argparse
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +31,7 @@ def count(network, size, training=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="acfnet")
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--size", type=cli.size, default=(769, 769))

@@ -9,7 +9,6 @@ what autograd functions saved, and what they hold otherwise. Parameters, their l
 and the logits that are returned do not count.
 """
 
-import argparse
 import itertools
 
 import torch
@@ -65,7 +64,7 @@ def write():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none")

@@ -6,7 +6,6 @@ Two crops; forward and backward pass of the whole network with the training loss
 that what else the machine does meets all of them; medians. With a GPU, also the peak memory of each.
 """
 
-import argparse
 import time
 from statistics import median
 
@@ -34,7 +33,7 @@ def step(network, criterion, images, labels, autocast):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--size", type=cli.size, default=(129, 129))
     parser.add_argument("--runs", type=int, default=5)

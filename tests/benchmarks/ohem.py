@@ -6,7 +6,6 @@ Two crops of 769×769 with 19 classes, threshold 0.7, 100,000 pixels kept. Two c
 most pixels are hard, and logits of a trained network (95 % sure), where the k-th smallest decides.
 """
 
-import argparse
 import time
 from statistics import median
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from loss.ohem import OhemCrossEntropy
+from utils import cli
 
 
 def seconds(function, *args, runs):
@@ -27,7 +27,7 @@ def seconds(function, *args, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
     torch.manual_seed(0)

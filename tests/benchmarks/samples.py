@@ -9,7 +9,6 @@ everything, map all labels, then crop), as the earlier public code has it. Media
 OpenCV alone. Also the sizes of cached arrays, plain and compressed, and what reading compressed ones takes.
 """
 
-import argparse
 import tempfile
 import time
 import zlib
@@ -25,6 +24,7 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
 from dataset.streets import write_dataset
 from dataset.transforms import one_thread, train_transform
+from utils import cli
 from utils.decoding import read_ids, read_image
 
 SIZE = (769, 769)
@@ -63,7 +63,7 @@ def by_pillow(path, label_path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--noise", type=float, default=2.0, help="its deviation, of 255, beside the scenes' own")

@@ -5,7 +5,6 @@
 The network is built first; then one step with loss and SGD, its gradients and momentum. Linux only.
 """
 
-import argparse
 import time
 
 import torch
@@ -23,7 +22,7 @@ def memory(field):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--norm", choices=("inplace_abn", "bn"), default="inplace_abn")
     parser.add_argument("--size", type=cli.size, default=(769, 769))

@@ -132,7 +132,7 @@ def line(row):
 
 
 def main():
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--output", type=cli.path, default="snapshots/gpu.json", help="(snapshots/gpu.json)")
     parser.add_argument("--sections", nargs="+", choices=[*SECTIONS, "about"], default=list(SECTIONS))
     parser.add_argument("--rehearse", action="store_true")

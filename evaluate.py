@@ -56,7 +56,7 @@ from networks.predictor import AMP, load_network, sliding_predictor
 from utils import checkpoint, cli, memory, timing, visualize
 from utils.boundaries import BoundaryF
 from utils.calibration import BINS, Calibration
-from utils.cli import UserError
+from utils.cli import UserError, plural
 from utils.distributed import (
     Processes,
     join_processes,
@@ -268,7 +268,8 @@ def table(result):
             score = result[protocol]
             lines.append(f"mean iIoU {100 * (score['mean_iiou'] or 0):.2f}, of categories "
                          f"{100 * (score['mean_category_iiou'] or 0):.2f} ({protocol.replace('_', '-')}, fine)")
-    lines.append(f"IoU in per cent; mean over {first['classes_averaged']} of {len(first['class_iou'])} classes")
+    lines.append(f"IoU in per cent; mean over {first['classes_averaged']} of "
+                 f"{plural(len(first['class_iou']), 'class')}")
     *_, richest = columns
     lines.append("expected calibration error, " + ", ".join(
         f"{head} {100 * found['expected_calibration_error']:.2f} %" for head, found in result["calibration"].items())
@@ -529,7 +530,7 @@ def predict(path, dataset, protocol, machine, table_path, kinds, results, submis
     folder, processes = results.folder, machine.processes
     rank, _ = rank_and_size(processes)
     make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * submission, processes)
-    print(f"{path}; {len(dataset)} images")
+    print(f"{path}; {plural(len(dataset), 'image')}")
     predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
                               Pictures(folder, kinds, classes))
@@ -539,7 +540,7 @@ def predict(path, dataset, protocol, machine, table_path, kinds, results, submis
     if rank == 0 and submission:
         print(write_submission(folder / FOLDERS["labels"], dataset, classes))
     elif rank == 0:
-        print(f"{len(dataset) - count} images predicted, {count} skipped; results in {folder}: "
+        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; results in {folder}: "
               f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
     if rank == 0:
         results.close()
@@ -575,13 +576,13 @@ def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
     make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.files_of(
         name, kinds, video.last() if "labels" in kinds else 0)], processes)
     own = list(videos.items())[rank::size]
-    print(f"{path}; {len(videos)} video{'s' * (len(videos) > 1)}"
+    print(f"{path}; {plural(len(videos), 'video')}"
           f"{f', each predicted by one of {size} processes' * (size > 1)}")
     predictor = protocol.predictor(network, config, machine.device, sum(len(video) for _, video in own) or 1)
     done = broken = 0
     with cli.StopRequest() as stop:
         for name, video in own:
-            print(f"{video.path}: {len(video) or 'unknown number of'} frames, {video.rate:g} a second")
+            print(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} a second")
             items = itertools.takewhile(lambda _: not stop.asked, progress(video, name, "frame"))
             pictures = VideoPictures(folder, kinds, classes, name, video.rate)
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
@@ -591,8 +592,8 @@ def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
         done, broken = map(sum, zip(*processes.gather_objects((done, broken)), strict=True))
     if rank == 0:
         results.close()
-        print(f"{done} frames predicted, {broken} skipped{', then stopped' * stop.asked}; results in {folder}: "
-              f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+        print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
+              f"results in {folder}: {', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
     if stop.asked:
         raise cli.Interrupted(stop.number)
     return broken
@@ -617,7 +618,7 @@ def benchmark(path, found, data, protocol, machine, table_path):
     predictor = protocol.predictor(network, config, machine.device, len(images))
     predictor.watch = None
     took = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
-    print(f"{path} on {timing.device_name(machine.device)}, --amp {protocol.amp}: {len(images)} images of "
+    print(f"{path} on {timing.device_name(machine.device)}, --amp {protocol.amp}: {plural(len(images), 'image')} of "
           f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
           f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
           f"{protocol.batch_size} at a time, scales {' '.join(f'{scale:g}' for scale in protocol.scales)}"

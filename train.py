@@ -34,7 +34,7 @@ from networks.pretrained import find_start, load_weights, read_snapshot, weights
 from networks.resnet import RECOMPUTE
 from networks.timm_backbone import PREFIX, share_statistics
 from utils import checkpoint, cli, memory, optimization, resume
-from utils.cli import UserError
+from utils.cli import UserError, plural
 from utils.distributed import (
     by_the_first,
     check_kernels,
@@ -398,7 +398,8 @@ def perform(run):
     with run.log:
         stopped = train(run)
         if run.engine.skipped:
-            run.log.say(f"{run.engine.skipped} steps were left out, because gradients overflowed in half precision")
+            run.log.say(f"{plural(run.engine.skipped, 'step')} left out, because gradients overflowed in half "
+                        "precision")
     if run.snapshots.writes:
         draw_curves(run.snapshots.folder)
     return stopped
@@ -411,7 +412,7 @@ def train(run):
     """
     engine, log, num_steps = run.engine, run.log, run.schedule.num_steps
     if run.start >= num_steps:
-        log.say(f"nothing is left to do: {run.start} steps are done, --num-steps is {num_steps}")
+        log.say(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
     engine.train_mode()
     window, waited, images = time.monotonic(), 0.0, 0
     history = History(engine, saved=run.start)

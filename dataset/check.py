@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from utils import checkpoint, cli, visualize
-from utils.cli import UserError
+from utils.cli import UserError, plural
 from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
 
@@ -208,14 +208,14 @@ def table(report):
     for split, found in report.items():
         official = f" (official: {found['official']})" if found["official"] else ""
         looked = "" if found["looked_into"] == found["pairs"] else f", {found['looked_into']} looked into"
-        lines.append(f"{split}: {found['pairs']} pairs{official}{looked}; sizes "
+        lines.append(f"{split}: {plural(found['pairs'], 'pair')}{official}{looked}; sizes "
                      + ", ".join(f"{size} ({count})" for size, count in sorted(found["sizes"].items())[:4])
                      + (" ..." if len(found["sizes"]) > 4 else ""))
         lines.append(f"  mean {found['mean']}, std {found['std']} (RGB, 0 to 255)")
         total = sum(found["pixels"].values()) + found["ignored_pixels"]
         for name, pixels in found["pixels"].items():
-            lines.append(f"  {name:<24}{100 * pixels / max(total, 1):7.3f} % of pixels, in {found['images_with'][name]}"
-                         " images")
+            lines.append(f"  {name:<24}{100 * pixels / max(total, 1):7.3f} % of pixels, in "
+                         f"{plural(found['images_with'][name], 'image')}")
         lines.append(f"  {'ignored':<24}{100 * found['ignored_pixels'] / max(total, 1):7.3f} %")
         kinds = {}
         for problem in found["problems"]:
@@ -261,7 +261,7 @@ def main():
     checkpoint.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report})
     draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
-    print(f"{wrong} problem{'s' * (wrong != 1)}; check.json and pictures of what is sound in {folder}")
+    print(f"{plural(wrong, 'problem')}; check.json and pictures of what is sound in {folder}")
     if wrong:
         raise SystemExit(1)
 

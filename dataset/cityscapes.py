@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from utils import checkpoint
-from utils.cli import UserError
+from utils.cli import UserError, plural
 from utils.decoding import kind_of, read_ids, read_image, sizes_differ
 from utils.jitter import draw_jitter
 from utils.logger import progress
@@ -157,7 +157,7 @@ class CityscapesDataset(Dataset):
         missing, needed = self.cache.missing([file for pair in self.pairs for file in zip(pair, DECODERS, strict=True)])
         if not missing:
             return
-        print(f"--cache {self.cache.folder}: {len(missing)} files to decode, {needed / 1e9:.2f} GB")
+        print(f"--cache {self.cache.folder}: {plural(len(missing), 'file')} to decode, {needed / 1e9:.2f} GB")
         checkpoint.check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
         missing = {path for path, _ in missing}
         todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]
@@ -207,8 +207,9 @@ class CityscapesDataset(Dataset):
                 warnings.warn(f"{path}: its values look like train ids, but are read as ids ({self.classes.source}); "
                               "as ids the map is mostly void", stacklevel=2)
         if not labelled:
-            raise UserError(f"{self.pairs[chosen[0]][1]} and {len(chosen) - 1} other label maps: expected pixels of "
-                            f"the {self.classes.num_classes} classes of {self.classes.source}, found only ignored ones")
+            raise UserError(f"{self.pairs[chosen[0]][1]} and {plural(len(chosen) - 1, 'other label map')}: "
+                            f"expected pixels of the {plural(self.classes.num_classes, 'class')} of "
+                            f"{self.classes.source}, found only ignored ones")
 
     def fingerprint(self):
         """{"count", "sha256"} of the pairs' names in their order; it stays when the data and its lists are moved."""
@@ -221,7 +222,7 @@ class CityscapesDataset(Dataset):
     def describe(self):
         """One line: how many images and classes, and whether the official split has another number of images."""
         what = "list" if not self.scanned else "both folders" if undivided(self.root, self.splits[0]) else self.split
-        text = f"{what}: {len(self)} images, {self.classes.num_classes} classes"
+        text = f"{what}: {plural(len(self), 'image')}, {plural(self.classes.num_classes, 'class')}"
         for name, found in zip(self.splits, self.parts, strict=False):
             official = OFFICIAL_COUNTS.get(name) if len(self.folders) == 1 else None
             if official and found != official:

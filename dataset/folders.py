@@ -111,7 +111,7 @@ def _check_partners(files, others, place, folder):
     alone = [path.name for stem, path in files.items() if stem not in others]
     if alone:
         raise UserError(f"{place}: expected a partner of each of the {len(files)} files in {folder}, found none of the "
-                        f"stem of {', '.join(alone[:3])}{f' and {len(alone) - 3} others' * (len(alone) > 3)}"
+                        f"stem of {', '.join(alone[:3])}{f' and {len(alone) - 3} more' * (len(alone) > 3)}"
                         f"; --data-list takes only those that it names")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from utils import checkpoint
-from utils.cli import UserError
+from utils.cli import UserError, plural
 from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
 from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
 
@@ -157,4 +157,4 @@ def write_submission(folder, dataset, classes):
     checkpoint.write_atomically(target, write)
     official = OFFICIAL_COUNTS["test"]
     note = "" if len(files) == official else f" (the official test split has {official})"
-    return f"{target}: {len(files)} label maps checked{note}, {target.stat().st_size / 1e6:.1f} MB"
+    return f"{target}: {plural(len(files), 'label map')} checked{note}, {target.stat().st_size / 1e6:.1f} MB"

@@ -34,6 +34,11 @@ gpu help images images-dir input-size labels-dir no-flip num-workers output-dir 
 restore-from save scales split submission whole"""
 
 
+def test_numbers_of_things():
+    assert [cli.plural(number, thing) for number, thing in ((0, "file"), (1, "class"), (2, "class"), (2, "pair"))] == [
+        "0 files", "1 class", "2 classes", "2 pairs"]
+
+
 def flags(parser):
     return {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
 

@@ -89,7 +89,7 @@ def test_a_run_is_known_again_when_the_folders_are_moved(tmp_path):
 @pytest.mark.parametrize("spoil, message", [
     (lambda root: (root / "labels/b.png").unlink(),
      "labels: expected a partner of each of the 5 files in {images}, found none of the stem of b.jpg; --data-list"),
-    (lambda root: [(root / f"labels/{stem}.png").unlink() for stem in "abcd"], "a.png, b.jpg, c.TIF and 1 others"),
+    (lambda root: [(root / f"labels/{stem}.png").unlink() for stem in "abcd"], "a.png, b.jpg, c.TIF and 1 more"),
     (lambda root: (root / "images/b.jpg").unlink(), "images: expected a partner of each of the 5 files in {labels}"),
     (lambda root: (root / "images/a.jpeg").touch(), "images: expected every stem once, found a.jpeg and a.png"),
     (lambda root: (root / "labels/a.tif").touch(), "labels: expected every stem once, found a.png and a.tif"),
@@ -251,7 +251,7 @@ def test_the_check(tmp_path, monkeypatch, capsys, stems, splits):
     if splits == ["images"]:
         monkeypatch.setattr("sys.argv", ["check", *words(folders, "--data-list", "some.txt", "--num-workers", "1")])
         check.main()
-        assert "some.txt: 1 pairs" in capsys.readouterr().out
+        assert "some.txt: 1 pair;" in capsys.readouterr().out
 
 
 def test_a_split_for_the_server_is_of_cityscapes(tmp_path):

@@ -162,7 +162,7 @@ def test_an_older_file_does_not_replace_later_snapshots(streets, tmp_path):
 def test_a_run_that_is_done_says_so(streets, tmp_path, capsys):
     train.main(words(streets, tmp_path / "s", steps=2))
     train.main(words(streets, tmp_path / "s", "--resume", steps=2))
-    assert "nothing is left to do: 2 steps are done" in capsys.readouterr().out
+    assert "nothing is left to do: 2 steps done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, kind, message", [

@@ -62,7 +62,7 @@ def train(python, streets, folder, steps, *words):
 def test_the_whole_way_across_two_versions(streets, tmp_path, first, second):
     """Train and score with one, go on, score, predict and export with the other."""
     train(first, streets, tmp_path, 1)
-    assert "1 steps done" in train(second, streets, tmp_path, 2, "--resume")
+    assert "1 step done" in train(second, streets, tmp_path, 2, "--resume")
     scores = {}
     for python, steps in ((first, 2), (second, 2), (second, 1)):
         folder = tmp_path / f"{len(scores)}"

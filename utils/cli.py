@@ -141,6 +141,11 @@ def _keep_output_from_failing():
                                             "backslashreplace", line_buffering=True))
 
 
+def plural(number, thing):
+    """1, "image" → "1 image"; 2, "class" → "2 classes"."""
+    return f"{number} {thing}" + ("" if number == 1 else "es" if thing.endswith("s") else "s")
+
+
 def sentence(error):
     """The message of a `UserError`, also where a worker process of a DataLoader wrapped it in its traceback."""
     *_, last = re.split(r"UserError: ", str(error))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint, versions
-from .cli import UserError
+from .cli import UserError, plural
 from .upsampling import grid_of, round_size
 
 OPSET = 18
@@ -104,7 +104,7 @@ def compare(path, reopen, reference, examples, precision):
                 return f"not checked against PyTorch: {run}"
             outputs = run(images)
         except Exception as error:  # noqa: BLE001, every runtime has errors of its own
-            raise UserError(f"--export {path}: expected a file that runs with {len(images)} images of "
+            raise UserError(f"--export {path}: expected a file that runs with {plural(len(images), 'image')} of "
                             f"{images.shape[2]}×{images.shape[3]}, found: {first_words(error)}; --export-size fixes "
                             "the size") from None
         for ours, theirs in zip(reference(images), outputs, strict=True):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from . import checkpoint, cli
-from .cli import UserError
+from .cli import UserError, plural
 from .logger import METRICS, read_lines
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -125,8 +125,9 @@ def announce(run, began, steps, batch):
             return
         said, values = True, lines[1]
         left = (int(steps) - values["step"]) * int(batch) / values["images_per_second"] * (1 + SCORING_SHARE)
-        print(f"at {values['images_per_second']:.1f} images/s training and scoring take {left / 60:.0f} minutes more, "
-              f"{(left + time.monotonic() - began) / 60:.0f} in all", flush=True)
+        print(f"at {values['images_per_second']:.1f} images/s training and scoring take "
+              f"{plural(round(left / 60), 'minute')} more, {(left + time.monotonic() - began) / 60:.0f} in all",
+              flush=True)
 
     return watch
 

@@ -8,7 +8,7 @@ import torch
 
 from . import checkpoint
 from .classes import Classes
-from .cli import UserError
+from .cli import UserError, plural
 from .report import score_columns
 
 BESIDE = CONFIG, CARD = "config.json", "README.md"
@@ -97,7 +97,7 @@ def _scores(result):
     protocol, columns = result["protocol"], score_columns(result)
     windows = "whole images" if protocol["window"] is None else "windows of {}×{}".format(*protocol["window"])
     scales = ", ".join(f"{scale:g}" for scale in protocol["scales"])
-    lines = [f"{protocol['split']}, {result['num_images']} images: {windows}, scales {scales}"
+    lines = [f"{protocol['split']}, {plural(result['num_images'], 'image')}: {windows}, scales {scales}"
              f"{', mirrored too' if protocol['flip'] else ''}; single: scale 1 alone.", "",
              "| | mean IoU, % | of categories | pixel accuracy, % |", "|---|---|---|---|"]
     for heading, scores in columns.items():

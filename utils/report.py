@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from . import checkpoint
+from .cli import plural
 from .metrics import mean_of_scores, none_if_nan
 from .visualize import difference, error_map, reliability_chart
 
@@ -110,7 +111,7 @@ def write_report(path, result, matrix, classes, palette, entries):
     columns, bounded = (dict(reversed(some(result).items()))        # the headline first: phones are narrow
                         for some in (score_columns, boundary_columns))
     page = template.render(
-        result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,
+        plural=plural, result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,
         colors=["#{:02x}{:02x}{:02x}".format(*color) for color in np.asarray(palette).tolist()],
         rows=[(name, [column["class_iou"][name] for column in columns.values()]) for name in classes],
         bounded=bounded,

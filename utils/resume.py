@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from . import checkpoint, cli
-from .cli import UserError
+from .cli import UserError, plural
 from .distributed import rank_and_size
 from .inference import round_size
 from .logger import RunLog, about_this_run
@@ -72,7 +72,7 @@ def find_snapshot(path, folder, read):
         return checkpoint.newest(folder, partial(read, resuming=True))
     found, existing = read(path, resuming=True), checkpoint.snapshots(folder)
     if existing and existing[-1][0] > found.step:
-        raise UserError(f"--resume {path}, {found.step} steps done: expected no later snapshot in "
+        raise UserError(f"--resume {path}, {plural(found.step, 'step')} done: expected no later snapshot in "
                         f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
     return found
 
@@ -92,7 +92,7 @@ def restore(found, engine):
     else:
         print("random generators start anew: the snapshot has those of another number of devices. "
               "Dropout draws other channels than an undisturbed run; samples are the same")
-    print(f"resumed {found.path}, {found.step} steps done")
+    print(f"resumed {found.path}, {plural(found.step, 'step')} done")
 
 
 def loss_weights(config, heads):

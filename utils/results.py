@@ -6,7 +6,7 @@ import stat
 from pathlib import Path, PurePosixPath
 
 from . import checkpoint
-from .cli import UserError
+from .cli import UserError, plural
 
 RECORD = "written.json"
 
@@ -62,14 +62,17 @@ class ResultsFolder:
         self._make(folders)
         self._record({*earlier, *files})        # until the older ones are gone
         for name in sorted(earlier, key=lambda name: "/" in name):      # scores before the pictures they belong to
-            if not os.path.islink((self.folder / name).parent) and self._is_file(name):
+            place = (self.folder / name).parent
+            if not os.path.islink(place) and self._is_file(name):
                 (self.folder / name).unlink()
+                if place != self.folder and not os.listdir(place):      # this run may want no pictures of that kind
+                    place.rmdir()
         self._record(files)
         others = [f"{name}/{file}" for name in folders if os.path.isdir(self.folder / name)
                   for file in os.listdir(self.folder / name)]
         if others:
-            print(f"{self.what}: {len(others)} files that no run is recorded to have written stay, such as "
-                  f"{min(others)}")
+            print(f"{self.what}: {plural(len(others), 'file')} left there, which no run is recorded to have written, "
+                  f"such as {min(others)}")
 
     def close(self):
         """Strike from the record what was not written after all."""

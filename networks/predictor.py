@@ -13,7 +13,7 @@ import torch
 from libs.convert import fold_norms
 from utils.classes import Classes
 from utils.decoding import pixels_of
-from utils.distributed import select_devices
+from utils.distributed import check_kernels, select_devices
 from utils.inference import SlidingPredictor, fitting_size, most_probable
 from utils.precision import AUTOCAST, best_precision, exact_float32
 
@@ -142,7 +142,10 @@ def sliding_predictor(network, config, device, *, window, whole, overlap, scales
 
 def _device(device):
     if device is None:
-        return select_devices()[0]
+        first = select_devices()[0]
+        if first.type == "cuda":        # of several GPUs none has been asked yet
+            check_kernels(first)
+        return first
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from networks import load, predictor
 from utils import distributed
 from utils.cli import UserError
 from utils.driver import lacks_kernels, unusable_gpu
@@ -77,12 +78,15 @@ def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(mon
         train.understand(["--gpu", "0,1", "--parallel", "dp", "--data-dir", "x"])
     with pytest.raises(UserError, match="--gpu 1: expected a GPU that can be used, found GPU 1 of compute capab"):
         distributed.select_devices("1")
-    assert distributed.own_device(devices) == devices[0]
+    assert distributed.own_device(devices) == devices[0] == predictor._device(None)
     for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_PORT": 1,
                         "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="--gpu 1: .*found GPU 1"):
         distributed.own_device(devices)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match="--gpu 0: .*found GPU 0"):
+        load("a.pth")
 
 
 def test_the_only_gpu_without_kernels_is_a_warning_where_none_was_asked_for(monkeypatch, capsys):

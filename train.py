@@ -450,7 +450,7 @@ def train(run):
             if run.panel and (step % run.panel_every == 0 or last):
                 log.picture("image_truth_coarse_fine_difference", run.panel(), step)
             if run.validate and (step % run.val_every == 0 or last):
-                best = run.validate(step)
+                best = run.validate(step, lambda: stop.asked)
                 if best is not None:
                     run.snapshots.save_best(step, best)
             if step % run.save_every == 0 or last or stopping:
@@ -459,10 +459,10 @@ def train(run):
                 log.say(f"saved the snapshot of step {step}")
             if stopping:
                 log.say(f"stopped after step {step}; the same command with --resume goes on")
-                return stop.number if engine.processes is None else max(engine.processes.gather_objects(stop.number))
+                break
             if logged:      # what else was done is not the step's time
                 window, waited, images = time.monotonic(), 0.0, 0
-    return 0
+    return stop.number if engine.processes is None else max(engine.processes.gather_objects(stop.number))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from libs import backend
 from loss.criterion import SegmentationCriterion
 from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, read_until, start
-from utils import checkpoint, versions
+from utils import checkpoint, cli, versions
 from utils.cli import UserError
 from utils.engine import Engine, NetworkWithLoss, NotFinite
+from utils.inference import SlidingPredictor
 from utils.normalization import Normalization
 
 
@@ -254,6 +255,25 @@ def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path,
     checkpoint.save(folder / "best_quick.pth", content)
     run(streets, folder, *words, "--resume", steps=2)
     assert checkpoint.load(folder / "best_quick.pth")["step"] == 1
+
+
+@pytest.mark.parametrize("steps, saved", [(2, 2), (9, 3)])
+def test_a_stop_does_not_wait_for_the_quick_validation(streets, tmp_path, monkeypatch, capsys, steps, saved):
+    """On a CPU that may take many minutes, and who asked gives a job half a minute."""
+    scored = []
+
+    def signalled(self, *image, predict=SlidingPredictor.predict):
+        scored.append(image)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, *image)
+
+    monkeypatch.setattr(SlidingPredictor, "predict", signalled)
+    with pytest.raises(cli.Interrupted) as caught:
+        run(streets, tmp_path / "s", "--val-every", "2", "--backbone", "resnet18", steps=steps)
+    assert caught.value.number == signal.SIGTERM and len(scored) == 1
+    assert checkpoint.snapshots(tmp_path / "s")[-1][0] == saved
+    assert "the quick validation of step 2 is left out" in capsys.readouterr().out
+    assert not (tmp_path / "s/best_quick.pth").exists() and not (tmp_path / "s/quick_validation.jsonl").read_text()
 
 
 def test_light_recomputation_is_refused_where_it_does_nothing(streets, tmp_path):

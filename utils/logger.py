@@ -241,7 +241,8 @@ def progress(iterable, what, unit, every=10.0, total=None):
     """
     total = len(iterable) if total is None else total
     if sys.stderr.isatty():
-        yield from tqdm(iterable, total=total or None, desc=what, unit=unit, dynamic_ncols=True)
+        yield from tqdm(iterable, total=total or None, desc=what, unit=unit, dynamic_ncols=True,
+                        disable=os.environ.get("RANK", "0") != "0")     # of several processes the first has the bar
         return
     started = said = time.monotonic()
     for done, item in enumerate(iterable, 1):

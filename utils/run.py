@@ -22,7 +22,7 @@ class Run:
         log: what is said of each step.
         snapshots: writes them.
         panel: () → a picture of what the network does, (H, W, 3) uint8; None for none.
-        validate: (step) → a score if it is the best so far, else None; None for none.
+        validate: (step, () → whether to stop early) → a score if it is the best so far, else None; None for none.
         save_every, val_every, log_every, panel_every: steps between these; also after the last one.
     """
 

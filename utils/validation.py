@@ -1,5 +1,6 @@
 """What is looked at while a network learns: a quick score, a picture, and curves."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from . import checkpoint, cli, visualize
 from .cli import UserError
 from .distributed import share_items
 from .inference import SlidingPredictor, score
-from .logger import METRICS, QUICK, read_lines
+from .logger import METRICS, QUICK, progress, read_lines
 from .upsampling import upsample
 
 
@@ -39,13 +40,18 @@ class QuickValidation:
         if engine.processes is not None:
             self.highest = engine.processes.broadcast(self.highest)     # all must agree when to save
 
-    def __call__(self, step):
+    def __call__(self, step, asked):
         """Score and log; returns the mean IoU of the fine head if it has never been better in this folder, else
-        None."""
+        None. asked: () → whether the training is to stop, which does not wait for all images."""
         self.engine.scored_network.eval()
-        matrices = score(self.predictor, self.loader, self.classes.num_classes, self.ignore_index,
-                         self.engine.processes)["single_scale"]
+        items = itertools.takewhile(lambda _: not asked(), progress(self.loader, "quick validation", "image"))
+        found = score(self.predictor, items, self.classes.num_classes, self.ignore_index, self.engine.processes)
         self.engine.train_mode()
+        processes = self.engine.processes
+        if any(processes.gather_objects(asked()) if processes else [asked()]):
+            self.log.say(f"the quick validation of step {step} is left out")
+            return None
+        matrices = found["single_scale"]
         scores = {head: matrix.scores(self.classes.names, self.classes.categories) for head, matrix in matrices.items()}
         self.log.quick_validation(step, scores)
         if (scores["fine"]["mean_iou"] or 0.0) <= self.highest:

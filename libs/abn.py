@@ -18,6 +18,7 @@ from torch import nn
 
 from utils.precision import without_autocast
 from utils.replicas import Replicas
+from utils.versions import outside_compiled_code
 
 from . import backend, functions, recompute
 from .synchronise import combine, find_exchange
@@ -97,7 +98,7 @@ class ABN(nn.Module):
         x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps)
         return functions.activate_(x, self._settings(x))
 
-    @torch.compiler.disable
+    @outside_compiled_code
     def _forward_in_parts(self, x):
         with without_autocast(x):
             return self._run(x, self._settings(x))
@@ -213,7 +214,7 @@ class InPlaceABN(ABN):
         z = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, training, momentum, self.eps)
         return functions.activate_(z, super()._settings(z))
 
-    @torch.compiler.disable
+    @outside_compiled_code
     def _forward_in_place(self, x):
         with without_autocast(x):
             settings = self._settings(x)

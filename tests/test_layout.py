@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def test_optional_packages_are_imported_where_they_are_used(path):
     top = ast.Module([node for node in ast.parse(path.read_text()).body
                       if isinstance(node, ast.Import | ast.ImportFrom)], [])
     assert not {name for _, name in imports(top)} & OPTIONAL
+
+
+def test_scripts_start_without_the_compiler():
+    """Its import takes a second, which --help and a refused flag would wait for too."""
+    code = "import sys, train, evaluate; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_nothing_else_lies_at_the_top():

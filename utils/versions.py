@@ -28,6 +28,12 @@ def total_norm(tensors):
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
 
 
+def outside_compiled_code(function):
+    """`torch.compiler.disable`, but the compiler, whose import takes a second, comes with the first call: PyTorch's own
+    way of decorating what it imports itself, in all versions so far."""
+    return getattr(torch, "_disable_dynamo", torch.compiler.disable)(function)
+
+
 def keeping_buffers():
     """The argument by which `DistributedDataParallel` leaves buffers alone, as a dict: norms keep the same ones in all
     processes."""

@@ -127,6 +127,14 @@ def test_everything_is_upright_by_its_orientation(tmp_path, turn):
         assert np.array_equal(read_ids(tmp_path / "ids.png"), expected)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_a_file_is_read_once_for_its_size(tmp_path, monkeypatch, kind):
+    Image.fromarray(NOISE).save(tmp_path / "a", kind)
+    read = []
+    monkeypatch.setattr(decoding, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
+    assert upright_size(tmp_path / "a") == (17, 11) and len(read) == 1
+
+
 def test_senseless_metadata_is_no_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 1

@@ -85,6 +85,11 @@ def read_image(path):
         if pixels is not None:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
             return pixels if image.format == "PNG" else turn_upright(pixels, image)     # a plain PNG has no EXIF
+    return _upright_rgb(path, image)
+
+
+def _upright_rgb(path, image):
+    """A `PIL.Image` of a file, decoded and turned upright: RGB (H, W, 3) uint8. Raises `UserError`."""
     load(path, image)
     try:
         return turn_upright(as_rgb(image), image)
@@ -201,7 +206,7 @@ def upright_size(path):
     """(width, height) of an image file as `read_image` turns it. Raises `UserError`."""
     image = open_image(path, read_file(path))
     if image.format == "TIFF":      # which Pillow turns itself: versions differ in when, and in what size it tells
-        return read_image(path).shape[1::-1]
+        return _upright_rgb(path, image).shape[1::-1]
     return image.size[::-1] if orientation(image) > 4 else image.size       # 5 to 8 exchange width and height
 
 

@@ -48,14 +48,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
-from dataset.folders import add_folder_flags, data_root
+from dataset.folders import add_data_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
 from dataset.labels import IGNORE_INDEX, ClassTable
 from networks.exporting import export_snapshot
 from networks.predictor import AMP, load_network, sliding_predictor
 from utils import checkpoint, cli, memory, timing, visualize
 from utils.boundaries import BoundaryF
-from utils.calibration import BINS, Calibration
+from utils.calibration import Calibration
 from utils.cli import UserError, plural
 from utils.distributed import (
     Processes,
@@ -74,7 +74,7 @@ from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.pictures import FOLDERS, Pictures, VideoPictures
 from utils.precision import best_precision, exact_float32
-from utils.report import WorstImages, boundary_columns, score_columns, write_report
+from utils.report import WorstImages, comparison_table, score_table, write_report
 from utils.results import ResultsFolder
 from utils.video import RATE
 
@@ -91,13 +91,8 @@ def get_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    add_folder_flags(data)
-    data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
-                      help="files of \"image label\" lines, paths relative "
-                      "to --data-dir or to the list")
+    add_data_flags(data, "the one the snapshot was trained with")
     data.add_argument("--split", type=cli.split, default="val", help="split to scan (val)")
-    data.add_argument("--classes", type=cli.path,
-                      help="class table (CSV); default: the one the snapshot was trained with")
     data.add_argument("--num-workers", type=cli.num_workers,
                       help="processes that read images, for each that predicts; default: by the number of cores")
 
@@ -213,9 +208,9 @@ class Evaluation:
         for scored in filter(None, (self.instances, self.boundaries)):
             for terms in processes.gather_objects(scored.terms):
                 scored.terms |= terms
-        parts = processes.gather_objects(dict(self.calibration))
+        found = processes.gather_objects(dict(self.calibration))
         self.calibration.clear()
-        for head, one in itertools.chain.from_iterable(part.items() for part in parts):
+        for head, one in itertools.chain.from_iterable(one.items() for one in found):
             self.calibration[head].add(one)
 
     @property
@@ -242,59 +237,6 @@ class Evaluation:
             "calibration": {head: one.scores() for head, one in self.calibration.items()},
             "num_images": len(self.dataset), "checkpoint": str(checkpoint_path), "protocol": protocol,
         }
-
-
-def table(result):
-    """The scores as lines of text: a column for each protocol and head."""
-    columns = score_columns(result)
-    first = next(iter(columns.values()))
-    wide = max(map(len, [*first["class_iou"], "mean IoU (categories)"]))
-    lines = []
-
-    def add(label, values, missing="not in data"):
-        shown = (missing if value is None else value if isinstance(value, str) else f"{100 * value:.2f}"
-                 for value in values)
-        lines.append(f"{label:<{wide}}" + "".join(f"{text:>15}" for text in shown))
-
-    add("", columns)
-    for name in first["class_iou"]:
-        add(name, [scores["class_iou"][name] for scores in columns.values()])
-    lines.append("-" * len(lines[0]))
-    for label, key in (("mean IoU", "mean_iou"), ("mean IoU (categories)", "mean_category_iou"),
-                       ("pixel accuracy", "pixel_accuracy")):
-        add(label, [scores[key] for scores in columns.values()])
-    for protocol in ("multi_scale", "single_scale"):
-        if "mean_iiou" in result.get(protocol, {}):
-            score = result[protocol]
-            lines.append(f"mean iIoU {100 * (score['mean_iiou'] or 0):.2f}, of categories "
-                         f"{100 * (score['mean_category_iiou'] or 0):.2f} ({protocol.replace('_', '-')}, fine)")
-    lines.append(f"IoU in per cent; mean over {first['classes_averaged']} of "
-                 f"{plural(len(first['class_iou']), 'class')}")
-    *_, richest = columns
-    lines.append("expected calibration error, " + ", ".join(
-        f"{head} {100 * found['expected_calibration_error']:.2f} %" for head, found in result["calibration"].items())
-        + f" ({richest.split()[0]}-scale, {BINS} bins)")
-    bounded = boundary_columns(result)
-    if bounded:
-        lines.append("")
-        add(f"boundary F, {result['protocol']['boundary']:g} px, %", bounded)
-        for name in first["class_iou"]:
-            add(name, [scores["class_boundary_f"][name] for scores in bounded.values()], "no boundary")
-        lines.append("-" * len(lines[-1]))
-        add("mean", [scores["mean_boundary_f"] for scores in bounded.values()], "no boundary")
-    return "\n".join(lines)
-
-
-def comparison(results):
-    """One line a snapshot: mean IoU in per cent of each protocol and head."""
-    headings = list(score_columns(results[0]))
-    wide = max(len(result["checkpoint"]) for result in results)
-    lines = [f"{'mean IoU, %':<{wide}}" + "".join(f"{name:>15}" for name in headings)]
-    for result in results:
-        values = score_columns(result)
-        lines.append(f"{result['checkpoint']:<{wide}}" + "".join(
-            f"{100 * (values[name]['mean_iou'] or 0):>15.2f}" if name in values else f"{'':>15}" for name in headings))
-    return "\n".join(lines)
 
 
 def results_folder(path, what, output_dir=None, several=False):
@@ -385,7 +327,7 @@ class Protocol:
                     {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {}) | (
                     {"boundary": self.boundary} if self.boundary else {})
 
-    def too_little_memory(self, found):
+    def out_of_memory_error(self, found):
         """The `UserError`; found: the error's first words."""
         choices = [f"a --batch-size below {self.batch_size}"] * (self.batch_size > 1) + [
             "windows, by --input-size, instead of --whole" if self.whole else "a smaller --input-size",
@@ -418,9 +360,9 @@ def main(argv=None):
     protocol = Protocol(args.input_size, args.whole, args.overlap, tuple(args.scales), args.flip, args.batch_size,
                         args.amp or "off", args.raw_weights, args.boundary)
     if args.export:
-        print(memory.explained(lambda: export_snapshot(
+        print(memory.catch_out_of_memory(lambda: export_snapshot(
             paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
-            precision=args.export_precision or "fp32", overwrite=args.overwrite), protocol.too_little_memory))
+            precision=args.export_precision or "fp32", overwrite=args.overwrite), protocol.out_of_memory_error))
         return
     devices = select_devices(args.gpu)[:1 if args.benchmark else None]
     if len(devices) > 1 and not started_by_torchrun():
@@ -433,7 +375,7 @@ def main(argv=None):
     print(f"{cores}; --amp {protocol.amp}")
     exact_float32(protocol.amp, device)
     machine = Machine(device, workers, processes)
-    memory.explained(lambda: perform(args, paths, protocol, machine), protocol.too_little_memory)
+    memory.catch_out_of_memory(lambda: perform(args, paths, protocol, machine), protocol.out_of_memory_error)
 
 
 def perform(args, paths, protocol, machine):
@@ -470,7 +412,7 @@ def perform(args, paths, protocol, machine):
         found = [score_snapshot(path, data, protocol, machine, args.classes, kinds, results)
                  for path, results in zip(paths, folders, strict=True)]
         if len(found) > 1 and found[0]:
-            print(comparison(found))
+            print(comparison_table(found))
         broken = 0
     leave_processes()
     if broken:
@@ -508,7 +450,7 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"]
              for head, matrix in found.headline.items()}
     matrix = np.asarray(found.headline["fine"].matrix)
-    print(table(result))
+    print(score_table(result))
     checkpoint.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
     visualize.confusion_picture(folder / "confusion.png", matrix, classes.names)
     visualize.iou_chart(folder / "iou.png", heads, classes.palette)

@@ -19,9 +19,9 @@ import time
 
 import torch
 
+from dataset import folders
 from dataset.cityscapes import CityscapesDataset
-from dataset.folders import ASSUMED, add_folder_flags, assume_classes, check_validation, data_root, keep_table
-from dataset.labels import IGNORE_INDEX, ClassTable
+from dataset.labels import IGNORE_INDEX
 from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
 from dataset.weights import class_weights
@@ -75,16 +75,12 @@ def add_data(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    add_folder_flags(data)
-    data.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE", help="files of \"image label\" lines, "
-                      "paths relative to --data-dir or to the list; without it the folder is scanned")
+    folders.add_data_flags(data, "that of Cityscapes")
     data.add_argument("--split", type=cli.split, default="train", help="split to scan, or several with weights if "
                       "wanted: train+val, train:2+train_extra:1 (train)")
     data.add_argument("--cache", type=cli.path, metavar="DIR", help="decode images once, into arrays in this folder")
     data.add_argument("--sampling", choices=("uniform", "class"), default="uniform", help="class: each crop holds a "
                       "pixel of a class drawn uniformly, so that rare ones are seen (uniform)")
-    data.add_argument("--classes", type=cli.path,
-                      help="class table (CSV: name,id,train_id,red,green,blue[,category]); default Cityscapes")
     data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
     data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
     data.add_argument("--random-scale", type=cli.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
@@ -238,17 +234,17 @@ def check(args, devices, classes):
         raise UserError(f"--abn-backend: {error}") from None
 
 
-def understand(argv=None):
+def parse_and_check(argv=None):
     """A command line that can work → its flags, `data_root`, the devices of this process, the `ClassTable` (None where
     the label maps will tell) and the crops that each device takes at once. Raises `UserError` for others, before any
     data are looked at."""
     args = get_parser().parse_args(argv)
     check_packages(args.log)
-    root = data_root(args.data_dir, args.images_dir, args.labels_dir)
+    root = folders.data_root(args.data_dir, args.images_dir, args.labels_dir)
     if args.val_every:
-        check_validation(root, args.data_list, args.val_list, args.val_split)
+        folders.check_validation(root, args.data_list, args.val_list, args.val_split)
     devices = select_devices(args.gpu)
-    classes = ClassTable.read(args.classes) if args.classes else None if args.images_dir else ClassTable.read()
+    classes = folders.read_table(args.classes, args.images_dir)
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
     crops = crops_at_once(args.batch_size, args.accumulate, devices)
@@ -260,7 +256,7 @@ def understand(argv=None):
 
 
 def main(argv=None):
-    args, root, devices, classes, crops = understand(argv)
+    args, root, devices, classes, crops = parse_and_check(argv)
     if args.parallel == "ddp" and len(devices) > 1:     # before this process uses a GPU, whose memory that would take
         start_processes(len(devices), argv)
     given, args.amp = args.amp, args.amp or best_precision(devices[0])
@@ -276,9 +272,9 @@ def main(argv=None):
         backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     checkpoint.seed_generators(args.random_seed)
     if classes is None:
-        parts = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
-        classes = by_the_first(processes, lambda: assume_classes(
-            args.labels_dir, [label for part in parts for _, label in CityscapesDataset(root, *part).pairs], workers))
+        sets = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
+        classes = by_the_first(processes, lambda: folders.assume_classes(
+            args.labels_dir, [label for one in sets for _, label in CityscapesDataset(root, *one).pairs], workers))
         classes.check_count(args.num_classes)
     dataset = CityscapesDataset(root, args.split, args.data_list, classes, seed=args.random_seed,
                                 cache=args.cache, jitter=args.jitter)
@@ -289,9 +285,9 @@ def main(argv=None):
             dataset.fill_cache(workers)
         if processes is not None:
             processes.barrier()
-    stopped = memory.explained(
+    stopped = memory.catch_out_of_memory(
         lambda: perform(assemble(args, devices, processes, dataset, workers)),
-        lambda found: memory.too_little(
+        lambda found: memory.out_of_memory_error(
             found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
             amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
             recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
@@ -305,7 +301,7 @@ def assemble(args, devices, processes, dataset, workers):
     found, weights = find_start(
         resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
         pretrained=args.pretrained, backbone=args.backbone, processes=processes)
-    config = describe(args, dataset, found, weights)
+    config = make_config(args, dataset, found, weights)
     dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
     network, account = make_network(args, config, devices, processes, found, weights)
     engine = make_engine(
@@ -336,8 +332,8 @@ def assemble(args, devices, processes, dataset, workers):
                             stop=args.num_steps, batch_size=args.batch_size, parts=args.accumulate, rank=rank,
                             world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
         panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
-    if dataset.classes.source == ASSUMED and rank == 0:
-        keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
+    if dataset.classes.source == folders.ASSUMED and rank == 0:
+        folders.keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
     resume.record(run, args.snapshot_dir, config, args.keep, account, args.log)
     if args.val_every:
         images = CityscapesDataset(dataset.root, args.val_split, args.val_list, dataset.classes)
@@ -348,13 +344,14 @@ def assemble(args, devices, processes, dataset, workers):
     return run
 
 
-def describe(args, dataset, found, weights):
+def make_config(args, dataset, found, weights):
     """The `Config` of a run, which goes on from `found`, a `Snapshot`, or starts from `weights`, or from nothing.
 
     Fills in the flags that were left open: for the record, and should the memory run out.
     """
     choice = cli.from_flags(NetworkChoice, args)
-    network, normalization = choice.settle(dataset.classes.num_classes, weights if found is None else weights_of(found))
+    network, normalization = choice.resolve(dataset.classes.num_classes,
+                                            weights if found is None else weights_of(found))
     args.backbone = network["backbone"]
     args.input_size = fitting_size(args.input_size, "crops", find_backbone(args.backbone).grid(
         network.get("backbone_arguments")))
@@ -376,10 +373,7 @@ def make_network(args, config, devices, processes, found, weights):
     share_statistics(network, devices, processes)
     if args.norm == "inplace_abn":
         print(backend.describe())
-    # A snapshot has the weights, what the optimiser keeps of each, their average, and whatever else is small.
-    copies = 2 + (args.optimizer == "adamw") + (args.ema is not None)
-    checkpoint.check_room(f"--snapshot-dir {args.snapshot_dir}", args.snapshot_dir,
-                          4 * copies * sum(parameter.numel() for parameter in network.parameters()), "a snapshot")
+    resume.check_room(args.snapshot_dir, network, args.optimizer, args.ema)
     if weights is not None:
         account = load_weights(network, weights, allow_partial=args.allow_partial)
         print(account)
@@ -427,7 +421,7 @@ def train(run):
             try:
                 terms, stopping = engine.step(parts, factor, asked=stop.asked)
             except NotFinite as error:
-                raise history.explain(error, run, step, factor, parts) from None
+                raise history.make_error(error, run, step, factor, parts) from None
             losses = {name: terms[name] for name in engine.criterion.weights}
             loss = engine.criterion.total(losses)
             history.add(loss, step)

@@ -28,8 +28,17 @@ from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name, split_files
-from .folders import ASSUMED, add_folder_flags, assume_classes, check_folder, data_root, keep_table, splits_of
-from .labels import IGNORE_INDEX, ClassTable
+from .folders import (
+    ASSUMED,
+    add_data_flags,
+    assume_classes,
+    check_folder,
+    data_root,
+    keep_table,
+    read_table,
+    splits_of,
+)
+from .labels import IGNORE_INDEX
 
 FAST = 16           # pairs of each split that --fast looks into
 SHEET = 12          # pairs on a contact sheet
@@ -232,10 +241,7 @@ def main():
     parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__)
     parser.add_argument("data_dir", type=cli.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    add_folder_flags(parser)
-    parser.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE",
-                        help="files of \"image label\" lines, one a split")
-    parser.add_argument("--classes", type=cli.path, help="class table (CSV); default Cityscapes")
+    add_data_flags(parser, "that of Cityscapes")
     parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
     parser.add_argument("--num-workers", type=cli.positive(int, 1024), default=os.cpu_count(),
@@ -244,7 +250,7 @@ def main():
     root = data_root(args.data_dir, args.images_dir, args.labels_dir)
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
     folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(place)}")
-    classes = ClassTable.read(args.classes) if args.classes else None if args.images_dir else ClassTable.read()
+    classes = read_table(args.classes, args.images_dir)
     allow_large_images()
     splits = find_splits(root, args.data_list)
     if classes is None:

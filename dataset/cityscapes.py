@@ -64,7 +64,7 @@ class CityscapesDataset(Dataset):
         pairs: [(path of the image, path of its label map)].
         names: of the images, each another: `unique_names`.
         splits: names of the scanned splits; none with lists.
-        parts: number of images of each split or list, in order.
+        counts: number of images of each split or list, in order.
         weights: of the splits, or None.
     """
 
@@ -80,7 +80,7 @@ class CityscapesDataset(Dataset):
         self.scanned = not data_list
         lists = [data_list] if isinstance(data_list, str | Path) else data_list
         found = self._scan_splits() if self.scanned else self._read_lists(lists)
-        self.parts = [len(pairs) for pairs in found]
+        self.counts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
         self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.folders[0]))
 
@@ -223,7 +223,7 @@ class CityscapesDataset(Dataset):
         """One line: how many images and classes, and whether the official split has another number of images."""
         what = "list" if not self.scanned else "both folders" if undivided(self.root, self.splits[0]) else self.split
         text = f"{what}: {plural(len(self), 'image')}, {plural(self.classes.num_classes, 'class')}"
-        for name, found in zip(self.splits, self.parts, strict=False):
+        for name, found in zip(self.splits, self.counts, strict=False):
             official = OFFICIAL_COUNTS.get(name) if len(self.folders) == 1 else None
             if official and found != official:
                 text += f" (the official Cityscapes {name} split has {official})"

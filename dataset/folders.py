@@ -24,13 +24,24 @@ ASSUMED = "the assumed class table"
 DEFAULT_SPLITS = ("train", "val")       # of the command lines; others were asked for
 
 
-def add_folder_flags(parser):
-    """The flags of a data set of two folders."""
+def add_data_flags(parser, classes):
+    """The flags that name a data set, but for its one folder. classes: what --classes is where it is left out."""
     parser.add_argument("--images-dir", type=cli.path, metavar="DIR", help="instead of a data set's folder: one of "
                         "images, or of folders train, val, ... of images; --data-list then holds one stem a line")
     parser.add_argument("--labels-dir", type=cli.path, metavar="DIR", help="with it: their label maps, of the same "
                         "stems; where the values are 0 and 255, or 0 to N-1 and 255 to ignore, --classes may be left "
                         "out")
+    parser.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE", help="files of \"image label\" lines, "
+                        "paths relative to the data set's folder or to the list; without it the folder is scanned")
+    parser.add_argument("--classes", type=cli.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,green,"
+                        f"blue[,category]); default: {classes}")
+
+
+def read_table(path, images_dir):
+    """The `ClassTable` of a file, or else of Cityscapes; None where a folder of images leaves it to the label maps."""
+    if path is None and images_dir:
+        return None
+    return ClassTable.read(path) if path else ClassTable.read()
 
 
 def data_root(data_dir, images_dir, labels_dir):

@@ -133,7 +133,7 @@ def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_
     if kind != "uniform":
         raise ValueError(f"kind of sampling: expected uniform or class, found {kind}")
     if dataset.weights:
-        return WeightedSampler(dataset.parts, dataset.weights, **entries)
+        return WeightedSampler(dataset.counts, dataset.weights, **entries)
     return EpochSampler(len(dataset), **entries)
 
 

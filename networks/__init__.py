@@ -106,28 +106,28 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
         h = ceil(H / output_stride). Evaluation: {"fine"}, and "coarse" with ACF.
         Raises ValueError naming the argument that is none of these.
     """
-    parts = find_model(model, acf)
+    design = find_model(model, acf)
     check(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
     # A string in place of a tuple, or a name that is misspelt, must not silently build the network without it.
     check(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
            ablations, f"a tuple of {', '.join(ABLATIONS)}")
-    if ablations and parts.head != "acf":
+    if ablations and design.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
                            recompute, backbone_arguments)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels, aux_base = find_backbone(backbone).head_channels(trunk.channels)
-    context = CONTEXTS[parts.context](stage4, channels, make_norm)
-    aux = auxiliary_head(stage3, int(aux_base * parts.aux_share), num_classes, make_norm) \
-        if "aux" in parts.loss_weights else None
-    if parts.head == "ocr":
-        return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, parts.dropout), aux)
-    if parts.head == "acf":
+    context = CONTEXTS[design.context](stage4, channels, make_norm)
+    aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes, make_norm) \
+        if "aux" in design.loss_weights else None
+    if design.head == "ocr":
+        return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, design.dropout), aux)
+    if design.head == "acf":
         head = ACFHead(channels, num_classes, channels, make_norm if "norms" in ablations else None,
                        partial(_fusion, norm=make_norm) if "fusion" in ablations else None, recompute != "none")
     else:
-        head = {"plain": PlainHead, "dual": DualHead}[parts.head](channels, num_classes, parts.dropout)
+        head = {"plain": PlainHead, "dual": DualHead}[design.head](channels, num_classes, design.dropout)
     return SegmentationNet(trunk, context, head, aux)
 
 

@@ -56,7 +56,7 @@ class NetworkChoice:
         if self.backbone:       # else the file says which
             self._choose_backbone(None)
 
-    def settle(self, num_classes, followed=None):
+    def resolve(self, num_classes, followed=None):
         """(arguments of `build_network`, `Normalization` of its input), and says which.
 
         followed: `Weights` whose structure it takes over, or None. Raises `UserError` where they contradict the flags.

@@ -15,7 +15,7 @@ class PyramidPooling(nn.Module):
     Args:
         in_channels, channels: of input and output; each level has channels too.
         norm: `norm(channels)` makes a norm with the network's activation.
-        bins: parts of each level to a side.
+        bins: rectangles of each level to a side.
     """
 
     def __init__(self, in_channels, channels, norm, bins=(1, 2, 3, 6)):
@@ -32,17 +32,17 @@ class PyramidPooling(nn.Module):
 
 
 def means(x, bins):
-    """Means of bins×bins parts of a map, as `F.adaptive_avg_pool2d`: (B, C, H, W) → (B, C, bins, bins).
+    """Means of bins×bins rectangles of a map, as `F.adaptive_avg_pool2d`: (B, C, H, W) → (B, C, bins, bins).
 
     A product with a matrix from each side, which ONNX can say for any size, as it cannot say the function.
     """
     with without_autocast(x):
-        rows, columns = (_parts(length, bins, at_least_float32(x)) for length in x.shape[2:])
+        rows, columns = (_bin_weights(length, bins, at_least_float32(x)) for length in x.shape[2:])
         return torch.einsum("ih,bchw,jw->bcij", rows, at_least_float32(x), columns).to(x.dtype)
 
 
-def _parts(length, bins, like):
-    """(bins, length): part i covers the places from floor(i · length / bins) to ceil((i + 1) · length / bins)."""
-    part, place = torch.arange(bins, device=like.device)[:, None], torch.arange(length, device=like.device)
-    inside = (place >= part * length // bins) & (place * bins < (part + 1) * length)
+def _bin_weights(length, bins, like):
+    """(bins, length): bin i covers the places from floor(i · length / bins) to ceil((i + 1) · length / bins)."""
+    index, place = torch.arange(bins, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (place >= index * length // bins) & (place * bins < (index + 1) * length)
     return inside.to(like.dtype) / inside.sum(1, keepdim=True)

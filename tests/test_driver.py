@@ -75,7 +75,7 @@ def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(mon
     devices = distributed.select_devices("0,1")
     assert distributed.select_devices("0") == devices[:1]
     with pytest.raises(UserError, match="--gpu 1"):
-        train.understand(["--gpu", "0,1", "--parallel", "dp", "--data-dir", "x"])
+        train.parse_and_check(["--gpu", "0,1", "--parallel", "dp", "--data-dir", "x"])
     with pytest.raises(UserError, match="--gpu 1: expected a GPU that can be used, found GPU 1 of compute capab"):
         distributed.select_devices("1")
     assert distributed.own_device(devices) == devices[0] == predictor._device(None)

@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import train
+from dataset.labels import CITYSCAPES
 from dataset.streets import write_dataset
 from libs import backend
 from tests.conftest import snapshot_content
@@ -131,8 +132,7 @@ def test_every_flag_of_training_changes_something(streets, tmp_path, monkeypatch
     pairs = [(image, str(image).replace("leftImg8bit", "gtFine", 1).replace("leftImg8bit.png", "gtFine_labelIds.png"))
              for image in sorted((streets / "leftImg8bit/train").glob("*/*.png"))]
     (tmp_path / "train.lst").write_text("".join(f"{image} {label}\n" for image, label in pairs[:2]))
-    table = (train.ClassTable.read().source)
-    (tmp_path / "classes.csv").write_text(open(table).read().replace("bicycle", "pushbike"))
+    (tmp_path / "classes.csv").write_text(open(CITYSCAPES).read().replace("bicycle", "pushbike"))
     content = {f"backbone.{name}": tensor for name, tensor in
                train.build_network("acfnet_resnet", 19, "eca_resnet18").backbone.state_dict().items()
                if not name.startswith("layer4") or "eca" in name or "bn" in name}      # less than half of the values
@@ -156,7 +156,7 @@ def small_inputs(folder):
                       for name, kind in (("leftImg8bit", ""), ("gtFine", "_labelIds")))
     (folder / "image.png").write_bytes(images[0].read_bytes())
     (folder / "all.lst").write_text("".join(f"{one} {other}\n" for one, other in zip(images, labels, strict=True)))
-    (folder / "classes.csv").write_text(open(evaluate.ClassTable.read().source).read().replace("bicycle", "pushbike"))
+    (folder / "classes.csv").write_text(open(CITYSCAPES).read().replace("bicycle", "pushbike"))
     content = snapshot_content()
     del content["optimizer"]
     checkpoint.save(folder / "plain.pth", content)

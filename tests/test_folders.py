@@ -63,7 +63,7 @@ def test_splits_are_folders_in_both(tmp_path):
     folders = make(tmp_path, "train/a", "train/b", "val/a", "extra/c")
     assert stems_of(CityscapesDataset(folders, "val")) == ["a"]
     both = CityscapesDataset(folders, "train:2+extra:1")
-    assert stems_of(both) == ["a", "b", "c"] and both.parts == [2, 1] and both.weights == [2, 1]
+    assert stems_of(both) == ["a", "b", "c"] and both.counts == [2, 1] and both.weights == [2, 1]
     assert both.describe().startswith("train:2+extra:1: 3 images")
     assert "expected a folder, found nothing there" in refusal(CityscapesDataset, folders, "train+gone")
     assert "--split gone: expected folders of these names" in refusal(CityscapesDataset, folders, "gone")
@@ -75,7 +75,7 @@ def test_a_list_holds_a_stem_a_line(tmp_path):
     (tmp_path / "some.txt").write_text("# validation\n\nc d\nb.2\n")
     (tmp_path / "more.txt").write_text("a\n")
     dataset = CityscapesDataset(folders, data_list=[tmp_path / "some.txt", tmp_path / "more.txt"])
-    assert stems_of(dataset) == ["c d", "b.2", "a"] and dataset.parts == [2, 1]
+    assert stems_of(dataset) == ["c d", "b.2", "a"] and dataset.counts == [2, 1]
     assert dataset.lines[1] == f"{tmp_path / 'some.txt'}, line 4"
 
 

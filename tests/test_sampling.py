@@ -82,7 +82,7 @@ def test_weights_of_splits_are_shares_of_samples():
 ])
 def test_a_sampler_is_made_for_the_data_set_and_the_kind(streets, kind, weights, expected):
     dataset = CityscapesDataset(streets, "train")
-    dataset.parts, dataset.weights = [4, 5], weights
+    dataset.counts, dataset.weights = [4, 5], weights
     index = index_of(dataset) if kind == "class" else None
     made = make_sampler(dataset, kind=kind, seed=3, start=6, stop=24, batch_size=6, rank=1, world=2, index=index)
     same = expected(index, 3, 6, 24, 6, 1, 2)
@@ -230,4 +230,4 @@ def test_lists_may_be_several_and_relative_to_themselves(tmp_path):
     (tmp_path / "inner/one.lst").write_text("a.png l.png\r\n\r\n# b.png l.png\r\n")
     (tmp_path / "two.lst").write_text("inner/b.png inner/l.png\n")
     dataset = CityscapesDataset(tmp_path, data_list=[tmp_path / "inner/one.lst", tmp_path / "two.lst"])
-    assert dataset.names == ["a", "b"] and dataset.parts == [1, 1] and (dataset[1]["label"] == 0).all()
+    assert dataset.names == ["a", "b"] and dataset.counts == [1, 1] and (dataset[1]["label"] == 0).all()

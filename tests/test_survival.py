@@ -456,9 +456,10 @@ def test_the_sentence_about_memory_builds_nothing():
             ("eca_resnet152", "bf16",
              "most of the memory .*--recompute light, --recompute full, --accumulate 2 half as much"),
             ("resnet18", "apex", "most of the memory")):
-        error = memory.too_little("CUDA out of memory. Tried to allocate 2 GiB", crops=4, input_size=(769, 769),
-                                  accumulate=1, recompute="none", amp=amp, model="acfnet", backbone=backbone,
-                                  recompute_choices=BACKBONES[backbone].recompute_choices(), norm="inplace_abn")
+        error = memory.out_of_memory_error(
+            "CUDA out of memory. Tried to allocate 2 GiB", crops=4, input_size=(769, 769), accumulate=1,
+            recompute="none", amp=amp, model="acfnet", backbone=backbone,
+            recompute_choices=BACKBONES[backbone].recompute_choices(), norm="inplace_abn")
         assert re.match(f"out of memory: expected room for 4 crops of 769×769 .*{figure}", str(error)), str(error)
     assert memory.ran_out(MemoryError()) and memory.ran_out(RuntimeError("[enforce fail] can't allocate memory"))
     assert not memory.ran_out(RuntimeError("a bug"))

@@ -44,7 +44,7 @@ class History:
         if self.course.add(loss) and self.saved == step - 1:
             self.sound = self.saved
 
-    def explain(self, error, run, step, factor, parts):
+    def make_error(self, error, run, step, factor, parts):
         """The `UserError` for a step that was not finite and has left the state as it was; saves that state if it is
         worth it, and removes nothing.
 

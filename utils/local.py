@@ -35,11 +35,9 @@ ROOM = 200e6                # bytes: the scenes, a snapshot, pictures
 PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--input-size", "769,769", "--weight-decay",
          "1e-4", "--batch-size", 8, "--num-steps", 60000)
 FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags in whose place the first word stands
-# In a process of its own: nothing in utils/ knows train.py.
-CHECK = f"""import sys
-sys.path[:] = [{str(PROJECT)!r}, *filter(None, sys.path)]       # not the user's folder
-import train
-train.cli.run(lambda: train.understand(sys.argv[1:]))"""
+# For `python -c`, before the project's folder and flags of train.py: can these work? The project's folder takes the
+# place of the user's, from which Python would import otherwise; a process of its own lets go of the GPU at its end.
+CHECK = "import sys; sys.path[0] = sys.argv.pop(1); import train; train.cli.run(train.parse_and_check)"
 
 
 def get_parser():
@@ -142,7 +140,7 @@ def begun(demo):
 
 def draw(streets, training):
     """Draw the scenes. training: the words for train.py, which are checked before time goes into that."""
-    call("-c", CHECK, *training)
+    call("-c", CHECK, PROJECT, *training)
     part = streets.with_name("streets.part")
     shutil.rmtree(part, ignore_errors=True)
     call("-m", "dataset.streets", part, *SCENES, folder=PROJECT)

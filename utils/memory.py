@@ -56,18 +56,19 @@ def ran_out(error):
                                         "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
-def explained(work, explain):
-    """What `work()` returns; where the memory runs out meanwhile, the error `explain(first words found)` is raised."""
+def catch_out_of_memory(work, make_error):
+    """What `work()` returns; where the memory runs out meanwhile, `make_error(first words found)` is raised."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:        # torch's of memory are RuntimeErrors
         if not ran_out(error):
             raise
         found = (str(error).strip() or "no memory left").splitlines()[0][:160]
-    raise explain(found)        # outside of the block above: its traceback holds the memory that ran out
+    raise make_error(found)        # outside of the block above: its traceback holds the memory that ran out
 
 
-def too_little(found, *, crops, input_size, accumulate, recompute, recompute_choices, amp, model, backbone, norm):
+def out_of_memory_error(found, *, crops, input_size, accumulate, recompute, recompute_choices, amp, model, backbone,
+                        norm):
     """The `UserError` for too little memory in training.
 
     Args:
@@ -167,13 +168,13 @@ def kept_bytes(network, images, autocast=None):
     for hook in hooks:
         hook.remove()
     returned = {t.untyped_storage().data_ptr() for t in outputs.values()}
-    parts = defaultdict(int)
+    kept = defaultdict(int)
     for pointer, (part, size) in saved.items():
-        parts[part] += 0 if pointer in returned else size
+        kept[part] += 0 if pointer in returned else size
     after = _live(copy_of_weight)
-    parts["outside"] = sum(size for pointer, size in after.items()
-                           if pointer not in before and pointer not in saved and pointer not in returned)
-    return dict(parts), outputs
+    kept["outside"] = sum(size for pointer, size in after.items()
+                          if pointer not in before and pointer not in saved and pointer not in returned)
+    return dict(kept), outputs
 
 
 def _live(excluded):

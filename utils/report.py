@@ -1,4 +1,4 @@
-"""`report.html`: scores and the images that went worst, in one file that needs nothing else."""
+"""Scores as text, and `report.html`: scores and the images that went worst, in one file that needs nothing else."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from . import checkpoint
+from .calibration import BINS
 from .cli import plural
 from .metrics import mean_of_scores, none_if_nan
 from .visualize import difference, error_map, reliability_chart
@@ -136,6 +137,59 @@ def score_columns(result):
 def boundary_columns(result):
     """Those of `score_columns` that hold scores of boundaries."""
     return {heading: scores for heading, scores in score_columns(result).items() if "mean_boundary_f" in scores}
+
+
+def score_table(result):
+    """The scores as lines of text: a column for each protocol and head."""
+    columns = score_columns(result)
+    first = next(iter(columns.values()))
+    wide = max(map(len, [*first["class_iou"], "mean IoU (categories)"]))
+    lines = []
+
+    def add(label, values, missing="not in data"):
+        shown = (missing if value is None else value if isinstance(value, str) else f"{100 * value:.2f}"
+                 for value in values)
+        lines.append(f"{label:<{wide}}" + "".join(f"{text:>15}" for text in shown))
+
+    add("", columns)
+    for name in first["class_iou"]:
+        add(name, [scores["class_iou"][name] for scores in columns.values()])
+    lines.append("-" * len(lines[0]))
+    for label, key in (("mean IoU", "mean_iou"), ("mean IoU (categories)", "mean_category_iou"),
+                       ("pixel accuracy", "pixel_accuracy")):
+        add(label, [scores[key] for scores in columns.values()])
+    for protocol in ("multi_scale", "single_scale"):
+        if "mean_iiou" in result.get(protocol, {}):
+            score = result[protocol]
+            lines.append(f"mean iIoU {100 * (score['mean_iiou'] or 0):.2f}, of categories "
+                         f"{100 * (score['mean_category_iiou'] or 0):.2f} ({protocol.replace('_', '-')}, fine)")
+    lines.append(f"IoU in per cent; mean over {first['classes_averaged']} of "
+                 f"{plural(len(first['class_iou']), 'class')}")
+    *_, richest = columns
+    lines.append("expected calibration error, " + ", ".join(
+        f"{head} {100 * found['expected_calibration_error']:.2f} %" for head, found in result["calibration"].items())
+        + f" ({richest.split()[0]}-scale, {BINS} bins)")
+    bounded = boundary_columns(result)
+    if bounded:
+        lines.append("")
+        add(f"boundary F, {result['protocol']['boundary']:g} px, %", bounded)
+        for name in first["class_iou"]:
+            add(name, [scores["class_boundary_f"][name] for scores in bounded.values()], "no boundary")
+        lines.append("-" * len(lines[-1]))
+        add("mean", [scores["mean_boundary_f"] for scores in bounded.values()], "no boundary")
+    return "\n".join(lines)
+
+
+def comparison_table(results):
+    """One line a snapshot: mean IoU in per cent of each protocol and head."""
+    headings = list(score_columns(results[0]))
+    wide = max(len(result["checkpoint"]) for result in results)
+    lines = [f"{'mean IoU, %':<{wide}}" + "".join(f"{name:>15}" for name in headings)]
+    for result in results:
+        values = score_columns(result)
+        lines.append(f"{result['checkpoint']:<{wide}}" + "".join(
+            f"{100 * (values[name]['mean_iou'] or 0):>15.2f}" if name in values else f"{'':>15}" for name in headings))
+    return "\n".join(lines)
 
 
 def _badness(entry):

@@ -60,6 +60,14 @@ class SnapshotFolder:
             checkpoint.save(self.folder / checkpoint.BEST, found | {"quick_mean_iou": quick_mean_iou})
 
 
+def check_room(folder, network, optimizer, ema):
+    """Raise `UserError` where the disk has no room for a snapshot; arguments as of the flags of these names."""
+    # The weights, what the optimiser keeps of each, and their average; all else is small.
+    copies = 2 + (optimizer == "adamw") + (ema is not None)
+    checkpoint.check_room(f"--snapshot-dir {folder}", folder,
+                          4 * copies * sum(parameter.numel() for parameter in network.parameters()), "a snapshot")
+
+
 def find_snapshot(path, folder, read):
     """The `Snapshot` to go on from; None without any.
 

@@ -66,6 +66,7 @@ from utils.distributed import (
     select_devices,
     share_cores,
     share_items,
+    shared_precision,
     start_processes,
     started_by_torchrun,
 )
@@ -73,7 +74,7 @@ from utils.inference import score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.pictures import FOLDERS, Pictures, VideoPictures
-from utils.precision import best_precision, exact_float32
+from utils.precision import exact_float32
 from utils.report import WorstImages, comparison_table, score_table, write_report
 from utils.results import ResultsFolder
 from utils.video import RATE
@@ -371,7 +372,7 @@ def main(argv=None):
     processes = join_processes(device)
     speak_for_all(processes)
     workers, cores = share_cores([device], args.num_workers)
-    protocol = replace(protocol, amp=args.amp or best_precision(device))
+    protocol = replace(protocol, amp=args.amp or shared_precision([device], processes))
     print(f"{cores}; --amp {protocol.amp}")
     exact_float32(protocol.amp, device)
     machine = Machine(device, workers, processes)

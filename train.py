@@ -46,6 +46,7 @@ from utils.distributed import (
     rank_and_size,
     select_devices,
     share_cores,
+    shared_precision,
     start_processes,
     started_by_torchrun,
 )
@@ -55,7 +56,7 @@ from utils.inference import fitting_size
 from utils.logger import speak_for_all
 from utils.normalization import NORMALIZATIONS
 from utils.optimization import OPTIMIZERS, PolySchedule, make_optimizer
-from utils.precision import CHOICES, OPT_LEVELS, Precision, best_precision
+from utils.precision import CHOICES, OPT_LEVELS, Precision
 from utils.run import Run
 from utils.snapshot import Config
 from utils.trackers import SERVICES, check_packages
@@ -259,15 +260,15 @@ def main(argv=None):
     args, root, devices, classes, crops = parse_and_check(argv)
     if args.parallel == "ddp" and len(devices) > 1:     # before this process uses a GPU, whose memory that would take
         start_processes(len(devices), argv)
-    given, args.amp = args.amp, args.amp or best_precision(devices[0])
     processes = join_processes(devices[0])
+    given, args.amp = args.amp, args.amp or shared_precision(devices, processes)
     speak_for_all(processes)
     args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)
     if given is None:
-        print(f"--amp {args.amp}: the best that the {'CPU' if devices[0].type == 'cpu' else 'GPU'} has instructions "
-              "for")
+        print(f"--amp {args.amp}: the best that {'the CPU' if devices[0].type == 'cpu' else 'every GPU'} has "
+              "instructions for")
     if args.norm == "inplace_abn":
         backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     checkpoint.seed_generators(args.random_seed)

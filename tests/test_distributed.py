@@ -254,6 +254,28 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
     assert "--no-channels-last: " in capsys.readouterr().out
 
 
+class Another(Processes):
+    """Stands in for a second process, which says this of itself."""
+
+    def __init__(self, says):
+        self.says = says
+
+    def gather_objects(self, value):
+        return [value, self.says]
+
+
+def test_gpus_of_different_kinds_compute_in_what_all_of_them_have(monkeypatch):
+    """Gradients of which one process alone scales its own, as fp16 does, would be added up."""
+    monkeypatch.setattr(distributed, "best_precision", lambda device: ("bf16", "fp16")[device.index])
+    new, old = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert distributed.shared_precision([new], None) == "bf16"
+    assert distributed.shared_precision([new, old], None) == "fp16"
+    for here in (new, old):
+        assert distributed.shared_precision([here], Another(["bf16"])) == ("bf16", "fp16")[here.index]
+        assert distributed.shared_precision([here], Another(["fp16"])) == "fp16"
+        assert distributed.shared_precision([here], Another(["off"])) == "off"
+
+
 @pytest.mark.parametrize("device, backend, bound", [("cpu", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")])
 def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from .cli import UserError, deaf_for_a_second
 from .driver import lacks_kernels, unusable_gpu
-from .precision import exact_float32
+from .precision import PRECISIONS, best_precision, exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
 from .versions import keeping_buffers
 
@@ -139,6 +139,15 @@ def share_batches(module, devices, processes):
         print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
         return DataParallel(module, device_ids=devices)
     return module
+
+
+def shared_precision(devices, processes):
+    """The best precision that all devices of the run have: they may be of different kinds, and gradients of which one
+    alone is scaled cannot be added up. devices: of this process; processes: `Processes`, or None."""
+    found = [best_precision(device) for device in devices]
+    if processes is not None:
+        found = sum(processes.gather_objects(found), [])
+    return min(found, key=PRECISIONS.index)
 
 
 def prepare_device(device, channels_last, amp):

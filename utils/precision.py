@@ -8,6 +8,7 @@ from .cli import UserError
 from .versions import cpu_computes_in_bf16, total_norm
 
 CHOICES = ("off", "bf16", "fp16", "apex")
+PRECISIONS = ("off", "fp16", "bf16")       # what `best_precision` finds, the best one last
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": None}
 

@@ -17,10 +17,10 @@ from libs import backend
 from loss.criterion import SegmentationCriterion
 from networks import build_backbone, build_network
 from tests.conftest import SMALL, finish, read_until, start
-from utils import checkpoint, cli, versions
+from utils import checkpoint, cli, validation, versions
 from utils.cli import UserError
 from utils.engine import Engine, NetworkWithLoss, NotFinite
-from utils.inference import SlidingPredictor
+from utils.inference import SlidingPredictor, score
 from utils.normalization import Normalization
 
 
@@ -215,9 +215,14 @@ def test_loss_falls(streets, tmp_path):
     assert sum(losses[-10:]) / 10 < 0.75 * losses[0]
 
 
-def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept(streets, tmp_path, capsys):
-    folder = tmp_path / "s"
+def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept(streets, tmp_path, capsys,
+                                                                                  monkeypatch):
+    folder, tried = tmp_path / "s", []
+    # As training has it on a GPU, where cuDNN would try all its ways for every size among the images.
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(validation, "score", lambda *args: tried.append(torch.backends.cudnn.benchmark) or score(*args))
     run(streets, folder, "--val-every", "2", "--learning-rate", "0.03", steps=4)
+    assert tried == [False, False] and torch.backends.cudnn.benchmark
     lines = [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     best = max(lines, key=lambda line: line["quick_mean_iou_fine"])

@@ -1,5 +1,6 @@
 """What is looked at while a network learns: a quick score, a picture, and curves."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class QuickValidation:
         None. asked: () → whether the training is to stop, which does not wait for all images."""
         self.engine.scored_network.eval()
         items = itertools.takewhile(lambda _: not asked(), progress(self.loader, "quick validation", "image"))
-        found = score(self.predictor, items, self.classes.num_classes, self.ignore_index, self.engine.processes)
+        with one_way_of_convolution():
+            found = score(self.predictor, items, self.classes.num_classes, self.ignore_index, self.engine.processes)
         self.engine.train_mode()
         processes = self.engine.processes
         if any(processes.gather_objects(asked()) if processes else [asked()]):
@@ -58,6 +60,17 @@ class QuickValidation:
             return None
         self.highest = scores["fine"]["mean_iou"] or 0.0
         return self.highest
+
+
+@contextlib.contextmanager
+def one_way_of_convolution():
+    """Inside, cuDNN does not try all its ways for every size of image that it has not seen: images have many, and the
+    trials take more time and memory than the passes."""
+    tries, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tries
 
 
 @torch.no_grad()

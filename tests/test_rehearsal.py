@@ -128,6 +128,7 @@ def test_ways_of_learning(gpu, kind, amp, monkeypatch):
     monkeypatch.setattr(utils.engine, "average_of_weights",
                         lambda network: make_network(torch.channels_last).requires_grad_(False))
     take_steps(gpu, amp, kind=kind, learning={"ema": 0.99, "clip_gradient": 1e-3})
+    assert gpu.launches["_foreach_copy_"] == 4      # of both dtypes: what a step may have to put back, and the average
 
 
 @pytest.mark.parametrize("recompute", ["light", "full"])

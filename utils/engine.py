@@ -12,7 +12,7 @@ from .checkpoint import random_state, set_random_state
 from .cli import UserError
 from .distributed import share_batches
 from .jitter import apply_jitter
-from .optimization import average_of_weights, update_average
+from .optimization import average_of_weights, buffers_by_dtype, update_average
 from .versions import COMPILER, torch_version, total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
@@ -143,10 +143,7 @@ class Engine:
         for layer in network.modules():
             if precision.autocast is not None and hasattr(layer, "look_ahead"):
                 self._looking_ahead[layer.look_ahead].append(layer)
-        kinds = defaultdict(list)       # of one dtype each, which are copied by one kernel
-        for buffer in network.buffers():
-            kinds[buffer.dtype].append(buffer)
-        self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in kinds.values()]
+        self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
     def train_mode(self):
         """Put the network into training mode, but for what is frozen."""

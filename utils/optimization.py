@@ -1,6 +1,7 @@
 """Which parameters learn, by which steps, and at which rate."""
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -74,5 +75,13 @@ def update_average(average, network, decay):
     PyTorch's `AveragedModel` counts its steps on the host, which would then wait for a GPU in every step.
     """
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-    for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
-        copied.copy_(buffer)
+    for copied, buffers in zip(buffers_by_dtype(average), buffers_by_dtype(network), strict=True):
+        torch._foreach_copy_(copied, buffers)
+
+
+def buffers_by_dtype(network):
+    """Its buffers as a list of each dtype: on a GPU one kernel copies those of a list."""
+    kinds = defaultdict(list)
+    for buffer in network.buffers():
+        kinds[buffer.dtype].append(buffer)
+    return list(kinds.values())

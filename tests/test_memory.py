@@ -93,7 +93,8 @@ def test_light_costs_at_most_8_per_cent_more_multiplications():
 @pytest.mark.parametrize("error", [
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB",
     "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"])
 def test_every_way_of_running_out_is_recognised(error):
     assert ran_out(error) and not ran_out("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
 

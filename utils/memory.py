@@ -53,7 +53,7 @@ def ran_out(error):
     """Whether an error, or its text, is for too little memory, on a GPU or a CPU."""
     return isinstance(error, MemoryError) or any(
         text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory",
-                                        "CUBLAS_STATUS_ALLOC_FAILED"))
+                                        "_ALLOC_FAILED", "_ALLOCATION_FAILED"))       # of cuBLAS and cuDNN
 
 
 def catch_out_of_memory(work, make_error):

@@ -90,6 +90,27 @@ def test_a_section_that_fails_or_hangs_does_not_stop_the_next(monkeypatch, tmp_p
     assert json.loads((tmp_path / "found.json").read_text())["rows"] == broken + found["loader"]
 
 
+def test_after_ten_minutes_no_section_begins(monkeypatch, tmp_path, capsys):
+    now, path = [0.0], str(tmp_path / "found.json")
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+
+    def examine(name, limit, *args):
+        now[0] += limit
+        return []
+
+    monkeypatch.setattr(command, "examine", examine)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--output", path])
+    with pytest.raises(SystemExit):
+        command.main()
+    left_out = [row["section"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]]
+    assert left_out == ["inference", "loader", "compiled"] and "--sections loader" in capsys.readouterr().out
+    now[0] = 0.0
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--output", path, "--sections", *command.SECTIONS])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert json.loads((tmp_path / "found.json").read_text())["rows"] == []
+
+
 @pytest.mark.parametrize("kernel, kind", [
     ("void at::native::batch_norm_backward_reduce_channels_last_kernel<4, c10::BFloat16>", "norm"),
     ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float>", "norm"),

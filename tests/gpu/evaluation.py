@@ -126,8 +126,8 @@ def both_heads(predictor, image):
 
 
 def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size=8, runs=3, **shape):
-    """An image by the quick protocol and by the paper's, in bf16."""
-    torch.backends.cudnn.benchmark = True
+    """An image by the quick protocol and by the paper's, in bf16, as evaluate.py predicts it; and by the first with
+    the fastest kernels, which cuDNN then looks for when it sees a size for the first time."""
     network = fold_norms(make_network(**shape)).to(device, memory_format=torch.channels_last)
     for name, scales, flip in (("single-scale", (1.0,), False),
                                ("multi-scale, mirrored", (0.75, 1.0, 1.25, 1.5, 1.75, 2.0), True)):
@@ -136,3 +136,5 @@ def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size
             share = found["beyond_the_network"]
             rows.goal(f"{name}: evaluation beyond the network", "at most 10 % of its time", f"{share:.1%}",
                       share <= 0.1)
+    torch.backends.cudnn.benchmark = True
+    rows.figure("single-scale, cudnn.benchmark", speed, device, network, (1.0,), False, size, window, batch_size, runs)

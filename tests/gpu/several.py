@@ -3,33 +3,43 @@
 import contextlib
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from loss.criterion import WEIGHTS
-from utils.distributed import Processes
+from utils.distributed import Processes, join_processes, leave_processes
 
 from .rows import near
 from .steps import make_batch, make_engine
 
 
-def backend_of(device):
-    return "nccl" if device.type == "cuda" else "gloo"
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
 
 
 @contextlib.contextmanager
+def joined(device, port, rank=0, world=1):
+    """`Processes` that have met as those of train.py do; port: of this machine, where they meet."""
+    torchrun = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_WORLD_SIZE": world, "LOCAL_RANK": rank,
+                "MASTER_ADDR": "localhost", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in torchrun.items()}):
+        join_processes(device)
+        try:
+            yield Processes()
+        finally:
+            leave_processes()
+
+
 def group_of_one(device):
     """torch.distributed with this process alone."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield Processes()
-    finally:
-        dist.destroy_process_group()
+    return joined(device, free_port())
 
 
 def collectives(processes, device):
@@ -40,7 +50,7 @@ def collectives(processes, device):
     assert processes.broadcast({"a": [1]}) == {"a": [1]}
     assert processes.gather_objects("b") == ["b"] * processes.size
     processes.barrier()
-    return f"{backend_of(device)}: gather, all_reduce, broadcast, gather_objects, barrier"
+    return "gather, all_reduce, broadcast, gather_objects, barrier"
 
 
 def step_as_without(processes, device, **shape):
@@ -69,25 +79,23 @@ def losses_of(devices, processes, steps, size, images, **shape):
     return found
 
 
-def work(rank, kind, world, folder, steps, size, images, shape):
+def work(rank, kind, world, port, folder, steps, size, images, shape):
     """One of the processes that share a run; the first one writes its losses."""
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
-    dist.init_process_group(backend_of(device), init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    processes = Processes()
-    collectives(processes, device)
-    losses = losses_of([device], processes, steps, size, images, **shape)
+    with joined(device, port, rank, world) as processes:
+        collectives(processes, device)
+        losses = losses_of([device], processes, steps, size, images, **shape)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
-    dist.destroy_process_group()
 
 
 def shared_by_processes(kind, world, steps, size, expected, **shape):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (kind, world, folder, steps, size, 2 * world, shape), nprocs=world)
+        mp.spawn(work, (kind, world, free_port(), folder, steps, size, 2 * world, shape), nprocs=world)
         found = json.loads(Path(folder, "losses.json").read_text())
     return as_alone(found, expected)
 
@@ -101,7 +109,6 @@ def as_alone(found, expected):
 
 def section(rows, device, world=None, steps=20, size=129, **shape):
     """world: devices to share steps; None for all GPUs there are."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with group_of_one(device) as processes:
         rows.check("all exchanges, one process", collectives, processes, device)

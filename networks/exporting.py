@@ -60,6 +60,6 @@ def check_target(target, size, overwrite):
     for name in model_card.BESIDE:
         path = target.with_name(name)
         check_file("--export", path, overwrite)
-        if os.path.lexists(path) and not model_card.is_ours(path):
-            raise UserError(f"--export {path}: expected nothing there, or what an earlier export wrote, found another "
-                            "file, which stays: name another folder")
+        if os.path.lexists(path) and not (model_card.is_ours(path) and os.path.lexists(target)):
+            raise UserError(f"--export {path}: expected nothing there, or what an earlier export of {target.name} "
+                            "wrote, found another file, which stays: name another folder")

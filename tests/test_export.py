@@ -180,7 +180,7 @@ def test_without_a_runtime_it_says_so(snapshot, tmp_path, monkeypatch, capsys): 
     ("a.safetensors", ("--export-size", "9,9"), "--export-size: expected .onnx or .pt2, found .safetensors"),
     ("there.onnx", (), r"there.onnx: expected nothing there \(or --overwrite\), found a file"),
     ("there.safetensors", (), r"config.json: expected nothing there \(or --overwrite\), found a file"),
-    ("there.safetensors", ("--overwrite",), "config.json: expected nothing there, or what an earlier export wrote"),
+    ("there.safetensors", ("--overwrite",), "config.json: expected nothing there, or what an earlier export of there"),
     (None, ("--export-size", "9,9"), "--export-size, --export-precision: expected with --export, found none"),
 ])
 def test_what_cannot_be_exported(snapshot, tmp_path, target, words, message):  # noqa: F811
@@ -236,10 +236,19 @@ def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811
     assert "val, 5 images: whole images, scales 1, mirrored too" in card
     assert f"| multi fine | {100 * scores['mean_iou']:.2f} | {100 * scores['mean_category_iou']:.2f} |" in card
     assert f"| road | 7 | 128, 64, 128 | {100 * scores['class_iou']['road']:.2f} |" in card
+    with pytest.raises(UserError, match="config.json: expected nothing there, or what an earlier export of b.safeten"):
+        write(path, tmp_path / "one/b.safetensors", "--overwrite")      # they would tell of another file
     (tmp_path / "CS_scenes_7_val/result.json").write_text('{"checkpoint": "CS_scenes_7.pth", "protocol": {}}')
     with pytest.raises(UserError, match="result.json: expected a result of evaluate.py, for the model card, found"):
         write(path, tmp_path / "two/a.safetensors")
     assert not (tmp_path / "two").exists()
+
+
+def test_an_exported_program_is_no_snapshot(tmp_path):
+    """Nor does the sentence tell how torch could be made to run what is in it."""
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    with pytest.raises(UserError, match=r"a.onnx: expected a file of tensors .* as data alone \(Unsupported operand 8\)$"):
+        load(tmp_path / "a.onnx", device="cpu")
 
 
 def test_averaged_weights_are_exported_as_such(tmp_path):

@@ -483,8 +483,8 @@ def predict(path, dataset, protocol, machine, table_path, kinds, results, submis
     if rank == 0 and submission:
         print(write_submission(folder / FOLDERS["labels"], dataset, classes))
     elif rank == 0:
-        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; results in {folder}: "
-              f"{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; "
+              f"results in {folder}{': ' * bool(kinds)}{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
     if rank == 0:
         results.close()
     return count
@@ -536,7 +536,7 @@ def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
     if rank == 0:
         results.close()
         print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
-              f"results in {folder}: {', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+              f"results in {folder}{': ' * bool(kinds)}{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
     if stop.asked:
         raise cli.Interrupted(stop.number)
     return broken

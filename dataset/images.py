@@ -67,7 +67,7 @@ def find_images(places):
             single += inside
         else:
             inside = sorted(Path(file) for file in glob.glob(place, recursive=True) if os.path.isfile(file))
-            what = "an image, a folder or a pattern that fits files"
+            what = "an image or a video, a folder, or a pattern that fits files"
             single += inside
         if not inside:
             raise UserError(f"--images {place}: expected {what}, found none")

@@ -148,6 +148,9 @@ def _device(device):
         return first
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected one such as cpu or cuda:0, or None, found {device!r}") from None
-    return select_devices(str(device.index or 0))[0] if device.type == "cuda" else device
+        if device.type != "cuda":
+            return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError, ImportError):      # the last two: built without it
+        raise ValueError("device: expected one that PyTorch can use here, such as cpu or cuda:0, or None, found "
+                         f"{str(device)!r}") from None
+    return select_devices(str(device.index or 0))[0]

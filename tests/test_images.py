@@ -237,3 +237,6 @@ def test_as_many_files_are_written_as_are_said(zoo, snapshot, tmp_path, capsys):
                    str(tmp_path / "r"), *QUICK, "--save", "labels"])
     assert "4 images predicted, 0 skipped" in capsys.readouterr().out
     assert len(list((tmp_path / "r/labelIds").iterdir())) == 4
+    evaluate.main(["--restore-from", str(snapshot), "--images", str(zoo / "plain.JPG"), "--output-dir",
+                   str(tmp_path / "n"), *QUICK, "--save", "none"])
+    assert f"1 image predicted, 0 skipped; results in {tmp_path / 'n'}\n" in capsys.readouterr().out

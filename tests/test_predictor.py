@@ -147,7 +147,8 @@ def test_read_only_and_turned_images(snapshot, tmp_path):  # noqa: F811
 
 
 def test_what_cannot_be_loaded_or_read(snapshot, tmp_path):  # noqa: F811
-    for name, value in {"amp": "fp8", "device": "gpu", "scales": (), "overlap": 1, "window": (0, 9)}.items():
+    for name, value in (("amp", "fp8"), ("device", "gpu"), ("device", "hpu"), ("scales", ()), ("scales", 1.0),
+                        ("overlap", 1), ("window", (0, 9)), ("window", 97), ("batch_size", 0)):
         with pytest.raises(ValueError, match=f"^{name}: expected .*, found"):
             load(snapshot, **{**PLAIN, name: value})
     if not torch.cuda.is_available():

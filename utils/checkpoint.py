@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cli import UserError
+from .cli import UserError, first_words
 
 NAME = "CS_scenes_{step}.pth"
 LATEST = "latest.pth"       # a link to the newest snapshot
@@ -94,9 +94,10 @@ def load(path):
         _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, torch raises many kinds for a file that is not its own
-        reason = str(error).strip().split("\n")[0][:160]
+        # What torch says first is how to make it run code; what it found comes last.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2] or error
         raise UserError(f"{path}: expected a file of tensors written by torch.save, found one that cannot be "
-                        f"read as data alone ({reason})") from None
+                        f"read as data alone ({first_words(reason)})") from None
 
 
 def _load_safetensors(path):

@@ -152,6 +152,11 @@ def sentence(error):
     return last.strip()
 
 
+def first_words(error):
+    """The first line of an error that is somebody else's, at most 200 characters; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def deaf_for_a_second(handler):
     """A signal handler that hears nothing for a second after it was called: a request to end often comes twice or
     more, and the first is being followed."""

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
-from .cli import UserError, deaf_for_a_second
+from .cli import UserError, deaf_for_a_second, first_words
 from .driver import lacks_kernels, unusable_gpu
 from .precision import PRECISIONS, best_precision, exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
@@ -322,7 +322,7 @@ def _meet(place):
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"MASTER_ADDR, MASTER_PORT {where}: expected the {place.size} processes of the run to meet "
-                        f"there within {MEETING.total_seconds():.0f} s, found: {str(error).splitlines()[0][:200]}"
+                        f"there within {MEETING.total_seconds():.0f} s, found: {first_words(error)}"
                         ) from None
     store.set_timeout(WAITING)
     return store

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint, versions
-from .cli import UserError, plural
+from .cli import UserError, first_words, plural
 from .upsampling import grid_of, round_size
 
 OPSET = 18
@@ -114,10 +114,6 @@ def compare(path, reopen, reference, examples, precision):
         raise UserError(f"--export {path}: expected logits within {TOLERANCE[precision]:g} of the largest of "
                         f"PyTorch's, {scale:.3g}, found a difference of {largest:.3g}")
     return f"checked against PyTorch: largest difference {largest:.2g}, of logits up to {scale:.3g}"
-
-
-def first_words(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def in_half_precision(network):

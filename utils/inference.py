@@ -60,10 +60,12 @@ class SlidingPredictor:
                  normalization=None, device=None, autocast=None, memory_format=torch.contiguous_format, watch=None):
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap: expected a share from 0 up to but not 1, found {overlap}")
-        if not scales or min(scales) <= 0:
-            raise ValueError(f"scales: expected numbers above 0, found {scales}")
-        if window is not None and min(window) < 1:
-            raise ValueError(f"window: expected at least one pixel, found {window}")
+        if np.ndim(scales) != 1 or not len(scales) or min(scales) <= 0:
+            raise ValueError(f"scales: expected numbers above 0, such as (1.0,), found {scales}")
+        if window is not None and (np.shape(window) != (2,) or min(window) < 1):
+            raise ValueError(f"window: expected (height, width) of at least one pixel, found {window}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least one window, found {batch_size}")
         self.network = network
         self.grid = grid_of(network)
         self.window = None if window is None else round_size(window, self.grid)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import checkpoint
-from .cli import UserError
+from .cli import UserError, first_words
 from .decoding import read_file
 
 PROJECT = "acfnet"      # of runs for which the environment names none
@@ -123,7 +123,7 @@ class Tracker:
             try:
                 call(*values)
             except Exception as error:  # noqa: BLE001, services raise kinds of their own
-                self._say(_first_line(error))
+                self._say(first_words(error))
 
     def _say(self, found):
         if not self.missed:
@@ -153,7 +153,7 @@ def start_trackers(names, folder, resumed, about):
         try:
             service = SERVICES[name](Path(folder), known.get(name), about)
         except Exception as error:  # noqa: BLE001, services raise kinds of their own
-            raise UserError(f"--log {name}: expected a run to begin there, found: {_first_line(error)}") from None
+            raise UserError(f"--log {name}: expected a run to begin there, found: {first_words(error)}") from None
         trackers.append(Tracker(name, service))
         known[name] = service.id
     if names:
@@ -173,7 +173,3 @@ def _read_ids(path):
         raise UserError(f"{path}: expected the ids of this run's trackers, found something else; without the file new "
                         "runs begin there")
     return known
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -290,7 +290,7 @@ def check(args):
                         f"{'--data-list' if args.data_list else '--images-dir'}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How an image is predicted.
 
@@ -337,6 +337,13 @@ class Protocol:
                          f"what helps: {', '.join(choices)}")
 
 
+def protocol_of(args):
+    """The `Protocol` that flags say; without --amp in float32."""
+    return Protocol(window=args.input_size, whole=args.whole, overlap=args.overlap, scales=tuple(args.scales),
+                    flip=args.flip, batch_size=args.batch_size, amp=args.amp or "off", raw_weights=args.raw_weights,
+                    boundary=args.boundary)
+
+
 class Machine(NamedTuple):
     """Where this process computes, with so many processes that read images, and with whom it shares them."""
 
@@ -358,8 +365,7 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     check(args)
     paths = [Path(name) for name in args.restore_from]
-    protocol = Protocol(args.input_size, args.whole, args.overlap, tuple(args.scales), args.flip, args.batch_size,
-                        args.amp or "off", args.raw_weights, args.boundary)
+    protocol = protocol_of(args)
     if args.export:
         print(memory.catch_out_of_memory(lambda: export_snapshot(
             paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
@@ -390,19 +396,20 @@ def perform(args, paths, protocol, machine):
     def data(classes):
         return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
 
+    how = {"protocol": protocol, "machine": machine, "table_path": args.classes}
     if args.benchmark:
         for path in paths:
-            benchmark(path, found and (videos or ImageFiles(found)), data, protocol, machine, args.classes)
+            benchmark(path, found and (videos or ImageFiles(found)), data, **how)
         broken = 0
     elif args.submission:
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
-        broken = predict(paths[0], dataset, protocol, machine, args.classes, ("labels",),
-                         ResultsFolder("--submission", Path(args.submission), args.overwrite), submission=True)
+        broken = predict(paths[0], dataset, **how, kinds=("labels",), submission=True,
+                         results=ResultsFolder("--submission", Path(args.submission), args.overwrite))
     elif args.images:
         folder = results_folder(paths[0], "images", args.output_dir)
         work, what = (predict_videos, videos) if videos else (predict, ImageFiles(found))
-        broken = work(paths[0], what, protocol, machine, args.classes, kinds,
-                      ResultsFolder("--output-dir", folder, args.overwrite))
+        broken = work(paths[0], what, **how, kinds=kinds,
+                      results=ResultsFolder("--output-dir", folder, args.overwrite))
     else:
         folders = [ResultsFolder("--output-dir", results_folder(path, f"{args.split}{'_raw' * args.raw_weights}",
                                                                args.output_dir, len(paths) > 1),
@@ -410,7 +417,7 @@ def perform(args, paths, protocol, machine):
         if rank_and_size(machine.processes)[0] == 0:        # of all snapshots, before hours go into the first
             for results in folders:
                 results.check(RESULTS)
-        found = [score_snapshot(path, data, protocol, machine, args.classes, kinds, results)
+        found = [score_snapshot(path, data, **how, kinds=kinds, results=results)
                  for path, results in zip(paths, folders, strict=True)]
         if len(found) > 1 and found[0]:
             print(comparison_table(found))
@@ -420,7 +427,7 @@ def perform(args, paths, protocol, machine):
         sys.exit(1)
 
 
-def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
+def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results):
     """Score one snapshot. Returns what `result.json` holds; None in all processes but the first.
 
     Args:
@@ -462,7 +469,7 @@ def score_snapshot(path, data, protocol, machine, table_path, kinds, results):
     return result
 
 
-def predict(path, dataset, protocol, machine, table_path, kinds, results, submission=False):
+def predict(path, dataset, *, protocol, machine, table_path, kinds, results, submission=False):
     """Predict images without truth. Returns the number of images that could not be read.
 
     dataset: `ImageFiles`; submission: whether the Cityscapes server is to take the results; the rest as in
@@ -509,7 +516,7 @@ def predict_items(predictor, items, pictures):
     return done, broken
 
 
-def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
+def predict_videos(path, videos, *, protocol, machine, table_path, kinds, results):
     """Predict videos, {name: `Video`}, each as a whole in one process. Returns the number of frames that could not be
     read. Asked to stop, it finishes the videos with the frames that are done and raises `cli.Interrupted`."""
     network, config = load_network(path, machine.device, protocol.raw_weights)
@@ -542,7 +549,7 @@ def predict_videos(path, videos, protocol, machine, table_path, kinds, results):
     return broken
 
 
-def benchmark(path, found, data, protocol, machine, table_path):
+def benchmark(path, found, data, *, protocol, machine, table_path):
     """Time predictions by a snapshot and print what they take.
 
     found: {name: `Video`} or `ImageFiles`, of which the first are taken; without any those of `data`; the rest as in

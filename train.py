@@ -311,9 +311,9 @@ def assemble(args, devices, processes, dataset, workers):
                                  momentum=args.momentum, weight_decay=args.weight_decay,
                                  head_lr_factor=args.head_lr_factor),
         criterion=SegmentationCriterion(
-            args.loss_weights, IGNORE_INDEX, bool(args.ohem), args.ohem_thres, args.ohem_keep,
-            args.class_weights and by_the_first(processes, lambda: class_weights(args.class_weights, dataset,
-                                                                                 workers))),
+            args.loss_weights, IGNORE_INDEX, ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep,
+            class_weights=args.class_weights and by_the_first(
+                processes, lambda: class_weights(args.class_weights, dataset, workers))),
         precision=Precision(args.amp, devices[0], args.opt_level), memory_format=memory_format(args),
         freeze=args.freeze, clip_gradient=args.clip_gradient, ema=args.ema, compiled=args.compile)
     index = by_the_first(processes, lambda: class_index(dataset, args.cache or args.snapshot_dir, workers)) \
@@ -335,7 +335,7 @@ def assemble(args, devices, processes, dataset, workers):
         panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
     if dataset.classes.source == folders.ASSUMED and rank == 0:
         folders.keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
-    resume.record(run, args.snapshot_dir, config, args.keep, account, args.log)
+    resume.record(run, args.snapshot_dir, config, keep=args.keep, account=account, track=args.log)
     if args.val_every:
         images = CityscapesDataset(dataset.root, args.val_split, args.val_list, dataset.classes)
         print(f"quick validation every {args.val_every} steps: {images.describe()}")
@@ -360,8 +360,8 @@ def make_config(args, dataset, found, weights):
     if not args.loss_weights:
         args.loss_weights = heads if found is None else resume.loss_weights(found.config, heads)
     args.loss_weights = {head: args.loss_weights[head] for head in heads}
-    config = Config(network, normalization, dataset.classes.rows, args.input_size, cli.plain_values(vars(args)),
-                    dataset.fingerprint())
+    config = Config(network, normalization, dataset.classes.rows, args.input_size,
+                    arguments=cli.plain_values(vars(args)), samples=dataset.fingerprint())
     if found is not None:
         resume.compare(found.path, found.config, config)
     return config

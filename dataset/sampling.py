@@ -137,7 +137,8 @@ def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_
     return EpochSampler(len(dataset), **entries)
 
 
-def make_loader(dataset, *, start, stop, batch_size, parts=1, rank=0, world=1, workers=0, pin_memory=False, **sampling):
+def make_loader(dataset: Dataset, *, start: int, stop: int, batch_size: int, parts: int = 1, rank: int = 0,
+                world: int = 1, workers: int = 0, pin_memory: bool = False, **sampling) -> DataLoader:
     """The batches of the steps from `start` to `stop` - 1, or their parts: a DataLoader.
 
     Args:

@@ -27,7 +27,7 @@ class SegmentationCriterion(nn.Module):
             by, as in `torch.nn.CrossEntropyLoss`; which pixels are the hardest does not depend on them. None for 1.
     """
 
-    def __init__(self, weights=None, ignore_index=255, ohem=False, ohem_thres=0.7, ohem_keep=100000,
+    def __init__(self, weights=None, ignore_index=255, *, ohem=False, ohem_thres=0.7, ohem_keep=100000,
                  class_weights=None):
         super().__init__()
         self.weights = dict(weights or WEIGHTS)

@@ -38,6 +38,11 @@ def make_engine(kind="sgd", criterion=None, head_lr_factor=1.0, **options):
     return engine
 
 
+def test_another_optimiser_is_not_silently_sgd():
+    with pytest.raises(ValueError, match="kind of optimiser: expected one of sgd, adamw, found 'rmsprop'"):
+        make_optimizer(build_network("acfnet_resnet", 3, "eca_resnet18"), kind="rmsprop")
+
+
 def test_the_schedule_is_poly_with_a_linear_start():
     plain, warm = PolySchedule(100, 0.9), PolySchedule(100, 0.9, warmup_steps=10)
     for step in range(100):

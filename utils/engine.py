@@ -10,9 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import random_state, set_random_state
 from .cli import UserError
-from .distributed import share_batches
+from .distributed import Processes, share_batches
 from .jitter import apply_jitter
+from .normalization import Normalization
 from .optimization import average_of_weights, buffers_by_dtype, update_average
+from .precision import Precision
 from .versions import COMPILER, torch_version, total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
@@ -247,8 +249,11 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def make_engine(network, *, criterion, optimizer, normalization, precision, devices, processes=None,
-                memory_format=torch.contiguous_format, freeze=(), clip_gradient=None, ema=None, compiled=False):
+def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.optim.Optimizer,
+                normalization: Normalization, precision: Precision, devices: list[torch.device],
+                processes: Processes | None = None, memory_format: torch.memory_format = torch.contiguous_format,
+                freeze: tuple[str, ...] = (), clip_gradient: float | None = None, ema: float | None = None,
+                compiled: bool = False) -> Engine:
     """The `Engine` that trains a network, which lies on the first device.
 
     freeze: names of the stages that do not learn; compiled: whether the network is to be; the rest as in `Engine` and

@@ -22,7 +22,8 @@ def check(*, kind, momentum, ema, warmup_steps, num_steps):
         raise UserError(f"--warmup-steps {warmup_steps}: expected fewer than the {num_steps} steps of --num-steps")
 
 
-def make_optimizer(network, *, kind="sgd", learning_rate=1e-2, momentum=0.9, weight_decay=1e-4, head_lr_factor=1.0):
+def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate: float = 1e-2, momentum: float = 0.9,
+                   weight_decay: float = 1e-4, head_lr_factor: float = 1.0) -> torch.optim.Optimizer:
     """The optimiser of a network, in two groups: its backbone, and all that comes after.
 
     Parameters are numbered in the network's own order, which snapshots rely on; those that do not learn are among
@@ -33,7 +34,11 @@ def make_optimizer(network, *, kind="sgd", learning_rate=1e-2, momentum=0.9, wei
         kind: `sgd`, or `adamw` (Loshchilov and Hutter, ICLR 2019).
         momentum: of SGD; of AdamW, the decay of the mean gradient, beta 1.
         head_lr_factor: the rate of all but the backbone, as a multiple of `learning_rate`.
+
+    Raises ValueError for another kind.
     """
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"kind of optimiser: expected one of {', '.join(OPTIMIZERS)}, found {kind!r}")
     backbone = list(network.backbone.parameters())
     others = list(network.parameters())[len(backbone):]
     groups = [{"params": backbone, "lr": learning_rate}, {"params": others, "lr": learning_rate * head_lr_factor}]

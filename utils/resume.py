@@ -148,7 +148,7 @@ def compare(path, before, now):
                         "--snapshot-dir starts another run")
 
 
-def record(run, folder, config, keep=None, account=None, track=()):
+def record(run, folder, config, *, keep=None, account=None, track=()):
     """Give a run its log and its snapshots, in a folder.
 
     account: of the weights it starts from, or None; track: as in `RunLog`.

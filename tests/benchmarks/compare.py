@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -256,8 +256,7 @@ def cost(comparison, path, image, device):
     scoring = evaluate.get_parser().parse_args([*comparison.protocol, "--restore-from", str(path)])
     args, amp = comparison.args, comparison.amp or best_precision(device)
     exact_float32(amp, device)
-    protocol = evaluate.Protocol(scoring.input_size, scoring.whole, scoring.overlap, tuple(scoring.scales),
-                                 scoring.flip, amp=amp, raw_weights=scoring.raw_weights)
+    protocol = replace(evaluate.protocol_of(scoring), amp=amp)
     network, config = load_network(path, device, scoring.raw_weights)
     predictor = protocol.predictor(network, config, device, 1)
     predictor.watch = None

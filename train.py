@@ -281,13 +281,14 @@ def main(argv=None):
                                 cache=args.cache, jitter=args.jitter)
     print(dataset.describe())
     dataset.check_labels()
+    validation = CityscapesDataset(root, args.val_split, args.val_list, classes) if args.val_every else None
     if args.cache:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:       # one process of each host
             dataset.fill_cache(workers)
         if processes is not None:
             processes.barrier()
     stopped = memory.catch_out_of_memory(
-        lambda: perform(assemble(args, devices, processes, dataset, workers)),
+        lambda: perform(assemble(args, devices, processes, dataset, validation, workers)),
         lambda found: memory.out_of_memory_error(
             found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
             amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
@@ -297,8 +298,9 @@ def main(argv=None):
         raise cli.Interrupted(stopped)
 
 
-def assemble(args, devices, processes, dataset, workers):
-    """What the flags describe, as a `Run`. Nothing below knows flags."""
+def assemble(args, devices, processes, dataset, validation, workers):
+    """What the flags describe, as a `Run`; validation: the images of `--val-every`, or None. Nothing below knows
+    flags."""
     found, weights = find_start(
         resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
         pretrained=args.pretrained, backbone=args.backbone, processes=processes)
@@ -336,10 +338,9 @@ def assemble(args, devices, processes, dataset, workers):
     if dataset.classes.source == folders.ASSUMED and rank == 0:
         folders.keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
     resume.record(run, args.snapshot_dir, config, keep=args.keep, account=account, track=args.log)
-    if args.val_every:
-        images = CityscapesDataset(dataset.root, args.val_split, args.val_list, dataset.classes)
-        print(f"quick validation every {args.val_every} steps: {images.describe()}")
-        run.validate = QuickValidation(engine=engine, dataset=images, normalization=config.normalization,
+    if validation is not None:
+        print(f"quick validation every {plural(args.val_every, 'step')}: {validation.describe()}")
+        run.validate = QuickValidation(engine=engine, dataset=validation, normalization=config.normalization,
                                        ignore_index=IGNORE_INDEX, workers=workers, log=run.log,
                                        folder=args.snapshot_dir, read=read_snapshot)
     return run

@@ -27,7 +27,7 @@ from utils.cli import UserError, plural
 from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
 
-from .cityscapes import COARSE, OFFICIAL_COUNTS, CityscapesDataset, check_name, split_files
+from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, read_pairs, split_files
 from .folders import (
     ASSUMED,
     add_data_flags,
@@ -35,6 +35,7 @@ from .folders import (
     check_folder,
     data_root,
     keep_table,
+    match,
     read_table,
     splits_of,
 )
@@ -90,19 +91,33 @@ def find_pairs(root, split):
     return [(images[key], labels[key]) for key in images if key in labels], problems
 
 
+def find_partners(folders):
+    """The same of two folders, of images and of label maps."""
+    pairs, images, labels = match(folders)
+    return pairs, [*(("label map missing", f"{path}: expected its label map in {folders[1]}, found none") for path in
+                     images),
+                   *(("image missing", f"{path}: expected its image in {folders[0]}, found none") for path in labels)]
+
+
 def find_splits(root, lists):
     """{name of split or list: (pairs, problems)}. Raises `UserError` where there is nothing."""
     if lists:
-        return {str(path): (CityscapesDataset(root, data_list=path).pairs, []) for path in lists}
-    if isinstance(root, tuple):
-        return {os.path.join(root[0], name): (CityscapesDataset(root, name).pairs, []) for name in splits_of(root)} or {
-            root[0]: (CityscapesDataset(root).pairs, [])}
-    check_folder(root)
-    root = Path(root)
-    found = {split: find_pairs(root, split) for split in SPLITS if (root / "leftImg8bit" / split).is_dir()}
+        read = {str(path): read_pairs(root, path) for path in lists}
+        found = {path: (pairs, [("line of a list", text) for text in wrong]) for path, (pairs, _, wrong) in
+                 read.items()}
+        expected = next((text for _, problems in found.values() for _, text in problems), None)
+    elif isinstance(root, tuple):
+        places = [tuple(os.path.join(folder, name) for folder in root) for name in splits_of(root)] or [root]
+        found = {folders[0]: find_partners(folders) for folders in places}
+        expected = (f"--labels-dir {root[1]}: expected label maps of the stems that images in {root[0]} have, found "
+                    "none")
+    else:
+        check_folder(root)
+        found = {split: find_pairs(Path(root), split) for split in SPLITS if Path(root, "leftImg8bit", split).is_dir()}
+        expected = (f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, found "
+                    "none (--data-list reads other layouts)")
     if not any(pairs for pairs, _ in found.values()):
-        raise UserError(f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, "
-                        "found none (--data-list reads other layouts)")
+        raise UserError(expected)
     return found
 
 

@@ -96,14 +96,13 @@ class CityscapesDataset(Dataset):
     def _read_lists(self, lists):
         """[[(image, label map)]] of each list."""
         self.splits, self.weights = (), None
-        if len(self.folders) == 2:
-            read = [pair_listed(self.root, one) for one in lists]
-        else:
-            check_folder(self.root, "--data-dir ")
-            read = [_read_list(self.folders[0], Path(one)) for one in lists]
-        found = [pairs for pairs, _ in read]
+        read = [read_pairs(self.root, one) for one in lists]
+        for _, _, wrong in read:
+            if wrong:
+                raise UserError(wrong[0] + f", and {plural(len(wrong) - 1, 'line')} more like it" * (len(wrong) > 1))
+        found = [pairs for pairs, _, _ in read]
         # Of each pair: "FILE, line N", which messages name, and the folder of its list.
-        self.lines = [line for _, lines in read for line in lines]
+        self.lines = [line for _, lines, _ in read for line in lines]
         self.list_folders = [Path(one).parent for one, pairs in zip(lists, found, strict=True) for _ in pairs]
         return found
 
@@ -279,25 +278,32 @@ def _scan(root, split):
     return [(image, labels[key]) for key, image in images.items()]
 
 
-def _read_list(root, path):
-    """[(image, label map)] of a list, and ["FILE, line N"], where each stands. Raises `UserError`."""
-    pairs, lines_of_pairs = [], []
+def read_pairs(root, path):
+    """[(image, label map)] of a list; ["FILE, line N"], where each stands; and a sentence for each line that names
+    none. root: as in `CityscapesDataset`. Raises `UserError`."""
+    if isinstance(root, tuple):
+        return pair_listed(root, path)
+    check_folder(root, "--data-dir ")
+    root, path = Path(root), Path(path)
+    pairs, lines, wrong = [], [], []
     for number, line in read_list(path, '"image label"'):
-        parts = line.split("\t") if "\t" in line else line.split()
-        if len(parts) != 2:
-            raise UserError(f"{path}, line {number}: expected \"image label\" (a tab between names with spaces), found "
-                            f"{line!r}")
-        pairs.append(tuple(_find(part.strip(), root, path, number) for part in parts))
-        lines_of_pairs.append(f"{path}, line {number}")
-    return pairs, lines_of_pairs
+        where, parts = f"{path}, line {number}", line.split("\t") if "\t" in line else line.split()
+        try:
+            if len(parts) != 2:
+                raise UserError(f"expected \"image label\" (a tab between names with spaces), found {line!r}")
+            pairs.append(tuple(_find(part.strip(), root, path.parent) for part in parts))
+            lines.append(where)
+        except UserError as error:
+            wrong.append(f"{where}: {error}")
+    return pairs, lines, wrong
 
 
-def _find(name, root, path, number):
-    """The path of a file that a list names: relative to the root, else to the list's folder. Raises `UserError`."""
-    for folder in (root, path.parent):
+def _find(name, *folders):
+    """The path of a file that a list names, in the first of these folders that has it. Raises `UserError`."""
+    for folder in folders:
         if os.path.isfile(folder / name):       # false, not an error, for a name too long or a loop of links
             return folder / name
-    raise UserError(f"{path}, line {number}: expected the file {root / name}, found {kind_of(root / name)}")
+    raise UserError(f"expected the file {folders[0] / name}, found {kind_of(folders[0] / name)}")
 
 
 def _below(path, folders):

@@ -48,6 +48,8 @@ def data_root(data_dir, images_dir, labels_dir):
     """Where the data are: the folder of a data set or, of two folders, (of images, of label maps). Raises `UserError`
     where the flags name neither, or both."""
     if images_dir and labels_dir and not data_dir:
+        if os.path.realpath(images_dir) == os.path.realpath(labels_dir):
+            raise UserError(f"--labels-dir {labels_dir}: expected another folder than --images-dir, found the same")
         return images_dir, labels_dir
     if images_dir or labels_dir:
         raise UserError("--images-dir, --labels-dir: expected both and no other folder of data, found "
@@ -64,10 +66,14 @@ def undivided(root, split):
 
 def check_validation(root, data_list, val_list, val_split):
     """Refuse a quick validation that has no images of its own. root: of `data_root`."""
-    if not val_list and (data_list or undivided(root, val_split)):
+    without = not data_list and any(undivided(root, part.partition(":")[0]) for part in val_split.split("+"))
+    if without and (splits := splits_of(root)):
+        raise UserError(f"--val-split {val_split}: expected names of folders in {root[0]} and {root[1]}, found "
+                        f"{', '.join(splits)}")
+    if not val_list and (data_list or without):
         raise UserError(f"--val-every: expected --val-list with {'--data-list' if data_list else '--images-dir'}, "
                         "found none")
-    if not data_list and undivided(root, val_split):
+    if without:
         raise UserError("--val-list: expected --data-list with it, found none, so that its images would be learnt too")
 
 
@@ -83,14 +89,12 @@ def read_list(path, what):
     """[(number, line)] of a text file of such lines, but for empty ones and comments. Raises `UserError`."""
     try:
         lines = read_file(path, "a text file").decode("utf-8-sig").splitlines()
-    except UserError as error:
-        raise UserError(f"--data-list {error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--data-list {path}: expected a text file, found: {error}") from None
+        raise UserError(f"{path}: expected a text file, found: {error}") from None
     found = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]
     if not found:
-        raise UserError(f"--data-list {path}: expected lines {what}, found an empty list")
+        raise UserError(f"{path}: expected lines {what}, found an empty list")
     return found
 
 
@@ -110,34 +114,42 @@ def pair_folders(folders, splits):
     return [_pair(folders)]
 
 
-def _pair(folders):
+def match(folders):
+    """[(image, label map)] of two folders; images that have no label map; and label maps that have no image. Raises
+    `UserError`."""
     images, labels = _files(folders)
-    _check_partners(images, labels, f"{FLAGS[1]} {folders[1]}", folders[0])
-    _check_partners(labels, images, f"{FLAGS[0]} {folders[0]}", folders[1])
-    return [(image, labels[stem]) for stem, image in images.items()]
+    return ([(image, labels[stem]) for stem, image in images.items() if stem in labels],
+            [image for stem, image in images.items() if stem not in labels],
+            [label for stem, label in labels.items() if stem not in images])
 
 
-def _check_partners(files, others, place, folder):
-    """Raise `UserError` where {stem: path} of `folder` lack their partner in those of `place`."""
-    alone = [path.name for stem, path in files.items() if stem not in others]
-    if alone:
-        raise UserError(f"{place}: expected a partner of each of the {len(files)} files in {folder}, found none of the "
-                        f"stem of {', '.join(alone[:3])}{f' and {len(alone) - 3} more' * (len(alone) > 3)}"
-                        f"; --data-list takes only those that it names")
+def _pair(folders):
+    pairs, *alone = match(folders)
+    for files, folder, flag, place in zip(alone, folders, reversed(FLAGS), reversed(folders), strict=True):
+        if files:
+            names = ", ".join(path.name for path in files[:3])
+            raise UserError(f"{flag} {place}: expected a partner of each of the {len(pairs) + len(files)} files in "
+                            f"{folder}, found none of the stem of {names}"
+                            f"{f' and {len(files) - 3} more' * (len(files) > 3)}"
+                            "; --data-list takes only those that it names")
+    return pairs
 
 
 def pair_listed(folders, path):
-    """[(image, label map)] of a list of stems, and ["FILE, line N"], where each stands. Raises `UserError`."""
-    found, lines = _files(folders), {}
+    """[(image, label map)] of a list of stems; ["FILE, line N"], where each stands; and a sentence for each line that
+    names none. Raises `UserError`."""
+    found, lines, wrong = _files(folders), {}, []
     for number, stem in read_list(path, "of one stem"):
-        for files, folder in zip(found, folders, strict=True):
-            if stem not in files:
-                raise UserError(f"{path}, line {number}: expected the stem of a file in {folder}, such as "
-                                f"{next(iter(files))}, found {stem!r}")
+        where = f"{path}, line {number}"
+        lacking = [(folder, files) for folder, files in zip(folders, found, strict=True) if stem not in files]
+        for folder, files in lacking[:1]:
+            wrong.append(f"{where}: expected the stem of a file in {folder}, such as {next(iter(files))}, found "
+                         f"{stem!r}")
         if stem in lines:
-            raise UserError(f"{path}, line {number}: expected every stem once, found {stem!r} again")
-        lines[stem] = f"{path}, line {number}"
-    return [tuple(files[stem] for files in found) for stem in lines], list(lines.values())
+            wrong.append(f"{where}: expected every stem once, found {stem!r} again")
+        elif not lacking:
+            lines[stem] = where
+    return [tuple(files[stem] for files in found) for stem in lines], list(lines.values()), wrong
 
 
 def _files(folders):

@@ -160,7 +160,7 @@ def spoil(own, what):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("no list", r"--data-list .*list.txt: expected a text file"),
+    ("no list", r"list.txt: expected a text file"),
     ("empty list", r"list.txt: expected lines \"image label\", found an empty list"),
     ("one word", r"list.txt, line 2: expected \"image label\" .*, found 'b.png'"),
     ("no image", r"list.txt, line 3: expected the file .*b.png, found no such file"),

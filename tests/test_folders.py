@@ -119,6 +119,7 @@ def test_what_is_no_list_of_stems_is_a_sentence(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("given, message", [
+    ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same$"),
     ((None, None, None), "--data-dir: expected .* or --images-dir and --labels-dir, found none"),
     ((None, "A", None), "found A$"), ((None, None, "B"), "found B$"), (("C", "A", "B"), "found A and B and C$")])
 def test_one_kind_of_folder_is_named(given, message):
@@ -134,6 +135,10 @@ def test_validation_has_images_of_its_own(tmp_path):
     assert "--val-list with --images-dir, found none" in refusal(check_validation, plain, None, None, "val")
     assert "--val-list with --data-list, found none" in refusal(check_validation, "city", "l", None, "val")
     assert "--val-list: expected --data-list with it" in refusal(check_validation, plain, None, "v", "val")
+    check_validation(divided, None, None, "val:2+train:1")
+    for typo in ("vall", "val+tset"):
+        said = f"--val-split {typo}: expected names of folders in {divided[0]} and {divided[1]}, found train, val"
+        assert refusal(check_validation, divided, None, None, typo) == said
 
 
 def assumed(root, **options):
@@ -227,9 +232,14 @@ def test_validation_ids_count_for_the_table(tmp_path):
     ([], lambda root: Path(root, "s").mkdir() or Path(root, "s/classes.csv").write_text("mine"),
      "s/classes.csv: expected the class table that the label maps make, or no file, found another one"),
     (["--val-every", "1"], None, "--val-every: expected --val-list with --images-dir, found none"),
+    (["--val-every", "1", "--data-list", "{root}/one.txt", "--val-list", "{root}/gone.txt", "--classes",
+      "{root}/classes.csv"], None, "gone.txt: expected a text file, found no such file"),
     (["--data-dir", "."], None, "--images-dir, --labels-dir: expected both and no other folder of data")])
 def test_what_training_refuses(tmp_path, more, spoil, message):
     folders = make(tmp_path, "a", "b")
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "classes.csv").write_text(BINARY)
+    more = [word.format(root=tmp_path) for word in more]
     if spoil:
         spoil(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -252,6 +262,30 @@ def test_the_check(tmp_path, monkeypatch, capsys, stems, splits):
         monkeypatch.setattr("sys.argv", ["check", *words(folders, "--data-list", "some.txt", "--num-workers", "1")])
         check.main()
         assert "some.txt: 1 pair;" in capsys.readouterr().out
+
+
+def test_the_check_names_all_that_have_no_partner(tmp_path, monkeypatch, capsys):
+    folders = make(tmp_path / "data", *"abcdef")
+    for name in ("labels/b.png", "labels/d.png", "images/f.TIF"):
+        (tmp_path / "data" / name).unlink()
+    (tmp_path / "some.txt").write_text("a\nb\nc\nzz\na\n")
+    monkeypatch.chdir(tmp_path)
+
+    def checked(*more):
+        monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", "1", *more)])
+        with pytest.raises(SystemExit, match="1"):
+            check.main()
+        out, (found,) = capsys.readouterr().out, json.loads(Path("runs/check_data/check.json").read_text())[
+            "splits"].values()
+        assert f"{len(found['problems'])} problems" in out
+        return found["pairs"], [(one["kind"], one["text"].partition(":")[0]) for one in found["problems"]]
+
+    assert checked() == (3, [("label map missing", f"{folders[0]}/b.jpg"), ("label map missing", f"{folders[0]}/d.png"),
+                             ("image missing", f"{folders[1]}/f.png")])
+    assert checked("--data-list", "some.txt") == (2, [("line of a list", f"some.txt, line {k}") for k in (2, 4, 5)])
+    for name in "ace":
+        (tmp_path / f"data/labels/{name}.png").unlink()
+    assert "labels: expected label maps of the stems that images in" in refusal(check.find_splits, folders, None)
 
 
 def test_a_split_for_the_server_is_of_cityscapes(tmp_path):

@@ -20,7 +20,7 @@ from utils.precision import without_autocast
 from utils.replicas import Replicas
 from utils.versions import outside_compiled_code
 
-from . import backend, functions, recompute
+from . import backend, functions, kernels, recompute
 from .synchronise import combine, find_exchange
 
 HALF = (torch.float16, torch.bfloat16)
@@ -134,23 +134,30 @@ class ABN(nn.Module):
     def _batch_statistics(self, x):
         """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values a channel, and with whom it is shared.
 
-        Updates the running statistics.
+        The values are a number, or on a GPU those of each part (P,). Updates the running statistics.
         """
         exchange, own = self._exchange(x), functions.values_a_channel(x)
-        updates = self.training and self.track_running_stats
+        # On a GPU each operation on (C,) costs the host as much as one on a map: few kernels do it all.
         if exchange is None:
             self._check_count(own, x)
-            momentum, _ = self._momentum_and_training()
-            # On a GPU each operation on (C,) costs the host as much as one on a map: one kernel does it all.
-            mean, var = functions.local_statistics(x, *[self.running_mean, self.running_var, momentum] * updates)
+            mean, var = functions.local_statistics(x, *self._running(exchange))
             return mean, (var + self.eps).rsqrt(), own, None
+        if kernels.serve(x):
+            return *functions.shared_statistics(x, exchange, self.eps, *self._running(exchange)), exchange
         count, mean, var = self._gather_statistics(x, own, exchange)
         self._check_count(count, x)
-        if updates and not (isinstance(exchange, Replicas) and exchange.rank):
-            momentum, _ = self._momentum_and_training()
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+        if running := self._running(exchange):
+            running_mean, running_var, momentum = running
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
         return mean, (var + self.eps).rsqrt(), count, exchange
+
+    def _running(self, exchange):
+        """[running mean, running variance, weight of this batch, which is counted]; none where they stay as they are:
+        of several replicas the first one updates them."""
+        if not self.training or not self.track_running_stats or isinstance(exchange, Replicas) and exchange.rank:
+            return []
+        return [self.running_mean, self.running_var, self._momentum_and_training()[0]]
 
     def _gather_statistics(self, x, own, exchange):
         """Values a channel, mean and variance (C,) of all parts of the batch; `own`: values a channel of this part."""

@@ -6,6 +6,7 @@ and the backward pass finds z and x̂ from y (Rota Bulo et al. 2018, section 3, 
 Per-channel values are (C,) in float64 for float64 inputs and in float32 for all others.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -36,17 +37,33 @@ def values_a_channel(x):
 
 def local_statistics(x, running_mean=None, running_var=None, momentum=0.0):
     """x (B, C, ...) → mean and variance (C,), not the unbiased one. Updates running statistics, if they are given."""
-    running = running_mean, running_var
-    # The kernel's results take the dtype of what it updates: of a module in half precision that is a copy.
-    updated = [x.new_zeros(x.shape[1], dtype=statistics_dtype(x)) if one is None else one.to(statistics_dtype(x))
-               for one in running]
-    if x.is_meta:
-        return updated
-    found = torch.ops.aten.batch_norm_update_stats(x, *updated, momentum)
+    dtype = statistics_dtype(x)
+    with in_dtype((running_mean, running_var), dtype) as running:
+        updated = [x.new_zeros(x.shape[1], dtype=dtype) if one is None else one for one in running]
+        return updated if x.is_meta else torch.ops.aten.batch_norm_update_stats(x, *updated, momentum)
+
+
+def shared_statistics(x, exchange, eps, running_mean=None, running_var=None, momentum=0.0):
+    """x (B, C, ...), a part of a batch on a GPU → mean and 1 / sqrt(var + eps) (C,) of the batch, and the values a
+    channel of each of its parts (P,). Updates running statistics, if they are given."""
+    mean, invstd = kernels.statistics(x, eps)
+    count = mean.new_full((1,), values_a_channel(x))        # a copy of a list would wait
+    parts = torch.stack(exchange.gather(torch.cat([mean, invstd, count])))                          # (P, 2C + 1)
+    means, invstds, counts = parts.split([len(mean), len(mean), 1], dim=1)
+    counts = counts.flatten()
+    with in_dtype((running_mean, running_var), mean.dtype) as running:
+        return *kernels.combined_statistics(means, invstds, counts, *running, momentum, eps), counts
+
+
+@contextlib.contextmanager
+def in_dtype(running, dtype):
+    """Running statistics, (C,) or None, as kernels want them, which update them: those of a module in half precision
+    as copies, written back at the end."""
+    updated = [None if one is None else one.to(dtype) for one in running]
+    yield updated
     for one, new in zip(running, updated, strict=True):
-        if new is not one and one is not None:
+        if new is not one:
             one.copy_(new)
-    return found
 
 
 def along(vector, x):

@@ -17,6 +17,21 @@ def laid_out_like(dy, x):
     return dy.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def statistics(x, eps):
+    """Mean and 1 / sqrt(var + eps) (C,) of a map."""
+    return torch.batch_norm_stats(x, eps)
+
+
+def combined_statistics(means, invstds, counts, running_mean, running_var, momentum, eps):
+    """Those of P parts of a batch, (P, C) each, of so many values a channel (P,) → of the batch, (C,), by one kernel.
+
+    Updates running statistics, unless they are None.
+    """
+    # The first argument decides the dtype of counts where there are no running statistics.
+    return torch.batch_norm_gather_stats_with_counts(means, means, invstds, running_mean, running_var, momentum, eps,
+                                                     counts)
+
+
 def transform(x, gamma, beta, mean, invstd, out):
     """x̂ · γ + β into `out`, which may be x."""
     return torch.batch_norm_elemt(x, gamma, beta, mean, invstd, 0.0, out=out)
@@ -41,7 +56,8 @@ def backward_alone(source, dz, center, scale, factor, count):
 
 
 def backward_elements(source, dz, center, scale, factor, totals, count):
-    """dL/dx = factor · (dz - mean(dz) - x̂ · mean(x̂ · dz)), means over `count` values, an int or a scalar tensor.
+    """dL/dx = factor · (dz - mean(dz) - x̂ · mean(x̂ · dz)), means over `count` values: an int, or
+    a tensor whose sum they are.
 
     The kernel computes (dz - sum dz / n - (source - mean) · invstd² · sum(dz · (source - mean)) / n) · invstd · weight.
     """
@@ -51,5 +67,5 @@ def backward_elements(source, dz, center, scale, factor, totals, count):
 
 def as_counts(count, device):
     if isinstance(count, torch.Tensor):
-        return count.reshape(1).to(torch.int32)
+        return count.reshape(-1).to(torch.int32)
     return torch.full((1,), count, dtype=torch.int32, device=device)

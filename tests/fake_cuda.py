@@ -169,6 +169,21 @@ class FakeDevice(TorchDispatchMode):
         self.take(x, mean, var)
         return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
 
+    def batch_norm_stats(self, x, eps):
+        self.take(x)
+        return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+
+    def batch_norm_gather_stats_with_counts(self, like, means, invstds, running_mean, running_var, momentum, eps,
+                                            counts):
+        for vector in (running_mean, running_var):
+            need(vector is None or vector.dtype == torch.float32 and vector.shape == means.shape[1:],
+                 f"expected float32 {tuple(means.shape[1:])}")
+        need(means.dtype == invstds.dtype == torch.float32 and means.ndim == 2 and means.shape == invstds.shape
+             and counts.shape == means.shape[:1] and counts.dtype == (running_mean if running_mean is not None else like
+                                                                     ).dtype and counts.is_cuda,
+             f"found means {tuple(means.shape)}, counts {counts.dtype} {tuple(counts.shape)}")
+        return tuple(means.new_empty(means.shape[1]) for _ in range(2))
+
     def batch_norm_elemt(self, x, weight, bias, mean, invstd, eps, *, out=None):
         self.take(x, weight, bias, mean, invstd)
         out = torch.empty_like(x) if out is None else out

@@ -349,7 +349,26 @@ def cuda_kernels(monkeypatch):
             running_var.lerp_(x.float().var(dims), momentum)
         return x.float().mean(dims), x.float().var(dims, correction=0)
 
-    for name, function in (("elemt", elemt), ("backward_reduce", reduce), ("backward_elemt", backward)):
+    def stats(x, eps):
+        check([x], [])
+        mean, var = update_stats(x)
+        return mean, (var + eps).rsqrt()
+
+    def gather(like, means, invstds, running_mean, running_var, momentum, eps, counts):
+        assert means.ndim == 2 and means.dtype == invstds.dtype == torch.float32 and counts.shape == means.shape[:1]
+        assert counts.dtype == (like if running_mean is None else running_mean).dtype
+        average, squares, number = torch.zeros(means.shape[1]), torch.zeros(means.shape[1]), 0
+        for mean, invstd, count in zip(means, invstds, counts.tolist(), strict=True):
+            squares += ((1 / invstd) ** 2 - eps) * count + (average - mean) ** 2 * number * count / (number + count)
+            average = (number * average + count * mean) / (number + count)
+            number += count
+        if running_mean is not None:
+            running_mean.lerp_(average, momentum)
+            running_var.lerp_(squares / (number - 1), momentum)
+        return average, (squares / number + eps).rsqrt()
+
+    for name, function in (("elemt", elemt), ("backward_reduce", reduce), ("backward_elemt", backward),
+                           ("stats", stats), ("gather_stats_with_counts", gather)):
         monkeypatch.setattr(torch, f"batch_norm_{name}", kernel(function))
     monkeypatch.setattr(functions, "local_statistics", kernel(update_stats))
     monkeypatch.setattr(kernels, "serve", lambda x: x.dtype != torch.float64)

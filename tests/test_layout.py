@@ -47,10 +47,15 @@ def test_optional_packages_are_imported_where_they_are_used(path):
     assert not {name for _, name in imports(top)} & OPTIONAL
 
 
-def test_scripts_start_without_the_compiler():
-    """Its import takes a second, which --help and a refused flag would wait for too."""
-    code = "import sys, train, evaluate; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_importing_touches_nothing():
+    """Neither a GPU, a process group, the command line, an optional package, nor the compiler, whose import takes a
+    second that --help and a refused flag would wait for too."""
+    code = ("import sys, torch, train, evaluate, dataset.check, dataset.streets; "
+            "sys.exit(torch.cuda.is_initialized() or torch.distributed.is_initialized() or "
+            "str(sorted({'torch._dynamo', *sys.argv[2:]} & sys.modules.keys())).strip('[]') or None)")
+    done = subprocess.run([sys.executable, "-c", code, "--no-such-flag", *OPTIONAL], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_else_lies_at_the_top():

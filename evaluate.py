@@ -448,7 +448,7 @@ def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results)
         found = Evaluation(dataset, pictures, protocol.boundary)
         found.run(predictor, machine.workers, processes)
     if processes is not None:
-        processes.barrier()        # nothing is said of pictures that another could not write
+        processes.barrier()        # results are told when all have written their pictures
     if not found.headline["fine"].matrix.any():
         raise UserError(f"--split {dataset.split}: expected labelled pixels to score, found none; predictions for the "
                         "Cityscapes server are made by --submission FOLDER")

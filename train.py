@@ -258,7 +258,7 @@ def parse_and_check(argv=None):
 
 def main(argv=None):
     args, root, devices, classes, crops = parse_and_check(argv)
-    if args.parallel == "ddp" and len(devices) > 1:     # before this process uses a GPU, whose memory that would take
+    if args.parallel == "ddp" and len(devices) > 1:     # before this process takes memory of a GPU
         start_processes(len(devices), argv)
     processes = join_processes(devices[0])
     given, args.amp = args.amp, args.amp or shared_precision(devices, processes)
@@ -294,7 +294,7 @@ def main(argv=None):
             amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
             recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
     leave_processes()
-    if stopped:     # after everything else: nothing that waits for a finished training may follow
+    if stopped:     # last of all: by the exit status the training is not finished
         raise cli.Interrupted(stopped)
 
 
@@ -432,7 +432,7 @@ def train(run):
 
             last, logged = step == num_steps, step % run.log_every == 0 or step == num_steps
             if step == run.start + 1:
-                memory.forget_peak(engine.devices[0])       # cuDNN has tried ways of several times a step's memory
+                memory.forget_peak(engine.devices[0])       # cuDNN tried algorithms that take several times as much
                 keeping, norms = layers_that_keep_their_input(engine.network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
@@ -456,7 +456,7 @@ def train(run):
             if stopping:
                 log.say(f"stopped after step {step}; the same command with --resume goes on")
                 break
-            if logged:      # what else was done is not the step's time
+            if logged:      # pictures, validation and snapshots do not count
                 window, waited, images = time.monotonic(), 0.0, 0
     return stop.number if engine.processes is None else max(engine.processes.gather_objects(stop.number))
 

@@ -162,14 +162,14 @@ class ABN(nn.Module):
     def _gather_statistics(self, x, own, exchange):
         """Values a channel, mean and variance (C,) of all parts of the batch; `own`: values a channel of this part."""
         mean, var = functions.local_statistics(x)
-        count = torch.full((1,), own, dtype=torch.double, device=mean.device)       # a copy of a list would wait
+        count = torch.full((1,), own, dtype=torch.double, device=mean.device)       # torch.tensor would wait
         parts = torch.stack(exchange.gather(torch.cat([count, mean.double(), (var * own).double()])))   # (P, 1 + 2C)
         counts, means, moments = parts[:, 0], *parts[:, 1:].chunk(2, dim=1)
         count, mean, moment = (values.to(mean.dtype) for values in combine(counts, means, moments))
         return count if x.is_cuda else int(count), mean, moment / count
 
     def _check_count(self, count, x):
-        if not isinstance(count, torch.Tensor) and count <= 1:      # on a GPU nobody waits for that of several parts
+        if not isinstance(count, torch.Tensor) and count <= 1:      # tensors stay on the GPU
             raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
                              f"input of shape {tuple(x.shape)}")
 

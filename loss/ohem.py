@@ -41,7 +41,7 @@ def kth_smallest(values, k):
     """The k-th smallest of values (P,), k from 1, as a scalar tensor on their device."""
     if values.is_cpu:       # NumPy reads the same memory and selects ten times faster than kthvalue
         return values.new_tensor(np.partition(values.numpy(), k - 1)[k - 1])
-    return values.topk(len(values) - k + 1, sorted=False).values.min()      # kthvalue is one block on a GPU
+    return values.topk(len(values) - k + 1, sorted=False).values.min()      # kthvalue uses one block of a GPU
 
 
 class OhemCrossEntropy(nn.Module):

@@ -344,7 +344,7 @@ def _fetch(name):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
-        except (OSError, RuntimeError) as error:        # no network; another checksum
+        except (OSError, RuntimeError) as error:        # OSError: no connection; RuntimeError: another checksum
             raise UserError(f"{name}: expected to fetch {url}, found: {error}; a copy of that file will do") from None
     return path
 
@@ -395,7 +395,7 @@ def _state_dict(content, name):
 
 def _rename(state, ours):
     """A residual network's tensors by the names of its family → (family, by our names)."""
-    if ours or ("conv1.4.weight" in state and "conv1.6.weight" not in state):       # the latter: our backbone alone
+    if ours or ("conv1.4.weight" in state and "conv1.6.weight" not in state):       # this stem: our backbone alone
         return "ours", state
     stem = {}
     family = "torchvision"

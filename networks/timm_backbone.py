@@ -167,7 +167,7 @@ def _find_plan(backbone, arguments):
             try:
                 plan = _try(backbone, candidate, device)
             except Exception as error:  # noqa: BLE001, timm's own kinds of error for what a network cannot do
-                if candidate in ({}, *candidates[:1]):      # the others are refused for words they do not know
+                if candidate in ({}, *candidates[:1]):      # the others refuse arguments they do not know
                     found = f"{type(error).__name__} {error}".strip().splitlines()[0][:160]
                 if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
                     continue        # what has no values cannot be asked for one

@@ -94,7 +94,7 @@ def load(path):
         _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, torch raises many kinds for a file that is not its own
-        # What torch says first is how to make it run code; what it found comes last.
+        # torch's message begins with advice to let the file run code; what is wrong stands at its end.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2] or error
         raise UserError(f"{path}: expected a file of tensors written by torch.save, found one that cannot be "
                         f"read as data alone ({first_words(reason)})") from None

@@ -16,7 +16,7 @@ import traceback
 
 import torch.distributed as dist
 
-# What asks a run to end: Ctrl-C, a supervisor, a terminal that closes (which Windows does not tell).
+# Signals that ask a run to end: from Ctrl-C, a supervisor, a terminal that closes (Windows has none for this).
 ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -57,7 +57,7 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-# What gloo, NCCL and the store say when a peer is gone, and nothing else they say.
+# Messages of gloo, NCCL and the store that mean a lost peer, and no other messages of theirs.
 LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection was likely closed|broken pipe|ncclRemoteError|"
                        r"remote process exit|failed to recv, got 0 bytes", re.I)
 DEAD_WORKER = "DataLoader worker (pid"      # not "in DataLoader worker process": that is an error of the code there
@@ -310,7 +310,7 @@ def plain_values(flags):
     return {name: kinds.get(type(value), lambda same: same)(value) for name, value in flags.items()}
 
 
-# Beyond these no flag means anything: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.
+# Largest values of flags: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.
 LARGEST = {int: 2 ** 31 - 1, float: 1e30}
 
 

@@ -32,7 +32,7 @@ def select_devices(gpu=None):
     reason = unusable_gpu() if count == 0 and gpu != "cpu" else None
     if gpu is None:
         devices = [torch.device("cuda", i) for i in range(count)]
-        if count == 1:          # of several each process asks its own: this one may only start them
+        if count == 1:          # with several each process asks its own: this one perhaps only starts them
             reason = _missing_kernels(devices[0])
         if reason:
             print(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}", file=sys.stderr)
@@ -238,9 +238,9 @@ def start_processes(count, argv=None):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     words = sys.argv[1:] if argv is None else argv
-    # The processes speak for themselves; the launcher's own account of a failure would bury what they said.
+    # The processes report their own errors; the launcher's long report of a failure would hide them.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # A signal that comes again meanwhile would end the launcher's waiting for what the processes save.
+    # A second signal would make the launcher stop waiting for processes that are still saving.
     api._terminate_process_handler = deaf_for_a_second(api._terminate_process_handler)
     config = LaunchConfig(1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           max_restarts=0)
@@ -248,7 +248,7 @@ def start_processes(count, argv=None):
         elastic_launch(config, sys.executable)("-u", sys.argv[0], *words)
     except ChildFailedError as error:
         found = {failure.exitcode for failure in error.failures.values()}
-        # 2 is that of a process which found the user's input at fault; the others then lost it.
+        # Status 2: a process found the user's input at fault, and the others failed because they lost it.
         first = 2 if 2 in found else error.get_first_failure()[1].exitcode
         sys.exit(first if first > 0 else 128 - first)
     except api.SignalException as error:

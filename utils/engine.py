@@ -172,7 +172,7 @@ class Engine:
             process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
             before the step.
         """
-        for decide, layers in self._looking_ahead.items():      # each alone would make the host wait
+        for decide, layers in self._looking_ahead.items():      # together, for the host waits each time
             decide(layers, len(batches) * len(self.devices))
         for buffers, kept in self._statistics:
             torch._foreach_copy_(kept, buffers)

@@ -63,7 +63,7 @@ class History:
         if error.what == "gradient":
             healthy = self.course.add(self.engine.criterion.total(
                 {name: error.terms[name] for name in self.engine.criterion.weights}))
-        else:       # the batch may be at fault, if the step before was normal and has not blown the weights up
+        else:       # if the step before was normal and left weights of normal size, the batch may be at fault
             healthy = self.course.normal and self.engine.weight_norm() < 10 * self.first_norm
         if healthy:
             if self.saved != done:

@@ -352,7 +352,7 @@ def score(predictor, items, num_classes, ignore_index, processes=None, seen=None
             seen(item, heads, confidence, labels, counts, truth)
     if processes is None:
         return matrices
-    total = {}      # one without images knows neither protocols nor heads
+    total = {}      # a process without images has neither protocols nor heads
     for part in processes.gather_objects(matrices):
         for protocol, heads in part.items():
             for head, matrix in heads.items():

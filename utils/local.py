@@ -20,8 +20,8 @@ from .cli import UserError, plural
 from .logger import METRICS, read_lines
 
 PROJECT = Path(__file__).resolve().parents[1]
-# The demonstration: scenes to draw, and what is learnt from them. Its length, in steps, decides how long it takes. So
-# short a training does not learn poles and riders of their own: it learns the seven categories of Cityscapes.
+# The demonstration: scenes to draw, and a training. Its steps decide how long it takes; too short to learn all classes
+# of Cityscapes, it learns the seven categories.
 SCENES = ("--train", 120, "--val", 30, "--size", "256,512", "--seed", 0)
 CLASSES = PROJECT / "dataset/list/cityscapes/categories.csv"
 STEPS, BATCH = 400, 4
@@ -35,8 +35,8 @@ ROOM = 200e6                # bytes: the scenes, a snapshot, pictures
 PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--input-size", "769,769", "--weight-decay",
          "1e-4", "--batch-size", 8, "--num-steps", 60000)
 FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags in whose place the first word stands
-# For `python -c`, before the project's folder and flags of train.py: can these work? The project's folder takes the
-# place of the user's, from which Python would import otherwise; a process of its own lets go of the GPU at its end.
+# `python -c CHECK PROJECT FLAGS...` asks train.py whether flags can work. sys.path[0] is the user's folder, from which
+# Python would import first; and a process of its own gives back what it takes of a GPU.
 CHECK = "import sys; sys.path[0] = sys.argv.pop(1); import train; train.cli.run(train.parse_and_check)"
 
 
@@ -79,7 +79,7 @@ def call(*words, folder=None, watch=lambda: None):
     folder: where it runs; None for the user's. watch: called once a second meanwhile.
     """
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=folder)
-    # A terminal sends Ctrl-C to both, and the other one decides; what is sent to this process alone is handed on.
+    # A terminal sends Ctrl-C to both processes, and the other one decides; what this one alone gets is handed on.
     before = [signal.signal(signal.SIGINT, signal.SIG_IGN),
               signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))]
     try:

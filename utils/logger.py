@@ -285,7 +285,7 @@ def _continued(path, step):
     if path.exists():
         found = read_lines(path)
         strange = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()) - len(found)
-        if strange > 1:     # one that was cut off is what a killed run leaves
+        if strange > 1:     # a killed run leaves one that is cut off
             print(f"{path}: {strange} lines without a step are left out")
         kept = "".join(json.dumps(line) + "\n" for line in found if line["step"] <= step)
         checkpoint.write_atomically(path, lambda file: file.write(kept.encode()))
@@ -308,7 +308,7 @@ def _lock(folder):
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Neither through a link nor by cutting what lies there; and not waiting for the other end of a pipe.
+        # It follows no link, empties no file that lies there, and does not wait for the other end of a pipe.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
                                  | getattr(os, "O_NONBLOCK", 0), 0o666), "rb")
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -18,7 +18,7 @@ class Counts:
         self._counts = self._counts.to(other._counts.device) + other._counts
 
     def _count(self, counts):
-        # The host need not wait until the zeros of a new matrix are on a GPU; for what comes from there it must.
+        # To a GPU the host need not wait for the copy; from a GPU it must.
         self._counts = self._counts.to(counts.device, non_blocking=self._counts.is_cpu) + counts
 
     def __getstate__(self):     # another process may not have the device
@@ -62,7 +62,7 @@ class ConfusionMatrix(Counts):
         prediction = torch.where((prediction >= 0) & (prediction < n), prediction, n)
         place = torch.where((label >= 0) & (label < n), label * (n + 1) + prediction, invalid)
         place = torch.where(label == self.ignore_index, ignored, place)
-        # Not bincount: on a GPU it asks for the largest value. A CPU counts by it several times as fast.
+        # bincount is several times as fast on a CPU; on a GPU the host would wait for the largest value.
         counts = torch.bincount(place, minlength=invalid + 1) if place.is_cpu else torch.zeros(
             invalid + 1, dtype=torch.int64, device=place.device).scatter_add_(0, place, torch.ones_like(place))
         if counts.is_cpu and counts[-1]:

@@ -117,5 +117,5 @@ def at_least_float32(x):
 
 def without_autocast(x):
     """A context in which operations on the device of `x` keep their dtype."""
-    kind = x.device.type        # "meta" tensors have sizes alone, and no autocast
+    kind = x.device.type        # the device "meta" has no autocast
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

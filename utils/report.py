@@ -109,7 +109,7 @@ def write_report(path, result, matrix, classes, palette, entries):
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    columns, bounded = (dict(reversed(some(result).items()))        # the headline first: phones are narrow
+    columns, bounded = (dict(reversed(some(result).items()))        # the headline first, for narrow screens
                         for some in (score_columns, boundary_columns))
     page = template.render(
         plural=plural, result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,

@@ -12,11 +12,11 @@ from .logger import RunLog, about_this_run
 # Flags without which a snapshot belongs to another run: the network, how it learns, and the sequence of its samples.
 SAME_RUN = ("model", "acf", "norm", "activation", "optimizer", "freeze", "ema", "split", "input_size", "batch_size",
             "random_seed", "random_mirror", "random_scale", "sampling", "jitter")
-# Flags that change what is learnt from there on: allowed, and said.
+# Flags that change what is learnt from there on: allowed, with a message.
 NEW_COURSE = ("learning_rate", "head_lr_factor", "momentum", "weight_decay", "power", "warmup_steps", "num_steps",
               "clip_gradient", "accumulate", "loss_weights", "class_weights", "ohem", "ohem_thres", "ohem_keep", "amp",
               "opt_level")
-# What runs did before there was a flag for it.
+# Values of runs from before there was a flag.
 BEFORE_THE_FLAG = {"acf": False, "optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0,
                    "loss_weights": "fine=0.7,coarse=0.6,aux=0.4"}
 
@@ -164,4 +164,4 @@ def record(run, folder, config, *, keep=None, account=None, track=()):
         if run.start == 0 and best.exists():
             print(f"{best} is of an earlier run, kept as {checkpoint.set_aside(best)}")
     if engine.processes is not None:
-        engine.processes.barrier()      # all must have the same record to beat
+        engine.processes.barrier()      # all must see the same best snapshot

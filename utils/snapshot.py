@@ -97,7 +97,7 @@ def parse(path, content, build, resuming=False):
                       "at most the --num-steps of its run")
     try:
         network = build(**config.network)
-    except (ValueError, TypeError) as error:        # the latter: an argument that there is not
+    except (ValueError, TypeError) as error:        # TypeError: for an argument that does not exist
         raise UserError(f"{path}: config.network.{error}") from None
     model = root["model"].tensors(network.state_dict())
     present = {name: name in content for name in ("optimizer", "scaler", "rng", "quick_mean_iou", "average")}
@@ -167,11 +167,11 @@ class Field:
         if like is not None:
             self.need(value.shape == like.shape and value.dtype.is_floating_point == like.dtype.is_floating_point,
                       shown(like))
-        # Strides of 0 would make a huge tensor of one number.
+        # A file of a few bytes can declare a huge tensor, with strides of 0.
         self.need(value.numel() * value.element_size() <= value.untyped_storage().nbytes(), "a place for each value",
                   f"{shown(value)} whose values share theirs")
         if value.numel():
-            low, high = (one.item() for one in torch.aminmax(value.detach()))       # reads once, and keeps nothing
+            low, high = (one.item() for one in torch.aminmax(value.detach()))       # in one pass, without a copy
             self.need(math.isfinite(low) and math.isfinite(high), "finite values", "some that are not finite")
             self.need(low >= 0 or not self.name.endswith(("running_var", "num_batches_tracked")), "no value below 0",
                       f"{low:.4g}")
@@ -230,7 +230,7 @@ def _config(field, resuming):
     field["network"]["num_classes"].need(
         type(network.get("num_classes")) is int and network["num_classes"] == count,
         f"the number of its classes, {count},")
-    for name in ("model", "backbone", "norm", "activation"):    # what tensors may leave open is never assumed
+    for name in ("model", "backbone", "norm", "activation"):    # no defaults: the tensors do not always tell these
         field["network"][name].text()
     arguments = samples = None
     if resuming or "arguments" in config:

@@ -36,7 +36,7 @@ class WandB:
     def __init__(self, folder, known, about):
         import wandb
         self.image = wandb.Image
-        # Without its copy of the console, which replaces a standard output that is made to survive.
+        # Its copy of the console is off: it would replace our standard output, which survives a closed terminal.
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), dir=str(folder), id=known,
                               resume="allow" if known else None, config=about,
                               settings=wandb.Settings(console="off"))
@@ -136,7 +136,7 @@ def check_packages(names):
     """Raise `UserError` where the package of a service is not installed."""
     for name in names:
         found = find_spec(name)
-        if found is None or found.origin is None:       # a folder of this name is no package
+        if found is None or found.origin is None:       # without origin: only a folder of that name
             raise UserError(f"--log {name}: expected the package {name}, found none; pip install {name}")
 
 

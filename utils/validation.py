@@ -39,7 +39,7 @@ class QuickValidation:
         best = Path(folder, checkpoint.BEST)
         self.highest = read(best).quick_mean_iou if best.exists() else -1.0
         if engine.processes is not None:
-            self.highest = engine.processes.broadcast(self.highest)     # all must agree when to save
+            self.highest = engine.processes.broadcast(self.highest)     # all must save at the same steps
 
     def __call__(self, step, asked):
         """Score and log; returns the mean IoU of the fine head if it has never been better in this folder, else

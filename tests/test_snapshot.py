@@ -179,6 +179,13 @@ def test_a_wrong_snapshot_is_one_sentence(sound, files, what):
     assert "\n" not in sentence(caught.value) and len(sentence(caught.value)) < 400
 
 
+def test_a_variance_that_rounding_left_below_0_is_read(sound, files):
+    """1 / sqrt(0 + 1e-5) in float32 and back, as CUDA's kernel for several processes does it, may give -1.8e-12."""
+    files["CS_scenes_7.pth"] = change(sound, (*MODEL, "backbone.bn1.running_var"), filled(-1.8e-12))
+    network, _ = evaluate.load_network("CS_scenes_7.pth", torch.device("cpu"))
+    assert all(weight.isfinite().all() for weight in network.parameters())
+
+
 @pytest.mark.parametrize("what", [*list(WRONG)[::12], "another step than its name", "weight NaN",
                                   "classes of one name"])
 def test_resume_passes_over_a_wrong_snapshot_and_says_so(sound, files, capsys, what):

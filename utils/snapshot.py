@@ -14,6 +14,9 @@ from .normalization import Normalization
 from .optimization import OPTIMIZERS
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# CUDA's kernel that puts the statistics of several processes together knows variances as 1 / sqrt(var + eps) alone. For
+# a channel that is always 0 it finds eps - eps, which rounding may leave below 0 by a few 1e-7 of eps.
+ROUNDING = 1e-8
 MISSING = object()
 # What the loss scale of fp16 keeps → the least value that makes sense.
 SCALER = {"scale": 1e-30, "growth_factor": 1e-30, "backoff_factor": 1e-30, "growth_interval": 1, "_growth_tracker": 0}
@@ -173,8 +176,8 @@ class Field:
         if value.numel():
             low, high = (one.item() for one in torch.aminmax(value.detach()))       # in one pass, without a copy
             self.need(math.isfinite(low) and math.isfinite(high), "finite values", "some that are not finite")
-            self.need(low >= 0 or not self.name.endswith(("running_var", "num_batches_tracked")), "no value below 0",
-                      f"{low:.4g}")
+            self.need(low >= -ROUNDING or not self.name.endswith(("running_var", "num_batches_tracked")),
+                      "no value below 0", f"{low:.4g}")
         return value
 
     def tensors(self, like):

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import json
+import textwrap
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +37,8 @@ class Plan:
 
     Attributes:
         arguments: of `timm.create_model`.
-        channels, reductions: of each map it gives; pixels of the image to a place of the map.
+        channels, reductions: of each map that is used, the last two or, to be joined, all; pixels of the image to a
+            place of the map.
         multiple: sides of images are padded to multiples of this.
         tiles: whether the image is cut into patches side by side; else places of maps lie on the pixels 0, r, 2r, ...
         last: whether channels are the last axis.
@@ -102,9 +104,11 @@ class TimmBackbone(nn.Module):
             self.body.get_parameter(name).requires_grad_(False)
 
     def forward(self, images):
-        """images (B, 3, H, W) → maps (B, channels[i], ceil(H / r), ceil(W / r)), the last but one as stage 3 of a
-        residual network, the last one as stage 4, whose r is `stride`."""
-        maps = _maps(self.body, images, self.plan)
+        """images (B, 3, H, W) → two maps (B, channels[i], ceil(H / r), ceil(W / r)), one as stage 3 of a residual
+        network, the other as stage 4, whose r is `stride`."""
+        height, width = images.shape[2:]        # numbers above 0 below: ONNX divides others in another way
+        maps = [one[..., :(height + r - 1) // r, :(width + r - 1) // r]
+                for one, r in zip(_maps(self.body, images, self.plan), self.plan.reductions, strict=True)]
         if not self.plan.joined:
             return maps
         finest = maps[0].shape[-2:]
@@ -120,12 +124,12 @@ class TimmBackbone(nn.Module):
 
 
 def _maps(body, images, plan):
+    """The maps that are used, of padded images (B, 3, H, W)."""
     height, width = images.shape[-2:]
     if plan.multiple > 1:
         images = F.pad(images, (0, -width % plan.multiple, 0, -height % plan.multiple))
-    maps = [one.permute(0, 3, 1, 2) for one in body(images)] if plan.last else body(images)
-    return [one[..., :(height + r - 1) // r, :(width + r - 1) // r]
-            for one, r in zip(maps, plan.reductions, strict=True)]
+    maps = body(images)[-len(plan.reductions):]
+    return [one.permute(0, 3, 1, 2) for one in maps] if plan.last else maps
 
 
 def find_plan(backbone, arguments=None):
@@ -168,41 +172,53 @@ def _find_plan(backbone, arguments):
                 plan = _try(backbone, candidate, device)
             except Exception as error:  # noqa: BLE001, timm's own kinds of error for what a network cannot do
                 if candidate in ({}, *candidates[:1]):      # the others refuse arguments they do not know
-                    found = f"{type(error).__name__} {error}".strip().splitlines()[0][:160]
+                    found = textwrap.shorten(f"{type(error).__name__} {error}".splitlines()[0], 160, placeholder=" ...")
                 if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
                     continue        # what has no values cannot be asked for one
                 break
             if "output_stride" not in candidate or given is not None or plan.reductions[-1] == 8:
                 return plan
             break
-    raise ValueError(f"backbone {backbone}: expected a network that takes images of any size, found: {found}")
+    raise ValueError(f"backbone {backbone}: expected a network that takes images of any size, found one that does not: "
+                     f"{found}")
 
 
 def _try(backbone, arguments, device):
-    """`Plan` with these arguments, proven by a pass over an odd size; any kind of error where they do not do."""
+    """`Plan` with these arguments, proven by passes over several sizes; any kind of error where they do not do."""
     with torch.device(device), torch.random.fork_rng(devices=[]):
         body = _create(backbone, arguments).eval()
         every = [entry["reduction"] for entry in body.feature_info.info]
         if len(set(every)) == 1 and "out_indices" not in arguments:     # a plain transformer, an entry a block
             arguments = arguments | {"out_indices": [len(every) * 2 // 3 - 1, len(every) - 1]}
             body = _create(backbone, arguments).eval()
-        channels, reductions = tuple(body.feature_info.channels()), tuple(body.feature_info.reduction())
+        used = slice(None) if arguments.get("feature_location") == "" else slice(-2, None)
+        channels, reductions = (tuple(found())[used] for found in (body.feature_info.channels,
+                                                                   body.feature_info.reduction))
         if len(channels) < 2:
             raise ValueError(f"{len(channels)} feature map")
-        step, error = max(reductions), ValueError("maps of other sizes than timm says")
-        images = torch.zeros(1, 3, 4 * step + 1, 6 * step + 5)
-        expected = [(1, count, *(-(-side // r) for side in images.shape[2:]))
-                    for count, r in zip(channels, reductions, strict=True)]
+        step, error = max(reductions), None
         for multiple, last in ((1, False), (1, True), (step, False), (step, True)):
             plan = Plan(arguments, channels, reductions, multiple, _tiles(body), last, ())
             try:
-                maps = _maps(body, images, plan)
+                maps, *_ = [_check_maps(body, plan, size) for size in (
+                    (4 * step + 1, 6 * step + 5), (3 * step, 5 * step), (1, 1))]
             except Exception as its:  # noqa: BLE001, timm's own kinds of error
                 error = its
                 continue
-            if [tuple(one.shape) for one in maps] == expected:
-                return replace(plan, unused=_unused(body, maps if plan.joined else maps[-2:]))
+            return replace(plan, unused=_unused(body, maps))
         raise error
+
+
+def _check_maps(body, plan, size):
+    """Maps of an image (height, width). Raises ValueError where their sizes do not follow the image's: some networks
+    squeeze every image into one size."""
+    maps = _maps(body, torch.zeros(1, 3, *size), plan)
+    padded = [side + -side % plan.multiple for side in size]
+    expected = [(1, count, *(-(-side // r) for side in padded))
+                for count, r in zip(plan.channels, plan.reductions, strict=True)]
+    if [tuple(one.shape) for one in maps] != expected:
+        raise ValueError("maps of other sizes than timm says")
+    return maps
 
 
 def _tiles(body):

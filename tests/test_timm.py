@@ -101,12 +101,20 @@ def test_maps_are_those_of_timm_at_any_size(name):
     # Of sides that timm takes as they are, the same numbers.
     sides = round_size((height, width), (max(plan.reductions), 0))
     images = torch.randn(2, 3, *sides)
-    theirs = [one.permute(0, 3, 1, 2) if plan.last else one for one in backbone.body(images)]
+    theirs = [one.permute(0, 3, 1, 2) if plan.last else one for one in backbone.body(images)[-len(plan.reductions):]]
     maps = backbone(images)
     if plan.joined:
         assert torch.equal(maps[-1][:, :theirs[0].shape[1]], theirs[0])
     else:
         assert all(torch.equal(one, other) for one, other in zip(maps, theirs, strict=True))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 350), (65, 33)])
+def test_images_smaller_than_the_part_a_pixel_attends_to_are_padded(size):
+    """PVT's attention takes parts of 32×32 pixels of the image together."""
+    with torch.device("meta"):
+        maps = build_backbone("timm:pvt_v2_b0")(torch.zeros(2, 3, *size))
+    assert [tuple(one.shape[2:]) for one in maps] == [tuple(-(-side // r) for side in size) for r in (16, 32)]
 
 
 def test_stages_for_the_auxiliary_head_lie_two_thirds_up_a_plain_transformer():
@@ -130,7 +138,8 @@ def test_logits_of_a_grid_lie_on_the_pixels_whatever_is_padded():
     ("convnext_tinny", "found none of this name"), ("convnext_tinny", "convnext_tiny"),
     ("hf-hub:timm/resnet18.a1_in1k", "found none of this name"), ("local-dir:/tmp", "found none of this name"),
     ("convnext_tiny.nobody", "found none of this name"), ("", "found none of this name"),
-    ("mixer_s32_224", "takes images of any size"), ("maxvit_rmlp_pico_rw_256", "takes images of any size")])
+    ("mixer_s32_224", "takes images of any size"), ("maxvit_rmlp_pico_rw_256", "takes images of any size"),
+    ("crossvit_tiny_240", "takes images of any size")])      # it would squeeze them all into one
 def test_what_cannot_be_a_backbone_is_a_sentence(name, message, pair, tmp_path):
     with pytest.raises(UserError, match="--backbone timm:.*expected.*found") as error:
         start(pair, tmp_path / "run", "--backbone", f"timm:{name}")

@@ -32,7 +32,7 @@ from utils.normalization import Normalization
 from utils.precision import AUTOCAST, Precision
 from utils.timing import finished, seconds_of
 
-VARIANTS = {        # amp, channels last, compile, checkpoint
+VARIANTS = {        # amp, channels last, compile, recompute
     "fp32": ("off", False, False, "none"),
     "fp32, channels last": ("off", True, False, "none"),
     "fp32, compile": ("off", False, True, "none"),
@@ -40,8 +40,8 @@ VARIANTS = {        # amp, channels last, compile, checkpoint
     "bf16, channels last": ("bf16", True, False, "none"),
     "bf16, compile": ("bf16", False, True, "none"),
     "bf16, channels last, compile": ("bf16", True, True, "none"),
-    "bf16, checkpoint light": ("bf16", False, False, "light"),
-    "bf16, checkpoint full": ("bf16", False, False, "full"),
+    "bf16, recompute light": ("bf16", False, False, "light"),
+    "bf16, recompute full": ("bf16", False, False, "full"),
     "fp16": ("fp16", False, False, "none"),
 }
 

@@ -64,15 +64,15 @@ def undivided(root, split):
     return isinstance(root, tuple) and not os.path.isdir(os.path.join(root[0], split))
 
 
-def check_validation(root, data_list, val_list, val_split):
-    """Refuse a quick validation that has no images of its own. root: of `data_root`."""
+def check_validation(root, data_list, val_list, val_split, what="--val-every"):
+    """Refuse a validation that has no images of its own. root: of `data_root`; what: asks for it, in the message."""
     without = not data_list and any(undivided(root, part.partition(":")[0]) for part in val_split.split("+"))
     if without and (splits := splits_of(root)):
         raise UserError(f"--val-split {val_split}: expected names of folders in {root[0]} and {root[1]}, found "
                         f"{', '.join(splits)}")
     if not val_list and (data_list or without):
-        raise UserError(f"--val-every: expected --val-list with {'--data-list' if data_list else '--images-dir'}, "
-                        "found none")
+        raise UserError(f"{what}: expected --val-list with {'--data-list' if data_list else '--images-dir'}, found "
+                        "none")
     if without:
         raise UserError("--val-list: expected --data-list with it, found none, so that its images would be learnt too")
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import train
 from networks import build_network
 from tests.benchmarks import compare
 from tests.conftest import finish
 from tests.conftest import start as start_script
+from tests.test_folders import make
 from utils import checkpoint, cli
 from utils.cli import UserError
 from utils.logger import read_lines
@@ -161,6 +163,31 @@ def test_a_seed_fixes_the_samples_of_all_models(streets, tmp_path, monkeypatch):
     assert [names for names, _ in first] != [names for names, _ in other]
 
 
+def test_data_in_two_folders(tmp_path, monkeypatch, capsys):
+    """Named by train.py's own flags, without a first word: trained, scored, and timed on an image of theirs."""
+    def train_and_score(comparison, gpus):
+        train.main(comparison.training_words(comparison.variants[0], 0))
+        evaluate.main(comparison.scoring_words(comparison.variants[0], 0))
+
+    monkeypatch.setattr(compare, "TURNS", 1)
+    monkeypatch.setattr(compare, "run_all", train_and_score)
+    images, labels = make(tmp_path, "train/a", "train/b", "val/c")
+    data, *common = words("DATA", tmp_path / "r", "--gpu", "cpu", models=["fcn"], seeds=1, steps=1)
+    compare.main([f"--images-dir={images}", "--labels-dir", labels, *common])
+    result = json.loads((tmp_path / "r/fcn_seed0/result/result.json").read_text())
+    assert result["num_images"] == 1 and "fcn" in capsys.readouterr().out.splitlines()[-2]
+    other = make(tmp_path / "other", "train/a", "val/c")
+    for more, sentence in (
+            (["--images-dir", other[0], "--labels-dir", other[1]], f"same images-dir, found {images} there and"),
+            (["--images-dir", f"{images}/train", "--labels-dir", f"{labels}/train"],
+             "scoring: expected --val-list with --images-dir, found none"),
+            (["--images-dir", images], "expected both"), ([], "--data-dir: expected the folder of the data set, or")):
+        with pytest.raises(UserError, match=sentence):
+            compare.main([*common, *more])
+    with pytest.raises(UserError, match="expected both and no other folder"):
+        compare.main([data, *common, "--images-dir", images, "--labels-dir", labels])
+
+
 def stand_in(name, train_code, score="result = dict(mean_iou=0.5)"):
     """A variant whose training and scoring are a few lines of Python, with `folder` the run's."""
     folder = ("import json, os, signal, sys, time; from pathlib import Path\n"
@@ -223,7 +250,7 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number):
     (["--random-seed", "1234"], "--random-seed: .*itself, by --seeds"),
     (["--num-steps", "60000"], "--num-steps: .*itself, by --steps"),
     (["--resume"], "--resume: .*itself, always"),
-    (["--data-list", "train.lst"], "--data-list: expected --val-list with it"),
+    (["--data-list", "train.lst"], "scoring: expected --val-list with --data-list, found none"),
     (["--val-split", "nowhere"], "nowhere"),
     (["--ablations", "norms"], "--ablations norms: expected a --model with ACF, found deeplabv3"),
     (["--batch-size", "x"], "--batch-size: expected a whole number"),

@@ -3,11 +3,11 @@
     python -m tests.benchmarks.compare DATA --models fcn,deeplabv3,ccnet,ccnet+acf,acfnet --seeds 3 --steps 3000 \
         [--data-list DATA/train.lst --val-list DATA/val.lst --classes DATA/classes.csv] [any flag of train.py]
 
-DATA is train.py's --data-dir; `ccnet+acf` is its --model ccnet --acf. Every run is a `python train.py`, then a `python
-evaluate.py` on --val-list or --val-split, in --output-dir/MODEL_seedS with what they said in log.txt. The seed fixes
-the samples, so models of one seed see the same ones in the same order. With --gpu 0,1,2,3 each GPU takes the next run.
-The same command goes on where it was stopped, also with more models or seeds. table.txt, table.csv and scores.png lie
-in --output-dir.
+DATA is train.py's --data-dir; --images-dir and --labels-dir stand in its place. `ccnet+acf` is --model ccnet --acf.
+Every run is a `python train.py`, then a `python evaluate.py` on --val-list or --val-split, in --output-dir/MODEL_seedS
+with what they said in log.txt. The seed fixes the samples, so models of one seed see the same ones in the same order.
+With --gpu 0,1,2,3 each GPU takes the next run. The same command goes on where it was stopped, also with more models or
+seeds. table.txt, table.csv and scores.png lie in --output-dir.
 
 Intervals are Student's, 95 %, of the mean over the seeds. MACs are those of one window (one image with --whole);
 kept bytes those for the backward pass, of two crops of at most 257×257; images/s and the time of evaluation, from the
@@ -35,13 +35,14 @@ import torch
 import evaluate
 import train
 from dataset.cityscapes import CityscapesDataset
-from dataset.labels import ClassTable
+from dataset.folders import check_validation, data_root
 from networks import MODELS, build_network, meta_network
 from networks.predictor import load_network
 from tests.benchmarks.macs import count
 from tests.benchmarks.memory import NoConvolutions
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError
+from utils.decoding import read_image
 from utils.distributed import select_devices
 from utils.logger import METRICS, read_lines
 from utils.memory import kept_bytes
@@ -59,7 +60,9 @@ T_95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 
 SET = {"data_dir": "by its first word", "model": "by --models", "acf": "by --models NAME+acf", "gpu": "by --gpu",
        "random_seed": "by --seeds", "num_steps": "by --steps", "snapshot_dir": "by --output-dir", "resume": "always"}
 # Flags that may change before the same command goes on: they say how, not what.
-FREE = {*SET, "num_workers", "cache", "parallel", "val_every", "save_pred_every", "keep", "log_every", "panel_every"}
+FREE = {*SET, "num_workers", "cache", "parallel", "val_every", "save_pred_every", "keep", "log", "log_every",
+        "panel_every"} - {"data_dir"}
+PLACES = ("data_dir", "images_dir", "labels_dir")      # flags that name a data set
 LARGEST_CROP = 257      # pixels a side, for counting kept bytes
 
 
@@ -109,9 +112,14 @@ class Comparison:
         """Mixed precision of evaluation, which knows no apex; None for the best of the device."""
         return None if self.args.amp == "apex" else self.args.amp
 
+    @property
+    def root(self):
+        """Where the data are, as of `data_root`. Raises `UserError`."""
+        return data_root(self.args.data_dir, self.args.images_dir, self.args.labels_dir)
+
     def validation_data(self):
         """What is scored."""
-        return CityscapesDataset(self.args.data_dir, self.args.val_split, self.args.val_list, self.args.classes)
+        return CityscapesDataset(self.root, self.args.val_split, self.args.val_list, self.args.classes)
 
     def run_folder(self, variant, seed):
         return self.folder / f"{variant.stem}_seed{seed}"
@@ -127,10 +135,10 @@ class Comparison:
     def scoring_words(self, variant, seed, gpu="cpu"):
         """What evaluate.py is told."""
         args = self.args
-        data = ["--data-list", args.val_list] if args.val_list else ["--split", args.val_split]
-        given = {"--classes": args.classes, "--num-workers": args.num_workers, "--amp": self.amp}
-        return ["--data-dir", args.data_dir, *data, *self.protocol,
-                *(str(word) for pair in given.items() if pair[1] is not None for word in pair),
+        given = {"--data-dir": args.data_dir, "--images-dir": args.images_dir, "--labels-dir": args.labels_dir,
+                 **({"--data-list": args.val_list} if args.val_list else {"--split": args.val_split}),
+                 "--classes": args.classes, "--num-workers": args.num_workers, "--amp": self.amp}
+        return [*(str(word) for pair in given.items() if pair[1] is not None for word in pair), *self.protocol,
                 "--restore-from", str(self.snapshot(variant, seed)), "--output-dir",
                 str((self.run_folder(variant, seed) / RESULT).parent), "--save", "none", "--overwrite", "--gpu", gpu]
 
@@ -244,7 +252,7 @@ def find_costs(comparison, device):
         path = comparison.folder / f"{variant.stem}.json"
         if not path.exists():
             if image is None:
-                image = comparison.validation_data()[0]["image"].permute(1, 2, 0)
+                image = read_image(comparison.validation_data().pairs[0][0])
             say((variant, seed), "counting and timing")
             checkpoint.write_json(path, cost(comparison, comparison.snapshot(variant, seed), image, device))
         found[variant.name] = json.loads(path.read_text(encoding="utf-8"))
@@ -353,18 +361,16 @@ def as_csv(rows):
     return file.getvalue()
 
 
-def check(comparison, devices):
+def check(comparison, gpu):
     """Refuse what cannot work before hours go into it, and to go on in the folder of another comparison."""
     args = comparison.args
-    if args.data_list and not args.val_list:
-        raise UserError("--data-list: expected --val-list with it, which is scored, found none")
-    classes = ClassTable.read(*[args.classes] * bool(args.classes))
+    check_validation(comparison.root, args.data_list, args.val_list, args.val_split, "scoring")
     for variant in comparison.variants:
-        train.check(train.get_parser().parse_args(comparison.training_words(variant, 0)), devices[:1], classes)
-    CityscapesDataset(args.data_dir, args.split, args.data_list, classes), comparison.validation_data()
-    asked = {name: value for name, value in vars(args).items() if name not in FREE}
-    asked = json.loads(json.dumps(asked | {"steps": comparison.steps, "protocol": comparison.protocol,
-                                           "data_dir": os.path.abspath(args.data_dir)}))
+        _, root, _, classes, _ = train.understand(comparison.training_words(variant, 0, gpu))
+    CityscapesDataset(root, args.split, args.data_list, classes), comparison.validation_data()
+    asked = {name: os.path.abspath(value) if name in PLACES and value else value for name, value in vars(args).items()
+             if name not in FREE} | {"steps": comparison.steps, "protocol": comparison.protocol}
+    asked = json.loads(json.dumps(asked))
     path = comparison.folder / "compare.json"
     if path.exists():
         try:
@@ -382,8 +388,9 @@ def check(comparison, devices):
 def compare(comparison, devices):
     """Run what is left, write table and picture, and print the table. Ends the process with status 2 if runs failed by
     the user's input, and 1 if by anything else."""
-    check(comparison, devices)
-    failed = run_all(comparison, [str(device.index) if device.type == "cuda" else "cpu" for device in devices])
+    gpus = [str(device.index) if device.type == "cuda" else "cpu" for device in devices]
+    check(comparison, gpus[0])
+    failed = run_all(comparison, gpus)
     rows = make_rows(comparison, find_costs(comparison, devices[0]))
     if rows:
         text, folder = as_text(rows, comparison), comparison.folder
@@ -412,8 +419,9 @@ def models(text):
 
 
 def get_parser():
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument("data", type=cli.path, help="folder of the data set")
+    """Of all but DATA and the flags of train.py, whose values only train.py can tell from DATA."""
+    parser = cli.Parser(usage="%(prog)s [DATA] --models NAME,... --steps STEPS [flags of this command and of train.py]",
+                        description=__doc__)
     parser.add_argument("--models", type=models, required=True, metavar="NAME,...")
     parser.add_argument("--seeds", type=cli.positive(int, max(T_95)), default=3, help="runs of each model (3)")
     parser.add_argument("--steps", type=cli.positive(int), required=True, help="of each run")
@@ -425,21 +433,22 @@ def get_parser():
 
 
 def for_all(data, words, steps, gpus=1):
-    """Words of train.py for every run of so many steps; so many `gpus` share the machine's cores. Raises `UserError`
-    where one is of a flag that this command sets itself."""
-    given = train.get_parser().parse_args(["--data-dir", data, *words],
-                                          argparse.Namespace(**{name: None for name in SET}))
+    """Words of train.py for every run of so many steps, on a folder or what the words name; so many `gpus` share the
+    machine's cores. Raises `UserError` where one is of a flag that this command sets itself."""
+    given = train.get_parser().parse_args(words, argparse.Namespace(**{name: None for name in SET}))
     for name in SET:
-        if getattr(given, name) != (data if name == "data_dir" else None):
+        if getattr(given, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: expected a flag of train.py that holds for all runs, found "
                             f"one that this command sets itself, {SET[name]}")
     # Speed needs several lines, however few the steps; and the newest snapshot of each run is enough.
     few = ["--log-every", str(max(1, min(10, steps // 10))), "--keep", "1"]
     cores = ["--num-workers", str(max(1, min(8, os.cpu_count() // gpus - 1)))] if gpus > 1 else []
-    return ("--data-dir", data, *few, *cores, *words)
+    return (*(["--data-dir", data] if data else []), *few, *cores, *words)
 
 
 def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    data = argv.pop(0) if argv and not argv[0].startswith("-") else None
     args, words = get_parser().parse_known_args(argv)
     window = ["--input-size", ",".join(map(str, args.window))] if args.window else []
     protocol = (*window, "--overlap", str(args.overlap), "--scales", *map(str, args.scales),
@@ -448,7 +457,7 @@ def main(argv=None):
     names, devices = [variant.name for variant in args.models], select_devices(args.gpu)
     compare(Comparison(
         variants=args.models, base=BASE if BASE in names else names[0], seeds=args.seeds, steps=args.steps,
-        words=for_all(args.data, words, args.steps, len(devices)), protocol=protocol,
+        words=for_all(data, words, args.steps, len(devices)), protocol=protocol,
         folder=Path(args.output_dir)), devices)
 
 

@@ -272,6 +272,21 @@ def main(argv=None):
     if args.norm == "inplace_abn":
         backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     checkpoint.seed_generators(args.random_seed)
+    dataset, validation = make_data(args, root, classes, processes, workers)
+    stopped = memory.catch_out_of_memory(
+        lambda: perform(assemble(args, devices, processes, dataset, validation, workers)),
+        lambda found: memory.out_of_memory_error(
+            found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
+            amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
+            recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
+    leave_processes()
+    if stopped:     # last of all: by the exit status the training is not finished
+        raise cli.Interrupted(stopped)
+
+
+def make_data(args, root, classes, processes, workers):
+    """(samples to learn from, images of the quick validation or None); where `classes` is None, the label maps tell
+    them. So many `workers` read and fill the cache."""
     if classes is None:
         sets = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
         classes = by_the_first(processes, lambda: folders.assume_classes(
@@ -287,15 +302,7 @@ def main(argv=None):
             dataset.fill_cache(workers)
         if processes is not None:
             processes.barrier()
-    stopped = memory.catch_out_of_memory(
-        lambda: perform(assemble(args, devices, processes, dataset, validation, workers)),
-        lambda found: memory.out_of_memory_error(
-            found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
-            amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
-            recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
-    leave_processes()
-    if stopped:     # last of all: by the exit status the training is not finished
-        raise cli.Interrupted(stopped)
+    return dataset, validation
 
 
 def assemble(args, devices, processes, dataset, validation, workers):

@@ -253,7 +253,8 @@ def table(report):
 
 
 def main():
-    parser = cli.Parser(description="Check a data set before training on it.", epilog=__doc__)
+    parser = cli.Parser(prog="python -m dataset.check", description="Check a data set before training on it.",
+                        epilog=__doc__)
     parser.add_argument("data_dir", type=cli.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     add_data_flags(parser, "that of Cityscapes")

@@ -147,6 +147,8 @@ def main():
         raise UserError(f"tests.gpu: expected a GPU, found {unusable_gpu() or 'none'}; --rehearse runs it on the CPU, "
                         "which proves nothing about one")
     device = "cpu" if args.rehearse else "cuda:0"
+    # So that a section, which is in a session of its own, does not outlive this process on the GPU.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows, started = [], time.monotonic()
     for name in ("about", *(args.sections or SECTIONS)):
         limit = 120 if name == "about" else SECTIONS[name][0]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from libs.convert import fold_norms
 from networks import build_network
 from utils import timing
+from utils.calibration import Calibration
 from utils.inference import SlidingPredictor, most_probable, score, window_starts
+from utils.metrics import ConfusionMatrix
 from utils.normalization import Normalization
 from utils.precision import AUTOCAST
 
@@ -125,6 +127,17 @@ def both_heads(predictor, image):
     return torch.stack([most_probable(probabilities) for probabilities in richest.values()]).to(torch.uint8)
 
 
+def counting(device, size, runs):
+    """What `score` counts of a map, where all pixels are of one class: those that add to one number take turns."""
+    labels, confidence = torch.zeros(size, dtype=torch.int64, device=device), torch.ones(size, device=device)
+
+    def count():
+        ConfusionMatrix(19).update(labels, labels)
+        Calibration().update(confidence, labels, labels)
+
+    return timing.median_ms(count, runs, device)
+
+
 def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size=8, runs=3, **shape):
     """An image by the quick protocol and by the paper's, in bf16, as evaluate.py predicts it; and by the first with
     the fastest kernels, which cuDNN then looks for when it sees a size for the first time."""
@@ -136,5 +149,6 @@ def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size
             share = found["beyond_the_network"]
             rows.goal(f"{name}: evaluation beyond the network", "at most 10 % of its time", f"{share:.1%}",
                       share <= 0.1)
+    rows.figure("counting a map of one class", counting, device, size, runs)
     torch.backends.cudnn.benchmark = True
     rows.figure("single-scale, cudnn.benchmark", speed, device, network, (1.0,), False, size, window, batch_size, runs)

@@ -184,7 +184,8 @@ def add_run(parser):
     run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex (O1)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
                      help="keep feature maps with channels innermost; default: on a GPU yes, on the CPU no")
-    run.add_argument("--compile", action="store_true", help="torch.compile the network; not with dp over several GPUs")
+    run.add_argument("--compile", action="store_true", help="torch.compile the network, among several processes all "
+                     "but its norms; not with dp over several GPUs")
 
     val = parser.add_argument_group("quick validation, whole images at scale 1; the official number is evaluate.py's")
     val.add_argument("--val-every", type=cli.not_negative(int), default=0, metavar="STEPS",

@@ -143,8 +143,7 @@ def sliding_predictor(network, config, device, *, window, whole, overlap, scales
 def _device(device):
     if device is None:
         first = select_devices()[0]
-        if first.type == "cuda":        # of several GPUs none has been asked yet
-            check_kernels(first)
+        check_kernels(first)        # of several GPUs none has been asked yet
         return first
     try:
         device = torch.device(device)

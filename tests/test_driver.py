@@ -74,6 +74,7 @@ def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (7, 0))[device.index])
     devices = distributed.select_devices("0,1")
     assert distributed.select_devices("0") == devices[:1]
+    distributed.check_kernels(torch.device("cpu"))      # needs none
     with pytest.raises(UserError, match="--gpu 1"):
         train.parse_and_check(["--gpu", "0,1", "--parallel", "dp", "--data-dir", "x"])
     with pytest.raises(UserError, match="--gpu 1: expected a GPU that can be used, found GPU 1 of compute capab"):

@@ -66,6 +66,13 @@ def test_image_pooling_needs_two_crops(streets, tmp_path):
         run(streets, tmp_path / "s", "--model", "pspnet", "--accumulate", "2")
 
 
+@pytest.mark.parametrize("norm", ["inplace_abn", "bn"])
+def test_a_crop_too_small_for_the_norms_is_a_sentence(streets, tmp_path, norm):
+    with pytest.raises(UserError, match="--batch-size, --input-size: expected more or .*found 1 of 1×1") as error:
+        run(streets, tmp_path / "s", "--norm", norm, "--batch-size", "1", "--input-size", "1,1")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("words", [("ccnet", "--acf"), ("danet",), ("ocrnet",)], ids=" ".join)
 def test_from_training_to_predictions(streets, tmp_path, words):
     """Trained, resumed, scored and predicted with; the snapshot alone says which network it is."""

@@ -56,8 +56,8 @@ def select_devices(gpu=None):
 
 
 def check_kernels(device):
-    """Raise `UserError` where PyTorch was not built for a GPU. That makes a CUDA context."""
-    if reason := _missing_kernels(device):
+    """Raise `UserError` where PyTorch was not built for a GPU. That makes a CUDA context. A CPU is always fit."""
+    if device.type == "cuda" and (reason := _missing_kernels(device)):
         raise UserError(f"--gpu {device.index}: expected a GPU that can be used, found {reason} (--gpu cpu uses the "
                         "CPU)")
 

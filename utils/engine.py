@@ -1,8 +1,9 @@
 """One training step, however many devices and parts its batch is shared by."""
 
 import math
+import re
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from .versions import COMPILER, torch_version, total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
 COMPILED_BUDGET = 0.8
+# What norms of PyTorch and ours say of an input that has no variance.
+ONE_VALUE = re.compile("more than (1|one) value (per|a) channel")
 
 
 def compile_network(network, **options):
@@ -100,6 +103,20 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
     return loss, terms.detach()
 
 
+@contextmanager
+def _enough_values(images):
+    """Makes a `UserError` of what norms, ours and PyTorch's, say of one value a channel. images: (B, 3, H, W)."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:         # the latter of a compiled network
+        if not ONE_VALUE.search(str(error)):
+            raise
+        count, _, height, width = images.shape
+        raise UserError("--batch-size, --input-size: expected more or larger crops at a time, as a norm of this "
+                        f"network sees one value a channel, which has no variance, found {count} of {height}×{width}"
+                        ) from None
+
+
 class NotFinite(ArithmeticError):
     """A loss term or the gradient is infinite or not a number; nothing was learnt from it.
 
@@ -170,7 +187,7 @@ class Engine:
         Returns:
             ({name: float} of the terms and `gradient_norm`, None if it overflowed in half precision; whether any
             process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
-            before the step.
+            before the step; `UserError` where a norm sees one value a channel.
         """
         for decide, layers in self._looking_ahead.items():      # together, for the host waits each time
             decide(layers, len(batches) * len(self.devices))
@@ -182,7 +199,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         terms = 0.0
         for number, (images, labels) in enumerate(parts, 1):
-            with self._exchange_gradients(number == len(parts)):
+            with self._exchange_gradients(number == len(parts)), _enough_values(images):
                 loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
                                         len(parts))
                 self.precision.backward(loss, self.optimizer)

@@ -117,6 +117,14 @@ def test_an_unknown_flag_is_told_with_those_like_it(script, words, said, capsys)
     assert caught.value.code == 2 and error.startswith("error: -") and said in error
 
 
+def test_a_stray_word_is_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.get_parser().parse_args(["--data-dir", "x", "streets", "--acf"])
+    (error,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert "expected flags and their values, found 'streets', which belongs to none" in error
+
+
 NO_SPLITS = ("", ".", "..", "/", "val/", "../val", "a/b", "a\0b", "x" * 256, "ü" * 128)
 
 

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
 
     def parse_args(self, args=None, namespace=None):
-        """As in argparse; the error for an unknown flag names those that are like it."""
+        """As in argparse, with errors that say what is expected; that for an unknown flag names those like it."""
         words = sys.argv[1:] if args is None else args
         for word in itertools.takewhile(lambda word: word != "--", words):
             flag, known = word.split("=")[0], self._option_string_actions
@@ -43,7 +43,10 @@ class Parser(argparse.ArgumentParser):
                     flag, known, 2, 0.8)
                 self.error(f"{flag}: expected a flag of this command{', perhaps ' * bool(alike)}{' or '.join(alike)}, "
                            "found an unknown one")
-        return super().parse_args(args, namespace)
+        found, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(f"expected flags and their values, found {rest[0]!r}, which belongs to none")
+        return found
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists all flags)\n")

@@ -83,6 +83,11 @@ PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
 SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
+IDLE = {        # task → what it expects, and flags that would do nothing there
+    "benchmark": ("a protocol and images, of which nothing is written",
+                  ("submission", "export", "boundary", "save", "output_dir", "overwrite")),
+    "export": ("the snapshot's classes, and --export-size for a fixed size", ("classes", "input_size")),
+}
 
 
 def get_parser():
@@ -268,11 +273,9 @@ def check(args):
         raise UserError("--overlap: expected a share below 1, found 1")
     if not args.export and (args.export_size or args.export_precision):
         raise UserError("--export-size, --export-precision: expected with --export, found none")
+    if args.whole and args.input_size:
+        raise UserError("--input-size: expected windows, of which it is the size, found --whole")
     tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
-    others = [f"--{name.replace('_', '-')}" for name in ("submission", "export", "boundary", "save", "output_dir",
-                                                         "overwrite") if getattr(args, name)]
-    if args.benchmark and others:
-        raise UserError(f"--benchmark: expected a protocol and images, of which nothing is written, found {others[0]}")
     if len(tasks) > 1:
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
     if tasks and args.boundary:
@@ -288,6 +291,10 @@ def check(args):
     if args.submission and (args.data_list or args.images_dir):
         raise UserError("--submission: expected a Cityscapes folder in --data-dir, found "
                         f"{'--data-list' if args.data_list else '--images-dir'}")
+    for task, (expected, names) in IDLE.items():
+        others = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+        if getattr(args, task) and others:
+            raise UserError(f"--{task}: expected {expected}, found {others[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)

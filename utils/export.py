@@ -105,8 +105,8 @@ def compare(path, reopen, reference, examples, precision):
             outputs = run(images)
         except Exception as error:  # noqa: BLE001, every runtime has errors of its own
             raise UserError(f"--export {path}: expected a file that runs with {plural(len(images), 'image')} of "
-                            f"{images.shape[2]}×{images.shape[3]}, found: {first_words(error)}; --export-size fixes "
-                            "the size") from None
+                            f"{images.shape[2]}×{images.shape[3]}, found: {first_words(error)}"
+                            f"{'; --export-size fixes the size' * (len(examples) > 1)}") from None
         for ours, theirs in zip(reference(images), outputs, strict=True):
             largest = max(largest, (ours - theirs).abs().nan_to_num(torch.inf).max().item())
             scale = max(scale, ours.abs().max().item())

@@ -217,7 +217,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_to_stop_reaches_the_runs(tmp_path, number):
+def test_a_request_to_stop_reaches_the_runs(tmp_path, number, capsys):
     """Those at work save and end, no other begins, and the exit status is the signal's."""
     saving = (f"signal.signal({int(number)}, lambda *_: ((folder / 'saved').touch(), sys.exit({128 + number})))\n"
               "(folder / 'begun').touch(); time.sleep(60)")
@@ -231,7 +231,7 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number):
     threading.Thread(target=ask).start()
     with pytest.raises(cli.Interrupted) as caught:
         compare.run_all(comparison, ["cpu", "cpu"])
-    assert caught.value.number == number
+    assert caught.value.number == number and capsys.readouterr().out.endswith("stopped; the same command goes on\n")
     assert [(tmp_path / f"{name}_seed0/saved").exists() for name in "abc"] == [True, True, False]
 
 

@@ -189,6 +189,7 @@ def run_all(comparison, gpus, every=60.0):
                 process.kill()
                 process.wait()
     if stop.asked:
+        print("stopped; the same command goes on", flush=True)
         raise cli.Interrupted(stop.number)
     return failed
 

@@ -327,7 +327,8 @@ class Protocol:
                                  watch=FirstImage(images))
 
     def as_json(self, window, split, config):
-        """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None."""
+        """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None;
+        split: name of the images."""
         averaged = (config.arguments or {}).get("ema") is not None
         return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
                 "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
@@ -457,11 +458,11 @@ def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results)
     if processes is not None:
         processes.barrier()        # results are told when all have written their pictures
     if not found.headline["fine"].matrix.any():
-        raise UserError(f"--split {dataset.split}: expected labelled pixels to score, found none; predictions for the "
+        raise UserError(f"{dataset.source}: expected labelled pixels to score, found none; predictions for the "
                         "Cityscapes server are made by --submission FOLDER")
     if rank_and_size(processes)[0]:
         return None
-    result = found.result(path, protocol.as_json(predictor.window, dataset.split, config))
+    result = found.result(path, protocol.as_json(predictor.window, dataset.source, config))
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"]
              for head, matrix in found.headline.items()}
     matrix = np.asarray(found.headline["fine"].matrix)

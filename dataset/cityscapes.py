@@ -63,7 +63,7 @@ class CityscapesDataset(Dataset):
     Attributes:
         pairs: [(path of the image, path of its label map)].
         names: of the images, each another: `unique_names`.
-        splits: names of the scanned splits; none with lists.
+        splits, lists: names of the scanned splits, none with lists; and the lists.
         counts: number of images of each split or list, in order.
         weights: of the splits, or None.
     """
@@ -78,8 +78,8 @@ class CityscapesDataset(Dataset):
         self.instances, self.jitter = instances, jitter
         self.cache = DecodedCache(cache) if cache else None
         self.scanned = not data_list
-        lists = [data_list] if isinstance(data_list, str | Path) else data_list
-        found = self._scan_splits() if self.scanned else self._read_lists(lists)
+        self.lists = [data_list] if isinstance(data_list, str | Path) else data_list or []
+        found = self._scan_splits() if self.scanned else self._read_lists(self.lists)
         self.counts = [len(pairs) for pairs in found]
         self.pairs = [pair for pairs in found for pair in pairs]
         self.names = unique_names(relative_paths([image for image, _ in self.pairs], self.folders[0]))
@@ -218,10 +218,16 @@ class CityscapesDataset(Dataset):
             names.update("".join(f"{_below(path, folders)}\n" for path in pair).encode(errors="surrogateescape"))
         return {"count": len(self), "sha256": names.hexdigest()}
 
+    @property
+    def source(self):
+        """What names these images, in words: splits or lists; two folders without splits have no other name."""
+        if self.lists:
+            return "+".join(Path(one).name for one in self.lists)
+        return "both folders" if undivided(self.root, self.splits[0]) else self.split
+
     def describe(self):
         """One line: how many images and classes, and whether the official split has another number of images."""
-        what = "list" if not self.scanned else "both folders" if undivided(self.root, self.splits[0]) else self.split
-        text = f"{what}: {plural(len(self), 'image')}, {plural(self.classes.num_classes, 'class')}"
+        text = f"{self.source}: {plural(len(self), 'image')}, {plural(self.classes.num_classes, 'class')}"
         for name, found in zip(self.splits, self.counts, strict=False):
             official = OFFICIAL_COUNTS.get(name) if len(self.folders) == 1 else None
             if official and found != official:

@@ -51,7 +51,7 @@ def test_streets_are_scanned_and_items_are_as_documented(streets):
 
 def test_a_list_and_a_table_describe_any_data_set(own):
     dataset = open_own(own)
-    assert dataset.describe() == "list: 2 images, 2 classes"
+    assert dataset.describe() == "list.txt: 2 images, 2 classes"
     assert (dataset[0]["label"] == 1).all() and dataset.names == ["a", "b"]
 
 

@@ -325,6 +325,7 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
     for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
         words = ["--scales", "1.0", "--no-flip", "--save", "labels", "--boundary", "2", *map(str, words)]
         alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
+        assert alone["protocol"]["split"] == {"all": "val", "one": "one.lst"}[name]
         status, out, error = finish(start(
             "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
             "--amp", "off", "--output-dir", tmp_path / name, *words, processes=2))
@@ -356,7 +357,7 @@ def test_a_split_without_truth_is_a_sentence(streets, snapshot, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((128, 256), np.uint8)).save(target)
     (tmp_path / "leftImg8bit").symlink_to(streets / "leftImg8bit")
-    with pytest.raises(UserError, match="--split val: expected labelled pixels to score, found none; .*--submission"):
+    with pytest.raises(UserError, match="^val: expected labelled pixels to score, found none; .*--submission"):
         run(tmp_path, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip")
 
 

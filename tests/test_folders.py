@@ -76,6 +76,7 @@ def test_a_list_holds_a_stem_a_line(tmp_path):
     (tmp_path / "more.txt").write_text("a\n")
     dataset = CityscapesDataset(folders, data_list=[tmp_path / "some.txt", tmp_path / "more.txt"])
     assert stems_of(dataset) == ["c d", "b.2", "a"] and dataset.counts == [2, 1]
+    assert dataset.source == "some.txt+more.txt"
     assert dataset.lines[1] == f"{tmp_path / 'some.txt'}, line 4"
 
 

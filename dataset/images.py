@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from utils import checkpoint
 from utils.cli import UserError, plural
 from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
+from utils.results import RECORD
 from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
@@ -80,7 +81,8 @@ def find_images(places):
 
 
 def _search(top):
-    """Images below a folder, sorted. Links to folders are followed, each folder once; hidden files are left out."""
+    """Images below a folder, sorted. Links to folders are followed, each folder once; hidden files are left out, and
+    folders of results: pictures of an earlier run are no images to predict."""
     found, seen, waiting = [], set(), deque([Path(top)])
     while waiting:
         folder = waiting.popleft()
@@ -92,6 +94,8 @@ def _search(top):
         except OSError as error:
             raise UserError(f"--images {folder}: expected a folder that can be read, found: {error}") from None
         for path in (folder / name for name in names):
+            if os.path.lexists(path / RECORD):
+                continue
             if path.is_dir():       # links last: a folder that lies here too is found under its own name
                 (waiting.append if path.is_symlink() else waiting.appendleft)(path)
             elif path.suffix.lower() in SUFFIXES and path.is_file():

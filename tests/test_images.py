@@ -240,3 +240,12 @@ def test_as_many_files_are_written_as_are_said(zoo, snapshot, tmp_path, capsys):
     evaluate.main(["--restore-from", str(snapshot), "--images", str(zoo / "plain.JPG"), "--output-dir",
                    str(tmp_path / "n"), *QUICK, "--save", "none"])
     assert f"1 image predicted, 0 skipped; results in {tmp_path / 'n'}\n" in capsys.readouterr().out
+
+
+def test_results_among_the_images_are_not_predicted(snapshot, tmp_path, capsys):  # noqa: F811
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    words = ["--restore-from", str(snapshot), "--images", str(tmp_path), "--output-dir", str(tmp_path / "r"), *QUICK]
+    for more in ([], ["--overwrite"]):
+        evaluate.main([*words, *more])
+        assert "1 image predicted, 0 skipped" in capsys.readouterr().out
+    assert len(find_images([tmp_path / "r"])) == 3      # who asks for them gets them

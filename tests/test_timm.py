@@ -117,6 +117,11 @@ def test_images_smaller_than_the_part_a_pixel_attends_to_are_padded(size):
     assert [tuple(one.shape[2:]) for one in maps] == [tuple(-(-side // r) for side in size) for r in (16, 32)]
 
 
+def test_maps_that_a_network_would_stretch_are_padded():
+    """MobileViTv2 resizes maps of odd sides to even ones, and leaves them so."""
+    assert timm_backbone.find_plan("timm:mobilevitv2_050").multiple == 2 * 8
+
+
 def test_stages_for_the_auxiliary_head_lie_two_thirds_up_a_plain_transformer():
     backbone = build_backbone("timm:vit_tiny_patch16_224").eval()
     seen = []
@@ -139,7 +144,8 @@ def test_logits_of_a_grid_lie_on_the_pixels_whatever_is_padded():
     ("hf-hub:timm/resnet18.a1_in1k", "found none of this name"), ("local-dir:/tmp", "found none of this name"),
     ("convnext_tiny.nobody", "found none of this name"), ("", "found none of this name"),
     ("mixer_s32_224", "takes images of any size"), ("maxvit_rmlp_pico_rw_256", "takes images of any size"),
-    ("crossvit_tiny_240", "takes images of any size")])      # it would squeeze them all into one
+    ("crossvit_tiny_240", "takes images of any size"),      # it would squeeze them all into one
+    ("mvitv2_tiny", "tables of relative positions are for 224×224")])
 def test_what_cannot_be_a_backbone_is_a_sentence(name, message, pair, tmp_path):
     with pytest.raises(UserError, match="--backbone timm:.*expected.*found") as error:
         start(pair, tmp_path / "run", "--backbone", f"timm:{name}")

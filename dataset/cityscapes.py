@@ -99,7 +99,7 @@ class CityscapesDataset(Dataset):
         read = [read_pairs(self.root, one) for one in lists]
         for _, _, wrong in read:
             if wrong:
-                raise UserError(wrong[0] + f", and {plural(len(wrong) - 1, 'line')} more like it" * (len(wrong) > 1))
+                raise UserError(wrong[0] + f", and {plural(len(wrong) - 1, 'more line')} like it" * (len(wrong) > 1))
         found = [pairs for pairs, _, _ in read]
         # Of each pair: "FILE, line N", which messages name, and the folder of its list.
         self.lines = [line for _, lines, _ in read for line in lines]

@@ -1,5 +1,6 @@
 """Images without label maps: any files to predict, and the archive that the Cityscapes server takes."""
 
+import contextlib
 import glob
 import os
 import zipfile
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from utils import checkpoint
 from utils.cli import UserError, plural
 from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
-from utils.results import RECORD
+from utils.results import recorded
 from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
@@ -82,8 +83,8 @@ def find_images(places):
 
 def _search(top):
     """Images below a folder, sorted. Links to folders are followed, each folder once; hidden files are left out, and
-    folders of results: pictures of an earlier run are no images to predict."""
-    found, seen, waiting = [], set(), deque([Path(top)])
+    the results that an earlier run has recorded in one of the folders."""
+    found, seen, results, waiting = [], set(), set(), deque([Path(top)])
     while waiting:
         folder = waiting.popleft()
         if os.path.realpath(folder) in seen:
@@ -93,12 +94,12 @@ def _search(top):
             names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         except OSError as error:
             raise UserError(f"--images {folder}: expected a folder that can be read, found: {error}") from None
+        with contextlib.suppress(UserError):        # another's file of that name
+            results |= {folder / name for name in recorded(folder)}
         for path in (folder / name for name in names):
-            if os.path.lexists(path / RECORD):
-                continue
             if path.is_dir():       # links last: a folder that lies here too is found under its own name
                 (waiting.append if path.is_symlink() else waiting.appendleft)(path)
-            elif path.suffix.lower() in SUFFIXES and path.is_file():
+            elif path.suffix.lower() in SUFFIXES and path.is_file() and path not in results:
                 found.append(path)
     return sorted(found)
 

@@ -242,10 +242,16 @@ def test_as_many_files_are_written_as_are_said(zoo, snapshot, tmp_path, capsys):
     assert f"1 image predicted, 0 skipped; results in {tmp_path / 'n'}\n" in capsys.readouterr().out
 
 
-def test_results_among_the_images_are_not_predicted(snapshot, tmp_path, capsys):  # noqa: F811
-    Image.fromarray(picture()).save(tmp_path / "a.png")
-    words = ["--restore-from", str(snapshot), "--images", str(tmp_path), "--output-dir", str(tmp_path / "r"), *QUICK]
+@pytest.mark.parametrize("place", ["r", "."])
+def test_results_among_the_images_are_not_predicted(snapshot, tmp_path, capsys, place):  # noqa: F811
+    """Also where they lie beside the images, and a file of another program has the name of our record."""
+    own = tmp_path / "own/a.png"
+    (tmp_path / "own").mkdir()
+    Image.fromarray(picture()).save(own)
+    (tmp_path / "written.json").write_text("{}")
+    words = ["--restore-from", str(snapshot), "--images", str(own.parent), "--output-dir", str(own.parent / place)]
     for more in ([], ["--overwrite"]):
-        evaluate.main([*words, *more])
+        evaluate.main([*words, *QUICK, *more])
         assert "1 image predicted, 0 skipped" in capsys.readouterr().out
-    assert len(find_images([tmp_path / "r"])) == 3      # who asks for them gets them
+    assert list(find_images([tmp_path])) == [own]
+    assert len(find_images([own.parent / place / "color"])) == 1        # who asks for them gets them

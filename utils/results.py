@@ -1,5 +1,6 @@
 """A folder of results, and the record of what runs wrote there."""
 
+import contextlib
 import json
 import os
 import stat
@@ -47,7 +48,7 @@ class ResultsFolder:
         no run is recorded to have written.
         """
         self.check([RECORD, *folders, *(name for name in files if "/" not in name)])
-        earlier = self._recorded()
+        earlier = recorded(self.folder)
         check_names(self.what, self.folder, [*files, RECORD])
         for name in folders:
             if os.path.islink(self.folder / name):
@@ -65,8 +66,8 @@ class ResultsFolder:
             place = (self.folder / name).parent
             if not os.path.islink(place) and self._is_file(name):
                 (self.folder / name).unlink()
-                if place != self.folder and not os.listdir(place):      # this run may want no pictures of that kind
-                    place.rmdir()
+                with contextlib.suppress(OSError):      # it is not empty yet
+                    place.rmdir()                       # this run may want no pictures of that kind
         self._record(files)
         others = [f"{name}/{file}" for name in folders if os.path.isdir(self.folder / name)
                   for file in os.listdir(self.folder / name)]
@@ -76,7 +77,7 @@ class ResultsFolder:
 
     def close(self):
         """Strike from the record what was not written after all."""
-        self._record(name for name in self._recorded() if self._is_file(name))
+        self._record(name for name in recorded(self.folder) if self._is_file(name))
 
     def _make(self, folders):
         try:
@@ -89,30 +90,34 @@ class ResultsFolder:
 
     def _is_file(self, name):
         """Whether a regular file lies there, and not a link to one."""
-        try:
-            return stat.S_ISREG(os.lstat(self.folder / name).st_mode)
-        except OSError:
-            return False
-
-    def _recorded(self):
-        """Names that earlier runs recorded; none without a record."""
-        path = self.folder / RECORD
-        if not os.path.lexists(path):
-            return set()
-        if not self._is_file(RECORD):
-            raise UserError(f"{path}: expected a record of results, found no regular file")
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))
-            sound = all(not name.startswith("/") and ".." not in name.split("/") and name.count("/") < 2
-                        for name in names)
-        except (OSError, ValueError, TypeError, AttributeError):
-            sound = False
-        if not sound or not isinstance(names, list):
-            raise UserError(f"{path}: expected the names of the results beside it, found something else")
-        return set(names)
+        return _is_regular(self.folder / name)
 
     def _record(self, names):
         checkpoint.write_json(self.folder / RECORD, sorted(names))
+
+
+def recorded(folder):
+    """Names of the results that earlier runs recorded in a folder; none without a record. Raises `UserError`."""
+    path = folder / RECORD
+    if not os.path.lexists(path):
+        return set()
+    if not _is_regular(path):
+        raise UserError(f"{path}: expected a record of results, found no regular file")
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        sound = all(not name.startswith("/") and ".." not in name.split("/") and name.count("/") < 2 for name in names)
+    except (OSError, ValueError, TypeError, AttributeError):
+        sound = False
+    if not sound or not isinstance(names, list):
+        raise UserError(f"{path}: expected the names of the results beside it, found something else")
+    return set(names)
+
+
+def _is_regular(path):
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def check_names(what, folder, names):

@@ -274,7 +274,7 @@ def check(args):
     if not args.export and (args.export_size or args.export_precision):
         raise UserError("--export-size, --export-precision: expected with --export, found none")
     if args.whole and args.input_size:
-        raise UserError("--input-size: expected windows, of which it is the size, found --whole")
+        raise UserError("--whole: expected no size of windows with it, found {}×{}".format(*args.input_size))
     tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
     if len(tasks) > 1:
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")

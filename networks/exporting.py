@@ -57,9 +57,10 @@ def check_target(target, size, overwrite):
         return
     if size:
         raise UserError("--export-size: expected .onnx or .pt2, found .safetensors, which holds weights for any size")
+    of_another = not os.path.lexists(target) and any(target.parent.glob("*.safetensors"))
     for name in model_card.BESIDE:
         path = target.with_name(name)
         check_file("--export", path, overwrite)
-        if os.path.lexists(path) and not (model_card.is_ours(path) and os.path.lexists(target)):
+        if os.path.lexists(path) and (of_another or not model_card.is_ours(path)):
             raise UserError(f"--export {path}: expected nothing there, or what an earlier export of {target.name} "
                             "wrote, found another file, which stays: name another folder")

@@ -254,6 +254,8 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number, capsys):
     (["--val-split", "nowhere"], "nowhere"),
     (["--ablations", "norms"], "--ablations norms: expected a --model with ACF, found deeplabv3"),
     (["--batch-size", "x"], "--batch-size: expected a whole number"),
+    (["--overlap", "1"], "--overlap: expected a share below 1"),
+    (["--window", "97,97", "--whole"], "--whole: expected no size of windows with it, found 97×97"),
 ], ids=lambda value: "" if isinstance(value, str) else " ".join(value))
 def test_bad_input_is_one_sentence_before_anything_is_written(streets, tmp_path, more, sentence, capsys, monkeypatch):
     monkeypatch.setattr(compare, "start", lambda *_: pytest.fail("a run was started"))

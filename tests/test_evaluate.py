@@ -290,7 +290,7 @@ def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys)
     (["--submission", "y", "--data-list", "z"], "expected a Cityscapes folder"),
     (["--export", "a.onnx", "--input-size", "64,64"], "and --export-size for a fixed size, found --input-size"),
     (["--export", "a.safetensors", "--classes", "mine.csv"], "--export: expected the snapshot's .*, found --classes"),
-    (["--whole", "--input-size", "64,64"], "--input-size: expected windows, of which it is the size, found --whole"),
+    (["--whole", "--input-size", "64,64"], "--whole: expected no size of windows with it, found 64×64"),
     (["--classes", "CAMVID"], "expected the 19 classes of .*, found 2"),
     (["--restore-from", "none.pth"], "none.pth: expected a file of weights, found no such file"),
 ])

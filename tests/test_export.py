@@ -239,6 +239,8 @@ def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811
     assert f"| road | 7 | 128, 64, 128 | {100 * scores['class_iou']['road']:.2f} |" in card
     with pytest.raises(UserError, match="config.json: expected nothing there, or what an earlier export of b.safeten"):
         write(path, tmp_path / "one/b.safetensors", "--overwrite")      # they would tell of another file
+    (tmp_path / "one/a.safetensors").unlink()
+    write(path, tmp_path / "one/b.safetensors", "--overwrite")          # of none
     (tmp_path / "CS_scenes_7_val/result.json").write_text('{"checkpoint": "CS_scenes_7.pth", "protocol": {}}')
     with pytest.raises(UserError, match="result.json: expected a result of evaluate.py, for the model card, found"):
         write(path, tmp_path / "two/a.safetensors")

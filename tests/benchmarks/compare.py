@@ -368,6 +368,7 @@ def check(comparison, gpu):
     check_validation(comparison.root, args.data_list, args.val_list, args.val_split, "scoring")
     for variant in comparison.variants:
         _, root, _, classes, _ = train.parse_and_check(comparison.training_words(variant, 0, gpu))
+    evaluate.check(evaluate.get_parser().parse_args(comparison.scoring_words(variant, 0, gpu)))
     CityscapesDataset(root, args.split, args.data_list, classes), comparison.validation_data()
     asked = {name: os.path.abspath(value) if name in PLACES and value else value for name, value in vars(args).items()
              if name not in FREE} | {"steps": comparison.steps, "protocol": comparison.protocol}

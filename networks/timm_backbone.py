@@ -66,8 +66,8 @@ class Plan:
 
     @property
     def grid(self):
-        """(step, rest): images whose sides are a multiple of step, plus rest, need no padding, and the places of maps
-        lie on the pixels they stand for as well as can be."""
+        """(step, rest): of images whose sides are a multiple of step, plus rest, the places of maps lie on the pixels
+        they stand for as well as can be. `multiple` may ask for padding all the same."""
         return max(self.reductions), 0 if self.tiles else 1
 
 

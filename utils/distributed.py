@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
-from .cli import UserError, deaf_for_a_second, first_words
+from .cli import UserError, deaf_for_a_second, first_words, plural
 from .driver import lacks_kernels, unusable_gpu
 from .precision import PRECISIONS, best_precision, exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
@@ -272,8 +272,8 @@ def share_cores(devices, workers=None):
         torch.set_num_threads(share)
     if workers is None:
         workers = min(2, share) if on_cpu else max(1, min(8 * len(devices), share - len(devices)))
-    computing = f"{torch.get_num_threads()} threads for computing and " if on_cpu else ""
-    return workers, (f"{cores} cores for {local} process{'es' * (local > 1)} here: {computing}{workers} --num-workers "
+    computing = f"{plural(torch.get_num_threads(), 'thread')} for computing and " if on_cpu else ""
+    return workers, (f"{plural(cores, 'core')} for {plural(local, 'process')} here: {computing}{workers} --num-workers "
                      f"that read samples{' each' * (local > 1)}")
 
 

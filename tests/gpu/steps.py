@@ -254,9 +254,9 @@ def out_of_memory(device):
     except RuntimeError as error:
         words = str(error)
     assert memory.ran_out(words), f"expected it to be recognised, found {words[:200]}"
-    sentence = str(memory.out_of_memory_error(words, crops=8, input_size=(769, 769), accumulate=1, recompute="none",
-                                     recompute_choices=RECOMPUTE, amp="bf16", model="acfnet",
-                                     backbone="eca_resnet101", norm="inplace_abn"))
+    sentence = str(memory.out_of_memory_error(
+        words, crops=8, input_size=(769, 769), accumulate=1, recompute="none", recompute_choices=RECOMPUTE, amp="bf16",
+        model="acfnet", backbone="eca_resnet101", norm="inplace_abn"))
     assert sentence.startswith("out of memory: expected room for 8 crops of 769×769") and "--recompute" in sentence
     return sentence[:60]
 

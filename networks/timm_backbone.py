@@ -18,6 +18,7 @@ from torch import nn
 
 from utils.normalization import Normalization
 from utils.upsampling import upsample
+from utils.versions import CheckedConvolutions
 
 PREFIX = "timm:"
 # All that may be passed on to timm, which else would take names of files and addresses: snapshots come from strangers.
@@ -215,7 +216,8 @@ def _try(backbone, arguments, device):
 def _check_maps(body, plan, size):
     """Maps of an image (height, width). Raises ValueError where their sizes do not follow the image's: some networks
     squeeze every image into one size."""
-    maps = _maps(body, torch.zeros(1, 3, *size), plan)
+    with CheckedConvolutions():
+        maps = _maps(body, torch.zeros(1, 3, *size), plan)
     padded = [side + -side % plan.multiple for side in size]
     expected = [(1, count, *(-(-side // r) for side in padded))
                 for count, r in zip(plan.channels, plan.reductions, strict=True)]

@@ -112,6 +112,7 @@ def test_maps_are_those_of_timm_at_any_size(name):
 @pytest.mark.parametrize("size", [(1, 1), (7, 350), (65, 33)])
 def test_images_smaller_than_the_part_a_pixel_attends_to_are_padded(size):
     """PVT's attention takes parts of 32×32 pixels of the image together."""
+    assert timm_backbone.find_plan("timm:pvt_v2_b0").multiple == 32
     with torch.device("meta"):
         maps = build_backbone("timm:pvt_v2_b0")(torch.zeros(2, 3, *size))
     assert [tuple(one.shape[2:]) for one in maps] == [tuple(-(-side // r) for side in size) for r in (16, 32)]

@@ -3,6 +3,7 @@
 The latter with the Python of another environment in OTHER_PYTHON, which tests/oldest.sh names.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -40,6 +41,14 @@ def test_instructions_that_onednn_may_not_use_do_not_count(monkeypatch, isa, exp
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
     assert versions.cpu_computes_in_bf16() is expected
+
+
+@pytest.mark.parametrize("size, padding, dilation, taken", [(2, 0, 1, False), (3, 0, 1, True), (3, 1, 2, True),
+                                                           (2, 1, 2, False)])
+def test_what_has_no_values_is_no_smaller_than_a_kernel_either(size, padding, dilation, taken):
+    expected = contextlib.nullcontext() if taken else pytest.raises((ValueError, RuntimeError), match="than|small")
+    with torch.device("meta"), versions.CheckedConvolutions(), expected:
+        torch.nn.Conv2d(3, 4, 3, 2, padding, dilation)(torch.zeros(1, 3, 9, size))
 
 
 HERE, OTHER = sys.executable, os.environ.get("OTHER_PYTHON")

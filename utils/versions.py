@@ -11,6 +11,7 @@ import warnings
 import cv2
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # What oneDNN can be told to leave unused (ONEDNN_MAX_CPU_ISA), as far as bf16 is not among what remains.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -32,6 +33,19 @@ def outside_compiled_code(function):
     """`torch.compiler.disable`, but the compiler, whose import takes a second, comes with the first call: PyTorch's own
     way of decorating what it imports itself, in all versions so far."""
     return getattr(torch, "_disable_dynamo", torch.compiler.disable)(function)
+
+
+class CheckedConvolutions(TorchDispatchMode):
+    """Inside, a convolution of a map that is smaller than its kernel is a ValueError on the device "meta" too, where
+    PyTorch 2.4 takes it."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.convolution.default:
+            x, weight, _, _, padding, dilation, transposed, *_ = arguments
+            if not transposed and any(side + 2 * pad <= step * (kernel - 1) for side, pad, step, kernel in zip(
+                    x.shape[2:], padding, dilation, weight.shape[2:], strict=False)):
+                raise ValueError("map smaller than a kernel")
+        return function(*arguments, **options or {})
 
 
 def keeping_buffers():

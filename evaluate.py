@@ -458,8 +458,9 @@ def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results)
     if processes is not None:
         processes.barrier()        # results are told when all have written their pictures
     if not found.headline["fine"].matrix.any():
-        raise UserError(f"{dataset.source}: expected labelled pixels to score, found none; predictions for the "
-                        "Cityscapes server are made by --submission FOLDER")
+        raise UserError(f"{dataset.pairs[0][1]} and {plural(len(dataset) - 1, 'other label map')}: expected labelled "
+                        "pixels to score, found none; predictions for the Cityscapes server are made by --submission "
+                        "FOLDER")
     if rank_and_size(processes)[0]:
         return None
     result = found.result(path, protocol.as_json(predictor.window, dataset.source, config))

@@ -59,6 +59,7 @@ from utils.calibration import Calibration
 from utils.cli import UserError, plural
 from utils.distributed import (
     Processes,
+    from_all,
     join_processes,
     leave_processes,
     own_device,
@@ -256,6 +257,12 @@ def results_folder(path, what, output_dir=None, several=False):
 def picture_files(dataset, kinds):
     """The files of a data set's pictures, relative to the folder of results."""
     return [f"{FOLDERS[kind]}/{name}.png" for kind in kinds for name in dataset.names]
+
+
+def where(folder, kinds, files=()):
+    """What is said of a folder with these files and kinds of pictures."""
+    names = [*files, *(f"{FOLDERS[kind]}/" for kind in kinds)]
+    return f"results in {folder}{': ' * bool(names)}{', '.join(names)}"
 
 
 def make_folder(results, files, processes):
@@ -473,8 +480,7 @@ def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results)
     visualize.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
                  found.worst.entries())
-    print(f"results in {folder}: report.html, result.json, iou.png, confusion.png"
-          f"{''.join(f', {FOLDERS[kind]}/' for kind in kinds)}")
+    print(where(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
     return result
 
 
@@ -493,14 +499,13 @@ def predict(path, dataset, *, protocol, machine, table_path, kinds, results, sub
     predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
     _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
                               Pictures(folder, kinds, classes))
-    count = broken if processes is None else sum(processes.gather_objects(broken))
+    count = sum(from_all(processes, broken))
     if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
     if rank == 0 and submission:
         print(write_submission(folder / FOLDERS["labels"], dataset, classes))
     elif rank == 0:
-        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; "
-              f"results in {folder}{': ' * bool(kinds)}{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; {where(folder, kinds)}")
     if rank == 0:
         results.close()
     return count
@@ -547,12 +552,11 @@ def predict_videos(path, videos, *, protocol, machine, table_path, kinds, result
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
     if stop.asked and processes is not None:
         raise cli.Interrupted(stop.number)
-    if processes is not None:
-        done, broken = map(sum, zip(*processes.gather_objects((done, broken)), strict=True))
+    done, broken = map(sum, zip(*from_all(processes, (done, broken)), strict=True))
     if rank == 0:
         results.close()
         print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
-              f"results in {folder}{': ' * bool(kinds)}{', '.join(f'{FOLDERS[kind]}/' for kind in kinds)}")
+              f"{where(folder, kinds)}")
     if stop.asked:
         raise cli.Interrupted(stop.number)
     return broken

@@ -39,6 +39,7 @@ from utils.distributed import (
     by_the_first,
     check_kernels,
     crops_at_once,
+    from_all,
     join_processes,
     leave_processes,
     own_device,
@@ -466,7 +467,7 @@ def train(run):
                 break
             if logged:      # pictures, validation and snapshots do not count
                 window, waited, images = time.monotonic(), 0.0, 0
-    return stop.number if engine.processes is None else max(engine.processes.gather_objects(stop.number))
+    return max(from_all(engine.processes, stop.number))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Plan:
     @property
     def joined(self):
         """Whether the maps are joined to one, at the finest stride."""
-        return self.arguments.get("feature_location") == ""
+        return _joined(self.arguments)
 
     @property
     def stride(self):
@@ -195,7 +195,7 @@ def _try(backbone, arguments, device):
         if len(set(every)) == 1 and "out_indices" not in arguments:     # a plain transformer, an entry a block
             arguments = arguments | {"out_indices": [len(every) * 2 // 3 - 1, len(every) - 1]}
             body = _create(backbone, arguments).eval()
-        used = slice(None) if arguments.get("feature_location") == "" else slice(-2, None)
+        used = slice(None) if _joined(arguments) else slice(-2, None)
         channels, reductions = (tuple(found())[used] for found in (body.feature_info.channels,
                                                                    body.feature_info.reduction))
         if len(channels) < 2:
@@ -211,6 +211,10 @@ def _try(backbone, arguments, device):
                 continue
             return replace(plan, unused=_unused(body, maps))
         raise error
+
+
+def _joined(arguments):
+    return arguments.get("feature_location") == ""
 
 
 def _check_maps(body, plan, size):

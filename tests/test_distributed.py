@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import train as train_script
 from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks import build_network
+from tests.gpu.several import free_port
 from utils import distributed
 from utils.cli import UserError
 from utils.distributed import Processes, launched, share_cores
@@ -176,9 +176,7 @@ def test_senseless_variables_are_a_sentence(monkeypatch, name, value):
 
 @pytest.mark.parametrize("rank, address", [("0", "localhost"), ("1", "localhost"), ("1", "nowhere.invalid")])
 def test_nobody_waits_forever_for_the_others(rank, address):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = ("from datetime import timedelta\nimport torch\nfrom utils import cli, distributed\n"
             "distributed.MEETING = timedelta(seconds=2)\n"
             "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")

@@ -11,7 +11,6 @@ from networks import build_network
 from utils import memory
 from utils.inference import SlidingPredictor, _Pass, add_at_once, add_by_strips, round_size, window_starts
 from utils.normalization import Normalization
-from utils.upsampling import upsampling_matrix
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -204,8 +203,7 @@ def test_what_a_window_adds_is_softmax_of_the_upsampled_logits(shape, size, spre
     logits = torch.randn(shape) * spread
     total = torch.zeros(shape[0], *size)
     rows, columns = torch.rand(size[0]), torch.rand(size[1])
-    matrices = [upsampling_matrix(*lengths, total.device) for lengths in zip(size, shape[1:], strict=True)]
-    add(total, logits, *matrices, rows, columns)
+    add(total, logits, rows, columns)
     up = F.interpolate(logits.double()[None], size=size, mode="bilinear", align_corners=True)[0]
     expected = (up.softmax(0) * rows[:, None] * columns).float()
     # Interpolation itself rounds logits to float32, which moves probabilities by their size times 1e-7.

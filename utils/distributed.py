@@ -130,6 +130,11 @@ def by_the_first(processes, make):
     return processes.broadcast(make() if processes.rank == 0 else None)
 
 
+def from_all(processes, value):
+    """The plain value of each process of the run, in order of rank. processes: `Processes`, or None for this alone."""
+    return [value] if processes is None else processes.gather_objects(value)
+
+
 def share_batches(module, devices, processes):
     """Wrap a module so that processes, or several devices of this one, share each batch."""
     if processes is not None:
@@ -144,10 +149,8 @@ def share_batches(module, devices, processes):
 def shared_precision(devices, processes):
     """The best precision that all devices of the run have: they may be of different kinds, and gradients of which one
     alone is scaled cannot be added up. devices: of this process; processes: `Processes`, or None."""
-    found = [best_precision(device) for device in devices]
-    if processes is not None:
-        found = sum(processes.gather_objects(found), [])
-    return min(found, key=PRECISIONS.index)
+    found = from_all(processes, [best_precision(device) for device in devices])
+    return min(sum(found, []), key=PRECISIONS.index)
 
 
 def prepare_device(device, channels_last, amp):

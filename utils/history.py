@@ -6,6 +6,7 @@ from collections import deque
 
 from . import checkpoint
 from .cli import UserError
+from .distributed import from_all
 
 
 class Course:
@@ -51,9 +52,7 @@ class History:
         error: `NotFinite`; factor: of the rates; parts: the batch.
         """
         engine = self.engine
-        names = [name for part in parts for name in part["name"]]
-        if engine.processes is not None:
-            names = sum(engine.processes.gather_objects(names), [])
+        names = sum(from_all(engine.processes, [name for part in parts for name in part["name"]]), [])
         rate = factor * engine.optimizer.param_groups[0]["initial_lr"]
         return UserError(f"step {step}: expected a finite {error.what}, found {error.terms} at the learning rate "
                          f"{rate:.3g}; images: {', '.join(names)}; {self._advice(error, run, step - 1)}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from . import memory
 from .metrics import ConfusionMatrix
 from .normalization import Normalization
-from .upsampling import GRID, grid_of, round_size, upsampling_matrix
+from .upsampling import GRID, grid_of, round_size, upsample_by_products, upsampling_matrix
 
 HEADS = ("fine", "coarse")      # of which probabilities can be asked for
 
@@ -276,22 +276,22 @@ def add_probabilities(total, logits, row_weights, column_weights):
         logits: (N, h, w) float32.
         row_weights, column_weights: (H,) and (W,).
     """
-    from_rows, from_columns = (upsampling_matrix(length, source, logits.device) for length, source
-                               in zip(total.shape[1:], logits.shape[1:], strict=True))
     add = add_at_once if total.is_cuda else add_by_strips
-    add(total, logits, from_rows, from_columns, row_weights, column_weights)
+    add(total, logits, row_weights, column_weights)
 
 
-def add_at_once(total, logits, from_rows, from_columns, row_weights, column_weights):
+def add_at_once(total, logits, row_weights, column_weights):
     """`add_probabilities` in as few passes over the map as a GPU can do it."""
-    values = from_rows @ (logits @ from_columns.T)                                  # (N, H, W)
+    values = upsample_by_products(logits[None], total.shape[1:])[0]                 # (N, H, W)
     total.addcmul_(values.softmax(0), row_weights[:, None] * column_weights)
 
 
-def add_by_strips(total, logits, from_rows, from_columns, row_weights, column_weights):
+def add_by_strips(total, logits, row_weights, column_weights):
     """`add_probabilities` without a map of full size: the columns once, then the rows strip by strip, so that on a CPU
     everything after the first product stays in the cache."""
     _, height, width = total.shape
+    from_rows, from_columns = (upsampling_matrix(length, source, logits.device) for length, source
+                               in zip((height, width), logits.shape[1:], strict=True))
     # Shifted so that the largest of each pixel is 0: interpolated values then stay below 0, and exp below 1. Where
     # classes lie so far apart that all could vanish between two pixels, the shift is found again after upsampling.
     logits = logits - logits.amax(0)

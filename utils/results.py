@@ -62,12 +62,13 @@ class ResultsFolder:
                                 f"{RECORD} records, found something else; it stays: move it, or name another folder")
         self._make(folders)
         self._record({*earlier, *files})        # until the older ones are gone
-        for name in sorted(earlier, key=lambda name: "/" in name):      # scores before the pictures they belong to
-            place = (self.folder / name).parent
-            if not os.path.islink(place) and self._is_file(name):
-                (self.folder / name).unlink()
-                with contextlib.suppress(OSError):      # it is not empty yet
-                    place.rmdir()                       # this run may want no pictures of that kind
+        old = [self.folder / name for name in sorted(earlier, key=lambda name: "/" in name)     # scores go first
+               if not os.path.islink((self.folder / name).parent) and self._is_file(name)]
+        for path in old:
+            path.unlink()
+        for place in {path.parent for path in old} - {self.folder}:     # this run may want no pictures of that kind
+            with contextlib.suppress(OSError):                          # another's file lies there
+                place.rmdir()
         self._record(files)
         others = [f"{name}/{file}" for name in folders if os.path.isdir(self.folder / name)
                   for file in os.listdir(self.folder / name)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import checkpoint, cli
 from .cli import UserError, plural
-from .distributed import rank_and_size
+from .distributed import from_all, rank_and_size
 from .inference import round_size
 from .logger import RunLog, about_this_run
 
@@ -26,8 +26,7 @@ def content(engine, step, config):
 
     To be called by all processes at the same step: each has generators of its own.
     """
-    generators = checkpoint.random_state(engine.devices)
-    rng = [generators] if engine.processes is None else engine.processes.gather_objects(generators)
+    rng = from_all(engine.processes, checkpoint.random_state(engine.devices))
     average = {} if engine.average is None else {"average": engine.average.state_dict()}
     return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
             "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config.plain(), **average}

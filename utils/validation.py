@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from . import checkpoint, cli, visualize
 from .cli import UserError
-from .distributed import share_items
+from .distributed import from_all, share_items
 from .inference import SlidingPredictor, score
 from .logger import METRICS, QUICK, progress, read_lines
 from .upsampling import upsample
@@ -49,8 +49,7 @@ class QuickValidation:
         with one_way_of_convolution():
             found = score(self.predictor, items, self.classes.num_classes, self.ignore_index, self.engine.processes)
         self.engine.train_mode()
-        processes = self.engine.processes
-        if any(processes.gather_objects(asked()) if processes else [asked()]):
+        if any(from_all(self.engine.processes, asked())):
             self.log.say(f"the quick validation of step {step} is left out")
             return None
         matrices = found["single_scale"]

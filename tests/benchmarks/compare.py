@@ -44,6 +44,7 @@ from utils import checkpoint, cli, visualize
 from utils.cli import UserError
 from utils.decoding import read_image
 from utils.distributed import select_devices
+from utils.local import FOLDERS
 from utils.logger import METRICS, read_lines
 from utils.memory import kept_bytes
 from utils.precision import best_precision, exact_float32
@@ -62,7 +63,6 @@ SET = {"data_dir": "by its first word", "model": "by --models", "acf": "by --mod
 # Flags that may change before the same command goes on: they say how, not what.
 FREE = {*SET, "num_workers", "cache", "parallel", "val_every", "save_pred_every", "keep", "log", "log_every",
         "panel_every"} - {"data_dir"}
-PLACES = ("data_dir", "images_dir", "labels_dir")      # flags that name a data set
 LARGEST_CROP = 257      # pixels a side, for counting kept bytes
 
 
@@ -115,7 +115,7 @@ class Comparison:
     @property
     def root(self):
         """Where the data are, as of `data_root`. Raises `UserError`."""
-        return data_root(self.args.data_dir, self.args.images_dir, self.args.labels_dir)
+        return data_root(*(getattr(self.args, name) for name in FOLDERS))
 
     def validation_data(self):
         """What is scored."""
@@ -135,7 +135,7 @@ class Comparison:
     def scoring_words(self, variant, seed, gpu="cpu"):
         """What evaluate.py is told."""
         args = self.args
-        given = {"--data-dir": args.data_dir, "--images-dir": args.images_dir, "--labels-dir": args.labels_dir,
+        given = {**{f"--{name.replace('_', '-')}": getattr(args, name) for name in FOLDERS},
                  **({"--data-list": args.val_list} if args.val_list else {"--split": args.val_split}),
                  "--classes": args.classes, "--num-workers": args.num_workers, "--amp": self.amp}
         return [*(str(word) for pair in given.items() if pair[1] is not None for word in pair), *self.protocol,
@@ -370,7 +370,7 @@ def check(comparison, gpu):
         _, root, _, classes, _ = train.parse_and_check(comparison.training_words(variant, 0, gpu))
     evaluate.check(evaluate.get_parser().parse_args(comparison.scoring_words(variant, 0, gpu)))
     CityscapesDataset(root, args.split, args.data_list, classes), comparison.validation_data()
-    asked = {name: os.path.abspath(value) if name in PLACES and value else value for name, value in vars(args).items()
+    asked = {name: os.path.abspath(value) if name in FOLDERS and value else value for name, value in vars(args).items()
              if name not in FREE} | {"steps": comparison.steps, "protocol": comparison.protocol}
     asked = json.loads(json.dumps(asked))
     path = comparison.folder / "compare.json"

@@ -75,7 +75,7 @@ from utils.inference import score
 from utils.logger import FirstImage, progress, speak_for_all
 from utils.metrics import InstanceIoU
 from utils.pictures import FOLDERS, Pictures, VideoPictures
-from utils.precision import exact_float32
+from utils.precision import describe_default, exact_float32
 from utils.report import WorstImages, comparison_table, score_table, write_report
 from utils.results import ResultsFolder
 from utils.video import RATE
@@ -129,8 +129,8 @@ def get_parser():
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, and videos whole, or cpu; default: all "
                      "visible GPUs, else the CPU")
     run.add_argument("--batch-size", type=cli.batch_size, default=4, help="windows at a time (4)")
-    run.add_argument("--amp", choices=AMP, help="mixed precision; default: bf16 where the device has "
-                     "instructions for it, else fp16 on a GPU and off on a CPU")
+    run.add_argument("--amp", choices=AMP, help="mixed precision; default: bf16 on a GPU that has "
+                     "instructions for it, else fp16; on a CPU bf16 where that is measured to be faster, else off")
 
     out = parser.add_argument_group("results")
     out.add_argument("--output-dir", type=cli.path,
@@ -394,7 +394,8 @@ def main(argv=None):
     speak_for_all(processes)
     workers, cores = share_cores([device], args.num_workers)
     protocol = replace(protocol, amp=args.amp or shared_precision([device], processes))
-    print(f"{cores}; --amp {protocol.amp}")
+    reason = "" if args.amp else f": {describe_default(device)}"
+    print(f"{cores}; --amp {protocol.amp}{reason}")
     exact_float32(protocol.amp, device)
     machine = Machine(device, workers, processes)
     memory.catch_out_of_memory(lambda: perform(args, paths, protocol, machine), protocol.out_of_memory_error)

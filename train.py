@@ -57,7 +57,7 @@ from utils.inference import fitting_size
 from utils.logger import speak_for_all
 from utils.normalization import NORMALIZATIONS
 from utils.optimization import OPTIMIZERS, PolySchedule, make_optimizer
-from utils.precision import CHOICES, OPT_LEVELS, Precision
+from utils.precision import CHOICES, OPT_LEVELS, Precision, describe_default
 from utils.run import Run
 from utils.snapshot import Config
 from utils.trackers import SERVICES, check_packages
@@ -180,9 +180,10 @@ def add_run(parser):
                      help="ddp: a process for each GPU, which torchrun starts too; dp: threads of this process share "
                      "the GPUs, slower because they take turns to run Python; none: the first GPU only (ddp)")
     run.add_argument("--amp", choices=CHOICES, help="mixed precision: autocast to bf16, or fp16 with a gradient "
-                     "scaler; apex: NVIDIA's apex.amp of tag 25.04 or older; default: bf16 where the device has "
-                     "instructions for it, else fp16 on a GPU and off on a CPU; off is fp32 without TF32")
-    run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex (O1)")
+                     "scaler; apex: NVIDIA's apex.amp of tag 25.04 or older; default: bf16 on a GPU that has "
+                     "instructions for it, else fp16; on a CPU bf16 where that is measured to be faster, else off; off "
+                     "is fp32 without TF32")
+    run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex: O1, or O0 for fp32 (O1)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
                      help="keep feature maps with channels innermost; default: on a GPU yes, on the CPU no")
     run.add_argument("--compile", action="store_true", help="torch.compile the network, among several processes all "
@@ -263,20 +264,20 @@ def main(argv=None):
     if args.parallel == "ddp" and len(devices) > 1:     # before this process takes memory of a GPU
         start_processes(len(devices), argv)
     processes = join_processes(devices[0])
-    given, args.amp = args.amp, args.amp or shared_precision(devices, processes)
     speak_for_all(processes)
+    snapshot, weights = find_start(
+        resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
+        pretrained=args.pretrained, backbone=args.backbone, processes=processes)
+    args.amp = args.amp or default_precision(devices, processes, snapshot)
     args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)
-    if given is None:
-        print(f"--amp {args.amp}: the best that {'the CPU' if devices[0].type == 'cpu' else 'every GPU'} has "
-              "instructions for")
     if args.norm == "inplace_abn":
         backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     checkpoint.seed_generators(args.random_seed)
     dataset, validation = make_data(args, root, classes, processes, workers)
     stopped = memory.catch_out_of_memory(
-        lambda: perform(assemble(args, devices, processes, dataset, validation, workers)),
+        lambda: perform(assemble(args, devices, processes, dataset, validation, workers, snapshot, weights)),
         lambda found: memory.out_of_memory_error(
             found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
             amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
@@ -284,6 +285,17 @@ def main(argv=None):
     leave_processes()
     if stopped:     # last of all: by the exit status the training is not finished
         raise cli.Interrupted(stopped)
+
+
+def default_precision(devices, processes, snapshot):
+    """The --amp of a run that leaves it open. snapshot: from which it goes on, or None."""
+    before = None if snapshot is None else snapshot.config.arguments.get("amp")
+    if devices[0].type == "cpu" and before in ("off", "bf16"):      # to the bit, however the CPU is timed today
+        print(f"--amp {before}: that of the snapshot")
+        return before
+    amp = shared_precision(devices, processes)
+    print(f"--amp {amp}: {describe_default(devices[0])}")
+    return amp
 
 
 def make_data(args, root, classes, processes, workers):
@@ -307,12 +319,9 @@ def make_data(args, root, classes, processes, workers):
     return dataset, validation
 
 
-def assemble(args, devices, processes, dataset, validation, workers):
-    """What the flags describe, as a `Run`; validation: the images of `--val-every`, or None. Nothing below knows
-    flags."""
-    found, weights = find_start(
-        resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
-        pretrained=args.pretrained, backbone=args.backbone, processes=processes)
+def assemble(args, devices, processes, dataset, validation, workers, found, weights):
+    """What the flags describe, as a `Run`; validation: the images of `--val-every`, or None; found, weights: of
+    `find_start`. Nothing below knows flags."""
     config = make_config(args, dataset, found, weights)
     dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
     network, account = make_network(args, config, devices, processes, found, weights)

@@ -22,8 +22,7 @@ class ScaleAndAdd(torch.autograd.Function):
         with without_autocast(x):
             y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))                   # (B, C)
             kernel = kernel.to(y.dtype)
-            # apex computes convolutions in float16 even here.
-            omega = attention(y, kernel, kernel.shape[2] // 2).to(y.dtype)
+            omega = attention(y, kernel, kernel.shape[2] // 2)
             ctx.save_for_backward(x, y, omega, kernel)
             return torch.addcmul(shortcut, x, along_channels(omega, x))
 

@@ -1,4 +1,4 @@
-"""Mixed precision: bf16 against float32 on the streets, the gradient scaler, and the call path of apex."""
+"""Mixed precision: bf16 against float32 on the streets, and the gradient scaler. Of apex: `test_apex`."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from utils import precision
 from utils.cli import UserError
 from utils.precision import Precision, best_precision
 
@@ -31,49 +32,94 @@ def test_bf16_trains_like_float32(streets, tmp_path):
     assert abs(other - mean) < 0.05 * mean
 
 
-def test_the_default_is_what_the_device_has_instructions_for(monkeypatch):
+@pytest.mark.parametrize("instructions, seconds, expected, reason", [
+    ({"avx512_bf16": True}, {"off": 0.002, "bf16": 0.001}, "bf16", "takes 2.0 ms with off, 1.0 ms with bf16"),
+    ({"avx512_bf16": True}, {"off": 0.001, "bf16": 0.002}, "off", "takes 1.0 ms with off, 2.0 ms with bf16"),
+    ({"bf16": True, "neon": True}, {"off": 0.002, "bf16": 0.001}, "bf16", "takes 2.0 ms"),
+    ({"avx2": True}, {}, "off", "the CPU has no instructions for bf16"),
+])
+def test_a_cpu_computes_in_what_it_is_faster_in(instructions, seconds, expected, reason, monkeypatch):
+    """A Xeon with avx512_bf16 and without AMX is slower in bf16, an EPYC with the same flag faster."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
-                                   ({"bf16": True, "neon": True}, "bf16"), ({"avx2": True}, "off")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert best_precision(CPU) == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    monkeypatch.setattr(precision, "convolution_seconds", lambda: seconds)
+    assert best_precision(CPU) == expected and reason in precision.describe_default(CPU)
+
+
+def test_convolutions_are_timed_once_in_both_precisions(monkeypatch):
+    """By a clock that says how many bytes a value has: so which one is timed as what."""
+    clock, dtypes = [0.0], []
+    convolution = torch.nn.functional.conv2d
+
+    def timed(*arguments, **named):
+        result = convolution(*arguments, **named)
+        dtypes.append(result.dtype)
+        clock[0] += result.element_size()
+        return result
+
+    monkeypatch.setattr(precision.F, "conv2d", timed)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
+    precision.convolution_seconds.cache_clear()
+    state = torch.get_rng_state()
+    try:
+        with torch.inference_mode():
+            assert precision.convolution_seconds() == precision.convolution_seconds() == {"off": 4.0, "bf16": 2.0}
+    finally:
+        precision.convolution_seconds.cache_clear()
+    assert len(dtypes) == 8 and torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("able, expected", [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_computes_in_what_it_has_instructions_for(able, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for able, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
-        assert best_precision(torch.device("cuda", 0)) == expected
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    assert best_precision(torch.device("cuda", 0)) == expected
+
+
+def test_a_run_that_goes_on_keeps_its_precision(monkeypatch, capsys):
+    """However the CPU is timed at that moment; a GPU may be another one."""
+    monkeypatch.setattr(train, "shared_precision", lambda devices, processes: "bf16")
+    monkeypatch.setattr(train, "describe_default", lambda device: "timed")
+    for before, device, expected, reason in (
+            ("off", CPU, "off", "that of the snapshot"), ("fp16", CPU, "bf16", "timed"),
+            ("off", torch.device("cuda"), "bf16", "timed"), (None, CPU, "bf16", "timed")):
+        snapshot = types.SimpleNamespace(config=types.SimpleNamespace(arguments={"amp": before}))
+        assert train.default_precision([device], None, snapshot) == expected
+        assert capsys.readouterr().out == f"--amp {expected}: {reason}\n"
+    assert train.default_precision([CPU], None, None) == "bf16"
 
 
 def test_the_norm_of_gradients_is_that_of_unscaled_ones():
     for amp in ("off", "fp16"):
-        precision = Precision(amp, CPU)
+        scaling = Precision(amp, CPU)
         weight = torch.nn.Parameter(torch.ones(2))
         optimizer = torch.optim.SGD([weight], 0.1)
-        precision.backward((weight * torch.tensor([3.0, 4.0])).sum(), optimizer)
-        assert precision.gradient_norm(optimizer).item() == pytest.approx(5)
-        precision.step(optimizer)
+        scaling.backward((weight * torch.tensor([3.0, 4.0])).sum(), optimizer)
+        assert scaling.gradient_norm(optimizer).item() == pytest.approx(5)
+        scaling.step(optimizer)
         torch.testing.assert_close(weight.data, torch.tensor([0.7, 0.6]))
 
 
-def learn(precision, loss, optimizer):
+def learn(scaling, loss, optimizer):
     optimizer.zero_grad()
-    precision.backward(loss, optimizer)
-    precision.step(optimizer)
+    scaling.backward(loss, optimizer)
+    scaling.step(optimizer)
 
 
 def test_fp16_scales_losses_and_leaves_out_steps_that_overflow():
-    precision = Precision("fp16", CPU)
-    assert precision.autocast == torch.float16
+    scaling = Precision("fp16", CPU)
+    assert scaling.autocast == torch.float16
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], 0.1)
-    learn(precision, (weight * torch.tensor([1.0, 2.0])).sum(), optimizer)
+    learn(scaling, (weight * torch.tensor([1.0, 2.0])).sum(), optimizer)
     torch.testing.assert_close(weight.data, torch.tensor([0.9, 0.8]))
-    scale = precision.state_dict()["scale"]
-    learn(precision, (weight * float("inf")).sum(), optimizer)
+    scale = scaling.state_dict()["scale"]
+    learn(scaling, (weight * float("inf")).sum(), optimizer)
     torch.testing.assert_close(weight.data, torch.tensor([0.9, 0.8]))
-    assert precision.state_dict()["scale"] == scale / 2
+    assert scaling.state_dict()["scale"] == scale / 2
     other = Precision("fp16", CPU)
-    other.load_state_dict(precision.state_dict())
-    assert other.state_dict() == precision.state_dict()
+    other.load_state_dict(scaling.state_dict())
+    assert other.state_dict() == scaling.state_dict()
 
 
 def test_missing_apex_names_the_tag_that_has_it(monkeypatch):
@@ -81,29 +127,3 @@ def test_missing_apex_names_the_tag_that_has_it(monkeypatch):
         monkeypatch.setitem(sys.modules, "apex", found)
         with pytest.raises(UserError, match="removed after tag 25.05 .* build apex from its tag 25.04"):
             Precision("apex", CPU)
-
-
-def test_the_calls_of_apex(monkeypatch):
-    """apex itself cannot be had here: its two documented calls, in their order, with their arguments."""
-    calls = []
-
-    @contextlib.contextmanager
-    def scale_loss(loss, optimizer):
-        calls.append("scale_loss")
-        yield loss * 1
-
-    amp = types.SimpleNamespace(initialize=lambda *args, **named: calls.append(named) or args, scale_loss=scale_loss,
-                                state_dict=lambda: {"loss_scaler0": {"loss_scale": 2.0}})
-    apex = types.ModuleType("apex")
-    apex.amp = amp
-    monkeypatch.setitem(sys.modules, "apex", apex)
-    with pytest.raises(UserError, match="--amp apex: expected a GPU, found the CPU"):
-        Precision("apex", CPU)
-    precision = Precision("apex", torch.device("cuda"), "O2")
-    network = torch.nn.Linear(1, 1)
-    network, optimizer = precision.prepare(network, torch.optim.SGD(network.parameters(), 1.0))
-    before = network.bias.detach().clone()
-    learn(precision, network(torch.ones(1, 1)).sum(), optimizer)
-    assert calls == [{"opt_level": "O2"}, "scale_loss"]
-    torch.testing.assert_close(network.bias.detach(), before - 1)
-    assert precision.state_dict() == {"loss_scaler0": {"loss_scale": 2.0}}

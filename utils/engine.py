@@ -15,7 +15,7 @@ from .distributed import Processes, share_batches
 from .jitter import apply_jitter
 from .normalization import Normalization
 from .optimization import average_of_weights, buffers_by_dtype, update_average
-from .precision import Precision
+from .precision import Precision, apex_casts
 from .versions import COMPILER, torch_version, total_norm
 
 # Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
@@ -56,17 +56,23 @@ def check_compile(*, devices, parallel, recompute):
 class NetworkWithLoss(nn.Module):
     """The part of a step that runs on every device: uint8 images and labels in, sums and counts out.
 
-    Its outputs are a row a device, so `nn.DataParallel` gathers scalars and no logits.
+    Its outputs are a row per device, so `nn.DataParallel` gathers scalars and no logits.
+
+    Args:
+        network, criterion, normalization: of the input, as in `make_engine`.
+        autocast: dtype of PyTorch's autocast, or None.
+        apex: whether apex casts in its place.
     """
 
-    def __init__(self, network, criterion, normalization, autocast):
+    def __init__(self, network, criterion, normalization, autocast, apex=False):
         super().__init__()
         self.network, self.criterion = network, criterion
-        self.normalization, self.autocast = normalization, autocast
+        self.normalization, self.autocast, self.apex = normalization, autocast, apex
 
     def forward(self, images, labels):
         """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) of T terms."""
-        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with (apex_casts() if self.apex else
+              torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)):
             outputs = self.network(self.normalization(images))
         sums = self.criterion.sums(outputs, labels)
         return (torch.stack([total for total, _ in sums.values()])[None],
@@ -160,7 +166,7 @@ class Engine:
         self.skipped = 0
         self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
         for layer in network.modules():
-            if precision.autocast is not None and hasattr(layer, "look_ahead"):
+            if (precision.autocast is not None or precision.casts) and hasattr(layer, "look_ahead"):
                 self._looking_ahead[layer.look_ahead].append(layer)
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
@@ -196,13 +202,14 @@ class Engine:
         generators = random_state(self.devices)
         parts = [self._place(batch) for batch in batches]
         labelled = self._labelled([labels for _, labels in parts]) if len(parts) > 1 else None
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         terms = 0.0
         for number, (images, labels) in enumerate(parts, 1):
-            with self._exchange_gradients(number == len(parts)), _enough_values(images):
+            last = number == len(parts)
+            with self._exchange_gradients(last), _enough_values(images):
                 loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
                                         len(parts))
-                self.precision.backward(loss, self.optimizer)
+                self.precision.backward(loss, self.optimizer, last)
             terms = terms + added
         terms, asked = self._read(terms, asked)
         if not all(map(math.isfinite, terms.values())):
@@ -263,7 +270,7 @@ class Engine:
         for buffers, kept in self._statistics:
             torch._foreach_copy_(buffers, kept)
         set_random_state(generators, self.devices)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
 
 def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.optim.Optimizer,
@@ -282,6 +289,6 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
     network, optimizer = precision.prepare(network, optimizer)
     if compiled:
         compile_network(network)
-    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast)
+    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast, precision.casts)
     return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
                   processes, memory_format, frozen, clip_gradient, ema)

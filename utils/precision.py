@@ -1,16 +1,30 @@
 """Mixed precision: PyTorch's autocast, or NVIDIA apex where somebody still has it."""
 
-from contextlib import nullcontext
+import functools
+import math
+import threading
+import time
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 
 from .cli import UserError
 from .versions import cpu_computes_in_bf16, total_norm
 
 CHOICES = ("off", "bf16", "fp16", "apex")
 PRECISIONS = ("off", "fp16", "bf16")       # what `best_precision` finds, the best one last
-OPT_LEVELS = ("O0", "O1", "O2", "O3")
+OPT_LEVELS = ("O0", "O1", "O2", "O3")      # of apex; `Precision` takes the first two
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": None}
+
+
+class _ApexCasting(threading.local):
+    """Whether the functions of PyTorch that apex has patched, for the whole process, cast in this thread."""
+
+    active = False
+
+
+_apex_casting = _ApexCasting()
 
 
 class Precision:
@@ -19,12 +33,16 @@ class Precision:
     Args:
         amp: `off`; `bf16`, autocast; `fp16`, autocast with a gradient scaler; `apex`, NVIDIA's apex.amp.
         device: where training runs.
-        opt_level: of apex, `O0` to `O3`.
+        opt_level: of apex: `O0`, float32; `O1`, casts like those of autocast to float16, with a loss scale.
 
-    Raises `UserError` where the device or an installed apex does not do it.
+    Raises `UserError` where the device or an installed apex does not do it, and for other levels of apex.
     """
 
     def __init__(self, amp, device, opt_level="O1"):
+        if amp == "apex" and opt_level not in ("O0", "O1"):
+            reason = ("O2 keeps the statistics of norms in half precision and loses its float32 weights at --resume"
+                      if opt_level == "O2" else "O3 trains in half precision without a loss scale")
+            raise UserError(f"--opt-level {opt_level}: expected O0 or O1 with --amp apex; {reason}")
         self.autocast = AUTOCAST[amp]
         self.opt_level = opt_level
         self.apex = _import_apex() if amp == "apex" else None
@@ -33,15 +51,39 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def prepare(self, network, optimizer):
-        """Network and optimiser, as apex wants them; unchanged otherwise. To be called before they are wrapped."""
+        """Network and optimizer, as apex wants them; unchanged otherwise. To be called before they are wrapped.
+
+        With O1 apex patches functions of PyTorch for the whole process. Here they cast in the forward passes of
+        training alone (`apex_casts`), and not inside `without_autocast`, as PyTorch's own autocast does it.
+        """
         if self.apex is None:
             return network, optimizer
-        return self.apex.initialize(network, optimizer, opt_level=self.opt_level)
+        network, optimizer = self.apex.initialize(network, optimizer, opt_level=self.opt_level)
+        if self.casts:
+            handle = self.apex._amp_state.handle
+            # apex has one switch for all threads, of which replicas on several GPUs would turn it at the same time.
+            handle.is_active = lambda: _apex_casting.active
+            # Looking up a cast weight fails with autograd graphs of today. Only CCNet uses one twice in a pass.
+            handle._enable_caching = False
+        else:
+            # The `forward` of O0 casts to float32, which images and logits are, but a copy of the network, such as an
+            # average of the weights or a replica, would call that of the original.
+            del network.forward
+        return network, optimizer
 
-    def backward(self, loss, optimizer):
-        """Add the gradients of a loss, times the scale, to those there are."""
+    @property
+    def casts(self):
+        """Whether apex casts the operations of a network to half precision; PyTorch's own casting is `autocast`."""
+        return self.apex is not None and self.opt_level == "O1"
+
+    def backward(self, loss, optimizer, last=True):
+        """Add the gradients of a loss, times the scale, to those there are.
+
+        last: whether `step` comes next. By itself apex would put aside the gradients of the parts before, and
+        `DistributedDataParallel` would add up those of the last part alone.
+        """
         if self.apex is not None:
-            with self.apex.scale_loss(loss, optimizer) as scaled:
+            with self.apex.scale_loss(loss, optimizer, delay_unscale=not last) as scaled:
                 scaled.backward()
         else:
             self.scaler.scale(loss).backward()
@@ -61,8 +103,8 @@ class Precision:
 
         Not below a scale of 1: then it is not the scale that makes them overflow.
         """
-        if self.apex is not None:
-            return self.opt_level in ("O1", "O2")       # the others have a fixed scale
+        if self.casts:      # apex has halved the scale by now
+            return self.apex.state_dict()["loss_scaler0"]["loss_scale"] >= 0.5
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def step(self, optimizer):
@@ -84,11 +126,48 @@ class Precision:
 
 
 def best_precision(device):
-    """What a device computes in fastest without harm: `bf16` where it has it, `fp16` on older GPUs, else `off`."""
+    """What a device computes in fastest without harm: `bf16`, `fp16` on older GPUs, or `off`.
+
+    A CPU with instructions for bf16 may be slower by them than in float32, so it is timed, once per process.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "off"
+    if device.type != "cpu" or not cpu_computes_in_bf16():
+        return "off"
+    seconds = convolution_seconds()
+    return "bf16" if seconds["bf16"] < seconds["off"] else "off"
+
+
+def describe_default(device):
+    """Why `best_precision` is what it is on a device: the end of a sentence."""
+    if device.type == "cuda":
+        return "the best that every GPU has instructions for"
+    if not cpu_computes_in_bf16():
+        return "the CPU has no instructions for bf16"
+    times = ", ".join(f"{1000 * seconds:.1f} ms with {name}" for name, seconds in convolution_seconds().items())
+    return f"a convolution on this CPU takes {times}"
+
+
+@functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
+def convolution_seconds():
+    """Seconds that a convolution like those of a backbone takes on this CPU, forward and backward: {--amp: seconds}.
+
+    The shortest of three each, in turn, after one that prepares the kernels; some 50 ms in all on two cores.
+    """
+    image, weight = (torch.ones(size, requires_grad=True) for size in ((1, 128, 33, 33), (128, 128, 3, 3)))
+    seconds = {"off": math.inf, "bf16": math.inf}
+    for turn in range(4):
+        for amp in seconds:
+            began = time.perf_counter()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp == "bf16"):
+                total = F.conv2d(image, weight, padding=2, dilation=2).sum()
+            torch.autograd.grad(total, (image, weight))
+            if turn:
+                seconds[amp] = min(seconds[amp], time.perf_counter() - began)
+    return seconds
 
 
 def exact_float32(amp, device):
@@ -110,6 +189,21 @@ def _import_apex():
     return amp
 
 
+@contextmanager
+def apex_casts(active=True):
+    """A context in which functions that apex has patched cast in this thread, or do not."""
+    before, _apex_casting.active = _apex_casting.active, active
+    try:
+        yield
+    finally:
+        _apex_casting.active = before
+
+
+def with_present_casts(function):
+    """The function, for autograd's threads to call later: apex will cast in it if it does now."""
+    return apex_casts()(function) if _apex_casting.active else function
+
+
 def at_least_float32(x):
     """x, raised to float32 if it is of half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -117,5 +211,7 @@ def at_least_float32(x):
 
 def without_autocast(x):
     """A context in which operations on the device of `x` keep their dtype."""
+    if _apex_casting.active:
+        return apex_casts(False)
     kind = x.device.type        # the device "meta" has no autocast
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -20,7 +20,7 @@ from networks import build_network
 from tests.gpu.several import free_port
 from utils import distributed
 from utils.cli import UserError
-from utils.distributed import Processes, launched, share_cores
+from utils.distributed import Place, Processes, launched, share_cores
 from utils.engine import Engine, NetworkWithLoss, step_loss
 from utils.normalization import Normalization
 from utils.precision import Precision
@@ -189,6 +189,79 @@ def test_nobody_waits_forever_for_the_others(rank, address):
     assert f"MASTER_PORT {address}:{port}: expected the 2 processes of the run to meet there within 2 s" in said
 
 
+SEPARATED = {
+    "refused": "os.environ['GLOO_SOCKET_IFNAME'] = 'nowhere'",
+    "silent": "distributed._exchange = lambda device: time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("fault", SEPARATED)
+def test_processes_that_meet_but_do_not_reach_each_other_end_in_a_sentence(fault):
+    """The second one fails, or joins and says nothing; the first one learns of neither, and waits in code of gloo."""
+    code = ("import os, time\nfrom datetime import timedelta\nimport torch\nfrom utils import cli, distributed\n"
+            "meet = distributed._meet\n"
+            "def meet_and_hurry(place):\n    store = meet(place)\n    distributed.MEETING = timedelta(seconds=3)\n"
+            "    return store\n"
+            "distributed._meet = meet_and_hurry\n"
+            f"if os.environ['RANK'] == '1':\n    {SEPARATED[fault]}\n"
+            "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT":
+                 str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True,
+                                  stderr=subprocess.PIPE, env={**os.environ, **variables, "RANK": rank, "LOCAL_RANK":
+                                                               rank}) for rank in ("0", "1")]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2]
+    for error in errors:
+        assert "Traceback" not in error
+        (sentence,) = [line for line in error.splitlines() if "error: " in line]
+        assert "MASTER_ADDR localhost: expected the 2 processes of the run" in sentence
+        assert "GLOO_SOCKET_IFNAME" in sentence and "NCCL_SOCKET_IFNAME" in sentence
+
+
+def default_interface():
+    """The one that the kernel's table names for addresses of no network it knows."""
+    rows = [row.split() for row in Path("/proc/net/route").read_text().splitlines()[1:]] \
+        if Path("/proc/net/route").exists() else []
+    defaults = [(int(row[6]), row[0]) for row in rows if row[1] == row[7] == "00000000"]
+    return min(defaults)[1] if defaults else pytest.skip("needs a default route, as Linux lists it")
+
+
+ELSEWHERE = "192.0.2.77"        # of RFC 5737: nobody's
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interfaces are looked up on Linux only")
+@pytest.mark.parametrize("own, other, expected", [
+    ("127.0.0.1", "127.0.0.1", "lo"), ("::1", "::1", "lo"), ("", "127.0.0.1", None), ("", "", None),
+    ("route", ELSEWHERE, default_interface), ("127.0.0.1", ELSEWHERE, default_interface),
+    ("::1", ELSEWHERE, default_interface)])
+def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, capsys, own, other, expected):
+    """Addresses are what the processes of two hosts left where they met: what leads to MASTER_ADDR, "" if unknown.
+    Where MASTER_ADDR is the host's own name, that is loopback; if it is for all, they share one machine."""
+    expected = expected() if callable(expected) else expected
+    store = dist.HashStore()
+    store.set("met/0", distributed._local_address(ELSEWHERE, "9") if own == "route" else own)
+    store.set("met/1", other)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    distributed._choose_interface(Place(2, 0, 1, 0), store)
+    chosen = os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    assert chosen == expected
+    assert capsys.readouterr().out.startswith(
+        f"GLOO_SOCKET_IFNAME: not set; gloo uses {expected}, " if expected else "GLOO_SOCKET_IFNAME: not set; which ")
+
+
+@pytest.mark.parametrize("place, chosen", [(Place(2, 0, 2, 0), None), (Place(2, 0, 1, 0), "eth7")])
+def test_one_host_or_a_chosen_interface_stay_as_they_are(monkeypatch, capsys, place, chosen):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen) if chosen else monkeypatch.delenv("GLOO_SOCKET_IFNAME", False)
+    distributed._choose_interface(place, store=None)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen and not capsys.readouterr().out
+
+
 def test_cores_are_shared_and_said(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -279,6 +352,8 @@ def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
     asked = {}
     monkeypatch.setattr(distributed, "_meet", lambda place: "store")
+    monkeypatch.setattr(distributed, "_choose_interface", lambda place, store: asked.update(interface_for=store))
+    monkeypatch.setattr(distributed, "_exchange", lambda device: asked.update(exchanged_on=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
     monkeypatch.setattr(distributed, "Processes", lambda: None)
     for name, value in TORCHRUN.items():
@@ -286,4 +361,5 @@ def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     distributed.join_processes(torch.device(device))
     assert asked["backend"] == backend and asked["timeout"].total_seconds() >= 3600
     assert asked["device_id"] == (bound and torch.device(bound))
-    assert (asked["rank"], asked["world_size"], asked["store"]) == (5, 8, "store")
+    assert (asked["rank"], asked["world_size"], asked["store"], asked["interface_for"]) == (5, 8, "store", "store")
+    assert asked["exchanged_on"] == torch.device(device)

@@ -161,6 +161,26 @@ def test_the_place_among_processes(monkeypatch):
     assert launched() == (8, 5, 4, 1)
 
 
+def test_a_single_pod_runs_alone(monkeypatch):
+    """Kubeflow sets these four, as PyTorch's documentation names them, for a pod without others, too."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() is None
+
+
+@pytest.mark.parametrize("tasks, warned", [(None, False), ("1", False), ("2", True)])
+def test_tasks_of_srun_run_alone_and_say_so(monkeypatch, capsys, tasks, warned):
+    """SLURM_NTASKS alone does not count: sbatch --ntasks sets it for the one process of the batch script as well."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks) if tasks else monkeypatch.delenv("SLURM_STEP_NUM_TASKS", False)
+    assert distributed.join_processes(torch.device("cpu")) is None
+    assert ("SLURM_STEP_NUM_TASKS 2: srun started" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize("name, value", [
     *((name, value) for name in TORCHRUN for value in (None, "", " ")), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"),
     ("WORLD_SIZE", "1e3"), ("WORLD_SIZE", "9" * 5000), ("RANK", "8"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "9"),

@@ -194,7 +194,7 @@ class Place(NamedTuple):
 def launched():
     """The `Place` of this process; None if torchrun did not start it. Raises `UserError` where the variables that
     torchrun sets are missing or senseless."""
-    if "WORLD_SIZE" not in os.environ and "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":     # also set for a single pod
         return None
     size = _variable("WORLD_SIZE", 1, 1 << 20)
     rank = _variable("RANK", 0, size - 1)
@@ -204,6 +204,15 @@ def launched():
     if not os.environ.get("MASTER_ADDR", "").strip():
         raise UserError("MASTER_ADDR: expected the address of the first host, as torchrun sets it, found none")
     return Place(size, rank, local_size, local_rank)
+
+
+def _warn_of_tasks():
+    """Say so where srun started this command several times, which alone does not make the tasks share their work."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    if tasks != "1":
+        print(f"warning: SLURM_STEP_NUM_TASKS {tasks}: srun started this command as {tasks} tasks; each of them runs "
+              "alone and shares no work with the others, for which srun must start one torchrun per node (README.md)",
+              file=sys.stderr)
 
 
 def _variable(name, least, most):
@@ -246,6 +255,7 @@ def start_processes(count, argv=None):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    _warn_of_tasks()
     words = sys.argv[1:] if argv is None else argv
     # The processes report their own errors; the launcher's long report of a failure would hide them.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -314,6 +324,7 @@ def join_processes(device):
     """
     place = launched()
     if place is None:
+        _warn_of_tasks()
         return None
     if not dist.is_initialized():
         store = _meet(place)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from networks import build_network
 from tests.gpu.several import free_port
 from utils import distributed
 from utils.cli import UserError
-from utils.distributed import Processes, launched, share_cores
+from utils.distributed import Place, Processes, launched, share_cores
 from utils.engine import Engine, NetworkWithLoss, step_loss
 from utils.normalization import Normalization
 from utils.precision import Precision
@@ -161,6 +162,26 @@ def test_the_place_among_processes(monkeypatch):
     assert launched() == (8, 5, 4, 1)
 
 
+def test_a_single_pod_runs_alone(monkeypatch):
+    """Kubeflow sets these four, as PyTorch's documentation names them, for a pod without others, too."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() is None
+
+
+@pytest.mark.parametrize("tasks, warned", [(None, False), ("1", False), ("2", True)])
+def test_tasks_of_srun_run_alone_and_say_so(monkeypatch, capsys, tasks, warned):
+    """SLURM_NTASKS alone does not count: sbatch --ntasks sets it for the one process of the batch script as well."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks) if tasks else monkeypatch.delenv("SLURM_STEP_NUM_TASKS", False)
+    assert distributed.join_processes(torch.device("cpu")) is None
+    assert ("SLURM_STEP_NUM_TASKS 2: srun started" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize("name, value", [
     *((name, value) for name in TORCHRUN for value in (None, "", " ")), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"),
     ("WORLD_SIZE", "1e3"), ("WORLD_SIZE", "9" * 5000), ("RANK", "8"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "9"),
@@ -187,6 +208,118 @@ def test_nobody_waits_forever_for_the_others(rank, address):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"MASTER_PORT {address}:{port}: expected the 2 processes of the run to meet there within 2 s" in said
+
+
+SEPARATED = {
+    "refused": "os.environ['GLOO_SOCKET_IFNAME'] = 'nowhere'",
+    "silent": "distributed._exchange = lambda device: time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("fault", SEPARATED)
+def test_processes_that_meet_but_do_not_reach_each_other_end_in_a_sentence(fault):
+    """The second one fails, or joins and says nothing; the first one learns of neither, and waits in code of gloo."""
+    code = ("import os, time\nfrom datetime import timedelta\nimport torch\nfrom utils import cli, distributed\n"
+            "meet = distributed._meet\n"
+            "def meet_and_hurry(place):\n    store = meet(place)\n    distributed.MEETING = timedelta(seconds=3)\n"
+            "    return store\n"
+            "distributed._meet = meet_and_hurry\n"
+            f"if os.environ['RANK'] == '1':\n    {SEPARATED[fault]}\n"
+            "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT":
+                 str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True,
+                                  stderr=subprocess.PIPE, env={**os.environ, **variables, "RANK": rank, "LOCAL_RANK":
+                                                               rank}) for rank in ("0", "1")]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2]
+    for error in errors:
+        assert "Traceback" not in error
+        (sentence,) = [line for line in error.splitlines() if "error: " in line]
+        assert "MASTER_ADDR localhost: expected the 2 processes of the run" in sentence
+        assert "GLOO_SOCKET_IFNAME" in sentence and "NCCL_SOCKET_IFNAME" in sentence
+
+
+def default_interface():
+    """The one that the kernel's table names for addresses of no network it knows."""
+    rows = [row.split() for row in Path("/proc/net/route").read_text().splitlines()[1:]] \
+        if Path("/proc/net/route").exists() else []
+    defaults = [(int(row[6]), row[0]) for row in rows if row[1] == row[7] == "00000000"]
+    return min(defaults)[1] if defaults else pytest.skip("needs a default route, as Linux lists it")
+
+
+ELSEWHERE = "192.0.2.77"        # of RFC 5737: nobody's
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interfaces are looked up on Linux only")
+@pytest.mark.parametrize("own, other, expected", [
+    ("127.0.0.1", "127.0.0.1", "lo"), ("::1", "::1", "lo"), ("", "127.0.0.1", None), ("", "", None),
+    ("route", ELSEWHERE, default_interface), ("127.0.0.1", ELSEWHERE, default_interface),
+    ("::1", ELSEWHERE, default_interface)])
+def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, capsys, own, other, expected):
+    """Addresses are what the processes of two hosts left where they met: what leads to MASTER_ADDR, "" if unknown.
+    Where MASTER_ADDR is the host's own name, that is loopback; if it is for all, they share one machine."""
+    expected = expected() if callable(expected) else expected
+    store = dist.HashStore()
+    store.set("met/0", distributed._local_address(ELSEWHERE, "9") if own == "route" else own)
+    store.set("met/1", other)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    distributed._choose_interface(Place(2, 0, 1, 0), store)
+    chosen = os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    assert chosen == expected
+    assert capsys.readouterr().out.startswith(
+        f"GLOO_SOCKET_IFNAME: not set; gloo uses {expected}, " if expected else "GLOO_SOCKET_IFNAME: not set; which ")
+
+
+@pytest.mark.parametrize("place, chosen", [(Place(2, 0, 2, 0), None), (Place(2, 0, 1, 0), "eth7")])
+def test_one_host_or_a_chosen_interface_stay_as_they_are(monkeypatch, capsys, place, chosen):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen) if chosen else monkeypatch.delenv("GLOO_SOCKET_IFNAME", False)
+    distributed._choose_interface(place, store=None)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen and not capsys.readouterr().out
+
+
+# A selection of what srun sets for the tasks of a step on two nodes ("output environment variables" of its manual).
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_JOBID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODELIST": "node[1-2]",
+    "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NPROCS": "2",
+    "SLURM_NTASKS_PER_NODE": "1", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_ID": "0", "SLURM_STEPID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+    "SLURM_CPUS_ON_NODE": "1"}
+
+
+def test_the_line_for_slurm_starts_one_run(tmp_path):
+    """README.md's own line, with stand-ins for SLURM's commands: srun runs its words as the tasks of two nodes."""
+    (line,) = re.findall(r"`(srun [^`]+)`", (Path(__file__).parents[1] / "README.md").read_text())
+    line = " ".join(line.split())
+    for words, here in {"train.py ...": str(tmp_path / "script.py"), "--nproc-per-node 4": "--nproc-per-node 1",
+                        "head -n 1)": f"head -n 1):{free_port()}"}.items():
+        assert words in line
+        line = line.replace(words, here)
+    (tmp_path / "script.py").write_text(
+        "import torch\nfrom utils import cli, distributed\n"
+        "def main():\n    processes = distributed.join_processes(torch.device('cpu'))\n"
+        "    print(processes.gather_objects(tuple(distributed.launched())))\n    distributed.leave_processes()\n"
+        "cli.run(main)\n")
+    commands = {
+        "srun": 'test "$1 $2" = "--ntasks-per-node 1" || exit 9\nshift 2\n'
+                'for node in 0 1; do SLURM_NODEID=$node SLURM_PROCID=$node "$@" & done\nwait %1 && wait %2\n',
+        "scontrol": 'test "$*" = "show hostnames" || exit 9\necho localhost\necho localhost\n',
+        "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"\n'}
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, env={
+        **os.environ, **SLURM, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "srun" not in done.stderr
+    assert done.stdout.count("[(2, 0, 1, 0), (2, 1, 1, 0)]\n") == 2, done.stdout
 
 
 def test_cores_are_shared_and_said(monkeypatch):
@@ -279,6 +412,8 @@ def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
     asked = {}
     monkeypatch.setattr(distributed, "_meet", lambda place: "store")
+    monkeypatch.setattr(distributed, "_choose_interface", lambda place, store: asked.update(interface_for=store))
+    monkeypatch.setattr(distributed, "_exchange", lambda device: asked.update(exchanged_on=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
     monkeypatch.setattr(distributed, "Processes", lambda: None)
     for name, value in TORCHRUN.items():
@@ -286,4 +421,5 @@ def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     distributed.join_processes(torch.device(device))
     assert asked["backend"] == backend and asked["timeout"].total_seconds() >= 3600
     assert asked["device_id"] == (bound and torch.device(bound))
-    assert (asked["rank"], asked["world_size"], asked["store"]) == (5, 8, "store")
+    assert (asked["rank"], asked["world_size"], asked["store"], asked["interface_for"]) == (5, 8, "store", "store")
+    assert asked["exchanged_on"] == torch.device(device)

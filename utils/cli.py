@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -115,6 +116,25 @@ def _end_after_last_words(number, frame):
     have to say about that is on its way, so they get another second."""
     signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
     signal.setitimer(signal.ITIMER_REAL, 1.0)
+
+
+@contextlib.contextmanager
+def give_up_after(seconds, message):
+    """End the process with status 2 and one sentence if what is inside takes longer: for code of others that waits
+    where no signal and no exception of Python gets through."""
+    def end():
+        print(f"error: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Output(io.FileIO):

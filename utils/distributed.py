@@ -1,10 +1,16 @@
 """Which devices to use, and the processes that share a batch."""
 
+import array
+import contextlib
+import ipaddress
 import logging
 import os
+import socket
+import struct
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
-from .cli import UserError, deaf_for_a_second, first_words, plural
+from .cli import UserError, deaf_for_a_second, first_words, give_up_after, plural
 from .driver import lacks_kernels, unusable_gpu
 from .precision import PRECISIONS, best_precision, exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
@@ -188,7 +194,7 @@ class Place(NamedTuple):
 def launched():
     """The `Place` of this process; None if torchrun did not start it. Raises `UserError` where the variables that
     torchrun sets are missing or senseless."""
-    if "WORLD_SIZE" not in os.environ and "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":     # also set for a single pod
         return None
     size = _variable("WORLD_SIZE", 1, 1 << 20)
     rank = _variable("RANK", 0, size - 1)
@@ -198,6 +204,15 @@ def launched():
     if not os.environ.get("MASTER_ADDR", "").strip():
         raise UserError("MASTER_ADDR: expected the address of the first host, as torchrun sets it, found none")
     return Place(size, rank, local_size, local_rank)
+
+
+def _warn_of_tasks():
+    """Say so where srun started this command several times, which alone does not make the tasks share their work."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    if tasks != "1":
+        print(f"warning: SLURM_STEP_NUM_TASKS {tasks}: srun started this command as {tasks} tasks; each of them runs "
+              "alone and shares no work with the others, for which srun must start one torchrun per node (README.md)",
+              file=sys.stderr)
 
 
 def _variable(name, least, most):
@@ -240,6 +255,7 @@ def start_processes(count, argv=None):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    _warn_of_tasks()
     words = sys.argv[1:] if argv is None else argv
     # The processes report their own errors; the launcher's long report of a failure would hide them.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -303,24 +319,54 @@ WAITING = timedelta(hours=12)       # and later for what the first one does alon
 def join_processes(device):
     """Join the processes that torchrun started. Returns `Processes`, or None if this one is alone.
 
-    Raises `UserError` where they do not meet within `MEETING`.
+    Raises `UserError` where they do not meet within `MEETING`, or fail to reach each other then. Code of gloo or NCCL
+    that goes on waiting for longer cannot be interrupted: there the process ends with the same sentence.
     """
     place = launched()
     if place is None:
+        _warn_of_tasks()
         return None
     if not dist.is_initialized():
-        # Tensors on a GPU go by NCCL; plain objects stay in the memory of the host.
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=_meet(place), rank=place.rank,
-                                world_size=place.size, timeout=WAITING, device_id=device if on_gpu else None)
+        store = _meet(place)
+        _choose_interface(place, store)
+        _connect(place, store, device)
     return Processes() if place.size > 1 else None
+
+
+def _connect(place, store, device):
+    """Make the process group of the run, and use it once. Raises `UserError`, or ends the process, as described in
+    `join_processes`."""
+    on_gpu = device.type == "cuda"
+    seconds = MEETING.total_seconds()
+    expected = (f"MASTER_ADDR {os.environ['MASTER_ADDR']}: expected the {place.size} processes of the run, which have "
+                f"met there, to reach each other within {seconds:.0f} s, found: ")
+    gloo, nccl = (os.environ.get(name) or "not set" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
+    remedy = (f"; set GLOO_SOCKET_IFNAME (now {gloo}) and, for GPUs, NCCL_SOCKET_IFNAME (now {nccl}) on each host to "
+              "its interface towards the others, where no firewall may keep them apart")
+    with give_up_after(seconds, f"{expected}no answer to process {place.rank}{remedy}"):
+        try:
+            # Tensors on a GPU go by NCCL; plain objects stay in the memory of the host.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=place.rank,
+                                    world_size=place.size, timeout=WAITING, device_id=device if on_gpu else None)
+            _exchange(device)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{expected}{first_words(error)}{remedy}") from None
+
+
+def _exchange(device):
+    """A sum over all processes by gloo and, with GPUs, by NCCL, some of whose connections are made only then."""
+    for where in dict.fromkeys((torch.device("cpu"), device)):      # in the same order everywhere
+        dist.all_reduce(torch.zeros(1, device=where))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _meet(place):
     """The store of the run, when all of its processes have come there."""
     try:
         store, *_ = next(rendezvous("env://", timeout=MEETING))
-        store.set(f"met/{place.rank}", "here")
+        address = _local_address(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+        store.set(f"met/{place.rank}", address)
         store.wait([f"met/{rank}" for rank in range(place.size)], MEETING)
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -329,6 +375,68 @@ def _meet(place):
                         ) from None
     store.set_timeout(WAITING)
     return store
+
+
+def _choose_interface(place, store):
+    """Let gloo use the interface that routes to MASTER_ADDR where the processes span hosts, unless the user chose one.
+
+    By itself gloo takes the address of the host's own name, which on Debian and Ubuntu is a loopback one.
+    store: where all have met, each leaving its address.
+    """
+    if place.local_size == place.size or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    addresses = [store.get(f"met/{rank}").decode() for rank in range(place.size)]
+    address = addresses[place.rank]
+    remote = [other for other in addresses if other and not _is_loopback(other)]
+    if remote and _is_loopback(address):        # MASTER_ADDR is the name of this very host
+        address = _local_address(remote[0], os.environ["MASTER_PORT"])
+    interface = None
+    with contextlib.suppress(OSError):      # of a system that does not tell
+        interface = _interface(address)
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if place.local_rank == 0:
+        print("GLOO_SOCKET_IFNAME: not set; " + (
+            f"gloo uses {interface}, which leads to the other hosts from {address}" if interface is not None else
+            "which interface leads to the other hosts could not be found out, so gloo uses the address of this host's "
+            "own name, by which the others may not reach it"))
+
+
+def _local_address(host, port):
+    """The address from which this machine would send to another, as text; "" without a route. Sends nothing."""
+    with contextlib.suppress(OSError):      # also for a name that has no address
+        for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(target)
+                return probe.getsockname()[0]
+    return ""
+
+
+def _is_loopback(address):
+    return address != "" and ipaddress.ip_address(address).is_loopback
+
+
+def _interface(address):
+    """The name of the network interface that has an address; None if none has, or outside of Linux."""
+    if sys.platform != "linux" or address == "":
+        return None
+    import fcntl
+
+    address = ipaddress.ip_address(address)
+    if address.version == 6:
+        rows = [row.split() for row in Path("/proc/net/if_inet6").read_text().splitlines()]
+        return next((name for number, *_, name in rows if number == address.packed.hex()), None)
+    # SIOCGIFCONF of netdevice(7) fills in a `struct ifreq` of 40 bytes for each IPv4 address: a name of 16 bytes, and
+    # in a `struct sockaddr_in` the address after family and port.
+    entries = array.array("B", bytes(1024 * 40))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("iP", len(entries), entries.buffer_info()[0])
+        filled, _ = struct.unpack("iP", fcntl.ioctl(any_socket, 0x8912, request))
+    for start in range(0, filled, 40):
+        name, _, packed = struct.unpack_from("16s4s4s", entries, start)
+        if packed == address.packed:
+            return name.rstrip(b"\0").decode()
+    return None
 
 
 def leave_processes():

@@ -40,7 +40,7 @@ class Model:
         context: a key of `CONTEXTS`.
         loss_weights: factor of each output's loss; without "aux" there is no auxiliary head.
         head: `plain`, one classifier; `acf`; or `dual` and `ocr`, which want more than one feature map.
-        dropout: of whole channels before the last classifier.
+        dropout: of whole channels before the last classifier, and before that of the auxiliary head.
         aux_share: channels of the auxiliary head, as a share of those of stage 3.
     """
 
@@ -119,7 +119,7 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
     *_, stage3, stage4 = trunk.channels
     channels, aux_base = find_backbone(backbone).head_channels(trunk.channels)
     context = CONTEXTS[design.context](stage4, channels, make_norm)
-    aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes, make_norm) \
+    aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes, make_norm, design.dropout) \
         if "aux" in design.loss_weights else None
     if design.head == "ocr":
         return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, design.dropout), aux)

@@ -81,7 +81,7 @@ ABLATIONS = ("norms", "fusion")
 def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
                   output_stride=8, recompute="none", ablations=(), acf=False,
-                  backbone_arguments=None):
+                  backbone_arguments=None, multi_grid=None):
     """Build a network by name.
 
     Args:
@@ -100,6 +100,7 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
         ablations: names of `ABLATIONS`, for models with ACF; none is the network as published.
         acf: put the ACF head on a model that has one classifier.
         backbone_arguments: how timm is to build its network; None to find out.
+        multi_grid: as in `networks.resnet.ResNet`; (1, 2, 4) is that of DANet as published. No flag sets it.
 
     Returns:
         nn.Module. Training: images (B, 3, H, W) → logits (B, N, h, w) for each of the model's `loss_weights`, with
@@ -114,7 +115,7 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
     if ablations and design.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
-                           recompute, backbone_arguments)
+                           recompute, backbone_arguments, multi_grid)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels, aux_base = find_backbone(backbone).head_channels(trunk.channels)

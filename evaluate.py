@@ -147,7 +147,7 @@ def get_parser():
 def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
     """Flags that say how images are predicted, with these defaults; window: name of the flag for its size."""
     group.add_argument(window, type=cli.size, metavar="H,W",
-                       help="window, rounded up to 8k + 1; default: the training crop")
+                       help="window, rounded up to 8k + 1, and no larger than the image; default: the training crop")
     group.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
     group.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
     group.add_argument("--scales", type=cli.scale, nargs="+", default=scales, help=f"({' '.join(map(str, scales))})")

@@ -148,7 +148,8 @@ def add_network(parser):
     optim.add_argument("--clip-gradient", type=cli.positive(float), metavar="NORM",
                        help="scale gradients down to this norm where it is larger (no)")
     optim.add_argument("--ema", type=cli.probability, metavar="DECAY", help="also keep an exponential moving average "
-                       "of the weights, such as 0.999, which is then what is scored (no)")
+                       "of the weights, which is then what is scored; its decay after t updates is the smaller of "
+                       "DECAY, such as 0.999, and (1 + t) / (10 + t) (no)")
     optim.add_argument("--loss-weights", type=cli.named_numbers, metavar="HEAD=W,...", help="factor of each head's "
                        "loss; default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4")
     optim.add_argument("--class-weights", type=cli.path, metavar="NAME", help="of the pixels in the loss: cityscapes, "

@@ -30,7 +30,11 @@ class Window:
     mirrored: bool
 
     def image(self, image):
-        """image (H, W, 3) uint8 → its pixels in the window, bilinear, of `size`."""
+        """image (H, W, 3) uint8 → its pixels in the window, bilinear, of `size`.
+
+        Beyond the centers of its outermost pixels these are repeated, as by `cv2.resize`; outside there is
+        `PADDING_COLOR`.
+        """
         height, width = self.size
         s, left, top = self.scale, self.left, self.top
         # From a pixel of the window to one of the source: x_source = (x_window + left + 1/2) / scale - 1/2.
@@ -39,8 +43,9 @@ class Window:
             to_source[0] = [-1 / s, 0, (left + width - 0.5) / s - 0.5]
         if s == 1:      # whole pixels: nothing to interpolate
             to_source = np.round(to_source)
-        return cv2.warpAffine(image, to_source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                              borderMode=cv2.BORDER_CONSTANT, borderValue=PADDING_COLOR)
+        pixels = cv2.warpAffine(image, to_source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                                borderMode=cv2.BORDER_REPLICATE)
+        return self._fill_outside(pixels, image.shape, PADDING_COLOR)
 
     def label(self, label):
         """label (H, W[, C]), any dtype → its values in the window, nearest neighbour, of `size`.
@@ -56,10 +61,13 @@ class Window:
 
     def ignore_outside(self, label, shape, ignore_index):
         """Write the ignore index into a window's label where it lies outside a source of `shape`, and return it."""
+        return self._fill_outside(label, shape, ignore_index)
+
+    def _fill_outside(self, values, shape, value):
         rows, columns = self._nearest()
-        label[(rows < 0) | (rows >= shape[0])] = ignore_index
-        label[:, (columns < 0) | (columns >= shape[1])] = ignore_index
-        return label
+        values[(rows < 0) | (rows >= shape[0])] = value
+        values[:, (columns < 0) | (columns >= shape[1])] = value
+        return values
 
     def _nearest(self):
         """Source row and column of each row and column of the window; they may lie outside."""

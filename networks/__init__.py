@@ -40,7 +40,7 @@ class Model:
         context: a key of `CONTEXTS`.
         loss_weights: factor of each output's loss; without "aux" there is no auxiliary head.
         head: `plain`, one classifier; `acf`; or `dual` and `ocr`, which want more than one feature map.
-        dropout: of whole channels before the last classifier.
+        dropout: of whole channels before the last classifier, and before that of the auxiliary head.
         aux_share: channels of the auxiliary head, as a share of those of stage 3.
     """
 
@@ -81,7 +81,7 @@ ABLATIONS = ("norms", "fusion")
 def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inplace_abn",
                   activation="leaky_relu", stem="7x7", average_downsample=False, eca_kernels=None,
                   output_stride=8, recompute="none", ablations=(), acf=False,
-                  backbone_arguments=None):
+                  backbone_arguments=None, multi_grid=None):
     """Build a network by name.
 
     Args:
@@ -100,6 +100,7 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
         ablations: names of `ABLATIONS`, for models with ACF; none is the network as published.
         acf: put the ACF head on a model that has one classifier.
         backbone_arguments: how timm is to build its network; None to find out.
+        multi_grid: as in `networks.resnet.ResNet`; (1, 2, 4) is that of DANet as published. No flag sets it.
 
     Returns:
         nn.Module. Training: images (B, 3, H, W) → logits (B, N, h, w) for each of the model's `loss_weights`, with
@@ -114,12 +115,12 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
     if ablations and design.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
-                           recompute, backbone_arguments)
+                           recompute, backbone_arguments, multi_grid)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels, aux_base = find_backbone(backbone).head_channels(trunk.channels)
     context = CONTEXTS[design.context](stage4, channels, make_norm)
-    aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes, make_norm) \
+    aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes, make_norm, design.dropout) \
         if "aux" in design.loss_weights else None
     if design.head == "ocr":
         return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, design.dropout), aux)

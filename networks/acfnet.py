@@ -46,7 +46,7 @@ class PlainHead(nn.Module):
         return {"fine": self.fine(self.dropout(features))}
 
 
-def auxiliary_head(in_channels, channels, num_classes, norm):
+def auxiliary_head(in_channels, channels, num_classes, norm, dropout=DROPOUT):
     """3×3 convolution, norm and activation, Dropout2d, classifier: deep supervision of stage 3."""
-    return nn.Sequential(*convolution(in_channels, channels, norm), nn.Dropout2d(DROPOUT),
+    return nn.Sequential(*convolution(in_channels, channels, norm), nn.Dropout2d(dropout),
                          classifier(channels, num_classes))

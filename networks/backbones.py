@@ -41,7 +41,7 @@ class ResidualNetwork:
     traced = False              # whether its way to ONNX is a recorded pass
 
     def build(self, *, norm, activation, stem, average_downsample, eca_kernels, output_stride, recompute,
-              backbone_arguments):
+              backbone_arguments, multi_grid):
         """The `ResNet`; arguments as in `build_backbone`."""
         check(backbone_arguments is None, "backbone_arguments", backbone_arguments, f"none with {self.name}")
         for name, value, choices in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS),
@@ -57,10 +57,13 @@ class ResidualNetwork:
             check(isinstance(eca_kernels, list | tuple) and len(eca_kernels) == 4 and all(
                 type(k) is int and k > 0 and k % 2 for k in eca_kernels), "eca_kernels", eca_kernels,
                 "four odd numbers")
+        check(multi_grid is None or isinstance(multi_grid, list | tuple) and len(multi_grid) == self.depths[-1] and all(
+            type(factor) is int and factor > 0 for factor in multi_grid), "multi_grid", multi_grid,
+            f"a whole number above 0 for each of the {self.depths[-1]} blocks of the last stage")
         kernels = eca_kernels or self.eca_kernels
         attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
         return ResNet(self.block, self.depths, norm_maker(norm, activation), ACTIVATIONS[activation], attention,
-                      STEMS[stem], average_downsample, output_stride, recompute)
+                      STEMS[stem], average_downsample, output_stride, recompute, multi_grid)
 
     def recompute_choices(self):
         """What `recompute` can be, from none to the most: `light` drops what only bottlenecks have."""
@@ -137,7 +140,7 @@ class TimmNetwork:
     def build(self, *, norm, activation, backbone_arguments, **options):
         """The `TimmBackbone`, which takes none of the options of a `ResNet`."""
         defaults = {"stem": "7x7", "average_downsample": False, "eca_kernels": None, "output_stride": 8,
-                    "recompute": "none"}
+                    "recompute": "none", "multi_grid": None}
         for option, value in options.items():
             check(value == defaults[option], option, value, f"{defaults[option]} with {self.name}")
         return TimmBackbone(self.name, backbone_arguments)
@@ -209,11 +212,12 @@ def find_backbone(name):
 
 def build_backbone(backbone, norm="inplace_abn", activation="leaky_relu", stem="7x7",
                    average_downsample=False, eca_kernels=None, output_stride=8, recompute="none",
-                   backbone_arguments=None):
+                   backbone_arguments=None, multi_grid=None):
     """The `ResNet` or `TimmBackbone` of that name; arguments as in `build_network`."""
     return find_backbone(backbone).build(
         norm=norm, activation=activation, stem=stem, average_downsample=average_downsample, eca_kernels=eca_kernels,
-        output_stride=output_stride, recompute=recompute, backbone_arguments=backbone_arguments)
+        output_stride=output_stride, recompute=recompute, backbone_arguments=backbone_arguments,
+        multi_grid=multi_grid)
 
 
 def norm_maker(norm, activation):

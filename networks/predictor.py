@@ -31,7 +31,8 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
         path: of the file.
         device: `torch.device` or its name; None for the first GPU, else the CPU.
         amp: `off`, `bf16` or `fp16`; None for what the device computes in fastest without harm.
-        window: (height, width) in pixels, rounded up to 8k + 1; None for the crops of the training.
+        window: (height, width) in pixels, rounded up to 8k + 1, and no larger than the image; None for the crops of
+            the training.
         whole: the whole image at once, no windows.
         overlap: of neighbouring windows, as a share.
         scales, flip: passes over an image; evaluate.py takes 0.75 to 2.0 by 0.25, each mirrored too.

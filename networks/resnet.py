@@ -119,6 +119,9 @@ class ResNet(nn.Module):
             (64, 64, 128) in the CSAIL files, (32, 32, 64) in timm's "d" networks.
         average_downsample: 2×2 average pooling and a 1×1 convolution in shortcuts that stride.
         output_stride: 8 or 16, or 32 for no dilation: input size over size of the last stage.
+        multi_grid: dilations of the blocks of the last stage, as multiples of the stage's (Chen et al., 2017, arXiv
+            1706.05587, section 3.2.1): (1, 2, 4) is 4, 8, 16 at output stride 8. None for the stage's own, of which
+            the first block keeps that of the stage before.
         recompute: what is dropped in the forward pass and computed again in the backward pass: `none`;
             `light`, the expansion of each bottleneck with its norm (8 % more work in a training step; `BasicBlock`
             has none, ValueError);
@@ -126,7 +129,7 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, block, depths, norm, activation, attention=None, stem_widths=None,
-                 average_downsample=False, output_stride=8, recompute="none"):
+                 average_downsample=False, output_stride=8, recompute="none", multi_grid=None):
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute: expected one of {', '.join(RECOMPUTE)}, found {recompute!r}")
@@ -160,15 +163,18 @@ class ResNet(nn.Module):
                 dilation, stride = dilation * stride, 1
             reached *= stride
             blocks = []
+            dilations = [(first_dilation, dilation)] + [(dilation, dilation)] * (depth - 1)
+            if stage == 3 and multi_grid is not None:
+                dilations = [(dilation * factor,) * 2 for factor in multi_grid]
             for index in range(depth):
-                stride, first_dilation = (stride, first_dilation) if index == 0 else (1, dilation)
+                stride = stride if index == 0 else 1
                 out_channels = width * block.expansion
                 downsample = None
                 if stride != 1 or in_channels != out_channels:
                     downsample = _downsample(in_channels, out_channels, stride, norm, average_downsample,
                                              unstrided)
                 attend = (lambda channels, stage=stage: attention(channels, stage)) if attention else None
-                blocks.append(block(in_channels, width, stride, first_dilation, dilation, norm,
+                blocks.append(block(in_channels, width, stride, *dilations[index], norm,
                                     activation=activation, attention=attend, downsample=downsample))
                 in_channels = out_channels
                 blocks[-1].light = recompute == "light"

@@ -24,7 +24,7 @@ from utils.versions import keeping_buffers
 CPU = torch.device("cpu")
 
 
-def make_engine(amp="off", processes=None, **network):
+def make_engine(amp="off", processes=None, ema=None, **network):
     torch.manual_seed(0)
     network = build_network("acfnet_resnet", 4, "resnet18", **network)
     precision, criterion = Precision(amp, CPU), SegmentationCriterion()
@@ -32,7 +32,7 @@ def make_engine(amp="off", processes=None, **network):
     if processes is not None:
         module = DistributedDataParallel(module, **keeping_buffers())
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-    return Engine(module, network, criterion, optimizer, precision, [CPU], processes)
+    return Engine(module, network, criterion, optimizer, precision, [CPU], processes, ema=ema)
 
 
 def make_batch(seed=0):
@@ -96,9 +96,9 @@ def test_no_process_learns_what_is_not_finite_in_one(tmp_path):
 
 
 def test_fp16_leaves_out_overflows_until_the_scale_is_not_at_fault():
-    engine = make_engine("fp16")
+    engine = make_engine("fp16", ema=0.9)
     engine.step([make_batch()])
-    weights = copy.deepcopy(engine.network.state_dict())
+    weights, average = (copy.deepcopy(one.state_dict()) for one in (engine.network, engine.average))
     scale = engine.precision.state_dict()["scale"]
     hook = spoil(engine, "gradient")
     terms, _ = engine.step([make_batch()])
@@ -106,6 +106,7 @@ def test_fp16_leaves_out_overflows_until_the_scale_is_not_at_fault():
     assert engine.precision.state_dict()["scale"] == scale / 2
     assert all(torch.equal(engine.network.state_dict()[name], weights[name]) for name, _
                in engine.network.named_parameters())
+    assert same(engine.average.state_dict(), average) and engine.average_updates == 1
     engine.precision.load_state_dict(engine.precision.state_dict() | {"scale": 1.0})
     engine.step([make_batch()])
     with pytest.raises(NotFinite, match="gradient"):
@@ -113,7 +114,7 @@ def test_fp16_leaves_out_overflows_until_the_scale_is_not_at_fault():
     assert engine.precision.state_dict()["scale"] == 0.5
     hook.remove()
     terms, _ = engine.step([make_batch()])
-    assert terms["gradient_norm"] > 0 and engine.skipped == 2
+    assert terms["gradient_norm"] > 0 and engine.skipped == 2 and engine.average_updates == 2
     assert not torch.equal(engine.network.head.coarse.weight, weights["head.coarse.weight"])
 
 

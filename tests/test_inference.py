@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluate
 from networks import build_network
 from utils import memory
 from utils.inference import SlidingPredictor, _Pass, add_at_once, add_by_strips, round_size, window_starts
@@ -75,6 +76,8 @@ def local_network(images):
 def numpy_reference(image, window, overlap):
     """One window at a time, float64, no torch: upsample each cell grid by hand, softmax, sum, divide."""
     height, width, _ = image.shape
+    window = [min(side, next(n for n in range(length, length + 8) if n % 8 == 1))
+              for length, side in zip((height, width), window, strict=True)]
     padded = np.zeros((max(height, window[0]), max(width, window[1]), 3))
     padded[:height, :width] = image
     torch.manual_seed(1)
@@ -141,11 +144,41 @@ def test_heads_that_are_not_asked_for_cost_nothing(rng, monkeypatch):
     assert found.keys() == {"coarse"} and torch.equal(found["coarse"], both["coarse"])
 
 
-def test_padding_never_enters_a_score():
-    """The same small image gives the same result however large the window: a network of one cell's view."""
-    image = np.full((20, 24, 3), 90, np.uint8)
-    small, large = (SlidingPredictor(local_network, w, normalization=PLAIN)(image) for w in ((25, 25), (97, 97)))
-    torch.testing.assert_close(small[:, :16, :16], large[:, :16, :16])
+@pytest.mark.parametrize("scales", [(1.0,), (0.7, 1.0, 2.0)])
+@pytest.mark.parametrize("size", [(20, 24), (1, 1), (60, 24)])
+def test_a_window_larger_than_the_image_is_the_image(size, scales):
+    """Every pixel of a window enters ECA's means and ACF's class centers, the padding too."""
+    torch.manual_seed(3)
+    network = build_network("acfnet_resnet", 5, "eca_resnet18").eval()
+    image = np.random.default_rng(2).integers(256, size=(*size, 3), dtype=np.uint8)
+    large, whole = (SlidingPredictor(network, window, scales=scales)(image) for window in ((129, 129), None))
+    assert torch.equal(large, whole)
+
+
+def test_the_sides_of_windows():
+    """At most the scaled image's, rounded up to the network's grid, each side for itself."""
+    shapes = []
+
+    def network(crops):
+        shapes.append(tuple(crops.shape[2:]))
+        return local_network(crops)
+
+    predictor = SlidingPredictor(network, (65, 97), scales=(0.5, 1.0, 2.0), batch_size=1)
+    predictor(np.zeros((50, 80, 3), np.uint8))
+    assert list(dict.fromkeys(shapes)) == [(25, 41), (57, 81), (65, 97)]    # of 25×40, 50×80 and 100×160
+    shapes.clear()
+    network.grid = (32, 0)
+    predictor = SlidingPredictor(network, (65, 97), scales=(0.5, 1.0, 2.0), batch_size=1)
+    assert predictor.window == (96, 128)
+    predictor(np.zeros((50, 80, 3), np.uint8))
+    assert list(dict.fromkeys(shapes)) == [(32, 64), (64, 96), (96, 128)]
+
+
+@pytest.mark.parametrize("scale", evaluate.PAPER_SCALES)
+def test_windows_of_cityscapes_are_all_of_full_size(scale):
+    """0.75 is the least scale of the paper's protocol: 768 pixels, rounded up, are the 769 of the window."""
+    one = _Pass(scale, False, (1024, 2048), (769, 769), 1 / 3, torch.device("cpu"))
+    assert one.window == (769, 769) and one.padded == (max(769, 1024 * scale), 2048 * scale)
 
 
 def test_normalisation_is_the_documented_one(rng):
@@ -210,9 +243,9 @@ def test_what_a_window_adds_is_softmax_of_the_upsampled_logits(shape, size, spre
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-6 * max(1, spread))
 
 
-@pytest.mark.parametrize("window", [(33, 49), None])
+@pytest.mark.parametrize("window", [(33, 49), (97, 65), None])
 def test_the_batch_of_windows_does_not_matter(window):
-    """Windows of different scales and sides share a batch."""
+    """Windows of different scales and sides share a batch where they are of one size."""
     image = np.random.default_rng(2).integers(0, 256, (70, 110, 3), dtype=np.uint8)
     torch.manual_seed(3)
     network = build_network("acfnet_resnet", 5, "resnet18").eval()
@@ -238,8 +271,8 @@ class Cells(torch.nn.Module):
 @pytest.mark.parametrize("window, scales, flip, needed", [
     # pixels of three channels, and then either the maps of all classes or the batch with its logits
     (None, (1.0,), False, 65 * 73 * (12 + 20)), (None, (100.0,), False, 6505 * 7305 * (12 + 20)),
-    ((1025, 1025), (1.0,), False, 1025 ** 2 * (12 + 20)),
-    ((1025, 1025), (0.5, 1.0), True, 1025 ** 2 * (12 + 4 * (65 ** 2 * 12 + 81 * 20) / 72 ** 2)),
+    ((1025, 1025), (1.0,), False, 65 * 73 * (12 + 20)),
+    ((1025, 1025), (0.5, 1.0), True, 65 * 73 * (12 + 2 * (65 ** 2 * 12 + 81 * 20) / 72 ** 2)),
 ])
 def test_memory_that_is_not_there_is_not_asked_for(monkeypatch, window, scales, flip, needed):
     predictor = SlidingPredictor(Cells(), window, scales=scales, flip=flip)

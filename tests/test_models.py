@@ -36,6 +36,14 @@ def test_every_parameter_learns_and_evaluation_needs_no_other_head(model, norm):
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_dropout_is_as_published(model):
+    """Before the last and before the auxiliary classifier alike: 0.05 in the files of OCNet (base) and OCR."""
+    shares = [module.p for module in build_network(model, 5, "resnet18").modules()
+              if isinstance(module, torch.nn.Dropout2d)]
+    assert shares == [0.05 if model in ("ocnet", "ocrnet") else 0.1] * (1 if model == "danet" else 2)
+
+
 @pytest.mark.parametrize("model", ONE_MAP)
 def test_acf_on_other_networks(model):
     network, plain = build_network(model, 4, "resnet18", acf=True), build_network(model, 4, "resnet18")

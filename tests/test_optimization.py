@@ -19,7 +19,7 @@ from tests.test_train import run
 from utils import checkpoint
 from utils.cli import UserError
 from utils.normalization import Normalization
-from utils.optimization import PolySchedule, make_optimizer
+from utils.optimization import PolySchedule, make_optimizer, update_average
 from utils.precision import Precision
 
 CPU = torch.device("cpu")
@@ -95,17 +95,29 @@ def test_gradients_are_clipped_as_pytorch_does():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-9)
 
 
-def test_the_average_of_the_weights_is_exponential():
-    engine = make_engine(ema=0.75)
-    seen = [engine.network.head.fine.weight.detach().clone()]
+@pytest.mark.parametrize("decay", [0.75, 0.15])
+def test_the_average_of_the_weights_is_exponential(decay):
+    """By the decay min(d, (1 + t) / (10 + t)), t from 0, so that the weights of the start soon count for nothing."""
+    engine = make_engine(ema=decay)
+    weights = [engine.network.head.fine.weight.detach().numpy().astype(np.float64)]
     for seed in range(3):
         engine.step([make_batch(seed)])
-        seen.append(engine.network.head.fine.weight.detach().clone())
-    expected = seen[0]
-    for weight in seen[1:]:
-        expected = 0.75 * expected + 0.25 * weight
-    torch.testing.assert_close(engine.scored_network.head.fine.weight, expected)
+        weights.append(engine.network.head.fine.weight.detach().numpy().astype(np.float64))
+    a, b, c = {0.75: (1 / 10, 2 / 11, 3 / 12), 0.15: (1 / 10, 0.15, 0.15)}[decay]
+    shares = a * b * c, (1 - a) * b * c, (1 - b) * c, 1 - c
+    expected = sum(share * weight for share, weight in zip(shares, weights, strict=True))
+    assert np.abs(engine.scored_network.head.fine.weight.numpy() - expected).max() < 1e-7
     assert torch.equal(engine.scored_network.backbone.bn1.running_mean, engine.network.backbone.bn1.running_mean)
+
+
+def test_the_decay_of_the_average_grows_to_its_limit():
+    average, network = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(average.weight), torch.nn.init.zeros_(network.weight)
+    left = 1.0      # of the start
+    for t in range(60):
+        update_average(average, network, 0.8, t)
+        left *= (1 + t) / (10 + t) if t < 35 else 0.8       # 36 / 45 = 0.8
+        assert average.weight.item() == pytest.approx(left, rel=1e-5)
 
 
 @pytest.mark.parametrize("ohem", [False, True])

@@ -55,6 +55,20 @@ def test_first_block_of_a_dilated_stage_keeps_the_dilation_before_it():
     assert dilations == {"layer2": [1] * 4, "layer3": [1] + [2] * 22, "layer4": [2, 4, 4]}
 
 
+def test_a_multi_grid_is_that_of_danet_as_published():
+    """4, 8 and 16 in the last stage, and nothing else is another."""
+    network = build_network("danet", 3, "resnet50", multi_grid=[1, 2, 4])
+    assert [block.conv2.dilation for block in network.backbone.layer4] == [(4, 4), (8, 8), (16, 16)]
+    assert [block.conv2.padding for block in network.backbone.layer4] == [(4, 4), (8, 8), (16, 16)]
+    assert [block.conv2.dilation[0] for block in network.backbone.layer3] == [1, 2, 2, 2, 2, 2]
+    basic = build_backbone("resnet18", multi_grid=(1, 2)).layer4
+    assert [(block.conv1.dilation[0], block.conv2.dilation[0]) for block in basic] == [(4, 4), (8, 8)]
+    for backbone, wrong in (("resnet50", (1, 2)), ("resnet50", (1, 2, 0)), ("resnet50", "124"),
+                            ("timm:resnet10t", (1, 2, 4))):
+        with pytest.raises(ValueError, match="multi_grid: expected"):
+            build_backbone(backbone, multi_grid=wrong)
+
+
 @pytest.mark.parametrize("name, kernels", [("eca_resnet101", (3, 3, 5, 7)), ("eca_resnet50", (3, 5, 5, 7))])
 def test_eca_kernels_per_stage(name, kernels):
     network = build_backbone(name)

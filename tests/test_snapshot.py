@@ -126,6 +126,8 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "kernel scalar": ((*MODEL, KERNEL), torch.tensor(1.0), f"as model.{KERNEL}, found"),
     "kernel even": ((*MODEL, KERNEL), torch.zeros(1, 1, 4), f"as model.{KERNEL}, found"),
     "quick result": ("quick_mean_iou", "good", "as quick_mean_iou, found"),
+    **{f"average_updates {value!r}": ("average_updates", value, "as average_updates, found")
+       for value in (-1, 8, 2.0, "x", None)},
     "samples": ("config.samples", {"count": 0}, "as config.samples.count"),
     "arguments": ("config.arguments", [1], "expected a dict as config.arguments"),
     "argument a tensor": ("config.arguments.batch_size", torch.ones(2), "a plain value as config.arguments.batch_size"),
@@ -246,6 +248,21 @@ def test_a_snapshot_from_before_there_was_a_head_loads(sound, tmp_path):
         assert torch.equal(found.optimizer[number]["momentum_buffer"], momenta[number]["momentum_buffer"])
     account = load_weights(build_network("acfnet_resnet", 3, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and not account.ignored and not account.initialised
+
+
+def test_the_average_goes_on_by_its_updates_or_by_the_steps_of_an_older_snapshot(sound, tmp_path, capsys):
+    content = change(sound, "config.arguments.ema", 0.9) | {"average": sound["model"], "average_updates": 5}
+    for updates, expected in ((5, 5), (DELETE, 7)):
+        path = tmp_path / "CS_scenes_7.pth"
+        checkpoint.save(path, change(content, "average_updates", updates))
+        found = read_snapshot(path, resuming=True)
+        network = build_network(**found.config.network)
+        engine = SimpleNamespace(network=network, optimizer=torch.optim.SGD(network.parameters(), 0.02, 0.5),
+                                 precision=Precision("off", torch.device("cpu")), devices=[torch.device("cpu")],
+                                 processes=None, average=copy.deepcopy(network))
+        resume.restore(found, engine)
+        assert engine.average_updates == expected
+        assert ("it goes on as after 7 updates" in capsys.readouterr().out) == (updates is DELETE)
 
 
 def resumed(found, network):

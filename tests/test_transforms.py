@@ -54,6 +54,22 @@ def test_equals_scaling_everything_and_then_cutting(rng, scale):
     assert (moved != whole_label[9:49, 13:63]).mean() < 0.01
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.5, 2.0, 4.0])
+def test_the_edge_is_repeated_and_not_mixed_with_padding(rng, scale, mirrored):
+    """OpenCV's resize to the last pixel at the border, and nothing but padding beyond it."""
+    image = cv2.GaussianBlur(rng.integers(256, size=(20, 40, 3)).astype(np.uint8), (0, 0), 2)
+    image[:, ::39] = image[::19] = (255, 0, 255)
+    whole = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    height, width = whole.shape[:2]
+    out, moved = warp(image, np.zeros((20, 40), np.uint8), (90, 170), scale, 0, 0, mirrored, 255)
+    if mirrored:
+        out, moved = out[:, ::-1], moved[:, ::-1]
+    assert (moved[:height, :width] == 0).all() and (moved == 0).sum() == height * width
+    assert np.abs(out[:height, :width].astype(int) - whole).max() <= 10    # OpenCV 4 weighs in steps of 1 / 32
+    assert (out[moved == 255] == PADDING_COLOR).all()
+
+
 def test_outside_is_padding(rng):
     image, label = np.full((10, 10, 3), 200, np.uint8), np.zeros((10, 10), np.uint8)
     out, moved = train_transform((16, 20), scale_range=None, mirror=False)(image, label, rng)

@@ -148,9 +148,10 @@ class Engine:
         memory_format: of images.
         frozen: modules of the network that do not learn, and whose norms keep their statistics.
         clip_gradient: the most that the norm of all gradients may be, or None.
-        ema: decay of a moving average of the weights (`optimization.update_average`), or None.
+        ema: the most that the decay of a moving average of the weights may be (`optimization.update_average`), or None.
 
-    `skipped` counts the steps that were left out because gradients overflowed in half precision.
+    `skipped` counts the steps that were left out because gradients overflowed in half precision, `average_updates` the
+    updates of the moving average since the run began.
     """
 
     def __init__(self, module, network, criterion, optimizer, precision, devices, processes=None,
@@ -163,7 +164,7 @@ class Engine:
         self.average = None if ema is None else average_of_weights(network)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the rate that a schedule multiplies
-        self.skipped = 0
+        self.skipped = self.average_updates = 0
         self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
         for layer in network.modules():
             if (precision.autocast is not None or precision.casts) and hasattr(layer, "look_ahead"):
@@ -225,7 +226,8 @@ class Engine:
             torch._foreach_mul_(self.precision.gradients(self.optimizer), self.clip_gradient / terms["gradient_norm"])
         self.precision.step(self.optimizer)
         if self.average is not None and terms["gradient_norm"] is not None:
-            update_average(self.average, self.network, self.ema)
+            update_average(self.average, self.network, self.ema, self.average_updates)
+            self.average_updates += 1
         return terms, asked
 
     def weight_norm(self):

@@ -35,7 +35,7 @@ def window_starts(length, window, overlap):
 
 
 class SlidingPredictor:
-    """Class probabilities of whole images, from windows of a fixed size.
+    """Class probabilities of whole images, from sliding windows.
 
     Probabilities of overlapping windows, of scales and of mirrored passes are averaged, the latter at the
     size of the image. Everything happens on the device, in float32 where probabilities are concerned.
@@ -43,7 +43,9 @@ class SlidingPredictor:
     Args:
         network: images (B, 3, h, w) → {"fine": logits[, "coarse": logits]}, in evaluation mode; `grid`, if it has
             one, says at which sizes logits fit the pixels (`round_size`).
-        window: (height, width) in pixels, rounded up to these; None for the whole (scaled) image at once.
+        window: (height, width) in pixels, rounded up to these; None for the whole (scaled) image at once. A side that
+            is longer than the (scaled) image's is that of the image, rounded up: features and class centers then see
+            as little padding as possible.
         overlap: of neighbouring windows, as a share of the window.
         scales: factors by which the image is resized (bilinear, half-pixel centres).
         flip: run each scale mirrored too.
@@ -213,7 +215,8 @@ class _Pass:
     def __init__(self, scale, mirrored, size, window, overlap, device, grid=GRID):
         self.scale, self.mirrored, self.size = scale, mirrored, size
         self.scaled = size if scale == 1 else tuple(max(1, round(length * scale)) for length in size)
-        self.window = window or round_size(self.scaled, grid)
+        whole = round_size(self.scaled, grid)
+        self.window = whole if window is None else tuple(map(min, window, whole))
         self.padded = tuple(max(pair) for pair in zip(self.scaled, self.window, strict=True))
         starts = [window_starts(length, side, overlap)
                   for length, side in zip(self.scaled, self.window, strict=True)]

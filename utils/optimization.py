@@ -73,12 +73,21 @@ def average_of_weights(network):
 
 
 @torch.no_grad()
-def update_average(average, network, decay):
-    """After a step: the average's weights become decay · average + (1 - decay) · weights, and its running statistics
-    the network's own.
+def update_average(average, network, decay, updates):
+    """After a step: the average's weights become d · average + (1 - d) · weights, and its running statistics the
+    network's own, with d = min(decay, (1 + updates) / (10 + updates)).
 
-    PyTorch's `AveragedModel` counts its steps on the host, which would then wait for a GPU in every step.
+    So the weights of the start, which are random in the heads, are soon forgotten, as in TensorFlow's
+    `ExponentialMovingAverage` with `num_updates`. PyTorch's `AveragedModel` has its count on the device, for which the
+    host would wait in every step.
+
+    Args:
+        average: of `average_of_weights`.
+        network: the one that learns.
+        decay: at most.
+        updates: of this average, before this one.
     """
+    decay = min(decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     for copied, buffers in zip(buffers_by_dtype(average), buffers_by_dtype(network), strict=True):
         torch._foreach_copy_(copied, buffers)

@@ -27,7 +27,8 @@ def content(engine, step, config):
     To be called by all processes at the same step: each has generators of its own.
     """
     rng = from_all(engine.processes, checkpoint.random_state(engine.devices))
-    average = {} if engine.average is None else {"average": engine.average.state_dict()}
+    average = {} if engine.average is None else {"average": engine.average.state_dict(),
+                                                 "average_updates": engine.average_updates}
     return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
             "scaler": engine.precision.state_dict(), "step": step, "rng": rng, "config": config.plain(), **average}
 
@@ -90,6 +91,11 @@ def restore(found, engine):
     engine.network.load_state_dict(found.model)
     if engine.average is not None:
         engine.average.load_state_dict(found.average)
+        engine.average_updates = found.average_updates
+        if engine.average_updates is None:
+            engine.average_updates = found.step
+            print(f"--ema: {found.path} does not say how often the average was updated, as earlier versions had no "
+                  f"warm-up of its decay; it goes on as after {plural(found.step, 'update')}")
     # The flags of this run, and the momentum of the other.
     engine.optimizer.load_state_dict(engine.optimizer.state_dict() | {"state": found.optimizer})
     engine.precision.load_state_dict(found.scaler)

@@ -60,6 +60,7 @@ class Snapshot:
         rng: states of the random generators (`checkpoint.random_state`) of every process, or None.
         quick_mean_iou: result of the quick validation, in the best snapshot alone.
         average: the moving average of the weights, as `model`, or None.
+        average_updates: how often that was updated; None in files of older versions, which had no warm-up of its decay.
     """
 
     path: str
@@ -71,6 +72,7 @@ class Snapshot:
     rng: list | None
     quick_mean_iou: float | None
     average: dict | None = None
+    average_updates: int | None = None
 
     def weights(self, raw=False):
         """Names → tensors to evaluate with: the moving average where there is one; raw: of the last step anyway."""
@@ -103,7 +105,8 @@ def parse(path, content, build, resuming=False):
     except (ValueError, TypeError) as error:        # TypeError: for an argument that does not exist
         raise UserError(f"{path}: config.network.{error}") from None
     model = root["model"].tensors(network.state_dict())
-    present = {name: name in content for name in ("optimizer", "scaler", "rng", "quick_mean_iou", "average")}
+    present = {name: name in content for name in ("optimizer", "scaler", "rng", "quick_mean_iou", "average",
+                                                  "average_updates")}
     present["quick_mean_iou"] |= Path(path).name == checkpoint.BEST
     present["average"] |= (config.arguments or {}).get("ema") is not None
     return Snapshot(str(path), model, step, config,
@@ -111,7 +114,8 @@ def parse(path, content, build, resuming=False):
                     _scaler(root["scaler"]) if present["scaler"] else {},
                     _generators(root["rng"]) if present["rng"] else None,
                     root["quick_mean_iou"].number(0, 1) if present["quick_mean_iou"] else None,
-                    root["average"].tensors(network.state_dict()) if present["average"] else None)
+                    root["average"].tensors(network.state_dict()) if present["average"] else None,
+                    root["average_updates"].whole(0, step) if present["average_updates"] else None)
 
 
 class Field:

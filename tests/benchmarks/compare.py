@@ -49,6 +49,7 @@ from utils.logger import METRICS, read_lines
 from utils.memory import kept_bytes
 from utils.precision import best_precision, exact_float32
 from utils.timing import SECONDS, TURNS, device_name, seconds_of
+from utils.upsampling import round_size
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULT = "result/result.json"
@@ -270,7 +271,9 @@ def cost(comparison, path, image, device):
     predictor = protocol.predictor(network, config, device, 1)
     predictor.watch = None
     seconds = seconds_of(lambda: predictor.labels(image).cpu(), device, TURNS, SECONDS)
-    size = predictor.window or tuple(image.shape[:2])
+    size = tuple(image.shape[:2])
+    if predictor.window is not None:
+        size = tuple(map(min, predictor.window, round_size(size, predictor.grid)))
     parameters, macs = (sum(column) for column in zip(*count(meta_network(**config.network), size).values(),
                                                       strict=True))
     return {"parameters": parameters, "macs": macs, "macs_size": list(size),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -45,13 +46,14 @@ def slowly(size, window, overlap, scales, flip, **shape):
         scaled = [round(length * scale) for length in size]
         crop = F.interpolate(pixels, size=scaled, mode="bilinear", align_corners=False)
         crop = crop.flip(-1) if mirrored else crop
-        padded = [max(pair) for pair in zip(scaled, window, strict=True)]
+        sides = [min(side, 8 * math.ceil((length - 1) / 8) + 1) for length, side in zip(scaled, window, strict=True)]
+        padded = [max(pair) for pair in zip(scaled, sides, strict=True)]
         crop = F.pad(crop, (0, padded[1] - scaled[1], 0, padded[0] - scaled[0]))
         added, count = torch.zeros(1, 19, *padded, dtype=torch.float64), torch.zeros(padded)
         for top, left in itertools.product(*(window_starts(length, side, overlap) for length, side
-                                             in zip(scaled, window, strict=True))):
-            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            logits = F.interpolate(network(crop[place])["fine"], size=window, mode="bilinear", align_corners=True)
+                                             in zip(scaled, sides, strict=True))):
+            place = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
+            logits = F.interpolate(network(crop[place])["fine"], size=sides, mode="bilinear", align_corners=True)
             added[place] += logits.softmax(1)
             count[place] += 1
         mean = (added / count)[..., :scaled[0], :scaled[1]]

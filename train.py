@@ -217,7 +217,7 @@ def check(args, devices, classes):
     if classes is not None:     # else the label maps will tell
         classes.check_count(args.num_classes)
     if args.compile:
-        check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute)
+        check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
     cli.from_flags(NetworkChoice, args).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)

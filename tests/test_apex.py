@@ -16,7 +16,7 @@ from tests import fake_apex
 from tests.conftest import ROOT
 from utils.cli import UserError
 from utils.distributed import Processes
-from utils.engine import NotFinite
+from utils.engine import NotFinite, check_compile
 from utils.precision import Precision
 
 OPTIONS = ({}, {"parts": 2, "ohem": 1, "clip": 0.1, "ema": 0.9}, {"backbone": "eca_resnet18", "recompute": "full"},
@@ -98,6 +98,11 @@ def test_apex_on_a_cpu_is_refused(apex):
         Precision("apex", torch.device("cpu"))
 
 
+def test_apex_is_not_compiled():
+    with pytest.raises(UserError, match="--compile: expected --amp off, bf16 or fp16 with it, found apex"):
+        check_compile(devices=[torch.device("cuda")], parallel="none", recompute="none", amp="apex")
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -133,8 +138,8 @@ def real_apex():
     *(f"{level} {model}" for level in ("O0", "O1") for model in MODELS),
     *(" ".join([level, "acfnet_resnet", *(f"{name}={value}" for name, value in options.items())])
       for level in ("O0", "O1") for options in (
-          *OPTIONS[1:], {"backbone": "resnet50", "recompute": "light"}, {"optimizer": "adamw"}, {"ohem": 1}, {"clip": 0.1},
-          {"ema": 0.9}, {"parts": 2}, {"recompute": "full"}, {"norm": "bn", "recompute": "full"},
+          *OPTIONS[1:], {"backbone": "resnet50", "recompute": "light"}, {"optimizer": "adamw"}, {"ohem": 1},
+          {"clip": 0.1}, {"ema": 0.9}, {"parts": 2}, {"recompute": "full"}, {"norm": "bn", "recompute": "full"},
           {"backbone": "timm:convnext_atto"}, {"backbone": "timm:vit_tiny_patch16_224"}))])
 def test_the_stand_in_does_what_the_real_one_does(words):
     results = []

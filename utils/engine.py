@@ -40,7 +40,7 @@ def compile_network(network, **options):
     network.compile(**options)
 
 
-def check_compile(*, devices, parallel, recompute):
+def check_compile(*, devices, parallel, recompute, amp):
     """Raise `UserError` where --compile cannot work; arguments: devices of this process, and the flags' values."""
     if len(devices) > 1 and parallel == "dp":
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
@@ -48,6 +48,9 @@ def check_compile(*, devices, parallel, recompute):
     if recompute != "none":
         raise UserError(f"--compile: expected --recompute none with it, found {recompute}, which cannot be "
                         "compiled; compiled code decides by itself what it computes again")
+    if amp == "apex":
+        raise UserError("--compile: expected --amp off, bf16 or fp16 with it, found apex, whose patched functions were "
+                        "never compiled")
     if torch_version() < COMPILER:
         raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, COMPILER))} or newer, found "
                         f"{torch.__version__}, whose compiled code was not tested, or updates running statistics twice")

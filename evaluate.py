@@ -159,6 +159,8 @@ def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
 
 def load_items(dataset, workers, processes, what):
     """This process's share of a data set, with progress."""
+    if workers:
+        dataset.look_at_first()
     return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import math
@@ -142,6 +143,12 @@ def _keep_output_from_failing():
         raw = _Output(os.devnull if stream is None else number, "w", closefd=stream is None)
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), getattr(stream, "encoding", "utf-8"),
                                             "backslashreplace", line_buffering=True))
+
+
+@functools.cache
+def print_once(text):
+    """Print a line, unless this process has printed it before."""
+    print(text)
 
 
 def plural(number, thing):

@@ -37,6 +37,7 @@ From Python: networks/predictor.py
 
 import argparse
 import itertools
+import os
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root

@@ -23,7 +23,7 @@ from PIL import Image
 
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError, plural
-from utils.decoding import read_file, read_ids, read_image, read_palette, sizes_differ
+from utils.decoding import read_file, read_ids, read_image, read_palette, sizes_differ, unclear_turn
 from utils.logger import progress
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
@@ -78,6 +78,8 @@ def inspect(job):
                                       "like train ids"))
     except UserError as error:
         facts["problems"].append(("label map", str(error)))
+    if image is not None and ids is not None and (sentence := unclear_turn(image_path, label_path)):
+        facts["remarks"].append(("turned by EXIF", sentence))
     if image is not None and ids is not None and image.shape[:2] != ids.shape[:2]:
         facts["problems"].append(("sizes differ", sizes_differ(image_path, image, label_path, ids)))
     return facts

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError, plural
-from utils.decoding import kind_of, read_ids, read_image, read_palette, sizes_differ
+from utils.decoding import kind_of, read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
 from utils.jitter import draw_jitter
 from utils.logger import progress
 
@@ -209,9 +209,11 @@ class CityscapesDataset(Dataset):
         chosen = sorted({len(self) * k // count for k in range(count)})
         labelled = False
         for index in chosen:
-            path = self.pairs[index][1]
+            image, path = self.pairs[index]
             try:
                 ids = read_ids(path)
+                if sentence := unclear_turn(image, path):
+                    warn_once("turned by EXIF", sentence)
                 labelled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
             except UserError as error:
                 raise self._with_line(index, error) from None

@@ -228,7 +228,9 @@ LONGEST_NAME, LONGEST_PATH = 255, 3800      # bytes; Linux takes paths of 4095, 
 
 
 def path(text):
-    """Flag type: a path that is not empty, and that a file system can take."""
+    """Flag type: a path that is not empty, and that a file system can take; ~ is the home folder, also in --flag=~/x,
+    which shells leave as it is."""
+    text = os.path.expanduser(text)
     encoded = os.fsencode(text)
     if not encoded or b"\0" in encoded:
         raise argparse.ArgumentTypeError("expected a path, found an empty one" if not encoded else

@@ -381,8 +381,27 @@ def sizes_differ(path, image, label_path, ids):
             f"found {ids.shape[1]}×{ids.shape[0]}")
     for file in (path, label_path):
         if orientation(open_image(file, read_file(file))) > 4:      # 5 to 8 exchange width and height
-            text += f"; {file} was turned upright by its EXIF orientation"
+            text += (f"; {file} was turned upright by its EXIF orientation: turn the other one too, or remove the "
+                     f"orientation (exiftool -Orientation= {file})")
     return text
+
+
+def unclear_turn(path, label_path):
+    """A sentence where an image was turned by its EXIF orientation, its label map was not, and their sizes do not tell
+    whether it should have been; "" elsewhere."""
+    turn, (width, height) = _turn_and_size(path)
+    if turn == 1 or turn > 4 and width != height or _turn_and_size(label_path)[0] != 1:
+        return ""
+    return (f"{path}: turned upright by its EXIF orientation ({turn}), and {label_path} has none: if that was drawn on "
+            f"the image as it is stored, turn it too, or remove the orientation (exiftool -Orientation= {path})")
+
+
+def _turn_and_size(path):
+    """(EXIF orientation, (width, height)) from a file's header; 1 where it cannot be read."""
+    with contextlib.suppress(Exception), open_file(path) as file:       # damaged headers raise errors of any kind
+        image = _open(file)
+        return orientation(image), image.size
+    return 1, (0, 0)
 
 
 def _plain_png(image, data, kinds):

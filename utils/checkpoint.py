@@ -1,6 +1,7 @@
 """Files that hold tensors: written whole or not at all, read without running any code in them."""
 
 import argparse
+import codecs
 import contextlib
 import itertools
 import json
@@ -110,14 +111,17 @@ def _plain_classes():
     """{"module.name": class} of what other projects save beside tensors, and what holds values alone: flags, paths,
     numbers of NumPy. The modules are those of all versions of Python and NumPy."""
     pure = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath,
-            "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath}
+            "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath,
+            type(pathlib.Path()).__name__: type(pathlib.Path())}
     classes = {f"{module}.{name}": kind for module in ("pathlib", "pathlib._local") for name, kind in pure.items()}
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    from numpy._core import multiarray  # here, for it is no public name, as pickles need it
+
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         classes |= {f"{module}.scalar": multiarray.scalar, f"{module}._reconstruct": multiarray._reconstruct}
     kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}        # NumPy saves them by name from 1.25 on
     classes |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
-    return classes | {"argparse.Namespace": argparse.Namespace, "numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray}
+    return classes | {"argparse.Namespace": argparse.Namespace, "numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray,
+                      "_codecs.encode": codecs.encode}      # of the bytes of a number
 
 
 def _refuse_objects(path, error):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from . import tiff
-from .cli import UserError
+from .cli import UserError, first_words
 
 # Of files that are images.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".bmp", ".dib",
@@ -268,18 +268,16 @@ def open_image(path, data, remark=_ignore):
 
     remark: called with (kind, sentence) where pages or bands are left out.
     """
+    if tiff.is_tiff(data):
+        return _open_tiff(path, data, remark)
     try:
         image = _open(io.BytesIO(data))
-        frames = 1 if image.format == "TIFF" else getattr(image, "n_frames", 1)
+        frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        if tiff.is_tiff(data):
-            return _open_tiff(path, data, None, remark)
         raise UserError(f"{path}: expected an image, found {_describe_unknown(data)}") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
     _check_pixels(path, *image.size)
-    if image.format == "TIFF":
-        return _open_tiff(path, data, image, remark)
     if frames > 1 and image.format != "MPO":        # a photograph, and previews or depth behind it
         raise UserError(f"{path}: expected one image, found an animation of {frames}")
     return image
@@ -301,16 +299,17 @@ def _check_pixels(path, width, height):
                         f"{width}×{height}{'; cut it into parts' * (width * height > 0)}")
 
 
-def _open_tiff(path, data, image, remark):
-    """The page of a TIFF that is the image; image: the file as Pillow has opened it, or None where it could not."""
+def _open_tiff(path, data, remark):
+    """The page of a TIFF that is the image, opened by Pillow or, of a kind that it cannot read, decoded by tifffile."""
     try:
         pages = tiff.page_sizes(io.BytesIO(data))
     except Exception as error:      # noqa: BLE001, for a damaged file tifffile raises errors of any kind
-        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {error}") from None
+        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_words(error)}") from None
     number = tiff.choose_page(path, pages, remark)
     _check_pixels(path, *pages[number][0])
-    if image is not None:
-        with contextlib.suppress(OSError, SyntaxError, ValueError, EOFError):       # of a kind that Pillow cannot read
+    if max(pages[0][2], pages[number][2]) <= tiff.MOST_SAMPLES:
+        with contextlib.suppress(OSError, SyntaxError, ValueError, EOFError):
+            image = _open(io.BytesIO(data))
             image.seek(number)
             if _tiff_tags(image).get(PLANES) != 2:      # of more than 8 bits it cannot read bands one after the other
                 return image
@@ -364,15 +363,17 @@ def read_header(path):
     """((width, height), mode) of an image as it is stored, from the header of its file; mode: Pillow's, "" where that
     cannot read it. Raises `UserError` and, for damaged files, errors of any kind."""
     with open_file(path) as file:
-        size, mode = None, ""
-        with contextlib.suppress(UnidentifiedImageError):
-            image = _open(file)
-            size, mode = image.size, image.mode
+        is_tiff = tiff.is_tiff(file.read(4))
         file.seek(0)
-        if tiff.is_tiff(file.read(4)):
-            pages = tiff.page_sizes(file)
-            size = pages[tiff.choose_page(path, pages, _ignore)][0]
-        return size, mode
+        if not is_tiff:
+            image = _open(file)
+            return image.size, image.mode
+        pages = tiff.page_sizes(file)
+        size, _, samples = pages[tiff.choose_page(path, pages, _ignore)]
+        file.seek(0)
+        with contextlib.suppress(UnidentifiedImageError):
+            return size, _open(file).mode if samples <= tiff.MOST_SAMPLES else ""
+        return size, ""
 
 
 def sizes_differ(path, image, label_path, ids):

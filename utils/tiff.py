@@ -14,6 +14,7 @@ PHOTOMETRIC, ORIENTATION, SAMPLES, EXTRA_SAMPLES = 262, 274, 277, 338        # t
 INVERTED, CMYK = 0, 5                   # photometric interpretations: 0 is white; four inks
 COLORED = (5, 6, 8, 9, 10)              # those that only Pillow turns into red, green and blue
 REDUCED, MASK = 1, 4                    # bits of the tag NewSubfileType
+MOST_SAMPLES = 6                        # that Pillow reads; of more it complains by itself, every time
 ALPHA = (1, 2)                          # kinds of extra samples
 LARGEST = "largest value"               # in the `info` of an image of 16 bits that was made one of 8
 
@@ -24,12 +25,13 @@ def is_tiff(data):
 
 
 def page_sizes(file):
-    """[((width, height), kind)] of the pages of a TIFF, from their headers; kind: the tag NewSubfileType."""
+    """[((width, height), kind, bands)] of the pages of a TIFF, from their headers; kind: the tag NewSubfileType."""
     import tifffile  # here: most files do without it
 
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
-        return [((page.imagewidth, page.imagelength), int(page.subfiletype)) for page in tiff.pages]
+        return [((page.imagewidth, page.imagelength), int(page.subfiletype), page.samplesperpixel)
+                for page in tiff.pages]
 
 
 def choose_page(path, pages, remark):
@@ -42,7 +44,7 @@ def choose_page(path, pages, remark):
 
     Raises `UserError` where several pages are of the largest size.
     """
-    full = [number for number, (_, kind) in enumerate(pages) if not kind & (REDUCED | MASK)] or [0]
+    full = [number for number, (_, kind, _) in enumerate(pages) if not kind & (REDUCED | MASK)] or [0]
     largest = max((pages[number][0] for number in full), key=lambda size: size[0] * size[1])
     images = [number for number in full if pages[number][0] == largest]
     if len(images) > 1:

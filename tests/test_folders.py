@@ -355,3 +355,17 @@ def test_names_composed_and_decomposed_are_the_same(tmp_path):
         assert CityscapesDataset(folders, data_list=tmp_path / "stems.txt").pairs == [(image, label)]
         (tmp_path / "pairs.txt").write_text(f"images/{name}.png\tlabels/{name}.png\n", encoding="utf-8")
         assert CityscapesDataset(tmp_path, data_list=tmp_path / "pairs.txt").pairs == [(image, label)]
+
+
+def test_minus_one_is_ignored_without_a_table(tmp_path):
+    folders = make(tmp_path, "a", "b", values=(0, 1, 2))
+    ids = np.asarray(Image.open(tmp_path / "labels/a.png")).astype(np.int32)
+    ids[:4] = -1
+    os.remove(tmp_path / "labels/a.png")
+    Image.fromarray(ids).save(tmp_path / "labels/a.tif")
+    table = assume_classes(folders[1], [tmp_path / "labels/a.tif", tmp_path / "labels/b.png"], 0)
+    assert table.num_classes == 3
+    label = CityscapesDataset(folders, classes=table)[0]["label"].numpy()
+    assert (label[:4] == 255).all() and np.array_equal(label[4:], ids[4:])
+    (tmp_path / "classes.csv").write_text(table.as_csv())
+    assert np.array_equal(ClassTable.read(tmp_path / "classes.csv").encode(ids), label)

@@ -37,6 +37,7 @@ From Python: networks/predictor.py
 
 import argparse
 import itertools
+import os
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root
@@ -159,6 +162,8 @@ def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
 
 def load_items(dataset, workers, processes, what):
     """This process's share of a data set, with progress."""
+    if workers:
+        dataset.look_at_first()
     return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
 
 

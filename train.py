@@ -15,9 +15,12 @@ A batch too large for the memory: --accumulate 4 takes it in four parts
 
 import argparse
 import os
+import sys
 import time
 
 import torch
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 
 from dataset import folders
 from dataset.cityscapes import CityscapesDataset

@@ -14,7 +14,6 @@ something is wrong.
 import hashlib
 import math
 import os
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from PIL import Image
 
 from utils import checkpoint, cli, visualize
 from utils.cli import UserError, plural
-from utils.decoding import read_file, read_ids, read_image, sizes_differ
+from utils.decoding import read_file, read_ids, read_image, read_palette, sizes_differ, unclear_turn
 from utils.logger import progress
 
-from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, read_pairs, split_files
+from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
 from .folders import (
     ASSUMED,
     add_data_flags,
@@ -36,6 +35,7 @@ from .folders import (
     data_root,
     keep_table,
     match,
+    name_loose_files,
     read_table,
     splits_of,
 )
@@ -51,15 +51,16 @@ SPLITS = ("train", "val", "test", COARSE)
 def inspect(job):
     """What can be said of one image and its label map: a dict of plain values, also for files that cannot be read.
 
-    job: (image path, label path, `ClassTable`). The dict holds image, label (paths) and problems [(kind, sentence)];
+    job: (image path, label path, `ClassTable`). The dict holds image, label (paths), problems [(kind, sentence)] and
+    remarks of the same form about what is read, but not as the file has it;
     of a readable image size (H, W), hash, sum and squares (of the values of each channel); of a readable label map
-    classes (256 counts of pixels by train id).
+    classes (256 counts of pixels by train id) and palette.
     """
     image_path, label_path, classes = job
-    facts = {"image": str(image_path), "label": str(label_path), "problems": []}
+    facts = {"image": str(image_path), "label": str(label_path), "problems": [], "remarks": []}
     image = ids = None
     try:
-        image = read_image(image_path)
+        image = read_image(image_path, lambda *remark: facts["remarks"].append(remark))
         mean, std = (values[:, 0] for values in cv2.meanStdDev(image))
         pixels = image.shape[0] * image.shape[1]
         facts |= {"size": list(image.shape[:2]), "hash": hashlib.sha256(read_file(image_path)).hexdigest(),
@@ -70,12 +71,15 @@ def inspect(job):
         check_name(label_path, classes)
         ids = read_ids(label_path)
         train_ids = classes.encode(ids, label_path)
+        facts["palette"] = read_palette(label_path)
         facts["classes"] = np.bincount(train_ids.ravel(), minlength=256).tolist()
         if ids.ndim == 2 and classes.looks_like_train_ids(ids):
             facts["problems"].append(("looks like train ids", f"{label_path}: expected ids, found values that look "
                                       "like train ids"))
     except UserError as error:
         facts["problems"].append(("label map", str(error)))
+    if image is not None and ids is not None and (sentence := unclear_turn(image_path, label_path)):
+        facts["remarks"].append(("turned by EXIF", sentence))
     if image is not None and ids is not None and image.shape[:2] != ids.shape[:2]:
         facts["problems"].append(("sizes differ", sizes_differ(image_path, image, label_path, ids)))
     return facts
@@ -107,7 +111,10 @@ def find_splits(root, lists):
                  read.items()}
         expected = next((text for _, problems in found.values() for _, text in problems), None)
     elif isinstance(root, tuple):
-        places = [tuple(os.path.join(folder, name) for folder in root) for name in splits_of(root)] or [root]
+        splits = splits_of(root)
+        if splits:
+            name_loose_files(root, splits)
+        places = [tuple(os.path.join(folder, name) for folder in root) for name in splits] or [root]
         found = {folders[0]: find_partners(folders) for folders in places}
         expected = (f"--labels-dir {root[1]}: expected label maps of the stems that images in {root[0]} have, found "
                     "none")
@@ -160,7 +167,8 @@ def summarise(split, entries, problems, classes, listed):
             .round(3).tolist(), "pixels": dict(zip(classes.names, counts[:n].tolist(), strict=True)),
             "images_with": dict(zip(classes.names, with_class[:n].tolist(), strict=True)),
             "ignored_pixels": int(counts[IGNORE_INDEX]),
-            "problems": [{"kind": kind, "text": text} for kind, text in problems]}
+            "problems": [{"kind": kind, "text": text} for kind, text in problems],
+            "remarks": [{"kind": kind, "text": text} for entry in entries for kind, text in entry["remarks"]]}
 
 
 def evenly(items, count):
@@ -193,7 +201,7 @@ def check(splits, classes, fast, workers):
     Returns {split: what check.json holds of it}, {split: [what `inspect` says]}.
     """
     facts, report = {}, {}
-    with ProcessPoolExecutor(workers, initializer=allow_large_images) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         for split, (pairs, _) in splits.items():
             chosen = evenly(pairs, FAST) if fast else pairs
             jobs = pool.map(inspect, [(*pair, classes) for pair in chosen], chunksize=2)
@@ -203,6 +211,11 @@ def check(splits, classes, fast, workers):
         entries = facts[split]
         problems = [*problems, *(problem for entry in entries for problem in entry["problems"]),
                     *(leak for leak in leaks if f"({split})" in leak[1])]
+        contradiction, sentence = compare_palettes((entry["label"], entry.get("palette", {})) for entry in entries)
+        if contradiction:
+            problems.append(("palettes differ", sentence))
+        elif sentence:
+            entries[0]["remarks"].append(("palettes differ", sentence))
         # The label maps of the official test split hold ignored ids only: its truth is not published.
         labelled = sum(sum(entry["classes"][:classes.num_classes]) for entry in entries if "classes" in entry)
         if entries and not labelled and split != "test":
@@ -221,11 +234,6 @@ def draw(folder, report, facts, classes):
         visualize.frequency_chart(folder / "classes.png", pixels, classes.palette)
 
 
-def allow_large_images():
-    """Do without Pillow's warning of large images, which are usual here."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
 def table(report):
     """The findings as text, a paragraph for each split."""
     lines = []
@@ -241,15 +249,20 @@ def table(report):
             lines.append(f"  {name:<24}{100 * pixels / max(total, 1):7.3f} % of pixels, in "
                          f"{plural(found['images_with'][name], 'image')}")
         lines.append(f"  {'ignored':<24}{100 * found['ignored_pixels'] / max(total, 1):7.3f} %")
-        kinds = {}
-        for problem in found["problems"]:
-            kinds.setdefault(problem["kind"], []).append(problem["text"])
-        for kind, texts in kinds.items():
-            lines.append(f"  WRONG, {kind}: {len(texts)}")
-            lines += [f"    {text}" for text in texts[:SHOWN]]
-            if len(texts) > SHOWN:
-                lines.append("    ... (all in check.json)")
+        lines += listed("WRONG", found["problems"], SHOWN) + listed("NOTE", found["remarks"], 1)
     return "\n".join(lines)
+
+
+def listed(title, entries, shown):
+    """Lines for problems or remarks [{"kind", "text"}]: a heading for each kind, and the first texts of it."""
+    lines, kinds = [], {}
+    for entry in entries:
+        kinds.setdefault(entry["kind"], []).append(entry["text"])
+    for kind, texts in kinds.items():
+        lines += [f"  {title}, {kind}: {len(texts)}", *(f"    {text}" for text in texts[:shown])]
+        if len(texts) > shown:
+            lines.append("    ... (all in check.json)")
+    return lines
 
 
 def main():
@@ -267,7 +280,6 @@ def main():
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
     folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(place)}")
     classes = read_table(args.classes, args.images_dir)
-    allow_large_images()
     splits = find_splits(root, args.data_list)
     if classes is None:
         classes = assume_classes(args.labels_dir, [label for pairs, _ in splits.values() for _, label in pairs],

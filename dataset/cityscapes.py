@@ -13,16 +13,27 @@ from torch.utils.data import Dataset
 
 from utils import checkpoint
 from utils.cli import UserError, plural
-from utils.decoding import kind_of, read_ids, read_image, sizes_differ
+from utils.decoding import kind_of, read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
 from utils.jitter import draw_jitter
 from utils.logger import progress
 
-from .folders import check_folder, pair_folders, pair_listed, read_list, undivided
+from .folders import (
+    check_folder,
+    composed,
+    decomposed,
+    name_left_out,
+    pair_folders,
+    pair_listed,
+    read_list,
+    refuse_dead_link,
+    undivided,
+)
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import DecodedCache
 from .sampling import class_positions, do_jobs
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
+IMAGE_ENDING = "_leftImg8bit.png"
 COARSE = "train_extra"      # the split whose truth is in gtCoarse
 DECODERS = (read_image, read_ids)       # of an image and of its label map
 
@@ -188,17 +199,21 @@ class CityscapesDataset(Dataset):
         return np.bincount(self.train_ids(index).ravel(), minlength=256)[:self.classes.num_classes]
 
     def check_labels(self, count=8):
-        """Read `count` label maps, spread evenly over the data set, before a long run begins.
+        """Read `count` label maps, spread evenly over the data set, and the first image, before a long run begins.
 
         Raises `UserError` where one holds values that the class table does not know, or where every pixel of all of
         them is ignored. Warns of maps that look like train ids.
         """
+        self.look_at_first()
+        self._check_palettes(count)
         chosen = sorted({len(self) * k // count for k in range(count)})
         labelled = False
         for index in chosen:
-            path = self.pairs[index][1]
+            image, path = self.pairs[index]
             try:
                 ids = read_ids(path)
+                if sentence := unclear_turn(image, path):
+                    warn_once("turned by EXIF", sentence)
                 labelled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
             except UserError as error:
                 raise self._with_line(index, error) from None
@@ -209,6 +224,23 @@ class CityscapesDataset(Dataset):
             raise UserError(f"{self.pairs[chosen[0]][1]} and {plural(len(chosen) - 1, 'other label map')}: "
                             f"expected pixels of the {plural(self.classes.num_classes, 'class')} of "
                             f"{self.classes.source}, found only ignored ones")
+
+    def _check_palettes(self, count):
+        """Compare the palettes of so many label maps. Raises `UserError` where their indices cannot be ids."""
+        paths = [label for _, label in self.pairs[::max(1, len(self) // count)]]
+        contradiction, sentence = compare_palettes((path, read_palette(path)) for path in paths)
+        if contradiction:
+            raise UserError(sentence)
+        if sentence:
+            warnings.warn(sentence, stacklevel=3)
+
+    def look_at_first(self):
+        """Read the first image in this process, so that what its kind calls for is said here, and not by every process
+        that reads images. Raises `UserError`."""
+        try:
+            read_image(self.pairs[0][0])
+        except UserError as error:
+            raise self._with_line(0, error) from None
 
     def fingerprint(self):
         """{"count", "sha256"} of the pairs' names in their order; it stays when the data and its lists are moved."""
@@ -262,13 +294,53 @@ def check_name(path, classes):
                         "use *_labelIds.png")
 
 
+def compare_palettes(palettes):
+    """Whether label maps with palettes give one color two indices, so that indices cannot be ids; and a sentence where
+    they do, or where they at least give one index two colors.
+
+    palettes: (path, {index: color}) of label maps, as `read_palette` finds them.
+    """
+    indices, colors, sentence = {}, {}, ""
+    remedy = "save ids as grey PNG, or red, green and blue with a color for each class in --classes"
+    for path, palette in palettes:
+        count = Counter(palette.values())
+        for index, color in palette.items():
+            if count[color] > 1:        # an index without a color of its own
+                continue
+            other, first = indices.setdefault(color, (index, path))
+            if other != index:
+                return True, (f"{path}: expected the palette of {first}, since indices are read as ids, found the "
+                              f"color {color} as {index}, which is {other} there; {remedy}")
+            other, first = colors.setdefault(index, (color, path))
+            if other != color and not sentence:
+                sentence = (f"{path}: the index {index} has the color {color}, in {first} {other}; indices are read as "
+                            f"ids, whatever their colors; if the colors are what counts, {remedy}")
+    return False, sentence
+
+
 def split_files(root, split):
     """Files of a split by city and stem: {key: image}, {key: label map}, and the folder of the latter."""
     truth = "gtCoarse" if split == COARSE else "gtFine"
-    images, labels = ({f"{path.parent.name}/{path.name.removesuffix(ending)}": path
-                       for path in sorted((root / folder / split).glob(f"*/*{ending}"))}
-                      for folder, ending in (("leftImg8bit", "_leftImg8bit.png"), (truth, f"_{truth}_labelIds.png")))
+    images, labels = ({f"{path.parent.name}/{path.name.removesuffix(ending)}": path for path in paths}
+                      for paths, ending in ((images_in(root, split), IMAGE_ENDING),
+                                            (_visible(root / truth / split, f"*/*_{truth}_labelIds.png"),
+                                             f"_{truth}_labelIds.png")))
     return images, labels, truth
+
+
+def images_in(root, split):
+    """The images of a split in the folders of Cityscapes; a line says what else lies there."""
+    folder = Path(root) / "leftImg8bit" / split
+    files = [path for path in _visible(folder, "*") + _visible(folder, "*/*") if not path.is_dir()]
+    images = [path for path in files if path.parent != folder and path.name.endswith(IMAGE_ENDING)]
+    name_left_out(folder, sorted({*files} - {*images}), f"not <city>/*{IMAGE_ENDING}")
+    return images
+
+
+def _visible(folder, pattern):
+    """Files of a pattern, sorted, without what is hidden, such as the ._* that macOS writes."""
+    return [path for path in sorted(folder.glob(pattern))
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _scan(root, split):
@@ -281,6 +353,9 @@ def _scan(root, split):
         if key not in labels:
             raise UserError(f"{root / truth / split / key}_{truth}_labelIds.png: expected the label map of "
                             f"{images[key]}, found no such file")
+        refuse_dead_link(images[key]), refuse_dead_link(labels[key])
+    name_left_out(root / truth / split, [path for key, path in labels.items() if key not in images],
+                  f"label maps without an image in leftImg8bit/{split}")
     return [(image, labels[key]) for key, image in images.items()]
 
 
@@ -306,9 +381,9 @@ def read_pairs(root, path):
 
 def _find(name, *folders):
     """The path of a file that a list names, in the first of these folders that has it. Raises `UserError`."""
-    for folder in folders:
-        if os.path.isfile(folder / name):       # false, not an error, for a name too long or a loop of links
-            return folder / name
+    for folder, spelling in itertools.product(folders, dict.fromkeys((name, composed(name), decomposed(name)))):
+        if os.path.isfile(folder / spelling):       # false, not an error, for a name too long or a loop of links
+            return folder / spelling
     raise UserError(f"expected the file {folders[0] / name}, found {kind_of(folders[0] / name)}")
 
 

@@ -7,12 +7,14 @@ Where nobody says what the values of the label maps mean, and there is but one t
 """
 
 import os
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from utils import checkpoint, cli
-from utils.cli import UserError
+from utils.cli import UserError, plural, print_once
 from utils.decoding import SUFFIXES, kind_of, read_file, read_ids
 from utils.logger import progress
 
@@ -108,6 +110,7 @@ def splits_of(folders):
 def pair_folders(folders, splits):
     """[[(image, label map)]] of splits; of all files where the folders are undivided. Raises `UserError`."""
     if not all(undivided(folders, name) for name in splits):
+        name_loose_files(folders, splits)
         return [_pair(tuple(Path(folder, name) for folder in folders)) for name in splits]
     if len(splits) > 1 or splits[0] not in DEFAULT_SPLITS:
         raise UserError(f"--split {'+'.join(splits)}: expected folders of these names in {folders[0]}, found none")
@@ -139,7 +142,8 @@ def pair_listed(folders, path):
     """[(image, label map)] of a list of stems; ["FILE, line N"], where each stands; and a sentence for each line that
     names none. Raises `UserError`."""
     found, lines, wrong = _files(folders), {}, []
-    for number, stem in read_list(path, "of one stem"):
+    for number, text in read_list(path, "of one stem"):
+        stem = composed(text)
         where = f"{path}, line {number}"
         lacking = [(folder, files) for folder, files in zip(folders, found, strict=True) if stem not in files]
         for folder, files in lacking[:1]:
@@ -158,18 +162,56 @@ def _files(folders):
 
 
 def _by_stem(folder, flag):
-    found, paths = {}, _inside(folder, flag)
+    found, paths, left_out = {}, _inside(folder, flag), []
     for path in paths:
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            if path.stem in found:
-                raise UserError(f"{flag} {folder}: expected every stem once, found {found[path.stem].name} and "
-                                f"{path.name}")
-            found[path.stem] = path
+        refuse_dead_link(path)
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            left_out.append(path)
+            continue
+        stem = composed(path.stem)
+        if stem in found:
+            raise UserError(f"{flag} {folder}: expected every stem once, found {found[stem].name} and {path.name}")
+        found[stem] = path
     if not found:
         folders = ", ".join(path.name for path in paths if path.is_dir())
         raise UserError(f"{flag} {folder}: expected images ({', '.join(sorted(SUFFIXES))}) in it, found none"
                         + f", but folders: {folders[:200]}" * bool(folders))
+    name_left_out(f"{flag} {folder}", left_out)
     return found
+
+
+def composed(name):
+    """A name with its letters and accents composed (NFC): macOS writes them one after the other (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def decomposed(name):
+    """A name with its letters and accents one after the other (NFD)."""
+    return unicodedata.normalize("NFD", name)
+
+
+def refuse_dead_link(path):
+    """Raise `UserError` where a path is a link that leads nowhere."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist")
+
+
+def name_left_out(place, paths, why="not images that can be read"):
+    """Print one line about what lies in a place and is left out, if anything: how many of each suffix, and folders."""
+    kinds = Counter("folder" if path.is_dir() else path.suffix.lower() for path in paths)
+    folders = kinds.pop("folder", 0)
+    parts = [f"{count} of {suffix}" if suffix else plural(count, "file") + " without a suffix"
+             for suffix, count in sorted(kinds.items())] + [plural(folders, "folder")] * bool(folders)
+    if parts:
+        print_once(f"{place}: left out, as {why}: {', '.join(parts)}, such as {min(paths, key=str).name}")
+
+
+def name_loose_files(folders, splits):
+    """Print a line about images and label maps that lie beside the folders of splits, if there are any."""
+    for folder, flag in zip(folders, FLAGS, strict=True):
+        loose = [path for path in _inside(folder, flag) if path.suffix.lower() in SUFFIXES and path.is_file()]
+        name_left_out(f"{flag} {folder}", loose, f"they lie beside the {plural(len(splits), 'folder')} of splits "
+                                                 f"({', '.join(splits)}) and belong to none")
 
 
 def _inside(folder, flag):
@@ -183,7 +225,7 @@ def _inside(folder, flag):
 
 def assume_classes(folder, paths, workers):
     """The `ClassTable` that goes without saying, by the values of label maps: 0 and 255 are background and foreground;
-    0 to N-1 are the classes, and 255 is ignored. It is printed.
+    0 to N-1 are the classes, 255 and -1 are ignored. It is printed.
 
     Args:
         folder: where the label maps are, for messages.
@@ -196,12 +238,13 @@ def assume_classes(folder, paths, workers):
         for one in ids:
             first.setdefault(one, path)
     ids = sorted(first)
-    classes = [one for one in ids if one != IGNORE_INDEX]
+    classes = [one for one in ids if one not in (IGNORE_INDEX, -1)]
     if ids == [0, 255]:
         rows = [_row("background", 0, 0, (0, 0, 0)), _row("foreground", 255, 1, (255, 255, 255))]
     elif classes == list(range(len(classes))) and 2 <= len(classes) <= UNKNOWN:
         rows = [_row(f"class {one}", one, one, distinct_color(one)) for one in classes] + [
-            _row("ignored", IGNORE_INDEX, IGNORE_INDEX, distinct_color(IGNORE_INDEX))]
+            _row("ignored", IGNORE_INDEX, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] + [
+            _row("ignored too", -1, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] * (-1 in ids)
     else:
         odd = next((one for place, one in enumerate(classes) if one != place), ids[-1])
         raise UserError(f"--labels-dir {folder}: expected the values 0 and 255, or 0 to N-1 and 255 to ignore, where "

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from utils import checkpoint
 from utils.cli import UserError, plural
 from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
-from utils.results import recorded
+from utils.results import RECORD, recorded
 from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
 
-from .cityscapes import OFFICIAL_COUNTS, as_tensor, relative_paths, unique_names
+from .cityscapes import OFFICIAL_COUNTS, as_tensor, images_in, relative_paths, unique_names
+from .folders import name_left_out, refuse_dead_link
 
 SUBMISSION = "submission.zip"
 
@@ -37,6 +38,12 @@ class ImageFiles(Dataset):
 
     def __len__(self):
         return len(self.paths)
+
+    def look_at_first(self):
+        """Read the first image in this process, so that what its kind calls for is said here, and not by every process
+        that reads images."""
+        with contextlib.suppress(UserError):        # said in its turn
+            read_image(self.paths[0])
 
     def __getitem__(self, index):
         try:
@@ -68,7 +75,10 @@ def find_images(places):
             inside, what = [Path(place)] * bool(numbered_images(place)), "numbered images of such names"
             single += inside
         else:
-            inside = sorted(Path(file) for file in glob.glob(place, recursive=True) if os.path.isfile(file))
+            inside = []
+            for file in map(Path, sorted(glob.glob(place, recursive=True))):
+                refuse_dead_link(file)
+                inside += [file] * file.is_file()
             what = "an image or a video, a folder, or a pattern that fits files"
             single += inside
         if not inside:
@@ -83,8 +93,9 @@ def find_images(places):
 
 def _search(top):
     """Images below a folder, sorted. Links to folders are followed, each folder once; hidden files are left out, and
-    the results that an earlier run has recorded in one of the folders."""
-    found, seen, results, waiting = [], set(), set(), deque([Path(top)])
+    the results that an earlier run has recorded in one of the folders. Lines say what is left out, but for hidden
+    files. Raises `UserError` for links that lead nowhere."""
+    found, left_out, of_results, seen, results, waiting = [], [], [], set(), set(), deque([Path(top)])
     while waiting:
         folder = waiting.popleft()
         if os.path.realpath(folder) in seen:
@@ -95,12 +106,17 @@ def _search(top):
         except OSError as error:
             raise UserError(f"--images {folder}: expected a folder that can be read, found: {error}") from None
         with contextlib.suppress(UserError):        # another's file of that name
-            results |= {folder / name for name in recorded(folder)}
+            results |= {folder / name for name in (RECORD, *recorded(folder))}
         for path in (folder / name for name in names):
             if path.is_dir():       # links last: a folder that lies here too is found under its own name
                 (waiting.append if path.is_symlink() else waiting.appendleft)(path)
-            elif path.suffix.lower() in SUFFIXES and path.is_file() and path not in results:
-                found.append(path)
+            elif path in results:
+                of_results.append(path)
+            else:
+                refuse_dead_link(path)
+                (found if path.suffix.lower() in SUFFIXES and path.is_file() else left_out).append(path)
+    name_left_out(f"--images {top}", left_out)
+    name_left_out(f"--images {top}", of_results, "results of an earlier run")
     return sorted(found)
 
 
@@ -125,10 +141,9 @@ def _named(path, relative):
 
 def images_of_split(root, split):
     """The images of a Cityscapes split, which needs no label maps. Raises `UserError`."""
-    folder = Path(root) / "leftImg8bit" / split
-    found = sorted(folder.glob("*/*_leftImg8bit.png"))
+    found = images_in(root, split)
     if not found:
-        raise UserError(f"{folder}: expected <city>/*_leftImg8bit.png in it, found none")
+        raise UserError(f"{Path(root) / 'leftImg8bit' / split}: expected <city>/*_leftImg8bit.png in it, found none")
     return found
 
 

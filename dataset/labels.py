@@ -27,15 +27,16 @@ class ClassTable(Classes):
 
     Attributes, beside those of `Classes`:
         lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
+        negative: {negative id: train id or `IGNORE_INDEX`}.
         color_lookup: {red · 65536 + green · 256 + blue: the rows of that colour}.
     """
 
     def __init__(self, rows, source="class table"):
         """rows: dicts with the columns of the file; source: its name, for messages. Raises `UserError`."""
         super().__init__(rows, source)
-        # A negative id (license plate) never stands in a label map.
-        trained = {row["id"]: IGNORE_INDEX if row["train_id"] == -1 else row["train_id"] for row in rows
-                   if row["id"] >= 0}
+        trained = {row["id"]: IGNORE_INDEX if row["train_id"] == -1 else row["train_id"] for row in rows}
+        # A file of signed numbers may hold negative ids; those of Cityscapes (license plate: -1) hold none.
+        self.negative = {number: trained.pop(number) for number in sorted(trained) if number < 0}
         self.lookup = np.full(1 << 16, UNKNOWN, np.uint8)
         self.lookup[list(trained)] = list(trained.values())
         self.color_lookup = {}
@@ -84,8 +85,19 @@ class ClassTable(Classes):
         if ids.dtype not in (np.uint8, np.uint16):
             outside = (ids < 0) | (ids >= len(self.lookup))
             if outside.any():
-                self._raise_unknown(ids, outside, name)
+                return self._encode_outside(ids, outside, name)
         train_ids = self.lookup[ids]
+        unknown = train_ids == UNKNOWN
+        if unknown.any():
+            self._raise_unknown(ids, unknown, name)
+        return train_ids
+
+    def _encode_outside(self, ids, outside, name):
+        """`encode` for ids (H, W) of which those where `outside` (H, W) is true are negative or too large."""
+        train_ids = self.lookup[np.where(outside, 0, ids)]
+        train_ids[outside] = UNKNOWN
+        for number, train_id in self.negative.items():
+            train_ids[ids == number] = train_id
         unknown = train_ids == UNKNOWN
         if unknown.any():
             self._raise_unknown(ids, unknown, name)

@@ -6,11 +6,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils import checkpoint
 from utils.cli import UserError
-from utils.decoding import open_file, read_ids, read_image
+from utils.decoding import read_header, read_ids, read_image
 
 
 class DecodedCache:
@@ -25,7 +24,7 @@ class DecodedCache:
         folder: created if it does not exist.
     """
 
-    VERSION = 2     # of the decoding, part of the names; to be raised when the same picture gives another array
+    VERSION = 3     # of the decoding, part of the names; to be raised when the same picture gives another array
 
     def __init__(self, folder):
         self.folder, self.warned = Path(folder), False
@@ -61,7 +60,7 @@ class DecodedCache:
     def missing(self, files):
         """Those of the (path, decode) that are not in the cache, and about how many bytes their arrays will take."""
         files = [(path, decode) for path, decode in files if self._mapped(path, decode) is None]
-        return files, sum(decoded_bytes(path) for path, _ in files)
+        return files, sum(decoded_bytes(*file) for file in files)
 
     def _mapped(self, path, decode):
         """The array of a picture, mapped from the cache, or None where its file is missing or holds something else."""
@@ -80,9 +79,7 @@ class DecodedCache:
     def _load_if_valid(place, path, decode):
         """The array in a file of the cache, or None if `decode` cannot have made it of the picture at `path`."""
         try:
-            array = np.lib.format.open_memmap(place, mode="r")
-            with open_file(path) as file, Image.open(file) as picture:
-                size = picture.size
+            array, (size, _) = np.lib.format.open_memmap(place, mode="r"), read_header(path)
         except Exception:       # a damaged header makes NumPy raise errors of any kind
             return None
         colors = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
@@ -99,11 +96,12 @@ def stamp(path):
     return found.st_size, found.st_mtime_ns
 
 
-def decoded_bytes(path):
-    """Bytes of a picture's array, from the picture's header; 0 where that cannot be read (decoding will say why)."""
+def decoded_bytes(path, decode):
+    """Bytes of the array that `decode` makes of a picture, as far as its header tells; 0 where that cannot be read
+    (decoding will say why)."""
     try:
-        with open_file(path) as file, Image.open(file) as image:
-            channels = {"RGB": 3, "RGBA": 3, "I;16": 2, "I": 4}.get(image.mode, 1)
-            return image.width * image.height * channels + 128
-    except (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        (width, height), mode = read_header(path)
+    except Exception:   # a damaged header makes Pillow and tifffile raise errors of any kind
         return 0
+    channels = 3 if decode is read_image else {"RGB": 3, "RGBA": 3, "I;16": 2, "I": 4, "F": 4, "": 4}.get(mode, 1)
+    return width * height * channels + 128

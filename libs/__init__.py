@@ -1,0 +1,14 @@
+"""In-place activated batch norm.
+
+Its `utils`, as everywhere here, is this project's: another file or package of that common name, which Python would take
+first, is refused by a sentence.
+"""
+
+from pathlib import Path
+
+import utils
+
+HOME = Path(__file__).resolve().parents[1]
+if HOME / "utils" not in [Path(folder).resolve() for folder in getattr(utils, "__path__", ())]:
+    raise ImportError(f"expected utils of {HOME}, found {getattr(utils, '__file__', None) or utils}, which is imported "
+                      "under that name; rename it, or use ACFNet in a process, and from a folder, without it")

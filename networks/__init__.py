@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
+import libs  # noqa: F401, first of the packages here: it refuses another one named utils
+
 from .acf import DROPOUT, ACFHead
 from .acfnet import PlainHead, SegmentationNet, auxiliary_head
 from .aspp import ASPP

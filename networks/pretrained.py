@@ -383,14 +383,37 @@ def _look(path):
 
 
 def _state_dict(content, name):
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+    """{name: tensor} of a file's content: its own tensors, or those of the dictionary in it that holds weights. Says
+    which one, where there are several. Raises `UserError` where there is none."""
+    states = dict(_nested_states(content))
+    with_network = [place for place, state in states.items() if any(str(key).endswith(PROBE) for key in state)]
+    largest = max(map(len, states.values()), default=0)     # others hold scores or means
+    places = sorted(with_network or [place for place, state in states.items() if len(state) > largest / 2],
+                    key=_preference)
+    if not places:
         raise UserError(f"{name}: expected named tensors (a state dict), found none")
-    field = snapshot.Field(name, "", content)
-    return {str(key): field[key].tensor() for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if len(places) > 1:
+        print(f"{name}: the weights named {places[0] or 'at the top'} are taken, not {', '.join(places[1:])}")
+    field = snapshot.Field(name, "", states[places[0]])
+    return {str(key): field[key].tensor() for key, value in field.value.items() if isinstance(value, torch.Tensor)}
+
+
+def _nested_states(content, place="", depth=3):
+    """(place, dictionary) of the dictionaries in a file's content that hold tensors by text, such as "ema.model"; ""
+    is the content itself. States of optimizers hold theirs by number."""
+    if not isinstance(content, dict) or depth < 0:
+        return
+    if any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
+        yield place, content
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _nested_states(value, f"{place}.{key}".lstrip("."), depth - 1)
+
+
+def _preference(place):
+    """Sorts the places of weights: those that a file calls its model come first."""
+    names = place.split(".")
+    return next((rank for rank, known in enumerate(("model", "state_dict", "teacher")) if known in names), 3)
 
 
 def _rename(state, ours):

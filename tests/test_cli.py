@@ -209,6 +209,19 @@ def test_bad_values_of_the_tools(words, tmp_path):
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train.get_parser().parse_args(["--data-dir=~/data", "--restore-from", "~/w.pth", "--images-dir", "a~/~b"])
+    assert (args.data_dir, args.restore_from, args.images_dir) == ("/home/me/data", ["/home/me/w.pth"], "a~/~b")
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_scripts_find_their_packages_without_the_path_of_the_script(script, tmp_path):
+    done = subprocess.run([sys.executable, "-P", ROOT / script, "--help"] if sys.version_info >= (3, 11) else
+                          [sys.executable, ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--restore-from" in done.stdout, done.stderr
+
+
 def test_one_number_is_both_sides():
     assert cli.size("769") == (769, 769) == cli.size("769,769") and cli.size("256x512") == (256, 512)
 

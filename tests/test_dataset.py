@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
+from dataset.check import find_pairs
 from dataset.cityscapes import CityscapesDataset
-from dataset.images import ImageFiles
+from dataset.images import ImageFiles, find_images, images_of_split
 from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler, start_worker
 from dataset.transforms import train_transform
 from tests.conftest import finish, start
@@ -49,10 +50,42 @@ def test_streets_are_scanned_and_items_are_as_documented(streets):
     assert dataset.describe() == "train: 9 images, 19 classes (the official Cityscapes train split has 2975)"
 
 
+def test_what_a_scan_of_cityscapes_leaves_out(streets, tmp_path, capsys):
+    """Files of macOS are hidden; other images are said; links that lead nowhere are refused."""
+    root = tmp_path / "city"
+    shutil.copytree(streets, root)
+    before = CityscapesDataset(root, "train").pairs
+    capsys.readouterr()
+    image, label = before[0]
+    for path in (image, label):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    image.with_name("x_leftImg8bit.jpg").touch()
+    label.with_name("y_gtFine_labelIds.png").touch()
+    assert CityscapesDataset(root, "train").pairs == before
+    assert find_pairs(root, "train")[0] == before and len(images_of_split(root, "train")) == len(before)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{root / 'leftImg8bit/train'}: left out, as not <city>/*_leftImg8bit.png: 1 of .jpg, such as "
+        "x_leftImg8bit.jpg",
+        f"{root / 'gtFine/train'}: left out, as label maps without an image in leftImg8bit/train: 1 of .png, such as "
+        "y_gtFine_labelIds.png"]
+    label.unlink()
+    label.symlink_to("gone.png")
+    with pytest.raises(UserError, match="labelIds.png: expected a file, found a link to gone.png, which"):
+        CityscapesDataset(root, "train")
+
+
 def test_a_list_and_a_table_describe_any_data_set(own):
     dataset = open_own(own)
     assert dataset.describe() == "list.txt: 2 images, 2 classes"
     assert (dataset[0]["label"] == 1).all() and dataset.names == ["a", "b"]
+
+
+def test_images_that_are_not_predicted_are_said(own, capsys):
+    (own / "._a.png").touch()
+    (own / "d.heic").touch()
+    assert [path.name for path in find_images([own])] == ["a.png", "a_label.png", "b.png", "b_label.png"]
+    assert capsys.readouterr().out == (f"--images {own}: left out, as not images that can be read: 1 of .csv, 1 of "
+                                       ".heic, 1 of .txt, such as classes.csv\n")
 
 
 def test_names_that_repeat_carry_their_folders(own):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,8 @@ def test_a_run_is_known_again_when_the_folders_are_moved(tmp_path):
     (lambda root: (root / "labels/a.tif").touch(), "labels: expected every stem once, found a.png and a.tif"),
     (lambda root: (root / "images").rename(root / "moved"), "images: expected a folder, found nothing there"),
     (lambda root: [path.unlink() for path in (root / "labels").iterdir()],
-     "labels: expected images (.bmp, .jpeg, .jpg, .png, .ppm, .tif, .tiff, .webp) in it, found none"),
+     "labels: expected images (.avif, .bmp, .dib, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, "
+     ".ppm, .tga, .tif, .tiff, .webp) in it, found none"),
     (lambda root: [path.unlink() for path in (root / "images").iterdir()] + [(root / "images/sets").mkdir()],
      "found none, but folders: sets"),
 ])
@@ -292,3 +294,78 @@ def test_the_check_names_all_that_have_no_partner(tmp_path, monkeypatch, capsys)
 def test_a_split_for_the_server_is_of_cityscapes(tmp_path):
     said = refusal(evaluate.main, words(("A", "B"), "--restore-from", "x.pth", "--submission", "F", "--gpu", "cpu"))
     assert said == "--submission: expected a Cityscapes folder in --data-dir, found --images-dir"
+
+
+@pytest.mark.parametrize("where", ["images/c.jpg", "labels/c.png"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, where):
+    folders = make(tmp_path, *"ab")
+    (tmp_path / where).symlink_to(tmp_path / "gone.png")
+    message = refusal(CityscapesDataset, folders)
+    assert message == (f"{tmp_path / where}: expected a file, found a link to {tmp_path / 'gone.png'}, which does not "
+                       "exist")
+
+
+def test_what_is_left_out_is_one_line(tmp_path, capsys):
+    folders = make(tmp_path, *"abc")
+    for name in ("d.heic", "e.HEIC", "f.mp4", "README", ".DS_Store", "._a.png"):
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "labels/old").mkdir()
+    for _ in range(2):      # as a training does for --val-every
+        assert stems_of(CityscapesDataset(folders)) == ["a", "b", "c"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"--images-dir {folders[0]}: left out, as not images that can be read: 1 file without a suffix, 2 of .heic, "
+        "1 of .mp4, such as README",
+        f"--labels-dir {folders[1]}: left out, as not images that can be read: 1 folder, such as old"]
+
+
+def test_files_beside_the_folders_of_splits_are_said(tmp_path, capsys):
+    folders = make(tmp_path, "a", "b", "train/a", "val/b")
+    assert stems_of(CityscapesDataset(folders, "train")) == ["a"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].startswith(f"--labels-dir {folders[1]}: left out, as they lie beside the 1 "
+                                                   "folder of splits (train)")
+    assert "1 of .jpg, 1 of .png" in lines[0] and "2 of .png" in lines[1]
+    check.find_splits(folders, None)
+    assert "beside the 2 folders of splits (train, val)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix, kind", [(".jfif", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000"), (".gif", "GIF"),
+                                          (".tga", "TGA"), (".pgm", "PPM"), (".jpe", "JPEG"), (".dib", "DIB")])
+def test_every_suffix_that_is_found_is_read(tmp_path, suffix, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    folders = make(tmp_path, "a", "b")
+    image = Image.fromarray(np.full((40, 48), 90, np.uint8))
+    (image if kind in ("GIF", "PPM") else image.convert("RGB")).save(tmp_path / f"images/c{suffix}", kind)
+    Image.open(tmp_path / "labels/a.png").save(tmp_path / "labels/c.png")
+    dataset = CityscapesDataset(folders, classes=assume_classes(folders[1], [tmp_path / "labels/a.png"], 0))
+    assert abs(dataset[2]["image"].float().mean() - 90) < 2 and dataset.names[2] == "c"
+
+
+def test_names_composed_and_decomposed_are_the_same(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Zürich é") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    folders = make(tmp_path, composed, "b")
+    (tmp_path / f"labels/{composed}.png").rename(tmp_path / f"labels/{decomposed}.png")
+    (image, label), = (pair for pair in CityscapesDataset(folders).pairs if "rich" in pair[0].name)
+    assert image.stem == composed and label.stem == decomposed
+    for name in (composed, decomposed):
+        (tmp_path / "stems.txt").write_text(f"{name}\n", encoding="utf-8")
+        assert CityscapesDataset(folders, data_list=tmp_path / "stems.txt").pairs == [(image, label)]
+        (tmp_path / "pairs.txt").write_text(f"images/{name}.png\tlabels/{name}.png\n", encoding="utf-8")
+        assert CityscapesDataset(tmp_path, data_list=tmp_path / "pairs.txt").pairs == [(image, label)]
+
+
+def test_minus_one_is_ignored_without_a_table(tmp_path):
+    folders = make(tmp_path, "a", "b", values=(0, 1, 2))
+    ids = np.asarray(Image.open(tmp_path / "labels/a.png")).astype(np.int32)
+    ids[:4] = -1
+    os.remove(tmp_path / "labels/a.png")
+    Image.fromarray(ids).save(tmp_path / "labels/a.tif")
+    table = assume_classes(folders[1], [tmp_path / "labels/a.tif", tmp_path / "labels/b.png"], 0)
+    assert table.num_classes == 3
+    label = CityscapesDataset(folders, classes=table)[0]["label"].numpy()
+    assert (label[:4] == 255).all() and np.array_equal(label[4:], ids[4:])
+    (tmp_path / "classes.csv").write_text(table.as_csv())
+    assert np.array_equal(ClassTable.read(tmp_path / "classes.csv").encode(ids), label)

@@ -63,6 +63,25 @@ def test_documented_lines_run_from_any_folder(place, number):
         assert out.splitlines()[-1] == f"(40, 70) {ClassTable.read().names}"
 
 
+@pytest.mark.parametrize("line", ["from networks import load", "from libs.abn import InPlaceABN"])
+@pytest.mark.parametrize("other", ["utils.py", "utils/__init__.py", "imported before"])
+def test_another_utils_in_the_way_is_named(tmp_path, line, other):
+    """Beside the script, or in this process already, as torch.hub leaves some."""
+    before = ""
+    if other == "imported before":
+        before = "import sys, types; sys.modules['utils'] = types.ModuleType('utils')"
+        named = "<module 'utils'>"
+    else:
+        named = tmp_path / other
+        named.parent.mkdir(exist_ok=True)
+        named.touch()
+    (tmp_path / "yours.py").write_text(f"{before}\n{line}\n")
+    done = subprocess.run([sys.executable, "yours.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: expected utils of {ROOT}, found {named}, ") and "rename it" in last
+
+
 def test_the_readmes_lines_run_from_the_checkouts_folder(place, tmp_path):
     for name in ("networks", "libs", "utils"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -1,7 +1,12 @@
 """Weights from files into networks: each family against the package, or the description, that it comes from."""
 
+import argparse
 import json
+import re
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -284,6 +289,64 @@ def test_our_backbone_alone_under_any_prefix(prefix):
                                  "eca_kernels": [3, 5, 7, 7]}
     network = build_network("base", 3, "eca_resnet18", stem="64-64-128", average_downsample=True, norm="bn")
     assert load_weights(network, weights).share == 1
+
+
+@pytest.mark.parametrize("place", ["net", "weights", "model_state", "model_state_dict", "network.state", "ema",
+                                   "model", "state_dict", ""])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.encoder."])
+def test_weights_are_found_under_any_key(place, prefix):
+    state = torchvision.models.resnet18().state_dict()
+    content = {prefix + key: value for key, value in state.items()}
+    for key in filter(None, reversed(place.split("."))):
+        content = {"epoch": 3, key: content, "best": torch.tensor(0.5) if not place else 0.5, "optimizer_state_dict": {
+            "state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []}}
+    weights = recognise(content, "w.pth")
+    assert torch.equal(weights.state["backbone.layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("keys, taken", [(("ema", "model"), "model"), (("student", "teacher"), "teacher"),
+                                         (("state_dict_ema", "state_dict"), "state_dict")])
+def test_of_several_weights_those_that_are_taken_are_said(keys, taken, capsys):
+    state = torchvision.models.resnet18().state_dict()
+    content = {key: {name: value + (key == taken) for name, value in state.items()} for key in keys}
+    weights = recognise(content, "w.pth")
+    assert torch.equal(weights.state["backbone.bn1.weight"], state["bn1.weight"] + 1)
+    other, = set(keys) - {taken}
+    assert capsys.readouterr().out == f"w.pth: the weights named {taken} are taken, not {other}\n"
+
+
+def test_flags_paths_and_numbers_beside_tensors_are_read(tmp_path):
+    """As torchvision's reference scripts, Lightning and many others save them."""
+    content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=0.1, out=Path("x")), "folder": Path("y"),
+               "best": np.float64(0.5), "step": np.int64(3), "curve": np.arange(4.0), "counts": Counter("aab")}
+    torch.save(content, tmp_path / "w.pth")
+    read = checkpoint.load(tmp_path / "w.pth")
+    assert read["args"].lr == 0.1 and str(read["folder"]) == "y" and read["best"] == 0.5 and read["step"] == 3
+    assert read["curve"].tolist() == [0, 1, 2, 3] and torch.equal(read["model"]["a"], torch.ones(2))
+
+
+class Odd:
+    """What only the project that wrote a file has."""
+
+
+@pytest.mark.parametrize("what, sentence", [
+    ("module", "objects of torchvision.models.resnet.BasicBlock, torchvision.models.resnet.ResNet"),
+    ("object", "objects of tests.test_pretrained.Odd"),
+    ("script", "a TorchScript program")])
+def test_files_of_objects_name_the_line_that_converts_them(tmp_path, monkeypatch, what, sentence):
+    network = torchvision.models.resnet18()
+    if what == "script":
+        torch.jit.save(torch.jit.script(network), tmp_path / "w.pth")
+    else:
+        torch.save(network if what == "module" else {"odd": Odd(), "callbacks": {}, "state_dict": network.state_dict()},
+                   tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: expected tensors and plain values alone, found") as caught:
+        checkpoint.load(tmp_path / "w.pth")
+    message = str(caught.value)
+    assert sentence in message and "add_safe_globals" not in message and "\n" not in message
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*?)"', message)[1], {})
+    assert torch.equal(read_weights("weights.pth").state["backbone.bn1.weight"], network.state_dict()["bn1.weight"])
 
 
 @pytest.mark.parametrize("content, message", [

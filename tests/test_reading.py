@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from dataset.check import inspect
+from dataset.labels import ClassTable
 from dataset.reading import DecodedCache
 from utils import decoding
 from utils.cli import UserError
@@ -18,6 +20,7 @@ from utils.decoding import read_ids, read_image, upright_size
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(256, size=(11, 17, 3)).astype(np.uint8)
 SMOOTH = cv2.GaussianBlur(RNG.integers(256, size=(61, 83, 3)).astype(np.uint8), (0, 0), 2)
+TABLE = ClassTable([{"name": "a", "id": 0, "train_id": 0, "red": 0, "green": 0, "blue": 0, "category": ""}])
 LABEL = RNG.integers(9, size=(11, 17)).astype(np.uint8)
 
 
@@ -125,6 +128,24 @@ def test_everything_is_upright_by_its_orientation(tmp_path, turn):
         Image.fromarray(ids).save(tmp_path / "ids.png", exif=exif)
         expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "ids.png")))
         assert np.array_equal(read_ids(tmp_path / "ids.png"), expected)
+
+
+@pytest.mark.parametrize("turn, shape, named", [(1, (17, 17), False), (3, (11, 17), True), (6, (17, 17), True),
+                                                (6, (11, 17), False)])
+def test_a_label_map_that_may_lack_the_turn_is_said(tmp_path, turn, shape, named):
+    """Of equal sizes nobody can know; of unequal ones the sizes tell."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    upright = shape[::-1] if turn > 4 else shape
+    for orientation, expected in ((None, named), (turn, False)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation or 1
+        stored = shape if orientation else upright
+        Image.fromarray(np.zeros(stored, np.uint8)).save(tmp_path / "a.png", **{"exif": exif} if orientation else {})
+        facts = inspect((tmp_path / "a.jpg", tmp_path / "a.png", TABLE))
+        assert not facts["problems"]
+        assert [kind for kind, _ in facts["remarks"]] == ["turned by EXIF"] * expected
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])

@@ -26,7 +26,7 @@ from networks import BACKBONES
 from tests.conftest import ROOT, SMALL, children, finish, read_until, start
 from tests.crash import same
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils import checkpoint, cli, memory
+from utils import checkpoint, cli, logger, memory
 from utils.cli import UserError
 from utils.logger import RunLog
 
@@ -104,6 +104,19 @@ def test_what_a_run_leaves_beside_its_snapshots(streets, tmp_path, capsys):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert first["git_commit"] == (commit or None) and first["devices"] == ["CPU"]
     assert (tmp_path / "s/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    for folder, expected in ((tmp_path / "ACFNet/utils", None), (tmp_path / "utils", git("rev-parse", "HEAD"))):
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(logger, "__file__", str(folder / "logger.py"))
+        assert logger.about_this_run({}, [])["git_commit"] == expected
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path):

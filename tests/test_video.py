@@ -1,9 +1,11 @@
 """Videos: written by OpenCV, predicted by evaluate.py, and read again."""
 
 import os
+import re
 import resource
 import shutil
 import signal
+import struct
 
 import cv2
 import numpy as np
@@ -35,6 +37,24 @@ def write(path, frames, rate=12.5, codec="mp4v"):
         writer.write(frame[..., ::-1])
     writer.release()
     return path
+
+
+def set_intervals(path, intervals):
+    """Give the frames of an .mp4 that OpenCV wrote other intervals, in the units of its time scale: the table of times
+    (stts) grows, and with it the boxes around it, which stand behind the frames."""
+    data = bytearray(path.read_bytes())
+    until = data.index(b"elst") + 12        # what is to be shown of it: more
+    data[until:until + 4] = struct.pack(">I", 10 ** 6)
+    place = data.index(b"stts") - 4
+    size = int.from_bytes(data[place:place + 4], "big")
+    table = b"stts" + bytes(4) + struct.pack(">I", len(intervals)) + b"".join(
+        struct.pack(">II", 1, interval) for interval in intervals)
+    table = struct.pack(">I", len(table) + 4) + table
+    head = bytearray(data[:place])
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        at = head.rindex(box) - 4
+        head[at:at + 4] = struct.pack(">I", int.from_bytes(head[at:at + 4], "big") + len(table) - size)
+    path.write_bytes(head + table + data[place + size:])
 
 
 def read(path):
@@ -80,6 +100,26 @@ def test_a_video_gets_the_pictures_of_its_frames(snapshot, tmp_path, capsys):  #
     assert sorted(path.name for path in (tmp_path / "v/labelIds").iterdir()) == names and len(names) == FRAMES
     for name in names:
         assert (tmp_path / "v/labelIds" / name).read_bytes() == (tmp_path / "s/labelIds" / name).read_bytes()
+
+
+def test_a_varying_rate_is_said(tmp_path, capsys):
+    """Frames at 0, 0.08, ... 0.4 s, then one at 2.4 and one at 3.4 s: OpenCV's rate is their mean."""
+    constant = write(tmp_path / "constant.mp4", drawn_frames())
+    varying = write(tmp_path / "varying.mp4", drawn_frames())
+    data = varying.read_bytes()
+    place = data.index(b"stts")
+    unit = struct.unpack(">I", data[place + 16:place + 20])[0] * 12.5       # of the time scale, per second
+    set_intervals(varying, [round(0.08 * unit)] * 5 + [round(2 * unit), round(unit), round(0.08 * unit)])
+    capsys.readouterr()
+    for path in (constant, varying):
+        for _ in range(2):
+            assert len([item for item in video.open_video(path) if "image" in item]) == FRAMES
+    line, = capsys.readouterr().out.splitlines()
+    rate = cv2.VideoCapture(str(varying)).get(cv2.CAP_PROP_FPS)
+    assert line.startswith(f"{varying}: its frames come at varying intervals, those of results at {rate:g} a second: ")
+    number, ours, theirs = map(float, re.search(r"frame (\d+) at (\S+) s instead of (\S+) s$", line).groups())
+    assert theirs == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4, 2.4, 3.4][int(number) - 1], abs=0.02)
+    assert ours == pytest.approx((number - 1) / rate, abs=0.01) and abs(ours - theirs) > 0.5
 
 
 def test_numbered_images_are_a_video_and_broken_ones_are_named(snapshot, tmp_path, capsys):  # noqa: F811

@@ -1,9 +1,12 @@
 """Files that hold tensors: written whole or not at all, read without running any code in them."""
 
+import argparse
+import codecs
 import contextlib
 import itertools
 import json
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -15,8 +18,10 @@ import numpy as np
 import torch
 
 from .cli import UserError, first_words
+from .versions import classes_in_file, plain_classes
 
 NAME = "CS_scenes_{step}.pth"
+COMMANDS = {"builtins", "os", "posix", "nt", "subprocess", "sys"}      # modules that no weights need, but attacks do
 LATEST = "latest.pth"       # a link to the newest snapshot
 BEST = "best_quick.pth"     # the snapshot with the best result of the quick validation
 
@@ -92,12 +97,52 @@ def load(path):
         return _load_safetensors(path)
     try:
         _check_sums(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with plain_classes(_plain_classes()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, torch raises many kinds for a file that is not its own
+        _refuse_objects(path, str(error))
         # torch's message begins with advice to let the file run code; what is wrong stands at its end.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2] or error
         raise UserError(f"{path}: expected a file of tensors written by torch.save, found one that cannot be "
                         f"read as data alone ({first_words(reason)})") from None
+
+
+def _plain_classes():
+    """{"module.name": class} of what other projects save beside tensors, and what holds values alone: flags, paths,
+    numbers of NumPy. The modules are those of all versions of Python and NumPy."""
+    pure = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath,
+            "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath,
+            type(pathlib.Path()).__name__: type(pathlib.Path())}
+    classes = {f"{module}.{name}": kind for module in ("pathlib", "pathlib._local") for name, kind in pure.items()}
+    from numpy._core import multiarray  # here, for it is no public name, as pickles need it
+
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        classes |= {f"{module}.scalar": multiarray.scalar, f"{module}._reconstruct": multiarray._reconstruct}
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}        # NumPy saves them by name from 1.25 on
+    classes |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
+    return classes | {"argparse.Namespace": argparse.Namespace, "numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray,
+                      "_codecs.encode": codecs.encode}      # of the bytes of a number
+
+
+def _refuse_objects(path, error):
+    """Raise the `UserError` for a file that holds more than tensors and plain values, with the line that converts it.
+
+    error: what torch said of it; where that is something else, nothing happens.
+    """
+    read = f"torch.load('{path.name}', map_location='cpu', weights_only=False)"
+    if "TorchScript" in error:
+        found, what = "a TorchScript program", f"torch.jit.load('{path.name}', map_location='cpu').state_dict()"
+    elif (classes := sorted(classes_in_file(path, error))) and not {name.split(".")[0] for name in classes} & COMMANDS:
+        own = [name for name in classes if not name.startswith("torch.")] or classes
+        found = f"objects of {', '.join(own[:4])}{f' and {len(own) - 4} more classes' * (len(own) > 4)}"
+        modules = any(name.startswith("torch.nn.modules.") for name in classes)
+        what = f"{read}.state_dict()" if modules else (
+            f"next(v for v in {read}.values() if isinstance(v, dict) and v and all(map(torch.is_tensor, v.values())))")
+    else:
+        return
+    raise UserError(f"{path}: expected tensors and plain values alone, found {found}, which need the code of the "
+                    f"project that wrote them; there, python -c \"import torch; torch.save({what}, "
+                    "'weights.pth')\" makes a file of its tensors, which can be read here") from None
 
 
 def _load_safetensors(path):

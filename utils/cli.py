@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import math
@@ -164,6 +165,12 @@ def _keep_output_from_failing():
                                             "backslashreplace", line_buffering=True))
 
 
+@functools.cache
+def print_once(text):
+    """Print a line, unless this process has printed it before."""
+    print(text)
+
+
 def plural(number, thing):
     """1, "image" → "1 image"; 2, "class" → "2 classes"."""
     return f"{number} {thing}" + ("" if number == 1 else "es" if thing.endswith("s") else "s")
@@ -241,7 +248,9 @@ LONGEST_NAME, LONGEST_PATH = 255, 3800      # bytes; Linux takes paths of 4095, 
 
 
 def path(text):
-    """Flag type: a path that is not empty, and that a file system can take."""
+    """Flag type: a path that is not empty, and that a file system can take; ~ is the home folder, also in --flag=~/x,
+    which shells leave as it is."""
+    text = os.path.expanduser(text)
     encoded = os.fsencode(text)
     if not encoded or b"\0" in encoded:
         raise argparse.ArgumentTypeError("expected a path, found an empty one" if not encoded else

@@ -1,5 +1,7 @@
 # Sourced by run_local.sh and the scripts in tests/, in the project's folder.
 
+unset PYTHONSAFEPATH    # which would keep python -m from finding modules in this folder
+
 find_python() {     # sets ACTIVE to the first of python, python3 and .venv's that is new enough
     for ACTIVE in python python3 .venv/bin/python; do
         "$ACTIVE" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return

@@ -345,12 +345,19 @@ def _remember(path, about):
 
 
 def _git(*words):
-    """The output of a git command on this code; None outside a checkout."""
-    try:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    """The output of a git command on this code; None outside a checkout, also where an outer folder is one of something
+    else."""
+    root = Path(__file__).resolve().parents[1]
+
+    def output(*words):
+        try:
+            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = output("rev-parse", "--show-toplevel")
+    return output(*words) if top and Path(top).resolve() == root else None
 
 
 def _duration(seconds):

@@ -138,6 +138,27 @@ def _sizes(axes):
     return (sizes,) if sizes else None
 
 
+@contextlib.contextmanager
+def plain_classes(classes):
+    """Inside, `torch.load(weights_only=True)` also reads objects of these {"module.name": class}. PyTorch 2.4 goes on
+    to do so afterwards, and 2.5 still takes classes by their own names alone."""
+    entries = list(classes.values()) if torch_version() < (2, 6) else [(kind, name) for name, kind in classes.items()]
+    if torch_version() < (2, 5):
+        torch.serialization.add_safe_globals(entries)
+        yield
+        return
+    with torch.serialization.safe_globals(entries):
+        yield
+
+
+def classes_in_file(path, error):
+    """Names of the classes in a file of `torch.save` that `torch.load(weights_only=True)` does not read; error: its
+    message, which names one of them, for PyTorch before 2.6 and for files of the format before 1.6."""
+    with contextlib.suppress(Exception):        # of another format, or damaged
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return re.findall(r"GLOBAL ([\w.]+) was not an allowed global", error)
+
+
 def torch_version():
     """(major, minor) of PyTorch."""
     return tuple(map(int, torch.__version__.split(".")[:2]))

@@ -1,6 +1,7 @@
 """Videos: frames out of a file or of numbered images, and frames into a file."""
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from . import checkpoint
-from .cli import UserError
+from .cli import UserError, print_once
 from .decoding import open_file, read_image
 from .versions import opencv_silent
 
@@ -95,6 +96,7 @@ class Video:
         """(number, frame or error) of a file. OpenCV stumbles once over each frame that it cannot decode."""
         capture = _capture(self.path)
         number = failed = 0
+        times = {}      # number of a frame → s
         while failed < ATTEMPTS and (not failed or number + failed < self.count):
             there, frame = capture.read()
             if not there:
@@ -103,10 +105,24 @@ class Video:
             if failed:
                 yield self._missing(number + 1, failed)
             number, failed = number + failed + 1, 0
+            times[number] = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         capture.release()
+        self._compare_times(times)
         if number < self.count and self.path.suffix.lower() in COUNTED:
             yield self._missing(number + 1, self.count - number)
+
+    def _compare_times(self, times):
+        """Say where frames, {number: s}, come at other times than those of a constant rate, at which results come."""
+        if len(times) < 2 or not all(earlier < later for earlier, later in itertools.pairwise(times.values())):
+            return      # of one frame, or a file that does not tell
+        start = min(times.values())
+        errors = {number: (number - 1) / self.rate - (time - start) for number, time in times.items()}
+        worst = max(errors, key=lambda number: abs(errors[number]))
+        if abs(errors[worst]) > 1.5 / self.rate:
+            print_once(f"{self.path}: its frames come at varying intervals, those of results at {self.rate:g} a "
+                       f"second: frame {worst} at {(worst - 1) / self.rate:.2f} s instead of "
+                       f"{times[worst] - start:.2f} s")
 
     def _missing(self, first, frames):
         which = f"frame {first}" if frames == 1 else f"frames {first} to {first + frames - 1}"

@@ -378,6 +378,8 @@ def read_classes(path, config, snapshot):
     if classes.num_classes != config.network["num_classes"]:
         raise UserError(f"--classes {path}: expected the {config.network['num_classes']} classes of "
                         f"{snapshot}, found {classes.num_classes}")
+    for remark in classes.remarks:
+        print(remark)
     return classes
 
 

@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 
-from dataset import folders
-from dataset.cityscapes import CityscapesDataset
+from dataset import folders, infer
+from dataset.cityscapes import CityscapesDataset, all_label_maps
 from dataset.labels import IGNORE_INDEX
 from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
@@ -80,7 +80,7 @@ def add_data(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=cli.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    folders.add_data_flags(data, "that of Cityscapes")
+    folders.add_data_flags(data, folders.DEFAULT_TABLE)
     data.add_argument("--split", type=cli.split, default="train", help="split to scan, or several with weights if "
                       "wanted: train+val, train:2+train_extra:1 (train)")
     data.add_argument("--cache", type=cli.path, metavar="DIR", help="decode images once, into arrays in this folder")
@@ -252,7 +252,7 @@ def parse_and_check(argv=None):
     if args.val_every:
         folders.check_validation(root, args.data_list, args.val_list, args.val_split)
     devices = select_devices(args.gpu)
-    classes = folders.read_table(args.classes, args.images_dir)
+    classes = folders.read_table(args.classes, args.images_dir, args.data_list)
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
     crops = crops_at_once(args.batch_size, args.accumulate, devices)
@@ -306,13 +306,13 @@ def make_data(args, root, classes, processes, workers):
     """(samples to learn from, images of the quick validation or None); where `classes` is None, the label maps tell
     them. So many `workers` read and fill the cache."""
     if classes is None:
-        sets = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
-        classes = by_the_first(processes, lambda: folders.assume_classes(
-            args.labels_dir, [label for one in sets for _, label in CityscapesDataset(root, *one).pairs], workers))
+        classes = by_the_first(processes, lambda: infer_classes(args, root, workers))
         classes.check_count(args.num_classes)
     dataset = CityscapesDataset(root, args.split, args.data_list, classes, seed=args.random_seed,
                                 cache=args.cache, jitter=args.jitter)
     print(dataset.describe())
+    for remark in classes.remarks:
+        print(remark)
     dataset.check_labels()
     validation = CityscapesDataset(root, args.val_split, args.val_list, classes) if args.val_every else None
     if args.cache:
@@ -321,6 +321,16 @@ def make_data(args, root, classes, processes, workers):
         if processes is not None:
             processes.barrier()
     return dataset, validation
+
+
+def infer_classes(args, root, workers):
+    """The `ClassTable` by the values of the label maps of every split or list."""
+    sets = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
+    for one in sets:        # what is wrong with them comes first
+        CityscapesDataset(root, *one)
+    lists = args.data_list and [*args.data_list, *([args.val_list] if args.val_list else [])]
+    return infer.infer_classes(all_label_maps(root, lists), root, folders.data_flag(args), workers,
+                               os.path.join(args.snapshot_dir, "classes.csv"))
 
 
 def assemble(args, devices, processes, dataset, validation, workers, found, weights):
@@ -357,8 +367,8 @@ def assemble(args, devices, processes, dataset, validation, workers, found, weig
                             stop=args.num_steps, batch_size=args.batch_size, parts=args.accumulate, rank=rank,
                             world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
         panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
-    if dataset.classes.source == folders.ASSUMED and rank == 0:
-        folders.keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
+    if dataset.classes.source == infer.ASSUMED and rank == 0:
+        infer.keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
     resume.record(run, args.snapshot_dir, config, keep=args.keep, account=account, track=args.log)
     if validation is not None:
         print(f"quick validation every {plural(args.val_every, 'step')}: {validation.describe()}")

@@ -28,18 +28,18 @@ from utils.logger import progress
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
 from .folders import (
-    ASSUMED,
+    DEFAULT_TABLE,
     add_data_flags,
-    assume_classes,
     check_folder,
+    data_flag,
     data_root,
-    keep_table,
     match,
     name_loose_files,
     read_table,
     splits_of,
 )
-from .labels import IGNORE_INDEX
+from .infer import ASSUMED, infer_classes, keep_table
+from .labels import IGNORE_INDEX, TableNeeded
 
 FAST = 16           # pairs of each split that --fast looks into
 SHEET = 12          # pairs on a contact sheet
@@ -122,7 +122,7 @@ def find_splits(root, lists):
         check_folder(root)
         found = {split: find_pairs(Path(root), split) for split in SPLITS if Path(root, "leftImg8bit", split).is_dir()}
         expected = (f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, found "
-                    "none (--data-list reads other layouts)")
+                    "none; --data-list FILE of \"image label\" lines reads other layouts")
     if not any(pairs for pairs, _ in found.values()):
         raise UserError(expected)
     return found
@@ -265,12 +265,35 @@ def listed(title, entries, shown):
     return lines
 
 
+def make_folder(folder):
+    """Make the folder of results. Raises `UserError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: expected a folder, found: {error}") from None
+
+
+def label_maps(splits):
+    """{split or list: paths of its label maps}. splits: of `find_splits`, which names two folders by their paths."""
+    return {os.path.basename(name) if os.path.isdir(name) else name: [label for _, label in pairs]
+            for name, (pairs, _) in splits.items()}
+
+
+def begin_table(path, error):
+    """Write the table of a `TableNeeded`, unless it has none or a file is there, and raise a `UserError` with its
+    path."""
+    if error.table is not None and not os.path.lexists(path):
+        make_folder(path.parent)
+        keep_table(path, error.table)
+        raise UserError(f"{error}; {path} is such a table to begin with") from None
+
+
 def main():
     parser = cli.Parser(prog="python -m dataset.check", description="Check a data set before training on it.",
                         epilog=__doc__)
     parser.add_argument("data_dir", type=cli.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    add_data_flags(parser, "that of Cityscapes")
+    add_data_flags(parser, DEFAULT_TABLE)
     parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
     parser.add_argument("--num-workers", type=cli.positive(int, 1024), default=os.cpu_count(),
@@ -279,15 +302,17 @@ def main():
     root = data_root(args.data_dir, args.images_dir, args.labels_dir)
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
     folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(place)}")
-    classes = read_table(args.classes, args.images_dir)
-    splits = find_splits(root, args.data_list)
-    if classes is None:
-        classes = assume_classes(args.labels_dir, [label for pairs, _ in splits.values() for _, label in pairs],
-                                 args.num_workers)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: expected a folder, found: {error}") from None
+        classes = read_table(args.classes, args.images_dir, args.data_list)
+        splits = find_splits(root, args.data_list)
+        if classes is None:
+            classes = infer_classes(label_maps(splits), root, data_flag(args), args.num_workers, folder / "classes.csv")
+    except TableNeeded as error:
+        begin_table(folder / "classes.csv", error)
+        raise
+    for remark in classes.remarks:
+        print(remark)
+    make_folder(folder)
     if classes.source == ASSUMED:
         keep_table(folder / "classes.csv", classes)
     report, facts = check(splits, classes, args.fast, args.num_workers)

@@ -1,5 +1,6 @@
 """Images with label maps: Cityscapes, and any data set that a list of files and a class table describe."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -21,11 +22,13 @@ from .folders import (
     check_folder,
     composed,
     decomposed,
+    match,
     name_left_out,
     pair_folders,
     pair_listed,
     read_list,
     refuse_dead_link,
+    splits_of,
     undivided,
 )
 from .labels import IGNORE_INDEX, ClassTable
@@ -347,8 +350,9 @@ def _scan(root, split):
     """[(image, label map)] of a split in the folders of Cityscapes. Raises `UserError`."""
     images, labels, truth = split_files(root, split)
     if not images:
-        raise UserError(f"{root / 'leftImg8bit' / split}: expected <city>/*_leftImg8bit.png in it, found none "
-                        "(--data-list reads other layouts)")
+        parent = f"--data-dir {root.parent} for this folder's parent, or " * (root.name == "leftImg8bit")
+        raise UserError(f"{root / 'leftImg8bit' / split}: expected <city>/*_leftImg8bit.png in it, found none; {parent}"
+                        "--data-list FILE of \"image label\" lines for other layouts")
     for key in images:
         if key not in labels:
             raise UserError(f"{root / truth / split / key}_{truth}_labelIds.png: expected the label map of "
@@ -366,17 +370,32 @@ def read_pairs(root, path):
         return pair_listed(root, path)
     check_folder(root, "--data-dir ")
     root, path = Path(root), Path(path)
-    pairs, lines, wrong = [], [], []
+    pairs, lines, wrong, backslashes = [], [], [], False
     for number, line in read_list(path, '"image label"'):
-        where, parts = f"{path}, line {number}", line.split("\t") if "\t" in line else line.split()
+        where = f"{path}, line {number}"
         try:
-            if len(parts) != 2:
-                raise UserError(f"expected \"image label\" (a tab between names with spaces), found {line!r}")
-            pairs.append(tuple(_find(part.strip(), root, path.parent) for part in parts))
+            pairs.append(_find_pair(line, root, path.parent))
             lines.append(where)
+            backslashes |= "\\" in line and not any("\\" in str(one) for one in pairs[-1])
         except UserError as error:
             wrong.append(f"{where}: {error}")
+    if backslashes:
+        warnings.warn(f"{path}: backslashes in its paths are read as slashes", stacklevel=2)
     return pairs, lines, wrong
+
+
+def _find_pair(line, *folders):
+    """The paths of image and label map that a line of a list names. Raises `UserError`."""
+    choices = [parts for separator in ("\t", None, ";", ",") if len(parts := line.split(separator)) == 2]
+    if not choices:
+        raise UserError(f"expected \"image label\" (a tab between names with spaces), found {line!r}")
+    error = None
+    for parts in choices:
+        try:
+            return tuple(_find(part.strip().strip('"'), *folders) for part in parts)
+        except UserError as one:
+            error = error or one
+    raise error
 
 
 def _find(name, *folders):
@@ -384,7 +403,21 @@ def _find(name, *folders):
     for folder, spelling in itertools.product(folders, dict.fromkeys((name, composed(name), decomposed(name)))):
         if os.path.isfile(folder / spelling):       # false, not an error, for a name too long or a loop of links
             return folder / spelling
+    if "\\" in name:        # a list of Windows
+        return _find(name.replace("\\", "/"), *folders)
     raise UserError(f"expected the file {folders[0] / name}, found {kind_of(folders[0] / name)}")
+
+
+def all_label_maps(root, lists):
+    """{split or list: paths of its label maps} of the lists or, without any, of every split that two folders have; of
+    splits that cannot be read, none. Raises `UserError` for a list that cannot be read."""
+    if lists:
+        return {str(one): [label for _, label in read_pairs(root, one)[0]] for one in lists}
+    found = {}
+    for name in [*splits_of(root), ""]:
+        with contextlib.suppress(UserError):        # said where the split is used
+            found[name or "both folders"] = [label for _, label in match([os.path.join(one, name) for one in root])[0]]
+    return found
 
 
 def _below(path, folders):

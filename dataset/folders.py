@@ -3,26 +3,26 @@
     images/a.jpg  images/b.jpg          or, with splits,    images/train/a.jpg  images/val/b.jpg
     labels/a.png  labels/b.png                              labels/train/a.png  labels/val/b.png
 
-Where nobody says what the values of the label maps mean, and there is but one thing they can mean, that is assumed.
+Where no stems agree, endings that all files of a folder share are left out: a.jpg and a_mask.png are a pair.
 """
 
+import itertools
 import os
+import re
 import unicodedata
+import warnings
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
-from utils import checkpoint, cli
+from utils import cli
 from utils.cli import UserError, plural, print_once
-from utils.decoding import SUFFIXES, kind_of, read_file, read_ids
-from utils.logger import progress
+from utils.decoding import SUFFIXES, kind_of
 
-from .labels import COLUMNS, IGNORE_INDEX, UNKNOWN, ClassTable
-from .sampling import do_jobs
+from .labels import ClassTable
+from .text import read_text
 
 FLAGS = ("--images-dir", "--labels-dir")
-ASSUMED = "the assumed class table"
+DEFAULT_TABLE = "that of Cityscapes for its folders and file names, else by the values of the label maps"
 DEFAULT_SPLITS = ("train", "val")       # of the command lines; others were asked for
 
 
@@ -39,11 +39,14 @@ def add_data_flags(parser, classes):
                         f"blue[,category]); default: {classes}")
 
 
-def read_table(path, images_dir):
-    """The `ClassTable` of a file, or else of Cityscapes; None where a folder of images leaves it to the label maps."""
-    if path is None and images_dir:
+def read_table(path, images_dir, lists):
+    """The `ClassTable` of a file, or else of Cityscapes; None where the label maps of two folders, or of lists, will
+    tell it (`dataset.infer`). Raises `UserError`, also for a table of one class."""
+    if path is None and (images_dir or lists):
         return None
-    return ClassTable.read(path) if path else ClassTable.read()
+    classes = ClassTable.read(path) if path else ClassTable.read()
+    classes.check_several()
+    return classes
 
 
 def data_root(data_dir, images_dir, labels_dir):
@@ -51,7 +54,9 @@ def data_root(data_dir, images_dir, labels_dir):
     where the flags name neither, or both."""
     if images_dir and labels_dir and not data_dir:
         if os.path.realpath(images_dir) == os.path.realpath(labels_dir):
-            raise UserError(f"--labels-dir {labels_dir}: expected another folder than --images-dir, found the same")
+            raise UserError(f"--labels-dir {labels_dir}: expected another folder than --images-dir, found the same; "
+                            f"of one folder, --data-dir {labels_dir} --data-list FILE takes lines of \"image label\", "
+                            "such as \"a.jpg a_mask.png\"")
         return images_dir, labels_dir
     if images_dir or labels_dir:
         raise UserError("--images-dir, --labels-dir: expected both and no other folder of data, found "
@@ -59,6 +64,11 @@ def data_root(data_dir, images_dir, labels_dir):
     if not data_dir:
         raise UserError("--data-dir: expected the folder of the data set, or --images-dir and --labels-dir, found none")
     return data_dir
+
+
+def data_flag(args):
+    """The flag that names the label maps of a data set, with its value, for messages."""
+    return f"--labels-dir {args.labels_dir}" if args.labels_dir else f"--data-list {' '.join(args.data_list)}"
 
 
 def undivided(root, split):
@@ -89,10 +99,7 @@ def check_folder(path, flag=""):
 
 def read_list(path, what):
     """[(number, line)] of a text file of such lines, but for empty ones and comments. Raises `UserError`."""
-    try:
-        lines = read_file(path, "a text file").decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a text file, found: {error}") from None
+    lines = read_text(path, "a text file").splitlines()
     found = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     found = [(number, line) for number, line in found if line and not line.startswith("#")]
     if not found:
@@ -114,6 +121,10 @@ def pair_folders(folders, splits):
         return [_pair(tuple(Path(folder, name) for folder in folders)) for name in splits]
     if len(splits) > 1 or splits[0] not in DEFAULT_SPLITS:
         raise UserError(f"--split {'+'.join(splits)}: expected folders of these names in {folders[0]}, found none")
+    others = splits_of(folders)
+    if others and not any(map(_is_image, _inside(folders[0], FLAGS[0]))):
+        raise UserError(f"--images-dir {folders[0]}: expected images in it, or a folder {splits[0]} there and in "
+                        f"--labels-dir, found folders: {', '.join(others)}; --split {others[0]} takes one of them")
     return [_pair(folders)]
 
 
@@ -131,11 +142,24 @@ def _pair(folders):
     for files, folder, flag, place in zip(alone, folders, reversed(FLAGS), reversed(folders), strict=True):
         if files:
             names = ", ".join(path.name for path in files[:3])
+            remedy = "--data-list takes only those that it names" if pairs else list_remedy(folders, *(
+                paths[0] for paths in alone))
             raise UserError(f"{flag} {place}: expected a partner of each of the {len(pairs) + len(files)} files in "
                             f"{folder}, found none of the stem of {names}"
-                            f"{f' and {len(files) - 3} more' * (len(files) > 3)}"
-                            "; --data-list takes only those that it names")
+                            f"{f' and {len(files) - 3} more' * (len(files) > 3)}; {remedy}")
     return pairs
+
+
+def list_remedy(folders, image, label):
+    """What helps where images and label maps of two folders do not pair by their stems: a list, with its first line.
+
+    image, label: paths of a file of each kind.
+    """
+    root = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    line = "\t".join(os.path.relpath(path, root) for path in (image, label))
+    line = line if " " in line else line.replace("\t", " ")
+    return (f"--data-dir {root} --data-list FILE takes lines of \"image label\", paths below that folder, such as "
+            f"\"{line}\", in place of --images-dir and --labels-dir")
 
 
 def pair_listed(folders, path):
@@ -157,15 +181,43 @@ def pair_listed(folders, path):
 
 
 def _files(folders):
-    """[{stem: path}] of the images and of the label maps, sorted. Raises `UserError`."""
-    return [_by_stem(folder, flag) for folder, flag in zip(folders, FLAGS, strict=True)]
+    """[{stem: path}] of the images and of the label maps, sorted. Where no stems agree, the endings that all files of a
+    folder share are left out of the stems, if then some agree, with a warning. Raises `UserError`."""
+    files = [_by_stem(folder, flag, folders) for folder, flag in zip(folders, FLAGS, strict=True)]
+    if not files[0].keys().isdisjoint(files[1]):
+        return files
+    choices = itertools.product(*map(_shared_endings, files))
+    best, endings, most = files, None, 0
+    for ending in sorted(choices, key=lambda pair: sum(map(len, pair))):
+        shorter = [{stem.removesuffix(end): path for stem, path in one.items()}
+                   for one, end in zip(files, ending, strict=True)]
+        if (count := len(shorter[0].keys() & shorter[1].keys())) > most:
+            best, endings, most = shorter, ending, count
+    if endings:
+        left_out = " and ".join(f"{end} in {flag} {folder}" for end, flag, folder in zip(
+            endings, FLAGS, folders, strict=True) if end)
+        warnings.warn(f"images and label maps are matched by their stems without {left_out}; other pairs take "
+                      "--data-dir and --data-list, with lines of \"image label\"", stacklevel=2)
+    return best
 
 
-def _by_stem(folder, flag):
+def _shared_endings(files):
+    """The endings that all stems share, such as _mask but no numbers; "" is one. files: {stem: path}."""
+    shared = os.path.commonprefix([stem[::-1] for stem in files])[::-1]
+    shortest = min(map(len, files))
+    endings = [shared[match.start():] for match in re.finditer(r"[-_. ](?=[^\W\d_])", shared)]
+    return ["", *(ending for ending in endings if len(ending) < shortest)]
+
+
+def _is_image(path):
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def _by_stem(folder, flag, folders):
     found, paths, left_out = {}, _inside(folder, flag), []
     for path in paths:
         refuse_dead_link(path)
-        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        if not _is_image(path):
             left_out.append(path)
             continue
         stem = composed(path.stem)
@@ -173,9 +225,10 @@ def _by_stem(folder, flag):
             raise UserError(f"{flag} {folder}: expected every stem once, found {found[stem].name} and {path.name}")
         found[stem] = path
     if not found:
-        folders = ", ".join(path.name for path in paths if path.is_dir())
+        inside = [path.name for path in paths if path.is_dir()]
         raise UserError(f"{flag} {folder}: expected images ({', '.join(sorted(SUFFIXES))}) in it, found none"
-                        + f", but folders: {folders[:200]}" * bool(folders))
+                        + (f", but folders: {', '.join(inside)[:200]}; "
+                           + list_remedy(folders, *(Path(one, "...", "NAME.png") for one in folders))) * bool(inside))
     name_left_out(f"{flag} {folder}", left_out)
     return found
 
@@ -221,67 +274,3 @@ def _inside(folder, flag):
         return [Path(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     except OSError as error:
         raise UserError(f"{flag} {folder}: expected a folder that can be read, found: {error}") from None
-
-
-def assume_classes(folder, paths, workers):
-    """The `ClassTable` that goes without saying, by the values of label maps: 0 and 255 are background and foreground;
-    0 to N-1 are the classes, 255 and -1 are ignored. It is printed.
-
-    Args:
-        folder: where the label maps are, for messages.
-        paths: of the label maps; `workers` processes read all of them.
-
-    Raises `UserError` for other values.
-    """
-    first = {}      # {id: a label map that holds it}
-    for path, ids in zip(paths, progress(do_jobs(ids_of, paths, workers), "reading ids", "label map"), strict=True):
-        for one in ids:
-            first.setdefault(one, path)
-    ids = sorted(first)
-    classes = [one for one in ids if one not in (IGNORE_INDEX, -1)]
-    if ids == [0, 255]:
-        rows = [_row("background", 0, 0, (0, 0, 0)), _row("foreground", 255, 1, (255, 255, 255))]
-    elif classes == list(range(len(classes))) and 2 <= len(classes) <= UNKNOWN:
-        rows = [_row(f"class {one}", one, one, distinct_color(one)) for one in classes] + [
-            _row("ignored", IGNORE_INDEX, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] + [
-            _row("ignored too", -1, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] * (-1 in ids)
-    else:
-        odd = next((one for place, one in enumerate(classes) if one != place), ids[-1])
-        raise UserError(f"--labels-dir {folder}: expected the values 0 and 255, or 0 to N-1 and 255 to ignore, where "
-                        f"--classes is left out, found {', '.join(map(str, ids[:8]))}{' ...' * (len(ids) > 8)} ({odd} "
-                        f"in {first[odd]})")
-    classes = ClassTable(rows, ASSUMED)
-    print(f"label maps hold {', '.join(map(str, ids[:8]))}{' ...' * (len(ids) > 8)}, and --classes is left out: "
-          f"this table is assumed\n{classes.as_csv()}", end="")
-    return classes
-
-
-def keep_table(path, classes):
-    """Write a class table, unless it stands there already. Raises `UserError` where something else does."""
-    content = classes.as_csv().encode()
-    if not os.path.lexists(path):
-        checkpoint.write_atomically(path, lambda file: file.write(content))
-    elif read_file(path, "a class table (CSV)") != content:
-        raise UserError(f"{path}: expected the class table that the label maps make, or no file, found another one; "
-                        f"--classes {path} takes it as it is")
-
-
-def ids_of(path):
-    """The ids in a label map; 0 and 255 for black and white in colours. Raises `UserError`."""
-    ids = read_ids(path)
-    if ids.ndim == 2:
-        return np.flatnonzero(np.bincount(ids.ravel())).tolist() if ids.dtype == np.uint8 else np.unique(ids).tolist()
-    grey = ids[..., 0]
-    if (ids != grey[..., None]).any() or ((grey != 0) & (grey != 255)).any():
-        raise UserError(f"{path}: expected ids where --classes is left out, found a label map of colours")
-    return np.unique(grey).tolist()
-
-
-def _row(name, number, train_id, color):
-    return dict(zip((*COLUMNS, "category"), (name, number, train_id, *color, ""), strict=True))
-
-
-def distinct_color(number):
-    """(red, green, blue) of a class, as PASCAL VOC draws them: its bits, dealt to the three, the lowest counting
-    most."""
-    return tuple(sum((number >> 3 * place + channel & 1) << 7 - place for place in range(3)) for channel in range(3))

@@ -2,13 +2,14 @@
 
 A table is a CSV file with the columns name, id, train_id, red, green, blue and, if wanted, category.
 `id` is the value in label maps, `train_id` the channel of the network's output; pixels of the train ids -1 and 255 are
-ignored in training and scores.
+ignored in training and scores. Where all others are left empty, the classes are numbered in their order.
 The Cityscapes table is that of cityscapesScripts, helpers/labels.py.
 """
 
 import csv
 import functools
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -16,10 +17,24 @@ import numpy as np
 
 from utils.classes import IGNORE_INDEX, UNKNOWN, Classes
 from utils.cli import UserError
-from utils.decoding import read_file
 
+from .text import read_csv, read_text
+
+SHOWN = 8       # rows of a table in a message
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
 COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
+COLORS = COLUMNS[3:]
+HEADINGS = {"class": "name", "pixel value": "id", "r": "red", "g": "green", "b": "blue"}    # of other tools
+WHOLE = re.compile(r"[+-]?\d+(\.0+)?")     # spreadsheets write 1.0
+LABELMAP = re.compile(r"\s*([^:#]+):(\d+),(\d+),(\d+):[^:]*:[^:]*")     # a line of CVAT: label:color_rgb:parts:actions
+
+
+class TableNeeded(UserError):
+    """A class table has to be written. `table`: a `ClassTable` to begin with, or None."""
+
+    def __init__(self, message, table=None):
+        super().__init__(message)
+        self.table = table
 
 
 class ClassTable(Classes):
@@ -29,6 +44,7 @@ class ClassTable(Classes):
         lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
         negative: {negative id: train id or `IGNORE_INDEX`}.
         color_lookup: {red · 65536 + green · 256 + blue: the rows of that colour}.
+        remarks: sentences about the table that are due before it is used.
     """
 
     def __init__(self, rows, source="class table"):
@@ -44,22 +60,18 @@ class ClassTable(Classes):
             if row["id"] >= 0:
                 color = row["red"] << 16 | row["green"] << 8 | row["blue"]
                 self.color_lookup.setdefault(color, []).append(row)
+        self.remarks = self._remark_colors()
 
     @classmethod
     def read(cls, path=CITYSCAPES):
-        """Read a table from a CSV file. Raises `UserError` naming file and line."""
-        rows = []
-        try:
-            text = read_file(path, "a class table (CSV)").decode("utf-8-sig")
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise UserError(f"{path}: expected the columns {','.join(COLUMNS)}[,category], "
-                                f"found no {', '.join(missing)}")
-            rows = [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path}: expected a class table (CSV), found: {error}") from None
-        return cls(rows, path)
+        """Read a table from a CSV file. Raises `UserError` naming file and line; `TableNeeded` for a table of another
+        tool, which does not say what is ignored: Roboflow's _classes.csv, class_dict.csv, CVAT's labelmap.txt."""
+        rows, missing = _read_rows(path)
+        table = cls(rows, path)
+        if missing:
+            raise TableNeeded(f"{path}: expected the columns {','.join(COLUMNS)}[,category], found no "
+                              f"{', '.join(missing)}; {table.as_advice()}, where train_id 255 ignores a row", table)
+        return table
 
     def as_csv(self):
         """The text of the table's file."""
@@ -70,10 +82,26 @@ class ClassTable(Classes):
         writer.writerows(self.rows)
         return text.getvalue()
 
+    def as_advice(self):
+        """The flag and the lines of its table, for a message; of a long table the first."""
+        header, *lines = self.as_csv().splitlines()
+        if len(lines) > SHOWN:
+            lines = [*lines[:2], "... (python -m dataset.check writes all of them to begin with)"]
+        return f"--classes FILE.csv with the lines {' / '.join([header, *lines])}"
+
     def check_count(self, expected):
         """Raise `UserError` where --num-classes, None if it is not given, says another number of classes."""
         if expected not in (None, self.num_classes):
             raise UserError(f"--num-classes {expected}: expected the {self.num_classes} classes of {self.source}")
+
+    def check_several(self):
+        """Raise `UserError` where there is but one class, of which a network would learn nothing."""
+        if self.num_classes < 2:
+            ignored = [row["name"] for row in self.rows if row["train_id"] in (-1, IGNORE_INDEX)]
+            remedy = (f"give {ignored[0]} the train_id 1" if ignored else
+                      "add a row for all other pixels, such as background,ID,1,0,0,0")
+            raise UserError(f"{self.source}: expected at least two classes to tell apart, found 1, {self.names[0]}; "
+                            f"{remedy}")
 
     def encode(self, ids, name="label map"):
         """Ids (H, W), any integer dtype, or colours (H, W, 3) uint8 → train ids (H, W) uint8.
@@ -108,11 +136,11 @@ class ClassTable(Classes):
         train_ids = np.full(packed.shape, UNKNOWN, np.uint8)
         for color in np.unique(packed).tolist():
             found = self.color_lookup.get(color, ())
-            shown = f"({color >> 16}, {color >> 8 & 255}, {color & 255})"
+            values = color >> 16, color >> 8 & 255, color & 255
+            shown = f"({', '.join(map(str, values))})"
             if not found:
-                same = "; red, green and blue are equal, as if ids were saved in three channels: save one" * (
-                    len({color >> 16, color >> 8 & 255, color & 255}) == 1)
-                raise UserError(f"{name}: expected the colours of {self.source}, found {shown}{same}")
+                remedy = ids_in_channels(colors) or self._row_remedy(f"NAME,ID,255,{','.join(map(str, values))}")
+                raise UserError(f"{name}: expected the colours of {self.source}, found {shown}; {remedy}")
             train_ids[packed == color] = self._class_of(found, shown, name)
         return train_ids
 
@@ -166,14 +194,57 @@ class ClassTable(Classes):
     def _raise_unknown(self, ids, wrong, name):
         """Raise the `UserError` for ids (H, W) of which those where `wrong` (H, W) is true are not in the table."""
         unknown = np.unique(ids[wrong])
-        everything = np.unique(ids)
-        hint = ""
-        if not self.is_identity and np.isin(everything, [*range(self.num_classes), IGNORE_INDEX]).all():
-            hint = "; these look like train ids: give the map of ids (Cityscapes: *_labelIds.png)"
-        elif self.is_identity and everything.max() <= 33:
-            hint = "; these look like Cityscapes ids: use its class table, or the map of train ids"
+        train_ids = [*range(self.num_classes), IGNORE_INDEX]
+        if self._is_cityscapes and not self.is_identity and np.isin(ids, train_ids).all():
+            remedy = "these look like train ids: give the map of ids (*_labelIds.png)"
+        elif self.is_identity and str(name).endswith("_labelIds.png"):
+            remedy = ("by the file's name these are ids of Cityscapes: leave out --classes, or give the map of train "
+                      "ids (*_labelTrainIds.png)")
+        elif unknown[-1] > 65535:
+            remedy = "save ids of at most 65535"
+        else:
+            remedy = self._row_remedy(f"NAME,{unknown[0]},255,0,0,0")
         raise UserError(f"{name}: expected ids that {self.source} knows, "
-                        f"found {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''}{hint}")
+                        f"found {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''}; {remedy}")
+
+    def _row_remedy(self, row):
+        """What helps against a value that the table has no row for; row: one that ignores it."""
+        if Path(self.source).is_file() and Path(self.source).parent != CITYSCAPES.parent:
+            return f"add a row for each of these, such as {row} (train_id 255 ignores it)"
+        return (f"--classes FILE.csv takes a table of your own, with a row for each of these, such as {row} "
+                "(train_id 255 ignores it)")
+
+    @property
+    def _is_cityscapes(self):
+        """Whether these are the classes of Cityscapes, by file or by name."""
+        return Path(self.source).parent == CITYSCAPES.parent or self.names == ClassTable.read().names
+
+    def _remark_colors(self):
+        """[a sentence about classes that share a colour], or none."""
+        alike = {}
+        for name, color in zip(self.names, self.palette.tolist(), strict=False):
+            alike.setdefault(tuple(color), []).append(name)
+        color, names = max(alike.items(), key=lambda item: len(item[1]))
+        shown = ", ".join(names[:4]) + " ..." * (len(names) > 4)
+        return [f"{self.source} gives {shown} the same colour {color}, so that pictures do not tell them apart: give "
+                "each row a colour of its own"] * (len(names) > 1)
+
+
+def ids_in_channels(colors):
+    """What helps where a label map of colours (H, W, 3) seems to hold ids in one or all of its channels, else ""."""
+    if (colors == colors[..., :1]).all():
+        where, which = "red, green and blue are equal, as if ids were saved in three channels", "one"
+    elif not colors[..., 1:].any():
+        where, which = "green and blue are 0, as if ids were saved in the red channel", "it alone"
+    else:
+        return ""
+    return f"{where}: save {which}, in Python by PIL.Image.open(FILE).getchannel(0).save(COPY)"
+
+
+def distinct_color(number):
+    """(red, green, blue) of a class, as PASCAL VOC draws them: its bits, dealt to the three, the lowest counting
+    most."""
+    return tuple(sum((number >> 3 * place + channel & 1) << 7 - place for place in range(3)) for channel in range(3))
 
 
 @functools.cache
@@ -183,17 +254,61 @@ def _average_sizes():
         return {row["name"]: float(row["pixels"]) for row in csv.DictReader(file)}
 
 
-def _parse(row, where):
-    """A row of the file with its numbers as int; where: file and line, for messages. Raises `UserError`."""
+def _read_rows(path):
+    """The rows of a table with their numbers as int, and the names of the columns it has not. Raises `UserError`."""
+    what = "a class table (CSV)"
+    labels = list(map(LABELMAP.fullmatch, _lines(read_text(path, what))))
+    if labels and all(labels):
+        header = ["name", *COLORS]
+        cells = [(number, dict(zip(header, label.groups(), strict=True))) for number, label in enumerate(labels, 1)]
+    else:
+        header, cells = read_csv(path, what)
+        header = [HEADINGS.get(name, name) for name in header]
+        cells = [(number, {HEADINGS.get(name, name): text for name, text in row.items()}) for number, row in cells]
+    missing = [name for name in COLUMNS if name not in header]
+    if "name" in missing or "id" in missing and not set(COLORS).isdisjoint(missing):
+        raise UserError(f"{path}: expected the columns {','.join(COLUMNS)}[,category], found no {', '.join(missing)}")
+    rows = [_parse(row, f"{path}, line {number}", place, missing) for place, (number, row) in enumerate(cells)]
+    scored = [row for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)]
+    if all(row["train_id"] is None for row in scored):
+        for train_id, row in enumerate(scored):
+            row["train_id"] = train_id
+    for (number, _), row in zip(cells, rows, strict=True):
+        if row["train_id"] is None:
+            raise UserError(f"{path}, line {number}: expected a whole number for train_id, found ''")
+    return rows, missing
+
+
+def _lines(text):
+    """The lines of a text, but for empty ones and comments."""
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _parse(row, where, place, missing):
+    """A row of a table with its numbers as int; a train id that is left empty is None. Raises `UserError`.
+
+    Args:
+        row: {column: text}.
+        where: file and line, for messages.
+        place: of the row in the table, which is its id where the table has none.
+        missing: columns that the table has not.
+    """
     numbers = {}
     for column in COLUMNS[1:]:
-        try:
-            numbers[column] = int(row[column])
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: expected a whole number for {column}, found {row[column]!r}") from None
-    outside = [c for c in ("red", "green", "blue") if not 0 <= numbers[c] <= 255]
+        text = (row.get(column) or "").strip()
+        if column in missing and column == "id":
+            numbers[column] = place
+        elif column in COLORS and not set(COLORS).isdisjoint(missing):
+            numbers[column] = distinct_color(numbers["id"])[COLORS.index(column)]
+        elif column == "train_id" and not text:
+            numbers[column] = None
+        elif WHOLE.fullmatch(text):
+            numbers[column] = int(text.partition(".")[0])
+        else:
+            raise UserError(f"{where}: expected a whole number for {column}, found {row.get(column)!r}")
+    outside = [c for c in COLORS if not 0 <= numbers[c] <= 255]
     if outside or numbers["id"] > 65535:
         column = outside[0] if outside else "id"
         raise UserError(f"{where}: expected {column} from 0 to {255 if outside else 65535}, "
                         f"found {numbers[column]}")
-    return {"name": row["name"].strip(), "category": (row.get("category") or "").strip(), **numbers}
+    return {"name": (row.get("name") or "").strip(), "category": (row.get("category") or "").strip(), **numbers}

@@ -1,17 +1,15 @@
 """Weights of the classes in the loss, so that rare ones count as much as frequent ones."""
 
-import csv
-import io
 import os
 
 import numpy as np
 
 from utils.cli import UserError
-from utils.decoding import read_file
 from utils.logger import progress
 
 from .labels import CITYSCAPES
 from .sampling import do_jobs
+from .text import read_csv
 
 # name,weight: as published with OCNet, HRNet and many after them; their origin is 1 / log of the pixel counts.
 PUBLISHED = CITYSCAPES.with_name("class_weights.csv")
@@ -40,26 +38,21 @@ def read_weights(path, names, shown=None):
     shown: what the user calls the file, for messages.
     """
     found, flag = {}, f"--class-weights {shown or path}"
-    try:
-        text = read_file(path, "a table of weights (CSV)").decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"name", "weight"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{flag}: expected the columns name and weight, found "
-                            f"{', '.join(reader.fieldnames or ()) or 'none'}")
-        for row in reader:
-            if row["name"] not in names:
-                continue
-            if row["name"] in found:
-                raise UserError(f"{flag}, line {reader.line_num}: expected every class once, found {row['name']} again")
-            try:
-                found[row["name"]] = float(row["weight"])
-            except (TypeError, ValueError):
-                found[row["name"]] = -1.0
-            if not 1e-6 <= found[row["name"]] <= 1e6:
-                raise UserError(f"{flag}, line {reader.line_num}: expected a weight from 1e-6 to 1e6, "
-                                f"found {row['weight']!r}")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{flag}: expected a CSV file, found: {error}") from None
+    header, rows = read_csv(path, "a table of weights (CSV)")
+    if not {"name", "weight"} <= set(header):
+        raise UserError(f"{flag}: expected the columns name and weight, found {', '.join(header) or 'none'}")
+    for number, row in rows:
+        name, text = (row.get("name") or "").strip(), row.get("weight")
+        if name not in names:
+            continue
+        if name in found:
+            raise UserError(f"{flag}, line {number}: expected every class once, found {name} again")
+        try:
+            found[name] = float(text)
+        except (TypeError, ValueError):
+            found[name] = -1.0
+        if not 1e-6 <= found[name] <= 1e6:
+            raise UserError(f"{flag}, line {number}: expected a weight from 1e-6 to 1e6, found {text!r}")
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{flag}: expected a weight for each of the {len(names)} classes, found none "

@@ -75,7 +75,7 @@ def test_a_list_and_a_table(camvid, tmp_path):
 @pytest.mark.parametrize("values, suffix, table", [
     ((0, 255), ".png", "a,0,0,1,1,1\nb,1,1,2,2,2\n"), ((0, 1), ".png", "a,0,0,1,1,1\nb,255,1,2,2,2\n"),
     ((1, 2), ".jpg", "a,1,0,1,1,1\nb,2,1,2,2,2\n"), ((0, 1, 2), ".png", "a,1,0,1,1,1\nb,2,1,2,2,2\n"),
-    ((3,), ".png", "a,1,0,1,1,1\nvoid,3,255,2,2,2\n")])
+    ((3,), ".png", "a,1,0,1,1,1\nb,2,1,2,2,2\nvoid,3,255,2,2,2\n")])
 def test_the_account_is_given_where_every_label_map_is_wrong(tmp_path, monkeypatch, capsys, values, suffix, table):
     for name in "ab":
         Image.fromarray(np.full((6, 8, 3), ord(name), np.uint8)).save(tmp_path / f"{name}.png")

@@ -200,7 +200,7 @@ def spoil(own, what):
     ("not an image", r"list.txt, line 3: .*b.png: expected an image, found a file that is none"),
     ("truncated", r"b.png: expected an image, found one that cannot be read"),
     ("other size", r"list.txt, line 3: .*b_label.png: expected the size of .*b.png, 8×6, found 7×6"),
-    ("unknown id", r"b_label.png: expected ids that .*classes.csv knows, found 9$"),
+    ("unknown id", r"b_label.png: expected ids that .*classes.csv knows, found 9; add a row"),
     ("colours", r"expected the colours of .*classes.csv, found .2, 2, 2.; red, green and blue are equal, as if ids"),
 ])
 @pytest.mark.parametrize("workers", [0, 1])

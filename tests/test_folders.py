@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import evaluate
 import train
 from dataset import check
 from dataset.cityscapes import CityscapesDataset
-from dataset.folders import assume_classes, check_validation, data_root, distinct_color, ids_of, keep_table
+from dataset.folders import check_validation, data_root
+from dataset.infer import infer_classes
 from dataset.labels import ClassTable
 from tests.conftest import SMALL
 from utils import checkpoint
@@ -43,6 +45,12 @@ def refusal(call, *args, **options):
     with pytest.raises(UserError) as caught:
         call(*args, **options)
     return str(caught.value)
+
+
+def infer_table(folders, *names):
+    """The class table of these label maps."""
+    paths = [os.path.join(folders[1], name) for name in names]
+    return infer_classes({"train": paths}, folders, "--labels-dir", 0, "c.csv")
 
 
 def stems_of(dataset):
@@ -122,12 +130,83 @@ def test_what_is_no_list_of_stems_is_a_sentence(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("given, message", [
-    ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same$"),
+    ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same; of one folder, "),
     ((None, None, None), "--data-dir: expected .* or --images-dir and --labels-dir, found none"),
     ((None, "A", None), "found A$"), ((None, None, "B"), "found B$"), (("C", "A", "B"), "found A and B and C$")])
 def test_one_kind_of_folder_is_named(given, message):
     with pytest.raises(UserError, match=message):
         data_root(*given)
+
+
+@pytest.mark.parametrize("image, label", [
+    ("{}", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}_jpg.rf.0a1b", "img_{}_jpg.rf.0a1b_mask"), ("{}", "{}.label"),
+    ("{}_leftImg8bit", "{}_gtFine_labelIds"), ("{}", "{}_train_id")])
+@pytest.mark.parametrize("stems", [("7", "10", "20"), ("a_1", "b_1"), ("one_a",)])
+def test_a_common_ending_is_left_out_of_stems_and_said(tmp_path, image, label, stems):
+    folders = make(tmp_path, *(f"train/{stem}" for stem in stems))
+    for kind, pattern in (("images", image), ("labels", label)):
+        for path in (tmp_path / kind / "train").iterdir():
+            path.rename(path.with_name(pattern.format(path.stem) + path.suffix))
+    with pytest.warns(UserWarning, match=f"stems without .*{label[2:][-5:]} in --labels-dir .*labels/train"):
+        dataset = CityscapesDataset(folders)
+    assert {path.stem: other.stem for path, other in dataset.pairs} == {
+        image.format(stem): label.format(stem) for stem in stems}
+    shared = re.sub("_(sat|leftImg8bit)$", "", image)
+    (tmp_path / "some.txt").write_text(shared.format(stems[0]))
+    with pytest.warns(UserWarning, match="stems without"):
+        some = CityscapesDataset(tuple(f"{one}/train" for one in folders), data_list=tmp_path / "some.txt")
+    assert [path.stem for path, _ in some.pairs] == [image.format(stems[0])]
+
+
+def test_an_ending_is_no_number(tmp_path):
+    """Frames 1 of two videos are not the label maps of frames 2."""
+    folders = make(tmp_path, "a_1", "b_1")
+    for name in "ab":
+        (tmp_path / f"labels/{name}_1.png").rename(tmp_path / f"labels/{name}_2.png")
+    assert "found none of the stem of a_1.png, b_1.jpg; --data-dir" in refusal(CityscapesDataset, folders)
+
+
+def listed(message, root):
+    """The data set of the flags and the line that a message advises."""
+    data_dir, line = re.search(r'--data-dir (\S+) --data-list FILE takes .* such as "(.*?)"', message).groups()
+    (root / "advised.txt").write_text(line + "\n")
+    return CityscapesDataset(data_dir, data_list=root / "advised.txt")
+
+
+def test_a_list_of_pairs_helps_where_names_differ(tmp_path):
+    folders = make(tmp_path, "x/img 1", "x/img 2")
+    for number in (1, 2):
+        (tmp_path / f"labels/x/img {number}.png").rename(tmp_path / f"labels/x/truth {number}.png")
+    data = listed(refusal(CityscapesDataset, tuple(f"{one}/x" for one in folders)), tmp_path)
+    assert [(image.name, label.name) for image, label in data.pairs] == [("img 1.png", "truth 1.png")]
+
+
+def test_what_helps_for_other_folders_is_named(tmp_path):
+    """Sub-folders that are no splits, as ACDC has them; splits of other names; both in one folder, as Roboflow's."""
+    nested = make(tmp_path / "nested", "fog/a", "night/b")
+    message = refusal(CityscapesDataset, nested, "fog+day")
+    assert "expected a folder, found nothing there" in message
+    (tmp_path / "nested/labels/fog").rename(tmp_path / "nested/labels/fog_gt")
+    (tmp_path / "nested/labels/night").rename(tmp_path / "nested/labels/night_gt")
+    message = refusal(CityscapesDataset, nested).replace("images/...", "images/fog").replace("NAME", "a")
+    assert listed(message.replace("labels/...", "labels/fog_gt"), tmp_path).names == ["a"]
+    named = make(tmp_path / "named", "training/a", "validation/b")
+    message = refusal(CityscapesDataset, named)
+    assert "found folders: training, validation" in message
+    assert CityscapesDataset(named, re.search(r"--split (\S+) takes one of them", message)[1]).names == ["a"]
+    message = refusal(data_root, None, named[0], named[0])
+    Image.new("L", (4, 3)).save(tmp_path / "named/images/a_mask.png")
+    Image.new("RGB", (4, 3)).save(tmp_path / "named/images/a.jpg")
+    assert listed(message, tmp_path).names == ["a"]
+
+
+@pytest.mark.parametrize("text, encoding", [("images\\a.png labels\\a.png\r\n", "utf-8"),
+                                            ("images\\a.png;labels\\a.png\r\n", "utf-16")])
+def test_lists_of_windows_are_read(tmp_path, text, encoding):
+    make(tmp_path, "a")
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    with pytest.warns(UserWarning, match="list.txt: backslashes in its paths are read as slashes"):
+        assert CityscapesDataset(tmp_path, data_list=tmp_path / "list.txt").names == ["a"]
 
 
 def test_validation_has_images_of_its_own(tmp_path):
@@ -142,62 +221,6 @@ def test_validation_has_images_of_its_own(tmp_path):
     for typo in ("vall", "val+tset"):
         said = f"--val-split {typo}: expected names of folders in {divided[0]} and {divided[1]}, found train, val"
         assert refusal(check_validation, divided, None, None, typo) == said
-
-
-def assumed(root, **options):
-    folders = make(root, "a", "b", **options)
-    return assume_classes(folders[1], sorted((root / "labels").iterdir()), 0)
-
-
-def test_0_and_255_are_background_and_foreground(tmp_path, capsys):
-    classes = assumed(tmp_path)
-    assert classes.as_csv() == BINARY and f"assumed\n{BINARY}" in capsys.readouterr().out
-    assert classes.decode(classes.encode(np.array([[0, 255]], np.uint8))).tolist() == [[0, 255]]
-
-
-@pytest.mark.parametrize("values", [(0, 1), (0, 1, 255), tuple(range(150)), (*range(254), 255)], ids=len)
-def test_0_to_n_are_the_classes(tmp_path, values):
-    classes = assumed(tmp_path, values=values)
-    number = len(set(values) - {255})
-    assert classes.names == [f"class {one}" for one in range(number)] and classes.ids.tolist() == list(range(number))
-    assert classes.encode(np.array([[255, number - 1]], np.uint8)).tolist() == [[255, number - 1]]
-    assert len({tuple(color) for color in classes.palette[:number]}) == number
-    (tmp_path / "classes.csv").write_text(classes.as_csv())
-    assert [{**row, "category": ""} for row in ClassTable.read(tmp_path / "classes.csv").rows] == classes.rows
-
-
-@pytest.mark.parametrize("values, message", [
-    ((0,), r"0 \(0 in"), ((255,), r"255 \(255 in"), ((0, 1, 3), r"0, 1, 3 \(3 in"),
-    ((1, 2), r"1, 2 \(1 in"), ((0, 127, 255), r"0, 127, 255 \(127 in .*a.png\)"),
-    (tuple(range(256)), r"0, 1, 2, 3, 4, 5, 6, 7 \.\.\. \(")])
-def test_other_values_are_a_sentence(tmp_path, values, message):
-    with pytest.raises(UserError, match=f"--labels-dir .*: expected the values 0 and 255.*, found {message}"):
-        assumed(tmp_path, values=values)
-
-
-def test_black_and_white_are_ids_and_colours_are_none(tmp_path):
-    for color, kind in (((255, 255, 255), "RGB"), ((255, 0, 0), "RGB"), ((7, 7, 7), "RGB"), (70000, "I"), (1, "1")):
-        Image.new(kind, (4, 3), color).save(tmp_path / f"{kind}{color}.tif")
-    assert ids_of(tmp_path / "RGB(255, 255, 255).tif") == [255]
-    assert ids_of(tmp_path / "I70000.tif") == [70000] and ids_of(tmp_path / "11.tif") == [1]
-    for name in ("RGB(255, 0, 0)", "RGB(7, 7, 7)"):
-        assert "expected ids where --classes is left out, found a label map of colours" in refusal(
-            ids_of, tmp_path / f"{name}.tif")
-
-
-def test_colours_are_those_of_pascal_voc():
-    assert [distinct_color(one) for one in (0, 1, 2, 3, 8, 15, 20, 255)] == [
-        (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (64, 0, 0), (192, 128, 128), (0, 64, 128), (224, 224, 192)]
-
-
-def test_a_table_is_written_once_and_never_over_another(tmp_path):
-    classes, path = assumed(tmp_path / "data"), tmp_path / "s/classes.csv"
-    keep_table(path, classes)
-    before = path.stat().st_mtime_ns
-    keep_table(path, classes)
-    assert path.read_text() == BINARY and path.stat().st_mtime_ns == before
-    path.write_text(BINARY.replace("foreground", "ship"))
-    assert f"--classes {path} takes it" in refusal(keep_table, path, classes) and "ship" in path.read_text()
 
 
 def test_training_and_evaluation(tmp_path, capsys):
@@ -339,7 +362,7 @@ def test_every_suffix_that_is_found_is_read(tmp_path, suffix, kind):
     image = Image.fromarray(np.full((40, 48), 90, np.uint8))
     (image if kind in ("GIF", "PPM") else image.convert("RGB")).save(tmp_path / f"images/c{suffix}", kind)
     Image.open(tmp_path / "labels/a.png").save(tmp_path / "labels/c.png")
-    dataset = CityscapesDataset(folders, classes=assume_classes(folders[1], [tmp_path / "labels/a.png"], 0))
+    dataset = CityscapesDataset(folders, classes=infer_table(folders, "a.png"))
     assert abs(dataset[2]["image"].float().mean() - 90) < 2 and dataset.names[2] == "c"
 
 
@@ -363,7 +386,7 @@ def test_minus_one_is_ignored_without_a_table(tmp_path):
     ids[:4] = -1
     os.remove(tmp_path / "labels/a.png")
     Image.fromarray(ids).save(tmp_path / "labels/a.tif")
-    table = assume_classes(folders[1], [tmp_path / "labels/a.tif", tmp_path / "labels/b.png"], 0)
+    table = infer_table(folders, "a.tif", "b.png")
     assert table.num_classes == 3
     label = CityscapesDataset(folders, classes=table)[0]["label"].numpy()
     assert (label[:4] == 255).all() and np.array_equal(label[4:], ids[4:])

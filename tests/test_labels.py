@@ -1,12 +1,14 @@
 """Class tables, against cityscapesScripts' own."""
 
+import re
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from cityscapesscripts.helpers.labels import labels as official
 
-from dataset.labels import ClassTable
+from dataset import folders
+from dataset.labels import CITYSCAPES, ClassTable
 from utils.cli import UserError
 from utils.decoding import read_ids
 
@@ -57,7 +59,8 @@ def test_several_ids_may_share_a_class(table):
     ("name,id,train_id,red,green,blue\nroad,x,0,1,2,3\n", "line 2: expected a whole number for id, found 'x'"),
     ("name,id,train_id,red,green,blue\nroad,1,0,1,2,300\n", "line 2: expected blue from 0 to 255, found 300"),
     ("name,id,train_id,red,green,blue\nroad,70000,0,1,2,3\n", "line 2: expected id from 0 to 65535, found 70000"),
-    ("name,id\nroad,1\n", "found no train_id, red, green, blue"),
+    ("name,red,green\nroad,1,2\n", "found no id, train_id, blue"),
+    (TABLE.replace("car,2,1", "car,2,"), "line 3: expected a whole number for train_id, found ''"),
     ("name,id,train_id,red,green,blue\na,1,0,0,0,0\nb,2,2,0,0,0\n", r"expected train ids 0 to N-1 .* found \[0, 2\]"),
     ("name,id,train_id,red,green,blue\na,1,0,0,0,0\nb,1,1,0,0,0\n", r"expected every id once, found \[1\]"),
     ("name,id,train_id,red,green,blue\n", r"found \[\]"),
@@ -73,8 +76,70 @@ def test_a_missing_table_is_named(tmp_path):
 
 
 def test_unknown_values_are_named():
-    with pytest.raises(UserError, match=r"map.png: expected ids that .*classes.csv knows, found 77, 200$"):
+    with pytest.raises(UserError, match=r"map.png: expected ids that .*classes.csv knows, found 77, 200; --classes "):
         ClassTable.read().encode(np.array([[7, 77, 200]]), "map.png")
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2), (1, 33), (0, 7)])
+def test_a_value_without_a_row_is_given_one(table, tmp_path, values):
+    """Values of anybody's, small as ids of Cityscapes are: the row in the sentence helps."""
+    text = "name,id,train_id,red,green,blue\na,0,0,1,1,1\nb,1,1,2,2,2\n"
+    with pytest.raises(UserError) as caught:
+        table(text).encode(np.array([values]), "map.png")
+    assert "Cityscapes" not in str(caught.value)
+    row = re.search(r"add a row for each of these, such as (NAME,\S+) ", str(caught.value))[1]
+    assert table(f"{text}{row}\n").encode(np.array([values]))[0, -1] == 255
+
+
+def test_train_ids_that_are_left_empty_are_numbered(table):
+    classes = table("name,id,train_id,red,green,blue\nvoid,0,255,0,0,0\na,1,,1,1,1\nb,2,,2,2,2\n")
+    assert classes.encode(np.array([[0, 1, 2]])).tolist() == [[255, 0, 1]]
+
+
+@pytest.mark.parametrize("text, missing, ids, names, colors", [
+    ("Pixel Value, Class\n0, background\n1, crack\n5, spall\n", "train_id, red, green, blue", [0, 1, 5],
+     ["background", "crack", "spall"], [[0, 0, 0], [128, 0, 0]]),
+    ("name,r,g,b\nAnimal,64,128,64\nArchway,192,0,128\n", "id, train_id", [0, 1], ["Animal", "Archway"],
+     [[64, 128, 64], [192, 0, 128]]),
+    ("# label:color_rgb:parts:actions\nbackground:0,0,0::\nperson:192,128,128::\n", "id, train_id", [0, 1],
+     ["background", "person"], [[0, 0, 0], [192, 128, 128]])])
+def test_tables_of_other_tools_are_given_with_our_columns(table, text, missing, ids, names, colors):
+    """Roboflow's _classes.csv, class_dict.csv of Kaggle's CamVid, CVAT's labelmap.txt."""
+    with pytest.raises(UserError, match=f"found no {missing}; --classes FILE.csv with the lines ") as caught:
+        table(text)
+    classes = table(re.search("with the lines (.*), where", str(caught.value))[1].replace(" / ", "\n") + "\n")
+    assert classes.ids.tolist() == ids and classes.names == names
+    assert classes.encode(np.array([colors], np.uint8)).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(",", ";"), lambda text: text.replace(",", "\t"), lambda text: text.replace(",", ", "),
+    lambda text: text.title().replace("Name", " NAME "), lambda text: text.replace("\n", "\r\n\r\n") + ",,,,,\n",
+    lambda text: "sep=;\n" + text.replace(",", ";"), lambda text: text.replace(",2,1,", ",2.0,1.0,"),
+    lambda text: text.replace("\n", ",x,y\n")])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_are_read_as_spreadsheets_save_them(tmp_path, change, encoding):
+    (tmp_path / "t.csv").write_text(change(TABLE), encoding=encoding)
+    classes = ClassTable.read(tmp_path / "t.csv")
+    assert [name.lower() for name in classes.names] == ["road", "car"] and not classes.remarks
+    assert classes.encode(np.array([[1, 2, 3]])).tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("rows, remedy", [
+    ("weld,0,0,1,1,1\nvoid,255,255,0,0,0\n", "give void the train_id 1"),
+    ("weld,0,0,1,1,1\n", "add a row for all other pixels, such as background,ID,1,0,0,0")])
+def test_one_class_is_none_to_tell_apart(table, tmp_path, rows, remedy):
+    classes = table("name,id,train_id,red,green,blue\n" + rows)
+    with pytest.raises(UserError, match=f"classes.csv: expected at least two classes .* found 1, weld; {remedy}"):
+        folders.read_table(classes.source, None, None)
+    better = rows.replace("void,255,255", "void,255,1") if "void" in rows else rows + remedy[-22:].replace("ID", "7")
+    table("name,id,train_id,red,green,blue\n" + better).check_several()
+
+
+def test_colours_that_are_alike_are_said(table):
+    classes = table("name,id,train_id,red,green,blue\na,0,0,0,0,0\nb,1,1,0,0,0\nc,2,2,7,7,7\nd,3,255,7,7,7\n")
+    assert ["gives a, b the same colour (0, 0, 0)" in one for one in classes.remarks] == [True]
+    assert not ClassTable.read().remarks and not ClassTable.read(CITYSCAPES.with_name("categories.csv")).remarks
 
 
 def test_colours_of_cityscapes_are_read_with_the_table(streets):
@@ -114,8 +179,8 @@ def test_ids_in_place_of_train_ids_are_recognised(table):
     rows = "".join(f"c{i},{i},{i},0,0,{i}\n" for i in range(19))
     classes = table("name,id,train_id,red,green,blue\n" + rows + "void,255,255,0,0,0\n")
     assert classes.is_identity
-    with pytest.raises(UserError, match="look like Cityscapes ids"):
-        classes.encode(np.array([[7, 26, 33]], np.uint8))
+    with pytest.raises(UserError, match="by the file's name these are ids of Cityscapes: leave out --classes"):
+        classes.encode(np.array([[7, 26, 33]], np.uint8), "a/b_gtFine_labelIds.png")
 
 
 def test_a_map_that_reads_as_mostly_void_is_suspected():

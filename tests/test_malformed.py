@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -160,12 +161,12 @@ WRONG = {       # what is done to the second pair → what the sentence says
     "label one column larger": (save("b_label.png", np.full((12, 17), 2, np.uint8)), r"found 17×12"),
     "label turned": (save("b_label.png", LABEL.T.copy()), r"found 12×16"),
     "label of one pixel": (save("b_label.png", LABEL[:1, :1]), r"found 1×1"),
-    "unknown id": (save("b_label.png", np.full((12, 16), 9, np.uint8)), r"b_label\.png: expected ids .* found 9$"),
-    "unknown deep id": (save("b_label.png", np.full((12, 16), 900, np.uint16)), r"b_label\.png: expected ids .* 900$"),
+    "unknown id": (save("b_label.png", np.full((12, 16), 9, np.uint8)), r"b_label\.png: expected ids .* found 9; add"),
+    "unknown deep id": (save("b_label.png", np.full((12, 16), 900, np.uint16)), r"b_label\.png: expected .* 900; add"),
     "one unknown pixel": (save("b_label.png", np.where(np.arange(192).reshape(12, 16) == 190, 77, 2).astype(np.uint8)),
-                          r"b_label\.png: expected ids .* found 77$"),
+                          r"b_label\.png: expected ids .* found 77; add"),
     "negative id": (lambda root: Image.fromarray(np.full((12, 16), -1, np.int32)).save(root / "b_label.png", "TIFF"),
-                    r"b_label\.png: expected ids .* found -1$"),
+                    r"b_label\.png: expected ids .* found -1; add"),
     "floating-point label": (lambda root: Image.fromarray(np.full((12, 16), 2.5, np.float32)).save(
         root / "b_label.png", "TIFF"), r"b_label\.png: expected whole numbers, found a label map of floating-point"),
     "floating-point image": (lambda root: Image.fromarray(np.full((12, 16), 0.5, np.float32)).save(
@@ -184,9 +185,9 @@ WRONG = {       # what is done to the second pair → what the sentence says
     "list of comments": (write_list("# nothing\n\n"), r"found an empty list"),
     "list of one word": (write_list("a.png a_label.png\nb.png\n"), r"list\.txt, line 2: expected \"image label\""),
     "list of three words": (write_list("b.png b_label.png x\n"), r"list\.txt, line 1: expected \"image label\""),
-    "list in UTF-16": (write_list(GOOD, "utf-16"), r"list\.txt: expected a text file"),
+    "list in Latin-1": (write_list("größe.png b_label.png\n", "latin-1"), r"list\.txt: .* save it as UTF-8"),
     "binary list": (put("list.txt", PNG), r"list\.txt: expected a text file"),
-    "list with commas": (write_list("b.png,b_label.png\n"), r"line 1: expected \"image label\""),
+    "list with commas": (write_list("b.png,b_label.png,9\n"), r"line 1: expected \"image label\""),
     "list with endless name": (write_list(f"{'x' * 5000}.png b_label.png\n"), r"line 1: expected the file .* no such"),
     "spaces without a tab": (rename("my image.png", "my image.png b_label.png"), r"line 2: .*a tab between names"),
     "swapped columns": (write_list("b_label.png b.png\n"), r"b\.png: expected the colours of .*classes\.csv, found"),
@@ -225,7 +226,7 @@ WRONG = {       # what is done to the second pair → what the sentence says
         len(data) * (1 - share) + 1)), rf"{name}: expected an image, found") for share in (0.1, 0.5)
        for what, name, data in (("image", "b.png", PNG), ("label", "b_label.png", LABEL_PNG))},
     **{f"{name} turned by EXIF {turn} alone": (put(name, turned(array, turn)), r"b_label\.png: expected the size of "
-                                               rf".*; .*{name} was turned upright by its EXIF orientation$")
+                                               rf".*; .*{name} was turned upright by its EXIF orientation: turn ")
        for name, array in (("b.png", IMAGE), ("b_label.png", LABEL)) for turn in (5, 6, 7, 8)},
     "image turned by EXIF, as JPEG": (put("b.png", turned(IMAGE, 6, "JPEG")), r"b\.png was turned upright by its EXIF"),
     **{f"table with {column} {value!r}": (table_with(column, value), rf"line 3: expected a whole number for {column}")
@@ -236,7 +237,8 @@ WRONG = {       # what is done to the second pair → what the sentence says
        for value in ("-2", "7", "254", "256")},
     "table with an id twice": (table_with("id", "1"), r"expected every id once, found \[1\]"),
     "table with an id that never occurs": (table_with("id", "-1"), r"b_label\.png: expected ids .* found 2|a_label"),
-    "table in UTF-16": (lambda root: (root / "classes.csv").write_text(TABLE, encoding="utf-16"), r"class table"),
+    "table in Latin-1": (lambda root: (root / "classes.csv").write_text(TABLE.replace("car", "Straße"), "latin-1"),
+                         r"classes\.csv: expected a class table .* save it as UTF-8"),
     "table with a null byte": (write_table(TABLE.replace("car", "c\0ar").replace("2,1", "x,1")), r"classes\.csv"),
     "list with a name too long": (write_list(f"{LONG}.png b_label.png\n"), r"line 1: expected the file .* no such"),
     "list with a null byte": (write_list("a\0.png a_label.png\n"), r"line 1: expected the file .* no such file"),
@@ -248,6 +250,14 @@ FINE = {
     "Windows line ends": write_list(GOOD.replace("\n", "\r\n")),
     "byte order mark": write_list(GOOD, "utf-8-sig"),
     "no line end": write_list(GOOD.rstrip()),
+    "list in UTF-16": write_list(GOOD, "utf-16"),
+    "list with commas": write_list(GOOD.replace(" ", ",")),
+    "list with commas and spaces": write_list(GOOD.replace(" ", ", ")),
+    "list with semicolons": write_list(GOOD.replace(" ", ";")),
+    "list with quotes": write_list(re.sub(r"(\S+)", r'"\1"', GOOD)),
+    "names with spaces and semicolons": rename("my image.png", "my image.png;b_label.png"),
+    "names with commas": rename("my,image.png", "my,image.png b_label.png"),
+    "table in UTF-16": lambda root: (root / "classes.csv").write_text(TABLE, "utf-16"),
     "grey image": save("b.png", IMAGE[..., 0].copy()),
     "16-bit image": save("b.png", IMAGE[..., 0].astype(np.uint16) * 257),
     "transparent image": save("b.png", np.dstack([IMAGE, IMAGE[..., :1]])),

@@ -123,8 +123,10 @@ def pair_folders(folders, splits):
         raise UserError(f"--split {'+'.join(splits)}: expected folders of these names in {folders[0]}, found none")
     others = splits_of(folders)
     if others and not any(map(_is_image, _inside(folders[0], FLAGS[0]))):
+        remedy = list_remedy(folders, *(Path(one, others[0], "NAME.png") for one in folders))
         raise UserError(f"--images-dir {folders[0]}: expected images in it, or a folder {splits[0]} there and in "
-                        f"--labels-dir, found folders: {', '.join(others)}; --split {others[0]} takes one of them")
+                        f"--labels-dir, found folders: {', '.join(others)[:200]}; --split {others[0]} takes one of "
+                        f"them, several are joined by +; {remedy}")
     return [_pair(folders)]
 
 

@@ -194,6 +194,7 @@ def test_what_helps_for_other_folders_is_named(tmp_path):
     message = refusal(CityscapesDataset, named)
     assert "found folders: training, validation" in message
     assert CityscapesDataset(named, re.search(r"--split (\S+) takes one of them", message)[1]).names == ["a"]
+    assert listed(message.replace("NAME", "a"), tmp_path).names == ["a"]
     message = refusal(data_root, None, named[0], named[0])
     Image.new("L", (4, 3)).save(tmp_path / "named/images/a_mask.png")
     Image.new("RGB", (4, 3)).save(tmp_path / "named/images/a.jpg")

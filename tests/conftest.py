@@ -37,9 +37,10 @@ started = []        # by `start`, and perhaps still at work
 
 def start(*words, processes=1, **options):
     """Start a script of the project with these words, under torchrun if there are several processes: `Popen`. What is
-    left of it at the end of the test is killed."""
+    left of it at the end of the test is killed. `env` adds variables."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1",
+                   **options.pop("env", {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started.append(subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), *map(str, words)], cwd=ROOT,
                                     env=environment, **streams | options))

@@ -18,6 +18,7 @@ import train as train_script
 from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks import build_network
+from tests.conftest import ROOT, finish, start
 from tests.gpu.several import free_port
 from utils import distributed
 from utils.cli import UserError
@@ -227,18 +228,11 @@ def test_processes_that_meet_but_do_not_reach_each_other_end_in_a_sentence(fault
             f"if os.environ['RANK'] == '1':\n    {SEPARATED[fault]}\n"
             "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT":
-                 str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True,
-                                  stderr=subprocess.PIPE, env={**os.environ, **variables, "RANK": rank, "LOCAL_RANK":
-                                                               rank}) for rank in ("0", "1")]
-    try:
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2, 2]
-    for error in errors:
-        assert "Traceback" not in error
+                 str(free_port())}
+    processes = [start("-c", code, env={**variables, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    for process in processes:
+        status, _, error = finish(process)
+        assert status == 2 and "Traceback" not in error
         (sentence,) = [line for line in error.splitlines() if "error: " in line]
         assert "MASTER_ADDR localhost: expected the 2 processes of the run" in sentence
         assert "GLOO_SOCKET_IFNAME" in sentence and "NCCL_SOCKET_IFNAME" in sentence
@@ -295,7 +289,7 @@ SLURM = {
 
 def test_the_line_for_slurm_starts_one_run(tmp_path):
     """README.md's own line, with stand-ins for SLURM's commands: srun runs its words as the tasks of two nodes."""
-    (line,) = re.findall(r"`(srun [^`]+)`", (Path(__file__).parents[1] / "README.md").read_text())
+    (line,) = re.findall(r"`(srun [^`]+)`", (ROOT / "README.md").read_text())
     line = " ".join(line.split())
     for words, here in {"train.py ...": str(tmp_path / "script.py"), "--nproc-per-node 4": "--nproc-per-node 1",
                         "head -n 1)": f"head -n 1):{free_port()}"}.items():
@@ -314,12 +308,12 @@ def test_the_line_for_slurm_starts_one_run(tmp_path):
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
         (tmp_path / name).chmod(0o755)
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, env={
-        **os.environ, **SLURM, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "srun" not in done.stderr
-    assert done.stdout.count("[(2, 0, 1, 0), (2, 1, 1, 0)]\n") == 2, done.stdout
+    process = start("-c", "import subprocess, sys; sys.exit(subprocess.call(['bash', '-c', sys.argv[1]]))", line, env={
+        **SLURM, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": ""})
+    status, out, error = finish(process, 300)
+    assert status == 0, error
+    assert "srun" not in error
+    assert out.count("[(2, 0, 1, 0), (2, 1, 1, 0)]\n") == 2, out
 
 
 def test_cores_are_shared_and_said(monkeypatch):

@@ -207,7 +207,7 @@ cli.run(evaluate.main)
 @pytest.mark.parametrize("words, flags", [
     (("--scales", "100"), "a --batch-size below 4, a smaller --input-size, --scales below 100, fewer --num-workers"),
     (("--scales", "2", "100", "--whole", "--batch-size", "1"), "windows, by --input-size, instead of --whole, --sc"),
-    (("--input-size", "16384"), "a --batch-size below 4, a smaller --input-size")])
+    (("--input-size", "16384", "--scales", "100"), "a --batch-size below 4, a smaller --input-size")])
 def test_memory_that_a_protocol_would_need_is_computed(streets, snapshot, tmp_path, monkeypatch, words, flags):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10e9)
     with pytest.raises(UserError, match="out of memory: expected room for the passes .* found: an image of 256×128 "

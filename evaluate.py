@@ -45,7 +45,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root
@@ -79,6 +78,7 @@ from utils.precision import exact_float32
 from utils.report import WorstImages, comparison_table, score_table, write_report
 from utils.results import ResultsFolder
 from utils.video import RATE
+from utils.workers import Loader
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -159,7 +159,7 @@ def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
 
 def load_items(dataset, workers, processes, what):
     """This process's share of a data set, with progress."""
-    return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
+    return progress(Loader(share_items(dataset, processes), workers=workers), what, "image")
 
 
 class Evaluation:

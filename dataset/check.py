@@ -12,10 +12,10 @@ something is wrong.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -26,6 +26,7 @@ from utils import checkpoint, cli, visualize
 from utils.cli import UserError, plural
 from utils.decoding import read_file, read_ids, read_image, sizes_differ
 from utils.logger import progress
+from utils.workers import MOST_WORKERS, do_jobs
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, read_pairs, split_files
 from .folders import (
@@ -56,6 +57,7 @@ def inspect(job):
     classes (256 counts of pixels by train id).
     """
     image_path, label_path, classes = job
+    allow_large_images()        # a process may have inherited nothing
     facts = {"image": str(image_path), "label": str(label_path), "problems": []}
     image = ids = None
     try:
@@ -188,16 +190,16 @@ def contact_sheet(path, entries, classes):
 
 
 def check(splits, classes, fast, workers):
-    """Inspect the pairs of all splits, or with `fast` some of each, in `workers` processes.
+    """Inspect the pairs of all splits, or with `fast` some of each, in `workers` processes, as in `do_jobs`.
 
     Returns {split: what check.json holds of it}, {split: [what `inspect` says]}.
     """
     facts, report = {}, {}
-    with ProcessPoolExecutor(workers, initializer=allow_large_images) as pool:
-        for split, (pairs, _) in splits.items():
-            chosen = evenly(pairs, FAST) if fast else pairs
-            jobs = pool.map(inspect, [(*pair, classes) for pair in chosen], chunksize=2)
-            facts[split] = list(progress(jobs, f"checking {split}", "image", total=len(chosen)))
+    chosen = {split: evenly(pairs, FAST) if fast else pairs for split, (pairs, _) in splits.items()}
+    done = iter(do_jobs(inspect, [(*pair, classes) for pair in itertools.chain(*chosen.values())], workers))
+    for split, pairs in chosen.items():
+        facts[split] = list(progress(itertools.islice(done, len(pairs)), f"checking {split}", "image",
+                                     total=len(pairs)))
     leaks = duplicates(facts)
     for split, (pairs, problems) in splits.items():
         entries = facts[split]
@@ -260,8 +262,8 @@ def main():
     add_data_flags(parser, "that of Cityscapes")
     parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
-    parser.add_argument("--num-workers", type=cli.positive(int, 1024), default=os.cpu_count(),
-                        help="processes (all cores)")
+    parser.add_argument("--num-workers", type=cli.num_workers, help="processes, or 0 for this one alone; default: one "
+                        f"per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
     root = data_root(args.data_dir, args.images_dir, args.labels_dir)
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)

@@ -16,11 +16,12 @@ from utils.cli import UserError, plural
 from utils.decoding import kind_of, read_ids, read_image, sizes_differ
 from utils.jitter import draw_jitter
 from utils.logger import progress
+from utils.workers import do_jobs
 
 from .folders import check_folder, pair_folders, pair_listed, read_list, undivided
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import DecodedCache
-from .sampling import class_positions, do_jobs
+from .sampling import class_positions
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 COARSE = "train_extra"      # the split whose truth is in gtCoarse

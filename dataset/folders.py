@@ -15,9 +15,9 @@ from utils import checkpoint, cli
 from utils.cli import UserError
 from utils.decoding import SUFFIXES, kind_of, read_file, read_ids
 from utils.logger import progress
+from utils.workers import do_jobs
 
 from .labels import COLUMNS, IGNORE_INDEX, UNKNOWN, ClassTable
-from .sampling import do_jobs
 
 FLAGS = ("--images-dir", "--labels-dir")
 ASSUMED = "the assumed class table"

@@ -9,9 +9,9 @@ import numpy as np
 from utils.cli import UserError
 from utils.decoding import read_file
 from utils.logger import progress
+from utils.workers import do_jobs
 
 from .labels import CITYSCAPES
-from .sampling import do_jobs
 
 # name,weight: as published with OCNet, HRNet and many after them; their origin is 1 / log of the pixel counts.
 PUBLISHED = CITYSCAPES.with_name("class_weights.csv")

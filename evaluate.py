@@ -46,7 +46,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 
@@ -82,6 +81,7 @@ from utils.precision import describe_default, exact_float32
 from utils.report import WorstImages, comparison_table, score_table, write_report
 from utils.results import ResultsFolder
 from utils.video import RATE
+from utils.workers import Loader
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -164,7 +164,7 @@ def load_items(dataset, workers, processes, what):
     """This process's share of a data set, with progress."""
     if workers:
         dataset.look_at_first()
-    return progress(DataLoader(share_items(dataset, processes), batch_size=None, num_workers=workers), what, "image")
+    return progress(Loader(share_items(dataset, processes), workers=workers), what, "image")
 
 
 class Evaluation:

@@ -12,9 +12,9 @@ something is wrong.
 """
 
 import hashlib
+import itertools
 import math
 import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -25,6 +25,7 @@ from utils import checkpoint, cli, visualize
 from utils.cli import UserError, plural
 from utils.decoding import read_file, read_ids, read_image, read_palette, sizes_differ, unclear_turn
 from utils.logger import progress
+from utils.workers import MOST_WORKERS, do_jobs
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
 from .folders import (
@@ -196,16 +197,16 @@ def contact_sheet(path, entries, classes):
 
 
 def check(splits, classes, fast, workers):
-    """Inspect the pairs of all splits, or with `fast` some of each, in `workers` processes.
+    """Inspect the pairs of all splits, or with `fast` some of each, in `workers` processes, as in `do_jobs`.
 
     Returns {split: what check.json holds of it}, {split: [what `inspect` says]}.
     """
     facts, report = {}, {}
-    with ProcessPoolExecutor(workers) as pool:
-        for split, (pairs, _) in splits.items():
-            chosen = evenly(pairs, FAST) if fast else pairs
-            jobs = pool.map(inspect, [(*pair, classes) for pair in chosen], chunksize=2)
-            facts[split] = list(progress(jobs, f"checking {split}", "image", total=len(chosen)))
+    chosen = {split: evenly(pairs, FAST) if fast else pairs for split, (pairs, _) in splits.items()}
+    done = iter(do_jobs(inspect, [(*pair, classes) for pair in itertools.chain(*chosen.values())], workers))
+    for split, pairs in chosen.items():
+        facts[split] = list(progress(itertools.islice(done, len(pairs)), f"checking {split}", "image",
+                                     total=len(pairs)))
     leaks = duplicates(facts)
     for split, (pairs, problems) in splits.items():
         entries = facts[split]
@@ -296,8 +297,8 @@ def main():
     add_data_flags(parser, DEFAULT_TABLE)
     parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
-    parser.add_argument("--num-workers", type=cli.positive(int, 1024), default=os.cpu_count(),
-                        help="processes (all cores)")
+    parser.add_argument("--num-workers", type=cli.num_workers, help="processes, or 0 for this one alone; default: one "
+                        f"per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
     root = data_root(args.data_dir, args.images_dir, args.labels_dir)
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)

@@ -17,6 +17,7 @@ from utils.cli import UserError, plural
 from utils.decoding import kind_of, read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
 from utils.jitter import draw_jitter
 from utils.logger import progress
+from utils.workers import do_jobs
 
 from .folders import (
     check_folder,
@@ -33,7 +34,7 @@ from .folders import (
 )
 from .labels import IGNORE_INDEX, ClassTable
 from .reading import DecodedCache
-from .sampling import class_positions, do_jobs
+from .sampling import class_positions
 
 OFFICIAL_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
 IMAGE_ENDING = "_leftImg8bit.png"

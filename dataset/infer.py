@@ -16,6 +16,7 @@ from utils import checkpoint
 from utils.cli import UserError, plural
 from utils.decoding import read_file, read_ids
 from utils.logger import progress
+from utils.workers import do_jobs
 
 from .labels import (
     COLUMNS,
@@ -27,7 +28,6 @@ from .labels import (
     distinct_color,
     ids_in_channels,
 )
-from .sampling import do_jobs
 
 ASSUMED = "the assumed class table"
 IGNORED = (-1, IGNORE_INDEX)        # values that mean "ignore" where nothing else is said

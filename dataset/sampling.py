@@ -12,14 +12,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from utils import checkpoint, cli
+from utils import checkpoint
 from utils.logger import progress
+from utils.workers import Loader, do_jobs
 
 from .reading import stamp
-from .transforms import one_thread
 
 POSITIONS = 16      # pixels of a class that the class index keeps of an image
 
@@ -138,8 +137,8 @@ def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_
 
 
 def make_loader(dataset: Dataset, *, start: int, stop: int, batch_size: int, parts: int = 1, rank: int = 0,
-                world: int = 1, workers: int = 0, pin_memory: bool = False, **sampling) -> DataLoader:
-    """The batches of the steps from `start` to `stop` - 1, or their parts: a DataLoader.
+                world: int = 1, workers: int = 0, pin_memory: bool = False, **sampling) -> Loader:
+    """The batches of the steps from `start` to `stop` - 1, or their parts.
 
     Args:
         batch_size: images a step, over all processes.
@@ -152,15 +151,7 @@ def make_loader(dataset: Dataset, *, start: int, stop: int, batch_size: int, par
     part = batch_size // parts
     sampler = make_sampler(dataset, start=start * batch_size, stop=stop * batch_size, batch_size=part, rank=rank,
                            world=world, **sampling)
-    return DataLoader(dataset, part // world, sampler=sampler, num_workers=workers, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None, worker_init_fn=start_worker,
-                      generator=torch.Generator())      # its own: dropout goes on with what was resumed
-
-
-def start_worker(worker):
-    """A process that reads samples: it leaves signals to the parent, and other cores to other workers."""
-    cli.leave_signals_to_the_parent(worker)
-    one_thread()
+    return Loader(dataset, part // world, sampler=sampler, workers=workers, prefetch=4, pin_memory=pin_memory)
 
 
 def class_positions(train_ids, seed, ignore_index=255):
@@ -214,22 +205,3 @@ def _read_index(path):
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile):
         return None
     return index if index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == 4 else None
-
-
-class Jobs(Dataset):
-    """A function over indices as a data set, so that a DataLoader's workers call it."""
-
-    def __init__(self, function, indices):
-        self.function, self.indices = function, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, number):
-        return self.function(self.indices[number])
-
-
-def do_jobs(function, indices, workers):
-    """What a function makes of each index, in order, by so many worker processes: a DataLoader."""
-    # With a generator of its own: what is random elsewhere must not depend on whether this had to be done.
-    return DataLoader(Jobs(function, indices), None, num_workers=workers, generator=torch.Generator())

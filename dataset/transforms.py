@@ -133,8 +133,3 @@ def warp(image, label, size, scale, top, left, mirrored, ignore_index):
 
 
 train_transform = TrainTransform        # the name for callers, to whom it is a function
-
-
-def one_thread():
-    """Let OpenCV use no threads of its own: there is a worker process for each core already."""
-    cv2.setNumThreads(0)

@@ -6,9 +6,9 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.logger import progress
+from utils.workers import do_jobs
 
 from .labels import CITYSCAPES
-from .sampling import do_jobs
 from .text import read_csv
 
 # name,weight: as published with OCNet, HRNet and many after them; their origin is 1 / log of the pixel counts.

@@ -14,10 +14,11 @@ from torch.utils.data import ConcatDataset, DataLoader
 from dataset.check import find_pairs
 from dataset.cityscapes import CityscapesDataset
 from dataset.images import ImageFiles, find_images, images_of_split
-from dataset.sampling import ClassSampler, EpochSampler, Jobs, WeightedSampler, start_worker
+from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler
 from dataset.transforms import train_transform
 from tests.conftest import finish, start
 from utils.cli import UserError, sentence
+from utils.workers import Jobs, Loader
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
 
@@ -141,8 +142,7 @@ def test_everything_crosses_to_workers_that_inherit_nothing(streets, tmp_path):
                                 jitter=(0.4, 0.4, 0.4, 0.1))
     everything = ConcatDataset([ImageFiles([streets / "gone.png", dataset.pairs[0][0]]), Jobs(dataset.positions, [3]),
                                 Jobs(dataset.decode_pair, [5]), dataset])
-    items = list(DataLoader(everything, None, num_workers=1, multiprocessing_context="spawn",
-                            worker_init_fn=start_worker))
+    items = list(Loader(everything, workers=1, multiprocessing_context="spawn"))
     assert "gone.png: expected an image" in items[0]["error"]
     assert np.array_equal(items[1]["image"].permute(1, 2, 0), np.asarray(Image.open(dataset.pairs[0][0])))
     assert list(map(tuple, items[2])) == dataset.positions(3) and items[3] == 5

@@ -18,6 +18,8 @@ import traceback
 
 import torch.distributed as dist
 
+from .limits import MORE_SHARED_MEMORY, shared_memory
+
 # Signals that ask a run to end: from Ctrl-C, a supervisor, a terminal that closes (Windows has none for this).
 ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -101,8 +103,10 @@ def _account(error):
         return 128 + getattr(error, "number", signal.SIGINT), ""
     text = str(error)
     if DEAD_WORKER in text:
+        memory = shared_memory()
         return 2, ("error: a process that reads samples died, often of too little memory: expected all --num-workers "
-                   f"to live, found: {text.splitlines()[0]}; fewer workers need less, and with 0 the error shows here")
+                   f"to live, found: {text.splitlines()[0].strip(' .')}{memory and f', and {memory}'}; fewer workers "
+                   f"need less, and with 0 the error shows here; {MORE_SHARED_MEMORY}")
     if _among_processes() and isinstance(error, RuntimeError) and (lost := LOST_PEER.search(text)):
         return 1, f"another process of this run has ended; its own message says why ({lost[0]})"
     return 1, traceback.format_exc().rstrip()

@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 
 from .cli import UserError, deaf_for_a_second, first_words, give_up_after, plural
 from .driver import lacks_kernels, unusable_gpu
+from .limits import available_cores
 from .precision import PRECISIONS, best_precision, exact_float32
 from .replicas import DataParallel, Replicas, ThreadReplicas, current_replica, run_replicas  # noqa: F401
 from .versions import keeping_buffers
@@ -284,10 +285,11 @@ def share_cores(devices, workers=None):
     """
     place = launched()
     local = 1 if place is None else place.local_size
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     share = max(1, cores // local)
     on_cpu = devices[0].type == "cpu"
-    if on_cpu and local > 1:        # torchrun itself allows one thread, whatever there is
+    # torchrun itself allows one thread, whatever there is; and PyTorch does not know a container's limit.
+    if on_cpu and (local > 1 or torch.get_num_threads() > share and "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(share)
     if workers is None:
         workers = min(2, share) if on_cpu else max(1, min(8 * len(devices), share - len(devices)))

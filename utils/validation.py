@@ -5,14 +5,14 @@ import itertools
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
-from . import checkpoint, cli, visualize
+from . import checkpoint, visualize
 from .cli import UserError
 from .distributed import from_all, share_items
 from .inference import SlidingPredictor, score
 from .logger import METRICS, QUICK, progress, read_lines
 from .upsampling import upsample
+from .workers import Loader
 
 
 class QuickValidation:
@@ -31,8 +31,7 @@ class QuickValidation:
 
     def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, folder, read):
         self.engine, self.classes, self.log, self.ignore_index = engine, dataset.classes, log, ignore_index
-        self.loader = DataLoader(share_items(dataset, engine.processes), batch_size=None, num_workers=workers,
-                                 worker_init_fn=cli.leave_signals_to_the_parent)
+        self.loader = Loader(share_items(dataset, engine.processes), workers=workers)
         # Not the network itself: compiled code would be compiled anew for every size of image.
         self.predictor = SlidingPredictor(engine.scored_network.forward, None, normalization=normalization,
                                           device=engine.devices[0], autocast=engine.precision.autocast)

@@ -12,8 +12,7 @@ to tell what something is. The same seed gives the same files, byte for byte.
     scene.py        what stands where: `draw_scene`
 """
 
-import os
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image
 
 from utils import cli
 from utils.logger import progress
+from utils.workers import MOST_WORKERS, do_jobs
 
 from ..labels import ClassTable
 from .scene import draw_scene
@@ -30,8 +30,9 @@ __all__ = ["draw_scene", "main", "write_dataset", "write_scene"]
 CITY = "drawn"      # the folder of the files, as of a Cityscapes city
 
 
-def write_scene(out, split, index, size, seed):
-    """Draw scene `index` of a split and write its four files below `out`; size is (height, width)."""
+def write_scene(scene, out, size, seed):
+    """Draw a scene, (split, index), and write its four files below `out`; size is (height, width)."""
+    split, index = scene
     image, ids, instances = draw_scene(*size, seed, split, index)
     table = np.zeros((256, 4), np.uint8)
     for row in ClassTable.read().rows:
@@ -49,17 +50,16 @@ def write_scene(out, split, index, size, seed):
 def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None):
     """Draw a data set below the folder `out`. Raises `UserError` if images lie there already.
 
-    train, val: scenes of each split; size: (height, width), pixels; workers: processes, None for one a core.
+    train, val: scenes of each split; size: (height, width), pixels; workers: processes, as in `do_jobs`.
     """
     out = Path(out)
     existing = next((out / "leftImg8bit").glob("*/*/*.png"), None)
     if existing:
         raise cli.UserError(f"{out}: expected a folder without images, found {existing}")
-    jobs = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        tasks = [pool.submit(write_scene, out, split, index, size, seed) for split, index in jobs]
-        for task in progress(tasks, f"drawing {out}", "scene"):
-            task.result()
+    scenes = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
+    for _ in progress(do_jobs(partial(write_scene, out=out, size=size, seed=seed), scenes, workers), f"drawing {out}",
+                      "scene"):
+        pass
 
 
 def main():
@@ -70,6 +70,8 @@ def main():
     parser.add_argument("--val", type=cli.not_negative(int, 999999), default=50, help="validation scenes (50)")
     parser.add_argument("--size", type=cli.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
     parser.add_argument("--seed", type=cli.random_seed, default=0, help="other seeds draw other streets (0)")
+    parser.add_argument("--num-workers", type=cli.num_workers, help="processes, or 0 for this one alone; default: one "
+                        f"per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
-    write_dataset(args.out, args.train, args.val, args.size, args.seed)
+    write_dataset(args.out, args.train, args.val, args.size, args.seed, args.num_workers)
     print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.size[1]}×{args.size[0]}")

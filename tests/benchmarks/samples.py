@@ -23,9 +23,10 @@ from PIL import Image
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
 from dataset.streets import write_dataset
-from dataset.transforms import one_thread, train_transform
+from dataset.transforms import train_transform
 from utils import cli
 from utils.decoding import read_ids, read_image
+from utils.workers import one_thread
 
 SIZE = (769, 769)
 

@@ -65,6 +65,7 @@ from utils.run import Run
 from utils.snapshot import Config
 from utils.trackers import SERVICES, check_packages
 from utils.validation import QuickValidation, draw_curves, draw_panel
+from utils.versions import cpu_computes_in_bf16
 
 
 def get_parser():
@@ -269,19 +270,19 @@ def main(argv=None):
         start_processes(len(devices), argv)
     processes = join_processes(devices[0])
     speak_for_all(processes)
-    snapshot, weights = find_start(
+    start = list(find_start(
         resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
-        pretrained=args.pretrained, backbone=args.backbone, processes=processes)
-    args.amp = args.amp or default_precision(devices, processes, snapshot)
-    args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
+        pretrained=args.pretrained, backbone=args.backbone, processes=processes))
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)
+    args.amp = args.amp or default_precision(devices, processes, start[0])
+    args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
     if args.norm == "inplace_abn":
         backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     checkpoint.seed_generators(args.random_seed)
     dataset, validation = make_data(args, root, classes, processes, workers)
     stopped = memory.catch_out_of_memory(
-        lambda: perform(assemble(args, devices, processes, dataset, validation, workers, snapshot, weights)),
+        lambda: perform(assemble(args, devices, processes, dataset, validation, workers, start)),
         lambda found: memory.out_of_memory_error(
             found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
             amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
@@ -294,7 +295,8 @@ def main(argv=None):
 def default_precision(devices, processes, snapshot):
     """The --amp of a run that leaves it open. snapshot: from which it goes on, or None."""
     before = None if snapshot is None else snapshot.config.arguments.get("amp")
-    if devices[0].type == "cpu" and before in ("off", "bf16"):      # to the bit, however the CPU is timed today
+    able = before == "off" or before == "bf16" and cpu_computes_in_bf16()
+    if devices[0].type == "cpu" and able:       # to the bit, however the CPU is timed today
         print(f"--amp {before}: that of the snapshot")
         return before
     amp = shared_precision(devices, processes)
@@ -333,9 +335,11 @@ def infer_classes(args, root, workers):
                                os.path.join(args.snapshot_dir, "classes.csv"))
 
 
-def assemble(args, devices, processes, dataset, validation, workers, found, weights):
-    """What the flags describe, as a `Run`; validation: the images of `--val-every`, or None; found, weights: of
-    `find_start`. Nothing below knows flags."""
+def assemble(args, devices, processes, dataset, validation, workers, start):
+    """What the flags describe, as a `Run`; validation: the images of `--val-every`, or None; start: what `find_start`
+    gave, as a list, which is emptied so that its memory is free for training. Nothing below knows flags."""
+    found, weights = start
+    start.clear()
     config = make_config(args, dataset, found, weights)
     dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
     network, account = make_network(args, config, devices, processes, found, weights)

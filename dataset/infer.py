@@ -142,8 +142,10 @@ def _read_values(maps, values):
         ignored += [_row("ignored too", -1, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] * (-1 in values)
         table = _table([_row(f"class {value}", value, place, distinct_color(value)) for place, value in enumerate(
             classes)] + ignored)
-    return table, *(_doubt_greys(maps, values, table) or _doubt_gaps(maps, values, table)
-                    or _doubt_masks(maps, values) or ("", ""))
+    doubt = _doubt_greys(maps, values, table) or _doubt_gaps(maps, values, table)
+    if not doubt and (masks := _doubt_masks(maps, values)):
+        return None, *masks     # a table to begin with would hold one of the readings
+    return table, *(doubt or ("", ""))
 
 
 def _doubt_greys(maps, values, table):

@@ -69,7 +69,9 @@ class PolySchedule:
 
 def average_of_weights(network):
     """A copy of the network, for `update_average`."""
-    return copy.deepcopy(network).requires_grad_(False)
+    average = copy.deepcopy(network).requires_grad_(False)
+    average.__dict__.pop("forward", None)       # a wrapper of others, such as apex, would call the original's
+    return average
 
 
 @torch.no_grad()

@@ -121,6 +121,9 @@ class Precision:
 
     def load_state_dict(self, state):
         """What `state_dict` gave; of another kind of scaling, nothing, so that the scale starts anew."""
+        fixed = {"loss_scaler0": {"loss_scale": 1.0, "unskipped": 0}}      # of O0, which names it as O1 does
+        if self.apex is not None and (not self.casts or state == fixed):
+            return
         if state and state.keys() == self.state_dict().keys():
             (self.scaler if self.apex is None else self.apex).load_state_dict(state)
 

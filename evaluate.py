@@ -43,6 +43,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":      # before anything is imported that may be missing
+    from utils import environment
+    environment.check_packages()
+
 import numpy as np
 import torch
 

@@ -17,6 +17,10 @@ import argparse
 import os
 import time
 
+if __name__ == "__main__":      # before anything is imported that may be missing
+    from utils import environment
+    environment.check_packages()
+
 import torch
 
 from dataset import folders

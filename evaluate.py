@@ -44,10 +44,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
+if __name__ == "__main__":      # before anything is imported that may be missing
+    from utils import environment
+    environment.check_packages()
+
 import numpy as np
 import torch
-
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root

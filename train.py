@@ -18,9 +18,12 @@ import os
 import sys
 import time
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
+if __name__ == "__main__":      # before anything is imported that may be missing
+    from utils import environment
+    environment.check_packages()
+
+import torch
 
 from dataset import folders, infer
 from dataset.cityscapes import CityscapesDataset, all_label_maps

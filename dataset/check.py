@@ -17,6 +17,10 @@ import math
 import os
 from pathlib import Path
 
+if __name__ == "__main__":      # before anything is imported that may be missing
+    from utils import environment
+    environment.check_packages()
+
 import cv2
 import numpy as np
 from PIL import Image

@@ -380,6 +380,16 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
     assert "--no-channels-last: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", ["/opt/env/lib/python3.11/site-packages/ipykernel_launcher.py", "", "-c"])
+def test_a_notebook_starts_no_processes_of_its_kernel(script):
+    code = (f"import sys; sys.argv = [{script!r}, '-f', 'kernel.json']\nfrom utils import distributed\n"
+            "distributed.start_processes(2, ['--data-dir', 'x'])\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --gpu: ")
+    assert "notebook" in done.stderr and "!python train.py" in done.stderr and "--gpu 0" in done.stderr
+
+
 class Another(Processes):
     """Stands in for a second process, which says this of itself."""
 

@@ -1,5 +1,6 @@
 """Which Python the scripts take, and what they say where none can be made."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,43 @@ def test_what_is_missing_is_named(tmp_path):
     lacking = environment.missing([tmp_path / "file.txt"])
     assert len(lacking) == 2 and lacking[0] == "no-such-package>=2"
     assert lacking[1].startswith("numpy>=1.0,<1.1 (found ")
+
+
+def without(folder, module, error):
+    """Words of the environment in which a module cannot be imported: `error` is raised instead."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nclass Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n            raise {error}\nsys.meta_path.insert(0, Finder())\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+LIBGL = "libGL.so.1: cannot open shared object file: No such file or directory"      # what python:3.11-slim says
+
+
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["-m", "dataset.check", "x"],
+                                   ["utils/environment.py", "--missing", "requirements.txt"],
+                                   ["utils/environment.py", "requirements.txt"]])
+def test_opencv_that_lacks_a_library_is_a_sentence(tmp_path, words):
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                          env=without(tmp_path / "lacks", "cv2", f"ImportError({LIBGL!r})"))
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: expected the package opencv-python, ") and f"found {LIBGL}; " in done.stderr
+    assert "pip install opencv-python-headless" in done.stderr and "apt install libgl1" in done.stderr
+
+
+@pytest.mark.parametrize("package, module", [("tensorboardX", "tensorboardX"), ("Jinja2", "jinja2")])
+def test_a_package_that_is_missing_is_a_sentence(tmp_path, package, module):
+    done = subprocess.run([sys.executable, "evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env=without(tmp_path / "lacks", module, f"ModuleNotFoundError('No module named {module}')"))
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: expected the package {package}, ")
+    assert f"-m pip install -r {ROOT / 'requirements.txt'}" in done.stderr
+
+
+def test_every_required_package_is_looked_for():
+    names = {name for name, _ in environment.requirements([ROOT / "requirements.txt"])}
+    assert names == environment.MODULES.keys() | environment.LATER.keys()
 
 
 def test_a_python_that_is_too_old_is_missing_something(monkeypatch):

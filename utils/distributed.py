@@ -256,6 +256,11 @@ def start_processes(count, argv=None):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if _is_interactive():
+        print(f"error: --gpu: expected one GPU in a notebook or an interactive session, where there is no script to "
+              f"start a process for each, found {count}; --gpu 0 takes one, and !python train.py (or evaluate.py) with "
+              "the same flags takes all", file=sys.stderr)
+        sys.exit(2)
     _warn_of_tasks()
     words = sys.argv[1:] if argv is None else argv
     # The processes report their own errors; the launcher's long report of a failure would hide them.
@@ -274,6 +279,13 @@ def start_processes(count, argv=None):
     except api.SignalException as error:
         sys.exit(128 + error.sigval)    # the processes were told, have saved and ended
     sys.exit(0)
+
+
+def _is_interactive():
+    """Whether a notebook or an interactive Python is at work, and not a script (also by IPython's %run)."""
+    script = sys.argv[0]
+    return not hasattr(sys.modules["__main__"], "__file__") and (
+        "IPython" in sys.modules or script.endswith("kernel_launcher.py") or not os.path.isfile(script))
 
 
 def share_cores(devices, workers=None):

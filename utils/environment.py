@@ -3,18 +3,26 @@
     python utils/environment.py FILE...                 prints the Python to use: .venv, or this one as it is,
                                                         or a .venv made for it
     python utils/environment.py --lowest FILE...        prints the requirements with their lowest versions
-    python utils/environment.py --missing FILE...       status 1 and a line if this Python lacks something
+    python utils/environment.py --missing FILE...       a status that is not 0, and a line, if this Python lacks
+                                                        something or cannot import it
 """
 
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
-VENV = Path(__file__).resolve().parents[1] / ".venv"
+PROJECT = Path(__file__).resolve().parents[1]
+VENV = PROJECT / ".venv"
 OLDEST = (3, 10)        # Python; this file is read by older ones
 SAME = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")}
+# Modules of the packages in requirements.txt: those that every command imports, and those imported where they are used.
+MODULES = {"numpy": "numpy", "opencv-python": "cv2", "Pillow": "PIL", "tensorboardX": "tensorboardX", "tqdm": "tqdm",
+           "torch": "torch"}
+LATER = {"torchvision": "torchvision", "matplotlib": "matplotlib", "Jinja2": "jinja2"}
 # What pip says, and what it comes down to.
 CAUSES = (
     (r"No space left|Disk quota", "a full disk"),
@@ -51,6 +59,34 @@ def installed(name):
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def import_error(name):
+    """Why the module of a package cannot be imported, in a line; None where it can, or is not ours."""
+    try:
+        if name in LATER and importlib.util.find_spec(LATER[name]) is None:
+            return f"No module named {LATER[name]!r}"
+        if name in MODULES:
+            importlib.import_module(MODULES[name])
+    except Exception as error:      # of many kinds, where libraries are missing or do not fit
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def remedy(name, reason):
+    """What makes a package usable that fails for this reason."""
+    if name == "opencv-python" and "No module named 'cv2'" not in reason:
+        return ("pip uninstall opencv-python, then pip install opencv-python-headless, which needs no library of the "
+                "system's; or, on Debian, apt install libgl1 libglib2.0-0")
+    return f"{sys.executable} -m pip install -r {PROJECT / 'requirements.txt'}"
+
+
+def check_packages(names=(*MODULES, *LATER)):
+    """End this process with a sentence where a package of these is missing or cannot be loaded."""
+    for name in names:
+        reason = import_error(name)
+        if reason:
+            fail(f"the package {name}, ready to be imported", f"{reason}; {remedy(name, reason)}")
 
 
 def missing(files):
@@ -91,6 +127,8 @@ def make(files, venv=VENV):
     if done.returncode:
         fail(f"to install {', '.join(map(str, files))} into {venv}", cause(done.stderr) or "an error of pip",
              done.stderr.strip())
+    if subprocess.run([python, __file__, "--missing", *files], stdout=subprocess.DEVNULL).returncode:
+        sys.exit(2)     # it has said why
     return python
 
 
@@ -106,16 +144,21 @@ def choose(files):
         return python
     lacking = missing(files)
     if not lacking:
+        check_packages()        # another environment would lack the same libraries of the system
         return sys.executable
     print(f"{sys.executable} lacks {', '.join(lacking)}", file=sys.stderr)
     return make(files)
 
 
 def main(words):
+    sys.path[0] = str(PROJECT)      # not utils/, whose modules have names that others have too
     if words[0] == "--lowest":
         print("\n".join(f"{name}=={bounds[0][1]}" for name, bounds in requirements(words[1:])))
     elif words[0] == "--missing":
-        sys.exit(", ".join(missing(words[1:])) or 0)
+        lacking = missing(words[1:])
+        if not lacking:
+            check_packages([name for name, _ in requirements(words[1:])])
+        sys.exit(", ".join(lacking) or 0)
     else:
         print(choose(words))
 

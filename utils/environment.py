@@ -22,7 +22,7 @@ SAME = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python", "op
 # Modules of the packages in requirements.txt: those that every command imports, and those imported where they are used.
 MODULES = {"numpy": "numpy", "opencv-python": "cv2", "Pillow": "PIL", "tensorboardX": "tensorboardX", "tqdm": "tqdm",
            "torch": "torch"}
-LATER = {"torchvision": "torchvision", "matplotlib": "matplotlib", "Jinja2": "jinja2"}
+LATER = {"torchvision": "torchvision", "matplotlib": "matplotlib", "Jinja2": "jinja2", "tifffile": "tifffile"}
 # What pip says, and what it comes down to.
 CAUSES = (
     (r"No space left|Disk quota", "a full disk"),

@@ -246,9 +246,15 @@ def decomposed(name):
 
 
 def refuse_dead_link(path):
-    """Raise `UserError` where a path is a link that leads nowhere."""
-    if os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist")
+    """Raise `UserError` where a path is a link that leads nowhere; circles of links are no files, and are left out."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise UserError(f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist"
+                            ) from None
+    except OSError:
+        pass
 
 
 def name_left_out(place, paths, why="not images that can be read"):

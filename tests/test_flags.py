@@ -196,7 +196,7 @@ def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
         return "exported"
     monkeypatch.setattr(SlidingPredictor, "_forward", noted)
     monkeypatch.setattr(evaluate, "export_snapshot", exported)
-    monkeypatch.setattr(evaluate, "DataLoader", loader)
+    monkeypatch.setattr(evaluate, "Loader", loader)
     for picture in ("confusion_picture", "iou_chart"):
         monkeypatch.setattr(visualize, picture, lambda *args: None)
     monkeypatch.setattr(report, "reliability_chart", lambda *args: b"")

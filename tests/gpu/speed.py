@@ -13,11 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.cityscapes import CityscapesDataset
-from dataset.sampling import EpochSampler, start_worker
+from dataset.sampling import EpochSampler
 from dataset.streets import write_dataset
 from dataset.transforms import train_transform
 from libs import backend
@@ -28,6 +27,7 @@ from utils.engine import compile_network
 from utils.inference import SlidingPredictor, score
 from utils.precision import AUTOCAST
 from utils.timing import finished, median_ms
+from utils.workers import Loader
 
 from .evaluation import make_image, make_network
 from .rows import near
@@ -288,8 +288,8 @@ def loader_section(rows, device, size=(1024, 2048), crop=(769, 769), images=16, 
             if cache:
                 dataset.fill_cache(workers)
             sampler = EpochSampler(len(dataset), 0, 0, batch * batches, batch)
-            loader = DataLoader(dataset, batch, sampler=sampler, num_workers=workers, prefetch_factor=4,
-                                pin_memory=device.type == "cuda", worker_init_fn=start_worker)
+            loader = Loader(dataset, batch, sampler=sampler, workers=workers, prefetch=4,
+                            pin_memory=device.type == "cuda")
             rows.figure(f"samples, {name}", samples_a_second, loader, batch)
 
 

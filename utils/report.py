@@ -107,6 +107,7 @@ def write_report(path, result, matrix, classes, palette, entries):
 
     matrix = np.asarray(matrix, float)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    reliability = reliability_chart(result["calibration"])
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     columns, bounded = (dict(reversed(some(result).items()))        # the headline first, for narrow screens
@@ -117,7 +118,7 @@ def write_report(path, result, matrix, classes, palette, entries):
         rows=[(name, [column["class_iou"][name] for column in columns.values()]) for name in classes],
         bounded=bounded,
         boundary_rows=[(name, [column["class_boundary_f"][name] for column in bounded.values()]) for name in classes],
-        void=bool(matrix[:, -1].any()), reliability=_data_url("PNG", reliability_chart(result["calibration"])))
+        void=bool(matrix[:, -1].any()), reliability=reliability and _data_url("PNG", reliability))
     content = page.encode(errors="backslashreplace")        # names of files may be any bytes
     checkpoint.write_atomically(path, lambda file: file.write(content))
 

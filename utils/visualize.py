@@ -1,12 +1,17 @@
 """Pictures for people: overlays, panels, charts. Files are written whole or not at all."""
 
+import contextlib
+import functools
 import io
 import math
+import os
+import sys
 
 import numpy as np
 from PIL import Image
 
 from . import checkpoint
+from .cli import UserError, first_words
 
 COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")     # of lines
 
@@ -53,13 +58,48 @@ def _write(path, save):
     checkpoint.write_atomically(path, lambda target: target.write(file.getbuffer()))
 
 
+@contextlib.contextmanager
+def _default_settings():
+    """Draw as matplotlib does by itself, whatever the user's files and variables say of backends, LaTeX and styles.
+    Afterwards they hold again."""
+    # matplotlib cannot be imported where this names a backend of another environment, such as a notebook's.
+    fresh, backend = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib  # not before: training does without
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if fresh and backend:
+        with contextlib.suppress(ValueError):       # for what the user draws, as the import would have set it
+            matplotlib.rcParams["backend"] = backend
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context(defaults):
+        yield
+
+
+def chart(draw):
+    """Decorate a function that draws with matplotlib: it does not depend on the user's settings, and what it cannot
+    draw is missing, in a line: scores and weights are what counts. A full disk still raises `UserError`."""
+    @functools.wraps(draw)
+    def wrapper(*args, **options):
+        try:
+            with _default_settings():
+                return draw(*args, **options)
+        except UserError:
+            raise
+        except Exception as error:
+            print(f"{draw.__name__.replace('_', ' ')}: expected to draw it, found: {first_words(error)}; it is missing",
+                  file=sys.stderr, flush=True)
+    return wrapper
+
+
 def _figure(width, height):
-    # Imported here: drawing is not needed to train, and the object interface needs no display.
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # the object interface needs no display
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
+@chart
 def confusion_picture(path, matrix, names):
     """Confusion matrix (N, N + 1), rows the truth, in per cent of each row → PNG at `path`."""
     matrix = np.asarray(matrix, float)
@@ -80,6 +120,7 @@ def confusion_picture(path, matrix, names):
     _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
+@chart
 def iou_chart(path, class_iou, palette):
     """Bars of every head's IoU by class → PNG at `path`.
 
@@ -110,8 +151,10 @@ def iou_chart(path, class_iou, palette):
     _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
+@chart
 def reliability_chart(calibration):
-    """Accuracy and share of the pixels by their confidence, a column for each head → PNG, as bytes.
+    """Accuracy and share of the pixels by their confidence, a column for each head → PNG, as bytes; None if it cannot
+    be drawn.
 
     calibration: {head: `Calibration.scores`}.
     """
@@ -142,6 +185,7 @@ def reliability_chart(calibration):
     return file.getvalue()
 
 
+@chart
 def frequency_chart(path, pixels, palette):
     """Share of each class in each split, on a logarithmic scale → PNG at `path`.
 
@@ -155,7 +199,7 @@ def frequency_chart(path, pixels, palette):
     for k, (split, values) in enumerate(splits.items()):
         shares = 100 * np.array([values[name] for name in names]) / sum(values.values())
         places = np.arange(len(names)) + (k - (len(splits) - 1) / 2) * thickness
-        axes.barh(places, shares, thickness * 0.92, label=split,
+        axes.barh(places, shares, thickness * 0.92, label=os.fsencode(split).decode(errors="replace"),
                   color=("#1f5f99", "#a9c4dd", "#d1791e", "#7a9a3a")[k % 4])
     axes.scatter(np.full(len(names), -0.02), np.arange(len(names)), marker="s", s=40, clip_on=False,
                  c=np.asarray(palette[:len(names)]) / 255, transform=axes.get_yaxis_transform())
@@ -170,6 +214,7 @@ def frequency_chart(path, pixels, palette):
     _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
+@chart
 def training_curves(path, metrics, quick):
     """Losses, learning rate and quick validation over the steps → PNG at `path`.
 
@@ -205,6 +250,7 @@ def training_curves(path, metrics, quick):
     _write(path, figure.savefig)
 
 
+@chart
 def scores_by_time(path, rows):
     """Mean IoU against the time to evaluate an image, with intervals where there are any → PNG at `path`.
 

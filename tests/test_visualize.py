@@ -1,0 +1,71 @@
+"""Charts: they depend on nobody's settings, and one that cannot be drawn stops nothing."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from utils import visualize
+from utils.cli import UserError
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from utils import visualize
+lines = [{"step": k, "loss": 3 / k, "loss_fine": 2 / k, "lr": 0.1 / k} for k in range(1, 9)]
+visualize.training_curves(Path(sys.argv[1]), lines, [])
+"""
+SETTINGS = {    # what a notebook's kernel hands on, a backend that needs a display, and what else people have
+    "inline": ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, ""), "none": ({"MPLBACKEND": "nope"}, ""),
+    "display": ({"MPLBACKEND": "TkAgg"}, ""), "latex": ({}, "text.usetex: True\nbackend: nope\n"),
+    "style": ({}, "font.size: 30\naxes.facecolor: red\nsavefig.dpi: 30\nlines.linewidth: 9\n")}
+
+
+@pytest.fixture(scope="module")
+def draw(tmp_path_factory):
+    def draw(variables, file):
+        folder = tmp_path_factory.mktemp("here")
+        (folder / "matplotlibrc").write_text(file)
+        clean = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "DISPLAY")}
+        done = subprocess.run([sys.executable, "-c", PROGRAM, "curves.png"], cwd=folder, capture_output=True, text=True,
+                              env={**clean, "PYTHONPATH": str(ROOT), **variables})
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return (folder / "curves.png").read_bytes()
+    return draw
+
+
+@pytest.fixture(scope="module")
+def plain(draw):
+    return draw({}, "")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_chart_does_not_depend_on_the_users_settings(draw, plain, name):
+    assert draw(*SETTINGS[name]) == plain
+
+
+def test_the_users_settings_hold_again_after_a_chart(tmp_path):
+    import matplotlib
+    with matplotlib.rc_context({"font.size": 30}):
+        visualize.frequency_chart(tmp_path / "a.png", {"train": {"road": 3, "car": 1}}, np.zeros((2, 3), np.uint8))
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_a_name_that_is_not_utf8_is_drawn(tmp_path, capsys):
+    split = os.fsdecode(b"/data/gro\xdf")
+    visualize.frequency_chart(tmp_path / "a.png", {split: {"road": 3, "car": 1}}, np.zeros((2, 3), np.uint8))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr() == ("", "")
+
+
+def test_a_chart_that_cannot_be_drawn_is_a_line(tmp_path, monkeypatch, capsys):
+    matrix = np.eye(2, 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError):      # of the disk, as before
+        visualize.confusion_picture(tmp_path / "file/a.png", matrix, ["road", "car"])
+    monkeypatch.setattr(visualize, "_figure", lambda *size: 1 / 0)
+    visualize.confusion_picture(tmp_path / "a.png", matrix, ["road", "car"])
+    assert capsys.readouterr().err == "confusion picture: expected to draw it, found: division by zero; it is missing\n"
+    assert not (tmp_path / "a.png").exists() and visualize.reliability_chart({}) is None

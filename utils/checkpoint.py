@@ -114,10 +114,9 @@ def _plain_classes():
             "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath,
             type(pathlib.Path()).__name__: type(pathlib.Path())}
     classes = {f"{module}.{name}": kind for module in ("pathlib", "pathlib._local") for name, kind in pure.items()}
-    from numpy._core import multiarray  # here, for it is no public name, as pickles need it
-
+    scalar, reconstruct = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]    # what pickles of NumPy call
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        classes |= {f"{module}.scalar": multiarray.scalar, f"{module}._reconstruct": multiarray._reconstruct}
+        classes |= {f"{module}.scalar": scalar, f"{module}._reconstruct": reconstruct}
     kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}        # NumPy saves them by name from 1.25 on
     classes |= {f"{kind.__module__}.{kind.__name__}": kind for kind in kinds}
     return classes | {"argparse.Namespace": argparse.Namespace, "numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray,

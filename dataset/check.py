@@ -33,13 +33,16 @@ from utils.workers import MOST_WORKERS, do_jobs
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
 from .folders import (
+    DEFAULT_SPLITS,
     DEFAULT_TABLE,
+    OTHER_LAYOUTS,
     add_data_flags,
     check_folder,
     data_flag,
     data_root,
     match,
     name_loose_files,
+    pair_folders,
     read_table,
     splits_of,
 )
@@ -121,13 +124,13 @@ def find_splits(root, lists):
             name_loose_files(root, splits)
         places = [tuple(os.path.join(folder, name) for folder in root) for name in splits] or [root]
         found = {folders[0]: find_partners(folders) for folders in places}
-        expected = (f"--labels-dir {root[1]}: expected label maps of the stems that images in {root[0]} have, found "
-                    "none")
+        if not any(pairs for pairs, _ in found.values()):
+            pair_folders(root, splits or DEFAULT_SPLITS[:1])        # raises, with what helps
     else:
         check_folder(root)
         found = {split: find_pairs(Path(root), split) for split in SPLITS if Path(root, "leftImg8bit", split).is_dir()}
         expected = (f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, found "
-                    "none; --data-list FILE of \"image label\" lines reads other layouts")
+                    f"none; {OTHER_LAYOUTS}")
     if not any(pairs for pairs, _ in found.values()):
         raise UserError(expected)
     return found
@@ -227,6 +230,10 @@ def check(splits, classes, fast, workers):
             problems.append(("nothing labelled", f"{split}: expected pixels of the {classes.num_classes} classes, "
                              "found only ignored ones"))
         report[split] = summarise(split, entries, problems, classes, len(pairs))
+        absent = [name for name, pixels in report[split]["pixels"].items() if not pixels]
+        if absent and labelled and len(entries) == len(pairs):
+            report[split]["remarks"].append({"kind": "classes without pixels", "text": f"{split}: no pixels of "
+                                             + ", ".join(absent)})
     return report, facts
 
 
@@ -296,22 +303,24 @@ def begin_table(path, error):
 def main():
     parser = cli.Parser(prog="python -m dataset.check", description="Check a data set before training on it.",
                         epilog=__doc__)
-    parser.add_argument("data_dir", type=cli.path, nargs="?",
+    parser.add_argument("folder", metavar="data_dir", type=cli.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
+    parser.add_argument("--data-dir", type=cli.path, help="the same, as train.py and evaluate.py take it")
     add_data_flags(parser, DEFAULT_TABLE)
     parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
     parser.add_argument("--num-workers", type=cli.num_workers, help="processes, or 0 for this one alone; default: one "
                         f"per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
-    root = data_root(args.data_dir, args.images_dir, args.labels_dir)
+    root = data_root(args.data_dir or args.folder, args.images_dir, args.labels_dir)
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
     folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(place)}")
     try:
         classes = read_table(args.classes, args.images_dir, args.data_list)
         splits = find_splits(root, args.data_list)
         if classes is None:
-            classes = infer_classes(label_maps(splits), root, data_flag(args), args.num_workers, folder / "classes.csv")
+            classes = infer_classes(label_maps(splits), root, data_flag(args), args.num_workers, folder / "classes.csv",
+                                    skip_unreadable=True)
     except TableNeeded as error:
         begin_table(folder / "classes.csv", error)
         raise

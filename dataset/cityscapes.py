@@ -20,6 +20,8 @@ from utils.logger import progress
 from utils.workers import do_jobs
 
 from .folders import (
+    OTHER_LAYOUTS,
+    as_stored,
     check_folder,
     composed,
     decomposed,
@@ -114,7 +116,7 @@ class CityscapesDataset(Dataset):
         read = [read_pairs(self.root, one) for one in lists]
         for _, _, wrong in read:
             if wrong:
-                raise UserError(wrong[0] + f", and {plural(len(wrong) - 1, 'more line')} like it" * (len(wrong) > 1))
+                raise UserError(wrong[0] + f"; {plural(len(wrong) - 1, 'more line')} cannot be used" * (len(wrong) > 1))
         found = [pairs for pairs, _, _ in read]
         # Of each pair: "FILE, line N", which messages name, and the folder of its list.
         self.lines = [line for _, lines, _ in read for line in lines]
@@ -351,9 +353,9 @@ def _scan(root, split):
     """[(image, label map)] of a split in the folders of Cityscapes. Raises `UserError`."""
     images, labels, truth = split_files(root, split)
     if not images:
-        parent = f"--data-dir {root.parent} for this folder's parent, or " * (root.name == "leftImg8bit")
+        parent = f"--data-dir {root.parent} names this folder's parent; " * (root.name == "leftImg8bit")
         raise UserError(f"{root / 'leftImg8bit' / split}: expected <city>/*_leftImg8bit.png in it, found none; {parent}"
-                        "--data-list FILE of \"image label\" lines for other layouts")
+                        f"{OTHER_LAYOUTS}")
     for key in images:
         if key not in labels:
             raise UserError(f"{root / truth / split / key}_{truth}_labelIds.png: expected the label map of "
@@ -401,7 +403,8 @@ def _find_pair(line, *folders):
 
 def _find(name, *folders):
     """The path of a file that a list names, in the first of these folders that has it. Raises `UserError`."""
-    for folder, spelling in itertools.product(folders, dict.fromkeys((name, composed(name), decomposed(name)))):
+    forms = name, composed(name), decomposed(name)
+    for folder, spelling in itertools.product(folders, dict.fromkeys([*forms, *map(as_stored, forms)])):
         if os.path.isfile(folder / spelling):       # false, not an error, for a name too long or a loop of links
             return folder / spelling
     if "\\" in name:        # a list of Windows

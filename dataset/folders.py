@@ -6,6 +6,7 @@
 Where no stems agree, endings that all files of a folder share are left out: a.jpg and a_mask.png are a pair.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -22,6 +23,8 @@ from .labels import ClassTable
 from .text import read_text
 
 FLAGS = ("--images-dir", "--labels-dir")
+OTHER_LAYOUTS = ("--images-dir DIR --labels-dir DIR read two folders of files of the same stems, --data-list FILE of "
+                 "\"image label\" lines any other layout")
 DEFAULT_TABLE = "that of Cityscapes for its folders and file names, else by the values of the label maps"
 DEFAULT_SPLITS = ("train", "val")       # of the command lines; others were asked for
 
@@ -236,13 +239,23 @@ def _by_stem(folder, flag, folders):
 
 
 def composed(name):
-    """A name with its letters and accents composed (NFC): macOS writes them one after the other (NFD)."""
+    """A name with its letters and accents composed (NFC): macOS writes them one after the other (NFD). Bytes of UTF-8
+    that the locale's encoding does not know, as in C, are read as such."""
+    with contextlib.suppress(UnicodeError):
+        name = os.fsencode(name).decode("utf-8")
     return unicodedata.normalize("NFC", name)
 
 
 def decomposed(name):
     """A name with its letters and accents one after the other (NFD)."""
     return unicodedata.normalize("NFD", name)
+
+
+def as_stored(name):
+    """A name as this process spells a file's whose bytes are its UTF-8; in most locales the same."""
+    with contextlib.suppress(UnicodeError):
+        return os.fsdecode(name.encode("utf-8"))
+    return name
 
 
 def refuse_dead_link(path):
@@ -270,7 +283,7 @@ def name_left_out(place, paths, why="not images that can be read"):
 def name_loose_files(folders, splits):
     """Print a line about images and label maps that lie beside the folders of splits, if there are any."""
     for folder, flag in zip(folders, FLAGS, strict=True):
-        loose = [path for path in _inside(folder, flag) if path.suffix.lower() in SUFFIXES and path.is_file()]
+        loose = list(filter(_is_image, _inside(folder, flag)))
         name_left_out(f"{flag} {folder}", loose, f"they lie beside the {plural(len(splits), 'folder')} of splits "
                                                  f"({', '.join(splits)}) and belong to none")
 

@@ -30,7 +30,7 @@ from .labels import (
 )
 
 ASSUMED = "the assumed class table"
-IGNORED = (-1, IGNORE_INDEX)        # values that mean "ignore" where nothing else is said
+IGNORED = (-1, IGNORE_INDEX, 65535)     # values that mean "ignore" where nothing else is said; the last: -1 in 16 bits
 CITYSCAPES_NAME = re.compile(r"(_labelIds|_labelTrainIds|_gtFine_color|_gtCoarse_color)\.png$")
 TABLES = ("classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")     # names that class tables often have
 MANY = 100          # values of one label map: no picture shows so many classes, but soft edges and photographs do
@@ -57,7 +57,7 @@ class LabelValues:
         return self.pixels.keys() == {0, IGNORE_INDEX}
 
 
-def infer_classes(splits, root, flag, workers, target):
+def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
     """Infer the class table from the values of the label maps, and print what they hold.
 
     Args:
@@ -66,6 +66,7 @@ def infer_classes(splits, root, flag, workers, target):
         flag: with which the label maps were given, and its value; for messages.
         workers: processes that read label maps.
         target: path that the table will be written to, for messages.
+        skip_unreadable: whether to go on without label maps that cannot be read, unless all of them are such.
 
     Returns:
         That of Cityscapes if all files are named as its label maps, else one whose source is `ASSUMED`.
@@ -82,9 +83,11 @@ def infer_classes(splits, root, flag, workers, target):
     if True in named:
         print("label maps are named as those of Cityscapes, and --classes is left out: its class table is taken")
         return ClassTable.read()
-    jobs = do_jobs(count_values, [path for _, path in files], workers)
+    jobs = do_jobs(_count_if_readable if skip_unreadable else count_values, [path for _, path in files], workers)
     maps = [LabelValues(path, split, *counted) for (split, path), counted in zip(
         files, progress(jobs, "reading ids", "label map"), strict=True)]
+    maps = [one for one in maps if one.pixels] or [LabelValues(path, split, *count_values(path)) for split, path in
+                                                   files[:1]]
     values = sorted(set().union(*(one.pixels for one in maps)), key=_by_value)
     table, found, remedy = _read_values(maps, values)
     stated, complete = _table_beside(root, maps, values)
@@ -124,6 +127,14 @@ def count_values(path):
     return dict(zip(*(array.tolist() for array in np.unique(ids, return_counts=True)), strict=True)), remedy
 
 
+def _count_if_readable(path):
+    """As `count_values`, with no pixels for a file that cannot be read."""
+    try:
+        return count_values(path)
+    except UserError:
+        return {}, ""
+
+
 def _read_values(maps, values):
     """What the values of label maps mean: (class table or None, what was found if that is not clear, what helps)."""
     if any(isinstance(value, tuple) for value in values):
@@ -139,7 +150,8 @@ def _read_values(maps, values):
         inferred = classes == list(range(len(classes)))
         ignored = [_row("ignored", IGNORE_INDEX, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] * (
             inferred or IGNORE_INDEX in values)
-        ignored += [_row("ignored too", -1, IGNORE_INDEX, distinct_color(IGNORE_INDEX))] * (-1 in values)
+        ignored += [_row("ignored too", value, IGNORE_INDEX, distinct_color(IGNORE_INDEX)) for value in IGNORED if
+                    value in values and value != IGNORE_INDEX]
         table = _table([_row(f"class {value}", value, place, distinct_color(value)) for place, value in enumerate(
             classes)] + ignored)
     doubt = _doubt_greys(maps, values, table) or _doubt_gaps(maps, values, table)
@@ -178,7 +190,10 @@ def _doubt_gaps(maps, values, table):
         found += f", but only {_shown(sorted(plain.pixels))} in {plain.path}"
     if table is None:
         return f"{found})", f"save at most {UNKNOWN} ids of 0 to 65535"
-    return f"{found})", f"say what they mean by {table.as_advice()}"
+    remedy = f"say what they mean by {table.as_advice()}"
+    for value in IGNORED:
+        remedy += f"; {value} is ignored there: if it is a class, give it a train_id of its own" * (value in values)
+    return f"{found})", remedy
 
 
 def _doubt_masks(maps, values):

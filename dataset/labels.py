@@ -139,7 +139,7 @@ class ClassTable(Classes):
             values = color >> 16, color >> 8 & 255, color & 255
             shown = f"({', '.join(map(str, values))})"
             if not found:
-                remedy = ids_in_channels(colors) or self._row_remedy(f"NAME,ID,255,{','.join(map(str, values))}")
+                remedy = ids_in_channels(colors) or self._row_remedy("ID", values)
                 raise UserError(f"{name}: expected the colours of {self.source}, found {shown}; {remedy}")
             train_ids[packed == color] = self._class_of(found, shown, name)
         return train_ids
@@ -203,16 +203,16 @@ class ClassTable(Classes):
         elif unknown[-1] > 65535:
             remedy = "save ids of at most 65535"
         else:
-            remedy = self._row_remedy(f"NAME,{unknown[0]},255,0,0,0")
+            remedy = self._row_remedy(unknown[0])
         raise UserError(f"{name}: expected ids that {self.source} knows, "
                         f"found {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''}; {remedy}")
 
-    def _row_remedy(self, row):
-        """What helps against a value that the table has no row for; row: one that ignores it."""
-        if Path(self.source).is_file() and Path(self.source).parent != CITYSCAPES.parent:
-            return f"add a row for each of these, such as {row} (train_id 255 ignores it)"
-        return (f"--classes FILE.csv takes a table of your own, with a row for each of these, such as {row} "
-                "(train_id 255 ignores it)")
+    def _row_remedy(self, number, color=("RED", "GREEN", "BLUE")):
+        """What helps against a value that the table has no row for: its id and color, as far as they are known."""
+        own = Path(self.source).is_file() and Path(self.source).parent != CITYSCAPES.parent
+        place = "add" if own else "--classes FILE.csv takes a table of your own, with"
+        return (f"{place} a row for each of these: NAME,{number},TRAIN_ID,{','.join(map(str, color))}, where the "
+                f"TRAIN_ID {self.num_classes} makes a class of it and 255 ignores it")
 
     @property
     def _is_cityscapes(self):

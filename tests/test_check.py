@@ -11,6 +11,7 @@ from PIL import Image
 from dataset.check import main
 from dataset.cityscapes import CityscapesDataset
 from tests.conftest import finish, start
+from tests.test_folders import make, words
 from utils.cli import UserError
 
 
@@ -103,6 +104,32 @@ def test_what_cannot_be_checked_is_a_sentence_and_leaves_no_folder(tmp_path, wor
     with pytest.raises(UserError, match="expected"):
         main()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_label_maps_that_cannot_be_read_are_listed_where_others_tell_the_classes(tmp_path):
+    make(tmp_path, "a", "b", "c", values=(0, 1, 2), suffixes=(".png",))
+    Image.new("L", (48, 40)).save(tmp_path / "labels/c.png")
+    (tmp_path / "labels/b.png").write_text("none")
+    for name in ("ab", "c"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"images/{stem}.png labels/{stem}.png\n" for stem in name))
+    lists = ("--data-list", tmp_path / "ab.txt", tmp_path / "c.txt")
+    status, out, error = check("--data-dir", tmp_path, *lists, "--output-dir", tmp_path / "r")
+    assert status == 1 and "WRONG, label map: 1" in out and "found a file that is none" in out, out + error
+    assert f"NOTE, classes without pixels: 1\n    {tmp_path / 'c.txt'}: no pixels of class 1, class 2\n" in out
+    (tmp_path / "labels/a.png").write_text("none")
+    shutil.copy(tmp_path / "labels/a.png", tmp_path / "labels/c.png")
+    status, _, error = check(tmp_path, *lists, "--output-dir", tmp_path / "s")
+    assert status == 2 and error.count("\n") == 1 and "expected an image, found a file that is none" in error
+
+
+def test_two_folders_without_pairs_are_told_of_the_list(tmp_path):
+    folders = make(tmp_path, "train/img_0", "val/img_1", suffixes=(".png",))
+    for split, number in (("train", 0), ("val", 1)):
+        (tmp_path / f"labels/{split}/img_{number}.png").rename(tmp_path / f"labels/{split}/label_{number}.png")
+    status, _, error = check(*words(folders))
+    assert status == 2 and "such as \"images/train/img_0.png labels/train/label_0.png\"" in error
+    status, _, error = check(tmp_path)
+    assert status == 2 and "--images-dir DIR --labels-dir DIR read two folders" in error
 
 
 def test_a_folder_without_data_is_a_sentence(tmp_path):

@@ -222,6 +222,21 @@ def test_scripts_find_their_packages_without_the_path_of_the_script(script, tmp_
     assert done.returncode == 0 and "--restore-from" in done.stdout, done.stderr
 
 
+def test_warnings_about_data_are_sentences_and_those_of_others_keep_their_place(tmp_path):
+    (tmp_path / "other.py").write_text("import warnings\nwarnings.warn('of others')\n")
+    (tmp_path / "l.txt").write_text("a\\b.png c.png\n")
+    for name in ("a/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code = ("import sys; from utils import cli; from dataset.cityscapes import all_label_maps\n"
+            "def main():\n    all_label_maps('.', ['l.txt']); sys.path.append('.'); import other\ncli.run(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stderr.splitlines() == [
+        "warning: l.txt: backslashes in its paths are read as slashes",
+        f"{tmp_path / 'other.py'}:2: UserWarning: of others", "  warnings.warn('of others')"]
+
+
 def test_one_number_is_both_sides():
     assert cli.size("769") == (769, 769) == cli.size("769,769") and cli.size("256x512") == (256, 512)
 

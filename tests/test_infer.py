@@ -268,6 +268,14 @@ def test_every_split_counts_and_stray_folders_do_not(tmp_path):
     assert len(dataset) == 2 and dataset.classes.num_classes == 3
 
 
+def test_minus_one_of_16_bits_is_ignored(tmp_path, capsys):
+    folders = make(tmp_path, "a", "b", values=(0, 1))
+    Image.fromarray(np.full((40, 48), 65535, np.uint16)).save(tmp_path / "labels/b.png")
+    classes = infer(folders)
+    assert [label.min() for label in read_all(folders, classes)] == [0, 255] and classes.num_classes == 2
+    assert "  ignored too (65535): 50 % of pixels in 1 of 2 files" in capsys.readouterr().out
+
+
 def test_colours_are_those_of_pascal_voc():
     assert [distinct_color(one) for one in (0, 1, 2, 3, 8, 15, 20, 255)] == [
         (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (64, 0, 0), (192, 128, 128), (0, 64, 128), (224, 224, 192)]

@@ -82,13 +82,15 @@ def test_unknown_values_are_named():
 
 @pytest.mark.parametrize("values", [(0, 1, 2), (1, 33), (0, 7)])
 def test_a_value_without_a_row_is_given_one(table, tmp_path, values):
-    """Values of anybody's, small as ids of Cityscapes are: the row in the sentence helps."""
+    """Values of anybody's, small as ids of Cityscapes are: the row in the sentence helps to learn or to ignore them."""
     text = "name,id,train_id,red,green,blue\na,0,0,1,1,1\nb,1,1,2,2,2\n"
     with pytest.raises(UserError) as caught:
         table(text).encode(np.array([values]), "map.png")
     assert "Cityscapes" not in str(caught.value)
-    row = re.search(r"add a row for each of these, such as (NAME,\S+) ", str(caught.value))[1]
-    assert table(f"{text}{row}\n").encode(np.array([values]))[0, -1] == 255
+    row, train_ids = re.search(r"add a row for each of these: (NAME,\S+), where the (.*)", str(caught.value)).groups()
+    for train_id in re.search(r"TRAIN_ID (\d+) makes a class of it and (\d+) ignores it", train_ids).groups():
+        line = row.replace("TRAIN_ID", train_id).replace("RED,GREEN,BLUE", "9,9,9")
+        assert table(f"{text}{line}\n").encode(np.array([values]))[0, -1] == int(train_id)
 
 
 def test_train_ids_that_are_left_empty_are_numbered(table):

@@ -15,10 +15,15 @@ import sys
 import threading
 import time
 import traceback
+import warnings
+from pathlib import Path
 
 import torch.distributed as dist
 
 from .limits import MORE_SHARED_MEMORY, shared_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+_format_warning = warnings.formatwarning
 
 # Signals that ask a run to end: from Ctrl-C, a supervisor, a terminal that closes (Windows has none for this).
 ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -78,6 +83,7 @@ def run(main):
     others would have to agree to; those that lose it end too, and say so.
     """
     _keep_output_from_failing()
+    warnings.formatwarning = _own_as_sentences
     if "LOCAL_RANK" in os.environ and hasattr(signal, "setitimer"):
         signal.signal(signal.SIGTERM, _end_after_last_words)
     try:
@@ -93,6 +99,13 @@ def run(main):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _own_as_sentences(message, category, filename, *place):
+    """Format a warning: of this project, which is about the user's data, without the line of code that gave it."""
+    if Path(filename).parent.parent == ROOT:
+        return f"warning: {message}\n"
+    return _format_warning(message, category, filename, *place)
 
 
 def _account(error):

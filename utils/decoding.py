@@ -120,7 +120,9 @@ def read_image(path, remark=warn_once):
     pixels = _upright_rgb(path, image)
     largest = _largest_of_16_bits(image, data, pixels)
     if largest is not None and 0 < largest < DARK:
-        remedy = "save it as 8 bits" if largest < 256 else f"multiply its values by {65535 // largest}"
+        # A camera's values have so many bits in every image, however bright that is.
+        remedy = "save it as 8 bits" if largest < 256 else (
+            f"multiply the values of all images by {65536 >> largest.bit_length()}")
         remark("dark", f"{path}: expected values up to 65535 in an image of 16 bits, found at most {largest}, which "
                        f"makes it nearly black ({largest // 257} of 255); {remedy}")
     return pixels
@@ -214,12 +216,13 @@ def read_ids(path):
     load(path, image)
     if image.format in LOSSY and not (image.format == "WEBP" and image.mode == "RGB" and b"VP8L" in data[:64]):
         raise UserError(f"{path}: expected a label map in a lossless format such as PNG, found {image.format}, which "
-                        "changes values")
+                        "changes values; export it again from the tool that drew it, as PNG")
     values = np.asarray(image) if image.mode != "1" else np.asarray(image.convert("L")) // 255
     if values.ndim == 2 and samples == 1:
         return turn_upright(_stored_ids(path, values, image, data), image)
     if image.mode == "LA" or (image.mode == "RGBA" and (values[..., 3] != 255).any()):
-        raise UserError(f"{path}: expected a label map of ids or colours, found one with transparency")
+        raise UserError(f"{path}: expected a label map of ids or colours, found one with transparency; save it "
+                        f"without, in Python by PIL.Image.open(FILE).convert('{image.mode[:-1]}').save(COPY)")
     if image.mode not in ("RGB", "RGBA") or samples > 4:
         bands = f"{samples} bands" if samples > 1 else f"mode {image.mode}"
         raise UserError(f"{path}: expected a label map of ids or colours, found {bands}")
@@ -279,7 +282,7 @@ def open_image(path, data, remark=_ignore):
         raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
     _check_pixels(path, *image.size)
     if frames > 1 and image.format != "MPO":        # a photograph, and previews or depth behind it
-        raise UserError(f"{path}: expected one image, found an animation of {frames}")
+        raise UserError(f"{path}: expected one image, found an animation of {frames}; save each as a file of its own")
     return image
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,28 @@ def test_the_launching_process_leaves_the_gpus_to_those_it_starts(monkeypatch, s
     assert started == [4]
     with pytest.raises(UserError, match="--compile: expected one GPU or --parallel ddp"):
         train_script.main([*words, "--compile", "--parallel", "dp"])
+
+
+@pytest.mark.parametrize("weight", [(4, 8, 1, 1), (8, 1, 3, 3)])
+def test_strides_that_cost_nothing_are_no_warning(tmp_path, weight):
+    count, channels, side = weight[:3]
+    groups = count if channels == 1 else 1
+    image = torch.randn(2, channels * groups, 5, 6).contiguous(memory_format=torch.channels_last)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for warned in (True, False):
+                conv = torch.nn.Conv2d(channels * groups, count, side, groups=groups)
+                module = DistributedDataParallel(conv) if warned else distributed.share_batches(
+                    conv, [torch.device("cpu")], Processes())
+                module(image).sum().backward()
+                assert any("Grad strides" in str(one.message) for one in caught) is warned
+                caught.clear()
+    finally:
+        torch.set_warn_always(False)
+        dist.destroy_process_group()
 
 
 def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsys):

@@ -146,6 +146,10 @@ def share_batches(module, devices, processes):
     """Wrap a module so that processes, or several devices of this one, share each batch."""
     if processes is not None:
         print(f"{processes.size} processes share each batch, and the statistics of its norms")
+        # Of a channels-last input the gradient of a weight of one pixel, or of one input channel, has other strides
+        # than the weight, but the same order in memory: what PyTorch warns of costs nothing.
+        warnings.filterwarnings("ignore", r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, "
+                                r"(\d+, 1, 1|1, \d+, \d+)\]", UserWarning)
         return DistributedDataParallel(module, **keeping_buffers())
     if len(devices) > 1:
         print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")

@@ -312,7 +312,7 @@ def test_the_check_names_all_that_have_no_partner(tmp_path, monkeypatch, capsys)
     assert checked("--data-list", "some.txt") == (2, [("line of a list", f"some.txt, line {k}") for k in (2, 4, 5)])
     for name in "ace":
         (tmp_path / f"data/labels/{name}.png").unlink()
-    assert "labels: expected a partner of each of the 3 files in" in refusal(check.find_splits, folders, None)
+    assert "labels: expected a partner of each of the 5 files in" in refusal(check.find_splits, folders, None)
 
 
 def test_a_split_for_the_server_is_of_cityscapes(tmp_path):

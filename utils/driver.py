@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .limits import text_of
+
 # Lowest driver for each CUDA (NVIDIA, "CUDA Compatibility", minor version compatibility).
 DRIVERS = {11: 450, 12: 525, 13: 580}
 
@@ -16,7 +18,7 @@ def unusable_gpu(proc="/proc/driver/nvidia", dev="/dev", cuda=torch.version.cuda
 
     proc, dev: where the driver tells its version, and has its devices. cuda: that PyTorch is built for, or None.
     """
-    found = re.search(r"Kernel Module.*?\s((\d+)\.[\d.]+)\s", _read(Path(proc, "version")))
+    found = re.search(r"Kernel Module.*?\s((\d+)\.[\d.]+)\s", text_of(Path(proc, "version")))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if found is None or hidden or not any(Path(dev).glob("nvidia[0-9]*")):
         return None
@@ -65,10 +67,3 @@ def lacks_kernels(name, capability, archs, torch_version=torch.__version__, cuda
         instead = "install a newer PyTorch"
     return (f"{name} of compute capability {capability[0]}.{capability[1]}, and PyTorch {torch_version} built for CUDA "
             f"{cuda} with kernels for {', '.join(archs)}; {instead}")
-
-
-def _read(path):
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -25,7 +25,7 @@ def cgroup_cpu_limit(root="/"):
         root: of the file system.
     """
     mount, limits = Path(root, "sys/fs/cgroup"), [math.inf]
-    for line in _read(Path(root, "proc/self/cgroup")).splitlines():
+    for line in text_of(Path(root, "proc/self/cgroup")).splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -39,7 +39,8 @@ def cgroup_cpu_limit(root="/"):
 
 def _cpu_limit(folder):
     """That of a cgroup's folder."""
-    words = _read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
+    quota_and_period = (text_of(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    words = text_of(folder / "cpu.max") or " ".join(quota_and_period)
     try:
         quota, period = map(int, words.split())
     except ValueError:      # "max", or no such files
@@ -47,9 +48,10 @@ def _cpu_limit(folder):
     return quota / period if quota > 0 and period > 0 else math.inf
 
 
-def _read(path):
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8")
+def text_of(path):
+    """The text of a file of the system; "" where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")
     return ""
 
 

@@ -298,8 +298,8 @@ def main(argv=None):
 def default_precision(devices, processes, snapshot):
     """The --amp of a run that leaves it open. snapshot: from which it goes on, or None."""
     before = None if snapshot is None else snapshot.config.arguments.get("amp")
-    able = before == "off" or before == "bf16" and cpu_computes_in_bf16()
-    if devices[0].type == "cpu" and able:       # to the bit, however the CPU is timed today
+    able = from_all(processes, before == "off" or before == "bf16" and cpu_computes_in_bf16())
+    if devices[0].type == "cpu" and all(able):       # to the bit, however the CPU is timed today
         print(f"--amp {before}: that of the snapshot")
         return before
     amp = shared_precision(devices, processes)

@@ -309,10 +309,7 @@ def compare_palettes(palettes):
     indices, colors, sentence = {}, {}, ""
     remedy = "save ids as grey PNG, or red, green and blue with a color for each class in --classes"
     for path, palette in palettes:
-        count = Counter(palette.values())
         for index, color in palette.items():
-            if count[color] > 1:        # an index without a color of its own
-                continue
             other, first = indices.setdefault(color, (index, path))
             if other != index:
                 return True, (f"{path}: expected the palette of {first}, since indices are read as ids, found the "

@@ -125,7 +125,7 @@ def pair_folders(folders, splits):
     if len(splits) > 1 or splits[0] not in DEFAULT_SPLITS:
         raise UserError(f"--split {'+'.join(splits)}: expected folders of these names in {folders[0]}, found none")
     others = splits_of(folders)
-    if others and not any(map(_is_image, _inside(folders[0], FLAGS[0]))):
+    if others and not any(map(is_image, _inside(folders[0], FLAGS[0]))):
         remedy = list_remedy(folders, *(Path(one, others[0], "NAME.png") for one in folders))
         raise UserError(f"--images-dir {folders[0]}: expected images in it, or a folder {splits[0]} there and in "
                         f"--labels-dir, found folders: {', '.join(others)[:200]}; --split {others[0]} takes one of "
@@ -214,15 +214,18 @@ def _shared_endings(files):
     return ["", *(ending for ending in endings if len(ending) < shortest)]
 
 
-def _is_image(path):
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+def is_image(path):
+    """Whether a path is a file that is named as images are. Raises `UserError` for such a link that leads nowhere."""
+    if path.suffix.lower() not in SUFFIXES:
+        return False
+    refuse_dead_link(path)
+    return path.is_file()
 
 
 def _by_stem(folder, flag, folders):
     found, paths, left_out = {}, _inside(folder, flag), []
     for path in paths:
-        refuse_dead_link(path)
-        if not _is_image(path):
+        if not is_image(path):
             left_out.append(path)
             continue
         stem = composed(path.stem)
@@ -283,7 +286,7 @@ def name_left_out(place, paths, why="not images that can be read"):
 def name_loose_files(folders, splits):
     """Print a line about images and label maps that lie beside the folders of splits, if there are any."""
     for folder, flag in zip(folders, FLAGS, strict=True):
-        loose = list(filter(_is_image, _inside(folder, flag)))
+        loose = list(filter(is_image, _inside(folder, flag)))
         name_left_out(f"{flag} {folder}", loose, f"they lie beside the {plural(len(splits), 'folder')} of splits "
                                                  f"({', '.join(splits)}) and belong to none")
 

@@ -17,7 +17,7 @@ from utils.results import RECORD, recorded
 from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, images_in, relative_paths, unique_names
-from .folders import name_left_out, refuse_dead_link
+from .folders import is_image, name_left_out
 
 SUBMISSION = "submission.zip"
 
@@ -77,8 +77,7 @@ def find_images(places):
         else:
             inside = []
             for file in map(Path, sorted(glob.glob(place, recursive=True))):
-                refuse_dead_link(file)
-                inside += [file] * file.is_file()
+                inside += [file] * (is_image(file) or file.is_file())
             what = "an image or a video, a folder, or a pattern that fits files"
             single += inside
         if not inside:
@@ -113,8 +112,7 @@ def _search(top):
             elif path in results:
                 of_results.append(path)
             else:
-                refuse_dead_link(path)
-                (found if path.suffix.lower() in SUFFIXES and path.is_file() else left_out).append(path)
+                (found if is_image(path) else left_out).append(path)
     name_left_out(f"--images {top}", left_out)
     name_left_out(f"--images {top}", of_results, "results of an earlier run")
     return sorted(found)

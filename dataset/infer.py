@@ -19,6 +19,7 @@ from utils.logger import progress
 from utils.workers import do_jobs
 
 from .labels import (
+    CITYSCAPES,
     COLUMNS,
     IGNORE_INDEX,
     SHOWN,
@@ -154,7 +155,8 @@ def _read_values(maps, values):
                     value in values and value != IGNORE_INDEX]
         table = _table([_row(f"class {value}", value, place, distinct_color(value)) for place, value in enumerate(
             classes)] + ignored)
-    doubt = _doubt_greys(maps, values, table) or _doubt_gaps(maps, values, table)
+    doubt = (_doubt_greys(maps, values, table) or _doubt_gaps(maps, values, table)
+             or _doubt_cityscapes(classes, table))
     if not doubt and (masks := _doubt_masks(maps, values)):
         return None, *masks     # a table to begin with would hold one of the readings
     return table, *(doubt or ("", ""))
@@ -191,9 +193,20 @@ def _doubt_gaps(maps, values, table):
     if table is None:
         return f"{found})", f"save at most {UNKNOWN} ids of 0 to 65535"
     remedy = f"say what they mean by {table.as_advice()}"
+    known = ClassTable.read().lookup[[value for value in values if value not in IGNORED]] != UNKNOWN
+    if known.all() and len(known) > len(ClassTable.read().names) // 2:
+        remedy += f"; if they are ids of Cityscapes, --classes {CITYSCAPES} takes them"
     for value in IGNORED:
         remedy += f"; {value} is ignored there: if it is a class, give it a train_id of its own" * (value in values)
     return f"{found})", remedy
+
+
+def _doubt_cityscapes(classes, table):
+    """(found, remedy) where the values are all ids of Cityscapes and no others; else None. classes: sorted values."""
+    if classes != sorted(row["id"] for row in ClassTable.read().rows if row["id"] >= 0):
+        return None
+    return f"{_shown(classes)}, all ids of Cityscapes", (
+        f"--classes {CITYSCAPES} takes them as such; if they are {len(classes)} classes, say so by {table.as_advice()}")
 
 
 def _doubt_masks(maps, values):
@@ -290,8 +303,8 @@ def describe(maps, table, target):
                          f"{plural(len(maps), 'file')}{', none in ' * bool(without)}{', '.join(without)}")
     if table.num_classes > 2:
         lines.append("  A value that means \"no data\" or \"unlabelled\", often 0 or the last, is learnt like any "
-                     f"other. To ignore one, copy {target}, set its train_id to 255 in the copy, leave all other "
-                     "train_ids empty, and give the copy to --classes")
+                     f"other. To ignore one, copy {target}, set its train_id to 255 in the copy, empty all other "
+                     "train_ids that are not 255, and give the copy to --classes")
     return lines
 
 

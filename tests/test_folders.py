@@ -333,11 +333,12 @@ def test_what_is_left_out_is_one_line(tmp_path, capsys):
     folders = make(tmp_path, *"abc")
     for name in ("d.heic", "e.HEIC", "f.mp4", "README", ".DS_Store", "._a.png"):
         (tmp_path / "images" / name).touch()
+    (tmp_path / "images/latest").symlink_to("gone")      # not named as an image is: it matters to nobody here
     (tmp_path / "labels/old").mkdir()
     for _ in range(2):      # as a training does for --val-every
         assert stems_of(CityscapesDataset(folders)) == ["a", "b", "c"]
     assert capsys.readouterr().out.splitlines() == [
-        f"--images-dir {folders[0]}: left out, as not images that can be read: 1 file without a suffix, 2 of .heic, "
+        f"--images-dir {folders[0]}: left out, as not images that can be read: 2 files without a suffix, 2 of .heic, "
         "1 of .mp4, such as README",
         f"--labels-dir {folders[1]}: left out, as not images that can be read: 1 folder, such as old"]
 

@@ -96,8 +96,8 @@ def test_a_value_is_ignored_as_the_account_says(tmp_path, capsys):
     folders = make(tmp_path, "a", "b", values=range(4))
     run = [*SMALL, *words(folders, "--batch-size", 2, "--num-steps", 1)]
     train.main([*run, "--snapshot-dir", str(tmp_path / "s")])
-    advice = re.search(r"To ignore one, copy (\S+), set its train_id to 255 in the copy, leave all other train_ids "
-                       "empty", capsys.readouterr().out)
+    advice = re.search(r"To ignore one, copy (\S+), set its train_id to 255 in the copy, empty all other train_ids "
+                       "that are not 255", capsys.readouterr().out)
     rows = [line.split(",") for line in Path(advice[1]).read_text().splitlines()]
     rows[1:] = [[name, number, "255" if number in ("0", "255") else "", *rest] for name, number, _, *rest in rows[1:]]
     (tmp_path / "copy.csv").write_text("".join(",".join(row) + "\n" for row in rows))
@@ -246,6 +246,13 @@ def test_the_table_of_cityscapes_is_for_its_file_names(streets, tmp_path):
     assert classes("a_mask.png", "b_mask.png").names == ["class 0", "class 1", "class 2"]
     message = refusal(classes, "a_gtFine_labelIds.png", "b_mask.png")
     assert "a_gtFine_labelIds.png, which is named as those of Cityscapes, and b_mask.png" in message
+
+
+@pytest.mark.parametrize("ids", [range(34), (4, 7, 8, 11, 17, 19, 20, 21, 22, 23, 24, 26, 33)], ids=["all", "some"])
+def test_ids_of_cityscapes_under_other_names_are_told_of_its_table(tmp_path, ids):
+    folders = make(tmp_path, "a", "b", values=ids)
+    advised = re.search(r"--classes (\S+\.csv) takes them", refusal(infer, folders))[1]
+    assert advised == str(CITYSCAPES) and len(read_all(folders, advised)) == 2
 
 
 def test_a_list_infers_as_folders_do(tmp_path, capsys):

@@ -329,17 +329,21 @@ class Odd:
     """What only the project that wrote a file has."""
 
 
+RESNET = "objects of torchvision.models.resnet.BasicBlock, torchvision.models.resnet.ResNet, which"
+
+
 @pytest.mark.parametrize("what, sentence", [
-    ("module", "objects of torchvision.models.resnet.BasicBlock, torchvision.models.resnet.ResNet"),
-    ("object", "objects of tests.test_pretrained.Odd"),
+    ("module", RESNET), ("held", RESNET), ("object", "objects of tests.test_pretrained.Odd, which"),
     ("script", "a TorchScript program")])
 def test_files_of_objects_name_the_line_that_converts_them(tmp_path, monkeypatch, what, sentence):
     network = torchvision.models.resnet18()
     if what == "script":
         torch.jit.save(torch.jit.script(network), tmp_path / "w.pth")
     else:
-        torch.save(network if what == "module" else {"odd": Odd(), "callbacks": {}, "state_dict": network.state_dict()},
-                   tmp_path / "w.pth")
+        contents = {"module": network, "held": {"epoch": 3, "out": Path("y"), "model": network, "optimizer": {}},
+                    "object": {"odd": Odd(), "args": argparse.Namespace(lr=0.1), "callbacks": {},
+                               "state_dict": {**network.state_dict(), "_extra_state": None}}}
+        torch.save(contents[what], tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth: expected tensors and plain values alone, found") as caught:
         checkpoint.load(tmp_path / "w.pth")
     message = str(caught.value)
@@ -347,6 +351,16 @@ def test_files_of_objects_name_the_line_that_converts_them(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     exec(re.search(r'python -c "(.*?)"', message)[1], {})
     assert torch.equal(read_weights("weights.pth").state["backbone.bn1.weight"], network.state_dict()["bn1.weight"])
+
+
+def test_damage_is_not_taken_for_objects(tmp_path):
+    tensor = torch.arange(1000.0)
+    torch.save({"args": argparse.Namespace(lr=0.1), "model": {"a": tensor}}, tmp_path / "w.pth")
+    whole = bytearray((tmp_path / "w.pth").read_bytes())
+    whole[whole.index(tensor.numpy().tobytes()[:64]) + 10] ^= 1
+    (tmp_path / "w.pth").write_bytes(whole)
+    with pytest.raises(UserError, match="damaged since it was written"):
+        checkpoint.load(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("content, message", [

@@ -129,7 +129,7 @@ def test_images_of_other_numbers_are_refused_by_what_they_are(tmp_path, dtype):
         read_image(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("largest, remedy", [(4095, "multiply the values of all images by 16"),
+@pytest.mark.parametrize("largest, remedy", [(4095, "if no image has larger values, multiply those of all by 16"),
                                              (3000, "by 16"), (4096, "by 8"), (16383, "by 4"), (256, "by 128"),
                                              (255, "save it as 8 bits"), (16384, None), (65535, None), (0, None)])
 def test_16_bits_that_hold_fewer_are_said(tmp_path, largest, remedy):
@@ -193,6 +193,26 @@ def test_whole_numbers_of_any_kind_are_ids(tmp_path, dtype, options):
     assert found.dtype.kind in "iu" and np.array_equal(found, ids)
     expected = np.where(ids.astype(int) < 0, IGNORE_INDEX, LABEL)
     assert np.array_equal(ClassTable(ROWS).encode(found), expected)
+
+
+@pytest.mark.parametrize("photometric", ["miniswhite", "minisblack"])
+def test_single_bits_are_ids_as_they_are_stored(tmp_path, photometric):
+    ids = LABEL % 2
+    tifffile.imwrite(tmp_path / "a.tif", ids.astype(bool), photometric=photometric)
+    (tmp_path / "a.pbm").write_text("P1\n36 24\n" + "\n".join(" ".join(map(str, row)) for row in ids))
+    (tmp_path / "raw.pbm").write_bytes(b"P4\n36 24\n" + np.packbits(ids, axis=1).tobytes())
+    for name in ("a.tif", "a.pbm", "raw.pbm"):
+        assert np.array_equal(read_ids(tmp_path / name), ids), name
+
+
+@pytest.mark.parametrize("number, dtype, planar", [(2, np.int16, "contig"), (2, np.float32, "contig"),
+                                                   (7, np.uint8, "contig"), (5, np.uint8, "separate")])
+def test_ids_are_not_taken_from_one_band_of_several(tmp_path, number, dtype, planar):
+    values = LABEL[..., None].repeat(number, 2).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", np.ascontiguousarray(values.transpose(2, 0, 1)) if planar == "separate" else
+                     values, photometric="minisblack", planarconfig=planar)
+    with pytest.raises(UserError, match=f"expected a label map of ids or colours, found {number} bands"):
+        read_ids(tmp_path / "a.tif")
 
 
 def test_fractions_and_bands_are_no_ids(tmp_path):
@@ -264,12 +284,16 @@ BLACK, RED, GREEN = (0, 0, 0), (200, 0, 0), (0, 200, 0)
     ((BLACK, RED, GREEN), (BLACK, RED, GREEN), False, ""),
     ((BLACK, RED, GREEN), (BLACK, GREEN, RED), True, r"found the color \(0, 200, 0\) as 1, which is 2 there; save ids"),
     ((BLACK, RED), (BLACK, GREEN), False, r"index 1 has the color \(0, 200, 0\), in .*a.png \(200, 0, 0\)"),
-    ((BLACK, BLACK, BLACK), (BLACK, BLACK, BLACK), False, "")])
+    ((BLACK, BLACK, BLACK), (BLACK, BLACK, BLACK), False, ""),
+    # Black are the background, 0, of the first and what is ignored, 3, of the second, by one palette.
+    ((BLACK, RED, GREEN, BLACK), (BLACK, RED, GREEN, BLACK), False, "")])
 def test_palettes_that_differ_are_said(tmp_path, first, second, refused, sentence):
     for name, colors in (("a", first), ("b", second)):
         (tmp_path / "images").mkdir(exist_ok=True), (tmp_path / "labels").mkdir(exist_ok=True)
         Image.fromarray(RGB if name == "a" else RGB[::-1]).save(tmp_path / f"images/{name}.png")
-        save_palette(tmp_path / f"labels/{name}.png", LABEL % len(colors), colors)
+        ids = LABEL % min(len(colors), 3)
+        ids[(ids == 0) & (len(colors) > 3) & (name == "b")] = 3
+        save_palette(tmp_path / f"labels/{name}.png", ids, colors)
     dataset = CityscapesDataset((tmp_path / "images", tmp_path / "labels"), classes=ClassTable(ROWS))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

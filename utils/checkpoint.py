@@ -95,12 +95,15 @@ def load(path):
                         f"{'a folder' if os.path.isdir(path) else 'no such file'}")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
+    damaged = True
     try:
         _check_sums(path)
+        damaged = False
         with plain_classes(_plain_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, torch raises many kinds for a file that is not its own
-        _refuse_objects(path, str(error))
+        if not damaged:
+            _refuse_objects(path, str(error))
         # torch's message begins with advice to let the file run code; what is wrong stands at its end.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2] or error
         raise UserError(f"{path}: expected a file of tensors written by torch.save, found one that cannot be "
@@ -128,19 +131,22 @@ def _refuse_objects(path, error):
 
     error: what torch said of it; where that is something else, nothing happens.
     """
-    read = f"torch.load('{path.name}', map_location='cpu', weights_only=False)"
+    classes = sorted({*classes_in_file(path, error)} - _plain_classes().keys())
     if "TorchScript" in error:
-        found, what = "a TorchScript program", f"torch.jit.load('{path.name}', map_location='cpu').state_dict()"
-    elif (classes := sorted(classes_in_file(path, error))) and not {name.split(".")[0] for name in classes} & COMMANDS:
+        found, lines = "a TorchScript program", f"t = torch.jit.load('{path.name}', map_location='cpu').state_dict()"
+    elif classes and not {name.split(".")[0] for name in classes} & COMMANDS:
         own = [name for name in classes if not name.startswith("torch.")] or classes
         found = f"objects of {', '.join(own[:4])}{f' and {len(own) - 4} more classes' * (len(own) > 4)}"
-        modules = any(name.startswith("torch.nn.modules.") for name in classes)
-        what = f"{read}.state_dict()" if modules else (
-            f"next(v for v in {read}.values() if isinstance(v, dict) and v and all(map(torch.is_tensor, v.values())))")
+        # A network, or a dict that holds one or its tensors: what has the most of them.
+        lines = (f"f = torch.load('{path.name}', map_location='cpu', weights_only=False); "
+                 "d = [f, *f.values()] if isinstance(f, dict) else [f]; "
+                 "d = [getattr(v, 'state_dict', lambda: v)() for v in d]; "
+                 "d = [{k: t for k, t in v.items() if torch.is_tensor(t)} for v in d if isinstance(v, dict)]; "
+                 "t = max(d, key=len)")
     else:
         return
     raise UserError(f"{path}: expected tensors and plain values alone, found {found}, which need the code of the "
-                    f"project that wrote them; there, python -c \"import torch; torch.save({what}, "
+                    f"project that wrote them; there, python -c \"import torch; {lines}; torch.save(t, "
                     "'weights.pth')\" makes a file of its tensors, which can be read here") from None
 
 

@@ -12,6 +12,7 @@ import stat
 import threading
 import warnings
 import zlib
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -122,7 +123,7 @@ def read_image(path, remark=warn_once):
     if largest is not None and 0 < largest < DARK:
         # A camera's values have so many bits in every image, however bright that is.
         remedy = "save it as 8 bits" if largest < 256 else (
-            f"multiply the values of all images by {65536 >> largest.bit_length()}")
+            f"if no image has larger values, multiply those of all by {65536 >> largest.bit_length()}")
         remark("dark", f"{path}: expected values up to 65535 in an image of 16 bits, found at most {largest}, which "
                        f"makes it nearly black ({largest // 257} of 255); {remedy}")
     return pixels
@@ -212,7 +213,7 @@ def read_ids(path):
         ids = _by_opencv(image, data, cv2.IMREAD_UNCHANGED)
         if ids is not None:
             return ids
-    samples = _tiff_tags(image).get(tiff.SAMPLES, 1)
+    samples = _tiff_tags(image).get(tiff.SAMPLES, image.info.get(tiff.BANDS, 1))
     load(path, image)
     if image.format in LOSSY and not (image.format == "WEBP" and image.mode == "RGB" and b"VP8L" in data[:64]):
         raise UserError(f"{path}: expected a label map in a lossless format such as PNG, found {image.format}, which "
@@ -239,8 +240,10 @@ def _stored_ids(path, values, image, data):
                             f"{values[wrong][0]:g}")
         return values.clip(-2 ** 30, 2 ** 30).astype(np.int32)
     tags, bits = _tiff_tags(image), _tiff_bits(image)
-    if image.mode == "L" and tags.get(tiff.PHOTOMETRIC) == tiff.INVERTED:
-        values = 255 - values
+    if image.mode == "1" and image.format == "PPM":         # where 1 is black
+        return 1 - values
+    if image.mode in ("1", "L") and tags.get(tiff.PHOTOMETRIC) == tiff.INVERTED:
+        values = (1 if image.mode == "1" else 255) - values
     if image.mode == "L" and bits == 8 and tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
         return values.view(np.int8)
     if image.format == "PNG" and data[25] == 0:       # grey
@@ -255,14 +258,16 @@ def _stored_ids(path, values, image, data):
 
 
 def read_palette(path):
-    """{index: (red, green, blue)} of the values in an image with a palette; none for other images. Raises
-    `UserError`."""
+    """{index: (red, green, blue)} of the values in an image with a palette, but for colors that the palette has more
+    than once; none for other images. Raises `UserError`."""
     image = open_image(path, read_file(path))
     if image.mode != "P":
         return {}
     load(path, image)
-    colors = image.getpalette("RGB")
-    return {index: tuple(colors[3 * index:3 * index + 3]) for _, index in image.getcolors()}
+    values = image.getpalette("RGB")
+    colors = [tuple(values[place:place + 3]) for place in range(0, len(values), 3)]
+    count = Counter(colors)
+    return {index: colors[index] for _, index in image.getcolors() if index < len(colors) and count[colors[index]] == 1}
 
 
 def open_image(path, data, remark=_ignore):

@@ -128,7 +128,10 @@ def compare(path, before, now):
         raise UserError(f"--resume {path}: expected an input normalised by {now.normalization.as_config()}, found "
                         f"{before.normalization.as_config()}; without --normalization the run goes on")
     if before.classes != now.classes:
-        raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table")
+        names = [row["name"] for row in before.classes]
+        raise UserError(f"--resume {path}: expected a run with the classes of this one, found another table "
+                        f"({', '.join(names[:3])}{' ...' * (len(names) > 3)}); --classes with that table goes on with "
+                        "that run")
     old, new = BEFORE_THE_FLAG | before.arguments, now.arguments
     old["loss_weights"] = cli.plain_numbers(loss_weights(before, cli.named_numbers(new["loss_weights"])))
     if before.input_size != now.input_size == round_size(before.input_size):

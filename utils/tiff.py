@@ -16,6 +16,7 @@ COLORED = (5, 6, 8, 9, 10)              # those that only Pillow turns into red,
 REDUCED, MASK = 1, 4                    # bits of the tag NewSubfileType
 MOST_SAMPLES = 6                        # that Pillow reads; of more it complains by itself, every time
 ALPHA = (1, 2)                          # kinds of extra samples
+BANDS = "bands"                         # in the `info` of an image: how many its file has
 LARGEST = "largest value"               # in the `info` of an image of 16 bits that was made one of 8
 
 
@@ -105,7 +106,7 @@ def read_page(path, data, number, remark):
     remark_bands(path, samples, photometric, extra, remark)
     values = values if samples == 1 else values[..., :3] if samples > 2 else values[..., 0]
     image = Image.fromarray(_pillow_values(values))
-    image.format = "TIFF"
+    image.format, image.info[BANDS] = "TIFF", samples
     if samples > 2 and dtype.itemsize == 2:
         image.info[LARGEST] = int(values.max())
     if orientation in range(2, 9):

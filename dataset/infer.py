@@ -193,8 +193,9 @@ def _doubt_gaps(maps, values, table):
     if table is None:
         return f"{found})", f"save at most {UNKNOWN} ids of 0 to 65535"
     remedy = f"say what they mean by {table.as_advice()}"
-    known = ClassTable.read().lookup[[value for value in values if value not in IGNORED]] != UNKNOWN
-    if known.all() and len(known) > len(ClassTable.read().names) // 2:
+    cityscapes = ClassTable.read()
+    known = cityscapes.lookup[[value for value in values if value not in IGNORED]] != UNKNOWN
+    if known.all() and len(known) > cityscapes.num_classes // 2:
         remedy += f"; if they are ids of Cityscapes, --classes {CITYSCAPES} takes them"
     for value in IGNORED:
         remedy += f"; {value} is ignored there: if it is a class, give it a train_id of its own" * (value in values)
@@ -202,7 +203,8 @@ def _doubt_gaps(maps, values, table):
 
 
 def _doubt_cityscapes(classes, table):
-    """(found, remedy) where the values are all ids of Cityscapes and no others; else None. classes: sorted values."""
+    """(what was found, what helps) where the values are all ids of Cityscapes and no others; else None. classes: sorted
+    values."""
     if classes != sorted(row["id"] for row in ClassTable.read().rows if row["id"] >= 0):
         return None
     return f"{_shown(classes)}, all ids of Cityscapes", (

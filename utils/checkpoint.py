@@ -133,10 +133,10 @@ def _refuse_objects(path, error):
     """
     classes = sorted({*classes_in_file(path, error)} - _plain_classes().keys())
     if "TorchScript" in error:
-        found, lines = "a TorchScript program", f"t = torch.jit.load('{path.name}', map_location='cpu').state_dict()"
+        contents, lines = "a TorchScript program", f"t = torch.jit.load('{path.name}', map_location='cpu').state_dict()"
     elif classes and not {name.split(".")[0] for name in classes} & COMMANDS:
         own = [name for name in classes if not name.startswith("torch.")] or classes
-        found = f"objects of {', '.join(own[:4])}{f' and {len(own) - 4} more classes' * (len(own) > 4)}"
+        contents = f"objects of {', '.join(own[:4])}{f' and {len(own) - 4} more classes' * (len(own) > 4)}"
         # A network, or a dict that holds one or its tensors: what has the most of them.
         lines = (f"f = torch.load('{path.name}', map_location='cpu', weights_only=False); "
                  "d = [f, *f.values()] if isinstance(f, dict) else [f]; "
@@ -145,7 +145,7 @@ def _refuse_objects(path, error):
                  "t = max(d, key=len)")
     else:
         return
-    raise UserError(f"{path}: expected tensors and plain values alone, found {found}, which need the code of the "
+    raise UserError(f"{path}: expected tensors and plain values alone, found {contents}, which need the code of the "
                     f"project that wrote them; there, python -c \"import torch; {lines}; torch.save(t, "
                     "'weights.pth')\" makes a file of its tensors, which can be read here") from None
 

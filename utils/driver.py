@@ -18,11 +18,11 @@ def unusable_gpu(proc="/proc/driver/nvidia", dev="/dev", cuda=torch.version.cuda
 
     proc, dev: where the driver tells its version, and has its devices. cuda: that PyTorch is built for, or None.
     """
-    found = re.search(r"Kernel Module.*?\s((\d+)\.[\d.]+)\s", text_of(Path(proc, "version")))
+    loaded = re.search(r"Kernel Module.*?\s((\d+)\.[\d.]+)\s", text_of(Path(proc, "version")))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if found is None or hidden or not any(Path(dev).glob("nvidia[0-9]*")):
+    if loaded is None or hidden or not any(Path(dev).glob("nvidia[0-9]*")):
         return None
-    driver, major = found[1], int(found[2])
+    driver, major = loaded[1], int(loaded[2])
     fits = max((version for version, lowest in DRIVERS.items() if lowest <= major), default=None)
     instead = f"a PyTorch built for CUDA {fits}" if fits else f"driver {min(DRIVERS.values())} or newer"
     if cuda is None:

@@ -13,6 +13,7 @@ something is wrong.
 
 import hashlib
 import itertools
+import json
 import math
 import os
 from pathlib import Path
@@ -291,6 +292,16 @@ def label_maps(splits):
             for name, (pairs, _) in splits.items()}
 
 
+def _earlier_table(path):
+    """The class table, as CSV, in the check.json of an earlier check, or None."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    table = report.get("classes") if isinstance(report, dict) else None
+    return table if isinstance(table, str) else None
+
+
 def begin_table(path, error):
     """Write the table of a `TableNeeded`, unless it has none or a file is there, and raise a `UserError` with its
     path."""
@@ -328,10 +339,11 @@ def main():
         print(remark)
     make_folder(folder)
     if classes.source == ASSUMED:
-        keep_table(folder / "classes.csv", classes)
+        keep_table(folder / "classes.csv", classes, _earlier_table(folder / "check.json"))
     report, facts = check(splits, classes, args.fast, args.num_workers)
     print(table(report))
-    checkpoint.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report})
+    checkpoint.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
+                                                   "classes": classes.as_csv()})
     draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
     print(f"{plural(wrong, 'problem')}; check.json and pictures of what is sound in {folder}")

@@ -310,14 +310,24 @@ def describe(maps, table, target):
     return lines
 
 
-def keep_table(path, classes):
-    """Write a class table, unless it stands there already. Raises `UserError` where something else does."""
+def keep_table(path, classes, earlier=None):
+    """Write a class table, unless it stands there already.
+
+    Args:
+        path: of the CSV file.
+        classes: `ClassTable`.
+        earlier: text of a table written there before, which may be replaced.
+
+    Raises:
+        UserError: where the file holds another text.
+    """
     content = classes.as_csv().encode()
-    if not os.path.lexists(path):
+    present = read_file(path, "a class table (CSV)") if os.path.lexists(path) else None
+    if present is None or earlier is not None and present == earlier.encode():
         checkpoint.write_atomically(path, lambda file: file.write(content))
-    elif read_file(path, "a class table (CSV)") != content:
+    elif present != content:
         raise UserError(f"{path}: expected the class table that the label maps make, or no file, found another one; "
-                        f"--classes {path} takes it as it is")
+                        f"--classes {path} takes it as it is, and without that file a new one is written")
 
 
 def _count(maps):

@@ -296,3 +296,23 @@ def test_a_table_is_written_once_and_never_over_another(tmp_path):
     assert path.read_text() == BINARY and path.stat().st_mtime_ns == before
     path.write_text(BINARY.replace("foreground", "ship"))
     assert f"--classes {path} takes it" in refusal(keep_table, path, classes) and "ship" in path.read_text()
+
+
+def test_a_second_check_replaces_the_table_of_the_first_but_not_the_users(tmp_path, monkeypatch, capsys):
+    folders = draw(tmp_path, a=np.array([[0, 1], [1, 0]]))
+    monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", 0, "--output-dir", tmp_path / "c")])
+    path = tmp_path / "c/classes.csv"
+    check.main()
+    first = path.read_text()
+    draw(tmp_path, b=np.array([[0, 1, 1], [2, 2, 2]]))
+    check.main()
+    assert path.read_text() != first and "class 2" in path.read_text()
+    path.write_text(first.replace("class 1", "ship"))
+    assert "and without that file a new one is written" in refusal(check.main) and "ship" in path.read_text()
+    path.unlink()
+    check.main()
+    assert "class 2" in path.read_text() and "ship" not in path.read_text()
+    (tmp_path / "c/check.json").write_text("[]")
+    (tmp_path / "labels/b.png").unlink()
+    (tmp_path / "images/b.png").unlink()
+    assert str(path) in refusal(check.main)

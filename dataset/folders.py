@@ -267,8 +267,10 @@ def refuse_dead_link(path):
         os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
+            folder = os.path.dirname(path) or os.curdir
+            dead = sum(entry.is_symlink() and not os.path.exists(entry.path) for entry in os.scandir(folder))
             raise UserError(f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist"
-                            ) from None
+                            + f", one of {dead} such links in {folder}" * (dead > 1)) from None
     except OSError:
         pass
 

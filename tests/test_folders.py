@@ -231,7 +231,11 @@ def test_training_and_evaluation(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "reading ids: 4/4" in said and "train: 2 images, 2 classes\n" in said and "val: 2 images, 2 classes" in said
     assert (out / "classes.csv").read_text() == BINARY
-    train.main([*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 2, "--resume")])
+    resume = [*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 2, "--resume")]
+    (tmp_path / "ships.csv").write_text(BINARY.replace("foreground", "ship"))
+    assert "found another table (background, foreground); --classes with that table goes on with that run" in refusal(
+        train.main, [*resume, "--classes", str(tmp_path / "ships.csv")])
+    train.main([*resume, "--classes", str(out / "classes.csv")])
     path = out / "CS_scenes_2.pth"
     assert ClassTable(checkpoint.load(path)["config"]["classes"]).as_csv() == BINARY
     evaluate.main(words(folders, "--restore-from", path, "--gpu", "cpu", "--num-workers", 0, "--amp", "off", "--scales",

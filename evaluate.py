@@ -55,36 +55,30 @@ import torch
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
-from dataset.labels import IGNORE_INDEX, ClassTable
+from dataset.labels import ClassTable
 from networks.exporting import export_snapshot
 from networks.predictor import AMP, load_network, sliding_predictor
-from utils import checkpoint, cli, memory, timing, visualize
-from utils.boundaries import BoundaryF
-from utils.calibration import Calibration
-from utils.cli import UserError, plural
-from utils.distributed import (
-    Processes,
-    from_all,
-    join_processes,
-    leave_processes,
-    own_device,
-    rank_and_size,
-    select_devices,
-    share_cores,
-    share_items,
-    shared_precision,
-    start_processes,
-    started_by_torchrun,
-)
-from utils.inference import score
-from utils.logger import FirstImage, progress, speak_for_all
-from utils.metrics import InstanceIoU
-from utils.pictures import FOLDERS, Pictures, VideoPictures
-from utils.precision import describe_default, exact_float32
-from utils.report import WorstImages, comparison_table, score_table, write_report
-from utils.results import ResultsFolder
-from utils.video import RATE
-from utils.workers import Loader
+from utils.common import command, flags
+from utils.common.errors import UserError, plural
+from utils.common.files import write_json
+from utils.common.progress import FirstImage, progress
+from utils.devices import memory, select
+from utils.devices.precision import describe_default, exact_float32
+from utils.devices.select import own_device, select_devices, share_cores, shared_precision
+from utils.imaging.classes import IGNORE_INDEX
+from utils.imaging.pictures import FOLDERS, Pictures, VideoPictures
+from utils.imaging.video import RATE
+from utils.inference import timing
+from utils.metrics import charts
+from utils.metrics.boundaries import BoundaryF
+from utils.metrics.calibration import Calibration
+from utils.metrics.evaluation import score
+from utils.metrics.iou import InstanceIoU
+from utils.metrics.report import WorstImages, comparison_table, score_table, write_report
+from utils.parallel.launch import join_processes, leave_processes, start_processes, started_by_torchrun
+from utils.parallel.processes import Processes, from_all, rank_and_size, share_items, speak_for_all
+from utils.parallel.workers import Loader
+from utils.runs.results import ResultsFolder
 
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -98,28 +92,28 @@ IDLE = {        # task → what it expects, and flags that would do nothing ther
 
 
 def get_parser():
-    parser = cli.Parser(description="Score a snapshot, or use it.", epilog=__doc__)
-    parser.add_argument("--restore-from", type=cli.path, nargs="+", required=True, metavar="FILE",
+    parser = flags.Parser(description="Score a snapshot, or use it.", epilog=__doc__)
+    parser.add_argument("--restore-from", type=flags.path, nargs="+", required=True, metavar="FILE",
                         help="snapshot of train.py; several are scored one after the other")
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=cli.path,
+    data.add_argument("--data-dir", type=flags.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     add_data_flags(data, "the one the snapshot was trained with")
-    data.add_argument("--split", type=cli.split, default="val", help="split to scan (val)")
-    data.add_argument("--num-workers", type=cli.num_workers,
+    data.add_argument("--split", type=flags.split, default="val", help="split to scan (val)")
+    data.add_argument("--num-workers", type=flags.num_workers,
                       help="processes that read images, for each that predicts; default: by the number of cores")
 
     tasks = parser.add_argument_group("instead of scoring")
-    tasks.add_argument("--images", type=cli.path, nargs="+", metavar="PATH",
+    tasks.add_argument("--images", type=flags.path, nargs="+", metavar="PATH",
                        help="predict images: files, folders, patterns; or videos, at their rate and without sound: "
                        f"files, or the names of numbered images, such as 'frames/%%05d.png' ({RATE:g} frames/s)")
-    tasks.add_argument("--submission", type=cli.path, metavar="FOLDER",
+    tasks.add_argument("--submission", type=flags.path, metavar="FOLDER",
                        help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and, to upload, "
                        f"FOLDER/{SUBMISSION}")
-    tasks.add_argument("--export", type=cli.path, metavar="FILE",
+    tasks.add_argument("--export", type=flags.path, metavar="FILE",
                        help="write the network for whole images, without windows: FILE.onnx, FILE.pt2 (torch.export); "
                        "or its weights, with config.json and a model card beside them: FILE.safetensors")
-    tasks.add_argument("--export-size", type=cli.size, metavar="H,W",
+    tasks.add_argument("--export-size", type=flags.size, metavar="H,W",
                        help="of the images that .onnx and .pt2 take, one at a time; default: any size and number")
     tasks.add_argument("--export-precision", choices=("fp32", "fp16"),
                        help="of weights and arithmetic (fp32); images and logits are float32 in any case")
@@ -128,18 +122,18 @@ def get_parser():
 
     protocol = parser.add_argument_group("protocol")
     add_protocol(protocol)
-    protocol.add_argument("--boundary", type=cli.positive(float, 1000), metavar="PIXELS", help="also score how well "
+    protocol.add_argument("--boundary", type=flags.positive(float, 1000), metavar="PIXELS", help="also score how well "
                           "outlines are met: boundary F-score of each class, with so many pixels of tolerance (off)")
 
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids such as 0,1, which share the images, and videos whole, or cpu; default: all "
                      "visible GPUs, else the CPU")
-    run.add_argument("--batch-size", type=cli.batch_size, default=4, help="windows at a time (4)")
+    run.add_argument("--batch-size", type=flags.batch_size, default=4, help="windows at a time (4)")
     run.add_argument("--amp", choices=AMP, help="mixed precision; default: bf16 on a GPU that has "
                      "instructions for it, else fp16; on a CPU bf16 where that is measured to be faster, else off")
 
     out = parser.add_argument_group("results")
-    out.add_argument("--output-dir", type=cli.path,
+    out.add_argument("--output-dir", type=flags.path,
                      help="default: a folder named after the snapshot and the split, beside it")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
                      "or the file of --export, and nothing else")
@@ -152,11 +146,11 @@ def get_parser():
 
 def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
     """Flags that say how images are predicted, with these defaults; window: name of the flag for its size."""
-    group.add_argument(window, type=cli.size, metavar="H,W",
+    group.add_argument(window, type=flags.size, metavar="H,W",
                        help="window, rounded up to 8k + 1, and no larger than the image; default: the training crop")
-    group.add_argument("--overlap", type=cli.probability, default=1 / 3, help="of neighbouring windows (1/3)")
+    group.add_argument("--overlap", type=flags.probability, default=1 / 3, help="of neighbouring windows (1/3)")
     group.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
-    group.add_argument("--scales", type=cli.scale, nargs="+", default=scales, help=f"({' '.join(map(str, scales))})")
+    group.add_argument("--scales", type=flags.scale, nargs="+", default=scales, help=f"({' '.join(map(str, scales))})")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=flip,
                        help=f"run mirrored too ({'yes' if flip else 'no'})")
     group.add_argument("--raw-weights", action="store_true", help="the weights of the last step, also of a run with "
@@ -486,9 +480,9 @@ def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results)
              for head, matrix in found.headline.items()}
     matrix = np.asarray(found.headline["fine"].matrix)
     print(score_table(result))
-    checkpoint.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
-    visualize.confusion_picture(folder / "confusion.png", matrix, classes.names)
-    visualize.iou_chart(folder / "iou.png", heads, classes.palette)
+    write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
+    charts.confusion_picture(folder / "confusion.png", matrix, classes.names)
+    charts.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
                  found.worst.entries())
     print(where(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
@@ -555,21 +549,21 @@ def predict_videos(path, videos, *, protocol, machine, table_path, kinds, result
           f"{f', each predicted by one of {size} processes' * (size > 1)}")
     predictor = protocol.predictor(network, config, machine.device, sum(len(video) for _, video in own) or 1)
     done = broken = 0
-    with cli.StopRequest() as stop:
+    with command.StopRequest() as stop:
         for name, video in own:
             print(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} a second")
             items = itertools.takewhile(lambda _: not stop.asked, progress(video, name, "frame"))
             pictures = VideoPictures(folder, kinds, classes, name, video.rate)
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
     if stop.asked and processes is not None:
-        raise cli.Interrupted(stop.number)
+        raise command.Interrupted(stop.number)
     done, broken = map(sum, zip(*from_all(processes, (done, broken)), strict=True))
     if rank == 0:
         results.close()
         print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
               f"{where(folder, kinds)}")
     if stop.asked:
-        raise cli.Interrupted(stop.number)
+        raise command.Interrupted(stop.number)
     return broken
 
 
@@ -592,7 +586,7 @@ def benchmark(path, found, data, *, protocol, machine, table_path):
     predictor = protocol.predictor(network, config, machine.device, len(images))
     predictor.watch = None
     took = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
-    print(f"{path} on {timing.device_name(machine.device)}, --amp {protocol.amp}: {plural(len(images), 'image')} of "
+    print(f"{path} on {select.device_name(machine.device)}, --amp {protocol.amp}: {plural(len(images), 'image')} of "
           f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
           f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
           f"{protocol.batch_size} at a time, scales {' '.join(f'{scale:g}' for scale in protocol.scales)}"
@@ -602,4 +596,4 @@ def benchmark(path, found, data, *, protocol, machine, table_path):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

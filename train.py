@@ -27,52 +27,51 @@ import torch
 
 from dataset import folders, infer
 from dataset.cityscapes import CityscapesDataset, all_label_maps
-from dataset.labels import IGNORE_INDEX
 from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
 from dataset.weights import class_weights
 from libs import backend
 from libs.abn import NORMS, layers_that_keep_their_input
 from loss.criterion import SegmentationCriterion
-from networks import ABLATIONS, ACTIVATIONS, BACKBONE, BACKBONES, MODELS, STEMS, build_network, find_backbone
-from networks.choice import NetworkChoice
-from networks.pretrained import find_start, load_weights, read_snapshot, weights_of
-from networks.resnet import RECOMPUTE
-from networks.timm_backbone import PREFIX, share_statistics
-from utils import checkpoint, cli, memory, optimization, resume
-from utils.cli import UserError, plural
-from utils.distributed import (
-    by_the_first,
+from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
+from networks.backbones.resnet import RECOMPUTE
+from networks.backbones.timm import PREFIX, share_statistics
+from networks.build import ABLATIONS, MODELS, build_network
+from networks.weights.choice import NetworkChoice
+from networks.weights.families import weights_of
+from networks.weights.loading import load_weights
+from networks.weights.snapshot import Config
+from networks.weights.start import find_start, read_snapshot
+from utils.common import command, flags
+from utils.common.compat import cpu_computes_in_bf16
+from utils.common.errors import UserError, plural
+from utils.devices import memory
+from utils.devices.precision import CHOICES, OPT_LEVELS, Precision, describe_default
+from utils.devices.select import (
     check_kernels,
-    crops_at_once,
-    from_all,
-    join_processes,
-    leave_processes,
     own_device,
     prepare_device,
-    rank_and_size,
     select_devices,
     share_cores,
     shared_precision,
-    start_processes,
-    started_by_torchrun,
 )
-from utils.engine import NotFinite, check_compile, make_engine
-from utils.history import History
-from utils.inference import fitting_size
-from utils.logger import speak_for_all
-from utils.normalization import NORMALIZATIONS
-from utils.optimization import OPTIMIZERS, PolySchedule, make_optimizer
-from utils.precision import CHOICES, OPT_LEVELS, Precision, describe_default
-from utils.run import Run
-from utils.snapshot import Config
-from utils.trackers import SERVICES, check_packages
-from utils.validation import QuickValidation, draw_curves, draw_panel
-from utils.versions import cpu_computes_in_bf16
+from utils.imaging.classes import IGNORE_INDEX
+from utils.inference.sliding import fitting_size
+from utils.ops.normalization import NORMALIZATIONS
+from utils.parallel.launch import crops_at_once, join_processes, leave_processes, start_processes, started_by_torchrun
+from utils.parallel.processes import by_the_first, from_all, rank_and_size, speak_for_all
+from utils.runs import snapshots
+from utils.runs.trackers import SERVICES, check_packages
+from utils.training import optimization, resume, seeds
+from utils.training.engine import NotFinite, check_compile, make_engine
+from utils.training.history import History
+from utils.training.optimization import OPTIMIZERS, PolySchedule, make_optimizer
+from utils.training.run import Run
+from utils.training.validation import QuickValidation, draw_curves, draw_panel
 
 
 def get_parser():
-    parser = cli.Parser(description="Train ACFNet.", epilog=__doc__)
+    parser = flags.Parser(description="Train ACFNet.", epilog=__doc__)
     add_data(parser)
     add_network(parser)
     add_run(parser)
@@ -82,26 +81,26 @@ def get_parser():
 def add_data(parser):
     """Flags that say from which samples."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=cli.path,
+    data.add_argument("--data-dir", type=flags.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     folders.add_data_flags(data, folders.DEFAULT_TABLE)
-    data.add_argument("--split", type=cli.split, default="train", help="split to scan, or several with weights if "
+    data.add_argument("--split", type=flags.split, default="train", help="split to scan, or several with weights if "
                       "wanted: train+val, train:2+train_extra:1 (train)")
-    data.add_argument("--cache", type=cli.path, metavar="DIR", help="decode images once, into arrays in this folder")
+    data.add_argument("--cache", type=flags.path, metavar="DIR", help="decode images once, into arrays in this folder")
     data.add_argument("--sampling", choices=("uniform", "class"), default="uniform", help="class: each crop holds a "
                       "pixel of a class drawn uniformly, so that rare ones are seen (uniform)")
-    data.add_argument("--num-classes", type=cli.positive(int), help="checked against the class table")
+    data.add_argument("--num-classes", type=flags.positive(int), help="checked against the class table")
     data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
-    data.add_argument("--random-scale", type=cli.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
+    data.add_argument("--random-scale", type=flags.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
                       help="scale samples by factors of this range; without numbers 0.5,2.0")
-    data.add_argument("--jitter", type=cli.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
+    data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
                       "by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
-    data.add_argument("--input-size", type=cli.size, default=(769, 769), metavar="H,W",
+    data.add_argument("--input-size", type=flags.size, default=(769, 769), metavar="H,W",
                       help="crop, pixels, rounded up to 8k + 1, or to what fits a backbone of timm (769,769)")
-    data.add_argument("--batch-size", type=cli.batch_size, default=8, help="images a step, over all devices (8)")
-    data.add_argument("--num-workers", type=cli.num_workers,
+    data.add_argument("--batch-size", type=flags.batch_size, default=8, help="images a step, over all devices (8)")
+    data.add_argument("--num-workers", type=flags.num_workers,
                       help="processes that read samples, for each that trains; default: by the number of cores")
-    data.add_argument("--random-seed", type=cli.random_seed, default=1234, help="of everything random (1234)")
+    data.add_argument("--random-seed", type=flags.random_seed, default=1234, help="of everything random (1234)")
 
 
 def add_network(parser):
@@ -116,7 +115,7 @@ def add_network(parser):
     net.add_argument("--stem", choices=STEMS, help="first convolutions; default: that of --restore-from, else 7x7")
     net.add_argument("--downsample", choices=("strided", "average"), help="how shortcuts shrink: by a strided "
                      "convolution or average pooling; default: that of --restore-from, else strided")
-    net.add_argument("--eca-kernels", type=cli.kernels, metavar="K,K,K,K", help="of stages 1 to 4; default: those of "
+    net.add_argument("--eca-kernels", type=flags.kernels, metavar="K,K,K,K", help="of stages 1 to 4; default: those of "
                      "--restore-from, else as ECANet released them")
     net.add_argument("--normalization", choices=NORMALIZATIONS, help="of the input: rgb, ImageNet's mean and "
                      "deviation; bgr, Caffe's mean; default: that of --restore-from, or of timm's weights, else rgb")
@@ -130,9 +129,9 @@ def add_network(parser):
     net.add_argument("--recompute", "--checkpoint", choices=RECOMPUTE, default="none",
                      help="memory for time: light recomputes the expansion of each bottleneck (from 50 layers on), "
                      "full groups of blocks, both the ACF module too (none)")
-    net.add_argument("--freeze", type=cli.words, default=(), metavar="STAGES", help="stages of the backbone that do "
+    net.add_argument("--freeze", type=flags.words, default=(), metavar="STAGES", help="stages of the backbone that do "
                      "not learn, and whose norms keep their statistics, from the first one on: stem or stem,1,2 (none)")
-    net.add_argument("--restore-from", type=cli.path, nargs="+", metavar="FILE", help="weights to start from, of "
+    net.add_argument("--restore-from", type=flags.path, nargs="+", metavar="FILE", help="weights to start from, of "
                      "ECANet, timm, torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; "
                      "without it, random ones")
     net.add_argument("--pretrained", action="store_true", help=f"with --backbone {PREFIX}NAME: start from the weights "
@@ -142,33 +141,33 @@ def add_network(parser):
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(sgd)")
-    optim.add_argument("--learning-rate", type=cli.positive(float), default=1e-2,
+    optim.add_argument("--learning-rate", type=flags.positive(float), default=1e-2,
                        help="at the beginning, after a warmup if any; of the backbone (1e-2)")
-    optim.add_argument("--head-lr-factor", type=cli.positive(float), default=1.0, metavar="FACTOR",
+    optim.add_argument("--head-lr-factor", type=flags.positive(float), default=1.0, metavar="FACTOR",
                        help="the rate of all but the backbone, as a multiple of --learning-rate (1)")
-    optim.add_argument("--momentum", type=cli.probability, default=0.9, help="of SGD; of adamw, beta 1 (0.9)")
-    optim.add_argument("--weight-decay", type=cli.not_negative(float), default=1e-4, help="(1e-4)")
-    optim.add_argument("--power", type=cli.not_negative(float), default=0.9, help="of the poly rate (0.9)")
-    optim.add_argument("--warmup-steps", type=cli.not_negative(int), default=0, metavar="STEPS",
+    optim.add_argument("--momentum", type=flags.probability, default=0.9, help="of SGD; of adamw, beta 1 (0.9)")
+    optim.add_argument("--weight-decay", type=flags.not_negative(float), default=1e-4, help="(1e-4)")
+    optim.add_argument("--power", type=flags.not_negative(float), default=0.9, help="of the poly rate (0.9)")
+    optim.add_argument("--warmup-steps", type=flags.not_negative(int), default=0, metavar="STEPS",
                        help="over which the rate grows from 0, in proportion (0)")
-    optim.add_argument("--num-steps", type=cli.positive(int), default=60000, help="(60000)")
-    optim.add_argument("--clip-gradient", type=cli.positive(float), metavar="NORM",
+    optim.add_argument("--num-steps", type=flags.positive(int), default=60000, help="(60000)")
+    optim.add_argument("--clip-gradient", type=flags.positive(float), metavar="NORM",
                        help="scale gradients down to this norm where it is larger (no)")
-    optim.add_argument("--ema", type=cli.probability, metavar="DECAY", help="also keep an exponential moving average "
+    optim.add_argument("--ema", type=flags.probability, metavar="DECAY", help="also keep an exponential moving average "
                        "of the weights, which is then what is scored; its decay after t updates is the smaller of "
                        "DECAY, such as 0.999, and (1 + t) / (10 + t) (no)")
-    optim.add_argument("--loss-weights", type=cli.named_numbers, metavar="HEAD=W,...", help="factor of each head's "
+    optim.add_argument("--loss-weights", type=flags.named_numbers, metavar="HEAD=W,...", help="factor of each head's "
                        "loss; default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4")
-    optim.add_argument("--class-weights", type=cli.path, metavar="NAME", help="of the pixels in the loss: cityscapes, "
+    optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="of the pixels in the loss: cityscapes, "
                        "the published list; balanced, 1 / log of each class's pixels, with mean 1; or a CSV file with "
                        "the columns name and weight (all 1)")
-    optim.add_argument("--accumulate", type=cli.positive(int), default=1, metavar="PARTS",
+    optim.add_argument("--accumulate", type=flags.positive(int), default=1, metavar="PARTS",
                        help="take each batch in so many parts, one after the other, in the memory of one (1)")
     optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
                        help="1: only hard pixels count in the fine loss (0)")
-    optim.add_argument("--ohem-thres", type=cli.probability, default=0.7,
+    optim.add_argument("--ohem-thres", type=flags.probability, default=0.7,
                        help="a pixel whose class has at most this probability is hard (0.7)")
-    optim.add_argument("--ohem-keep", type=cli.positive(int), default=100000,
+    optim.add_argument("--ohem-keep", type=flags.positive(int), default=100000,
                        help="pixels kept at least, for every two images of the batch (100000)")
 
 
@@ -198,21 +197,21 @@ def add_run(parser):
                      "but its norms; not with dp over several GPUs")
 
     val = parser.add_argument_group("quick validation, whole images at scale 1; the official number is evaluate.py's")
-    val.add_argument("--val-every", type=cli.not_negative(int), default=0, metavar="STEPS",
+    val.add_argument("--val-every", type=flags.not_negative(int), default=0, metavar="STEPS",
                      help="steps between quick validations; 0: none (0)")
-    val.add_argument("--val-split", type=cli.split, default="val", help="split to scan (val)")
-    val.add_argument("--val-list", type=cli.path, metavar="FILE",
+    val.add_argument("--val-split", type=flags.split, default="val", help="split to scan (val)")
+    val.add_argument("--val-list", type=flags.path, metavar="FILE",
                      help="file of \"image label\" lines, instead of a split")
 
     out = parser.add_argument_group("results")
-    out.add_argument("--snapshot-dir", type=cli.path, default="snapshots", help="(snapshots)")
-    out.add_argument("--save-pred-every", type=cli.positive(int), default=5000, help="steps between snapshots (5000)")
-    out.add_argument("--keep", type=cli.positive(int), metavar="N", help="remove all snapshots but "
+    out.add_argument("--snapshot-dir", type=flags.path, default="snapshots", help="(snapshots)")
+    out.add_argument("--save-pred-every", type=flags.positive(int), default=5000, help="steps between snapshots (5000)")
+    out.add_argument("--keep", type=flags.positive(int), metavar="N", help="remove all snapshots but "
                      "the newest N, and never the newest from which training went on normally; default: none")
-    out.add_argument("--log-every", type=cli.positive(int), default=10, help="steps between log lines (10)")
-    out.add_argument("--panel-every", type=cli.positive(int), default=500,
+    out.add_argument("--log-every", type=flags.positive(int), default=10, help="steps between log lines (10)")
+    out.add_argument("--panel-every", type=flags.positive(int), default=500,
                      help="steps between TensorBoard pictures (500)")
-    out.add_argument("--resume", type=cli.path, nargs="?", const="newest", metavar="FILE",
+    out.add_argument("--resume", type=flags.path, nargs="?", const="newest", metavar="FILE",
                      help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
     out.add_argument("--log", "--track", choices=SERVICES, nargs="+", default=[], help="send metrics and pictures "
                      "there too, where the package is installed; --track behind torchrun, which takes --log for its "
@@ -225,7 +224,7 @@ def check(args, devices, classes):
         classes.check_count(args.num_classes)
     if args.compile:
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
-    cli.from_flags(NetworkChoice, args).check(
+    flags.from_flags(NetworkChoice, args).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)
     optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
@@ -235,7 +234,7 @@ def check(args, devices, classes):
                         f"a pattern?): {' '.join(args.restore_from)}")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
-    existing = checkpoint.snapshots(args.snapshot_dir)
+    existing = snapshots.snapshots(args.snapshot_dir)
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
                         f"go on, found {existing[-1][1]}")
@@ -282,7 +281,7 @@ def main(argv=None):
     args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
     if args.norm == "inplace_abn":
         backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
-    checkpoint.seed_generators(args.random_seed)
+    seeds.seed_generators(args.random_seed)
     dataset, validation = make_data(args, root, classes, processes, workers)
     stopped = memory.catch_out_of_memory(
         lambda: perform(assemble(args, devices, processes, dataset, validation, workers, start)),
@@ -292,7 +291,7 @@ def main(argv=None):
             recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
     leave_processes()
     if stopped:     # last of all: by the exit status the training is not finished
-        raise cli.Interrupted(stopped)
+        raise command.Interrupted(stopped)
 
 
 def default_precision(devices, processes, snapshot):
@@ -361,7 +360,7 @@ def assemble(args, devices, processes, dataset, validation, workers, start):
         if args.sampling == "class" else None
     rank, world = rank_and_size(processes)
     if rank:
-        checkpoint.seed_generators(args.random_seed + rank)     # dropout differs from process to process
+        seeds.seed_generators(args.random_seed + rank)     # dropout differs from process to process
     start = 0
     if found is not None:
         resume.restore(found, engine)
@@ -390,7 +389,7 @@ def make_config(args, dataset, found, weights):
 
     Fills in the flags that were left open: for the record, and should the memory run out.
     """
-    choice = cli.from_flags(NetworkChoice, args)
+    choice = flags.from_flags(NetworkChoice, args)
     network, normalization = choice.resolve(dataset.classes.num_classes,
                                             weights if found is None else weights_of(found))
     args.backbone = network["backbone"]
@@ -401,7 +400,7 @@ def make_config(args, dataset, found, weights):
         args.loss_weights = heads if found is None else resume.loss_weights(found.config, heads)
     args.loss_weights = {head: args.loss_weights[head] for head in heads}
     config = Config(network, normalization, dataset.classes.rows, args.input_size,
-                    arguments=cli.plain_values(vars(args)), samples=dataset.fingerprint())
+                    arguments=flags.plain_values(vars(args)), samples=dataset.fingerprint())
     if found is not None:
         resume.compare(found.path, found.config, config)
     return config
@@ -452,7 +451,7 @@ def train(run):
     window, waited, images = time.monotonic(), 0.0, 0
     history = History(engine, saved=run.start)
     batches = iter(run.batches)
-    with cli.StopRequest() as stop:
+    with command.StopRequest() as stop:
         for step in range(run.start + 1, num_steps + 1):
             asked = time.monotonic()
             parts = [next(batches) for _ in range(run.accumulate)]
@@ -501,4 +500,4 @@ def train(run):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -26,11 +26,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils import checkpoint, cli, visualize
-from utils.cli import UserError, plural
-from utils.decoding import read_file, read_ids, read_image, read_palette, sizes_differ, unclear_turn
-from utils.logger import progress
-from utils.workers import MOST_WORKERS, do_jobs
+from utils.common import command, files, flags
+from utils.common.errors import UserError, plural
+from utils.common.files import read_file
+from utils.common.progress import progress
+from utils.imaging.classes import IGNORE_INDEX
+from utils.imaging.decode import read_ids, read_image, read_palette, sizes_differ, unclear_turn
+from utils.imaging.draw import overlay, panel, save_png
+from utils.metrics import charts
+from utils.parallel.workers import MOST_WORKERS, do_jobs
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
 from .folders import (
@@ -48,7 +52,7 @@ from .folders import (
     splits_of,
 )
 from .infer import ASSUMED, infer_classes, keep_table
-from .labels import IGNORE_INDEX, TableNeeded
+from .labels import TableNeeded
 
 FAST = 16           # pairs of each split that --fast looks into
 SHEET = 12          # pairs on a contact sheet
@@ -194,14 +198,14 @@ def contact_sheet(path, entries, classes):
     tiles = []
     for entry in evenly(good, SHEET):
         image, labels = read_image(entry["image"]), classes.encode(read_ids(entry["label"]), entry["label"])
-        pair = visualize.panel([image, visualize.overlay(image, classes.color(labels))])
+        pair = panel([image, overlay(image, classes.color(labels))])
         height = max(1, round(image.shape[0] * WIDTH / image.shape[1]))
         tiles.append(np.asarray(Image.fromarray(pair).resize((2 * WIDTH, height))))
     tallest = max(tile.shape[0] for tile in tiles)
     tiles = [np.pad(tile, ((0, tallest - tile.shape[0]), (0, 0), (0, 0))) for tile in tiles]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 2)
     rows = [np.concatenate(tiles[k:k + 2], axis=1) for k in range(0, len(tiles), 2)]
-    visualize.save_png(path, np.concatenate(rows))
+    save_png(path, np.concatenate(rows))
 
 
 def check(splits, classes, fast, workers):
@@ -244,7 +248,7 @@ def draw(folder, report, facts, classes):
         contact_sheet(folder / f"sheet_{Path(split).stem[:60]}.png", entries, classes)
     pixels = {split: found["pixels"] for split, found in report.items() if any(found["pixels"].values())}
     if pixels:
-        visualize.frequency_chart(folder / "classes.png", pixels, classes.palette)
+        charts.frequency_chart(folder / "classes.png", pixels, classes.palette)
 
 
 def table(report):
@@ -312,15 +316,15 @@ def begin_table(path, error):
 
 
 def main():
-    parser = cli.Parser(prog="python -m dataset.check", description="Check a data set before training on it.",
+    parser = flags.Parser(prog="python -m dataset.check", description="Check a data set before training on it.",
                         epilog=__doc__)
-    parser.add_argument("folder", metavar="data_dir", type=cli.path, nargs="?",
+    parser.add_argument("folder", metavar="data_dir", type=flags.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    parser.add_argument("--data-dir", type=cli.path, help="the same, as train.py and evaluate.py take it")
+    parser.add_argument("--data-dir", type=flags.path, help="the same, as train.py and evaluate.py take it")
     add_data_flags(parser, DEFAULT_TABLE)
-    parser.add_argument("--output-dir", type=cli.path, help="default: runs/check_<name of the folder>")
+    parser.add_argument("--output-dir", type=flags.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
-    parser.add_argument("--num-workers", type=cli.num_workers, help="processes, or 0 for this one alone; default: one "
+    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; default: one "
                         f"per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
     root = data_root(args.data_dir or args.folder, args.images_dir, args.labels_dir)
@@ -342,7 +346,7 @@ def main():
         keep_table(folder / "classes.csv", classes, _earlier_table(folder / "check.json"))
     report, facts = check(splits, classes, args.fast, args.num_workers)
     print(table(report))
-    checkpoint.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
+    files.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
                                                    "classes": classes.as_csv()})
     draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
@@ -352,4 +356,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from utils import checkpoint
-from utils.cli import UserError, plural
-from utils.decoding import kind_of, read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
-from utils.jitter import draw_jitter
-from utils.logger import progress
-from utils.workers import do_jobs
+from utils.common.errors import UserError, plural
+from utils.common.files import check_room, kind_of
+from utils.common.progress import progress
+from utils.imaging.classes import IGNORE_INDEX
+from utils.imaging.decode import read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
+from utils.ops.jitter import draw_jitter
+from utils.parallel.workers import do_jobs
 
 from .folders import (
     OTHER_LAYOUTS,
@@ -34,7 +35,7 @@ from .folders import (
     splits_of,
     undivided,
 )
-from .labels import IGNORE_INDEX, ClassTable
+from .labels import ClassTable
 from .reading import DecodedCache
 from .sampling import class_positions
 
@@ -174,7 +175,7 @@ class CityscapesDataset(Dataset):
         if not missing:
             return
         print(f"--cache {self.cache.folder}: {plural(len(missing), 'file')} to decode, {needed / 1e9:.2f} GB")
-        checkpoint.check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
+        check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
         missing = {path for path, _ in missing}
         todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]
         for _ in progress(do_jobs(self.decode_pair, todo, workers), "decoding", "image"):

@@ -15,9 +15,11 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from utils import cli
-from utils.cli import UserError, plural, print_once
-from utils.decoding import SUFFIXES, kind_of
+from utils.common import flags
+from utils.common.errors import UserError, plural
+from utils.common.files import kind_of
+from utils.common.progress import print_once
+from utils.imaging.decode import SUFFIXES
 
 from .labels import ClassTable
 from .text import read_text
@@ -31,14 +33,14 @@ DEFAULT_SPLITS = ("train", "val")       # of the command lines; others were aske
 
 def add_data_flags(parser, classes):
     """The flags that name a data set, but for its one folder. classes: what --classes is where it is left out."""
-    parser.add_argument("--images-dir", type=cli.path, metavar="DIR", help="instead of a data set's folder: one of "
+    parser.add_argument("--images-dir", type=flags.path, metavar="DIR", help="instead of a data set's folder: one of "
                         "images, or of folders train, val, ... of images; --data-list then holds one stem a line")
-    parser.add_argument("--labels-dir", type=cli.path, metavar="DIR", help="with it: their label maps, of the same "
+    parser.add_argument("--labels-dir", type=flags.path, metavar="DIR", help="with it: their label maps, of the same "
                         "stems; where the values are 0 and 255, or 0 to N-1 and 255 to ignore, --classes may be left "
                         "out")
-    parser.add_argument("--data-list", type=cli.path, nargs="+", metavar="FILE", help="files of \"image label\" lines, "
+    parser.add_argument("--data-list", type=flags.path, nargs="+", metavar="FILE", help="files of \"image label\" lines, "
                         "paths relative to the data set's folder or to the list; without it the folder is scanned")
-    parser.add_argument("--classes", type=cli.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,green,"
+    parser.add_argument("--classes", type=flags.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,green,"
                         f"blue[,category]); default: {classes}")
 
 

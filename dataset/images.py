@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from utils import checkpoint
-from utils.cli import UserError, plural
-from utils.decoding import SUFFIXES, load, open_image, read_file, read_image, upright_size
-from utils.results import RECORD, recorded
-from utils.video import NUMBER, is_numbered, is_video, numbered_images, open_video
+from utils.common.errors import UserError, plural
+from utils.common.files import read_file, write_atomically
+from utils.imaging.decode import SUFFIXES, load, open_image, read_image, upright_size
+from utils.imaging.video import NUMBER, is_numbered, is_video, numbered_images, open_video
+from utils.runs.results import RECORD, recorded
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, images_in, relative_paths, unique_names
 from .folders import is_image, name_left_out
@@ -172,7 +172,7 @@ def write_submission(folder, dataset, classes):
             for file in files:
                 archive.write(file, file.name)
 
-    checkpoint.write_atomically(target, write)
+    write_atomically(target, write)
     official = OFFICIAL_COUNTS["test"]
     note = "" if len(files) == official else f" (the official test split has {official})"
     return f"{target}: {plural(len(files), 'label map')} checked{note}, {target.stat().st_size / 1e6:.1f} MB"

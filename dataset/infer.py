@@ -12,23 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint
-from utils.cli import UserError, plural
-from utils.decoding import read_file, read_ids
-from utils.logger import progress
-from utils.workers import do_jobs
+from utils.common.errors import UserError, plural
+from utils.common.files import read_file, write_atomically
+from utils.common.progress import progress
+from utils.imaging.classes import IGNORE_INDEX, UNKNOWN
+from utils.imaging.decode import read_ids
+from utils.parallel.workers import do_jobs
 
-from .labels import (
-    CITYSCAPES,
-    COLUMNS,
-    IGNORE_INDEX,
-    SHOWN,
-    UNKNOWN,
-    ClassTable,
-    TableNeeded,
-    distinct_color,
-    ids_in_channels,
-)
+from .labels import CITYSCAPES, COLUMNS, SHOWN, ClassTable, TableNeeded, distinct_color, ids_in_channels
 
 ASSUMED = "the assumed class table"
 IGNORED = (-1, IGNORE_INDEX, 65535)     # values that mean "ignore" where nothing else is said; the last: -1 in 16 bits
@@ -324,7 +315,7 @@ def keep_table(path, classes, earlier=None):
     content = classes.as_csv().encode()
     present = read_file(path, "a class table (CSV)") if os.path.lexists(path) else None
     if present is None or earlier is not None and present == earlier.encode():
-        checkpoint.write_atomically(path, lambda file: file.write(content))
+        write_atomically(path, lambda file: file.write(content))
     elif present != content:
         raise UserError(f"{path}: expected the class table that the label maps make, or no file, found another one; "
                         f"--classes {path} takes it as it is, and without that file a new one is written")

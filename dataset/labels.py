@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.classes import IGNORE_INDEX, UNKNOWN, Classes
-from utils.cli import UserError
+from utils.common.errors import UserError
+from utils.imaging.classes import IGNORE_INDEX, UNKNOWN, Classes
 
 from .text import read_csv, read_text
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint
-from utils.cli import UserError
-from utils.decoding import read_header, read_ids, read_image
+from utils.common.errors import UserError
+from utils.common.files import write_atomically
+from utils.imaging.decode import read_header, read_ids, read_image
 
 
 class DecodedCache:
@@ -50,7 +50,7 @@ class DecodedCache:
         array, place = decode(path), self.place(path, decode)
         if os.path.isdir(place) and not os.listdir(place):
             os.rmdir(place)
-        checkpoint.write_atomically(place, lambda file: np.save(file, array))
+        write_atomically(place, lambda file: np.save(file, array))
         current = {self.place(path, known) for known in (read_image, read_ids)}
         for old in self.folder.glob(f"{self._name(path)}_*.npy"):
             if old not in current:

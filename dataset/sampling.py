@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from utils import checkpoint
-from utils.logger import progress
-from utils.workers import Loader, do_jobs
+from utils.common.files import write_atomically
+from utils.common.progress import progress
+from utils.parallel.workers import Loader, do_jobs
 
 from .reading import stamp
 
@@ -191,7 +191,7 @@ def class_index(dataset, folder, workers):
     for found in progress(do_jobs(dataset.positions, range(len(dataset)), workers), "finding classes", "label map"):
         rows += found
     index = np.array(rows, np.int64).reshape(-1, 4)
-    checkpoint.write_atomically(path, lambda file: np.savez(file, index=index))
+    write_atomically(path, lambda file: np.savez(file, index=index))
     return index
 
 

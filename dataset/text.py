@@ -4,8 +4,8 @@ import codecs
 import csv
 import io
 
-from utils.cli import UserError
-from utils.decoding import read_file
+from utils.common.errors import UserError
+from utils.common.files import read_file
 
 DELIMITERS = ",;\t"     # of tables; spreadsheets take the one of their language
 

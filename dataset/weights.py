@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 
-from utils.cli import UserError
-from utils.logger import progress
-from utils.workers import do_jobs
+from utils.common.errors import UserError
+from utils.common.progress import progress
+from utils.parallel.workers import do_jobs
 
 from .labels import CITYSCAPES
 from .text import read_csv

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.precision import without_autocast
-from utils.replicas import Replicas
-from utils.versions import outside_compiled_code
+from utils.common.compat import outside_compiled_code
+from utils.ops.autocast import without_autocast
+from utils.parallel.replicas import Replicas
 
 from . import backend, functions, kernels, recompute
 from .synchronise import combine, find_exchange

@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from utils.cli import UserError
+from utils.common.errors import UserError
 
 CHOICES = ("auto", "torch", "package")
 _choice = "auto"

@@ -8,7 +8,7 @@ import threading
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from utils.precision import with_present_casts
+from utils.ops.autocast import with_present_casts
 
 _thread = threading.local()
 

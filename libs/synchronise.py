@@ -7,8 +7,8 @@ torch.distributed, and threads of `utils.replicas.run_replicas`.
 
 import torch.distributed as dist
 
-from utils.distributed import find_peers
-from utils.replicas import current_replica
+from utils.parallel.processes import find_peers
+from utils.parallel.replicas import current_replica
 
 
 def combine(counts, means, moments):

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from utils.distributed import find_peers
-from utils.upsampling import upsample
+from utils.ops.upsampling import upsample
+from utils.parallel.processes import find_peers
 
 from .ohem import keep_hardest, masked_cross_entropy, pixel_weights
 

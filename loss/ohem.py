@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.precision import at_least_float32
+from utils.ops.autocast import at_least_float32
 
 
 def keep_hardest(pixel_losses, valid, thres, min_kept, peers=None):

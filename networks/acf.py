@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from libs.recompute import checkpoint
-from utils.precision import at_least_float32, without_autocast
+from utils.ops.autocast import at_least_float32, without_autocast
 
-DROPOUT = 0.1   # whole channels, before each classifier (ours: the paper does not say)
+from .layers import DROPOUT, classifier
 
 
 class ClassCenterBlock(nn.Module):
@@ -121,11 +121,3 @@ class ACFHead(nn.Module):
         attended = acf(features, coarse).to(features.dtype)                     # F'_a (B, C', h, w)
         joined = self.fusion(torch.cat([attended, features], dim=1))            # (B, C' + C, h, w)
         return {"fine": self.fine(self.dropout(joined)), "coarse": coarse}
-
-
-def classifier(in_channels, num_classes):
-    """1×1 convolution to logits, small at the start so that no class is favoured."""
-    conv = nn.Conv2d(in_channels, num_classes, 1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return conv

@@ -6,8 +6,7 @@ the networks it is compared with.
 
 from torch import nn
 
-from .acf import DROPOUT, classifier
-from .convolution import convolution
+from .layers import DROPOUT, classifier, convolution
 
 
 class SegmentationNet(nn.Module):

@@ -2,13 +2,14 @@
 
 import os
 
-from utils import export, model_card
-from utils.cli import UserError
-from utils.results import check_file
+from utils.common.errors import UserError
+from utils.inference import export
+from utils.runs.results import check_file
 
-from .backbones import find_backbone
+from .backbones.names import find_backbone
 from .predictor import chosen_weights, prepared
-from .pretrained import read_snapshot
+from .weights import card
+from .weights.start import read_snapshot
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 
@@ -37,9 +38,9 @@ def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp
             return export.compare(target, reopen, export.ImagesToLogits(network, config.normalization),
                                   [export.example_images()], precision)
 
-        checked = model_card.write_weights(target, found, raw=raw_weights, precision=precision, check=check,
-                                           scores=model_card.find_scores(path, model_card.kind_of(found, raw_weights)))
-        return f"{target}, with {' and '.join(model_card.BESIDE)}; {checked}"
+        checked = card.write_weights(target, found, raw=raw_weights, precision=precision, check=check,
+                                           scores=card.find_scores(path, card.kind_of(found, raw_weights)))
+        return f"{target}, with {' and '.join(card.BESIDE)}; {checked}"
     heads, checked = export.write_program(target, network, config.normalization, size=size, precision=precision,
                                           traced=find_backbone(config.network["backbone"]).traced)
     count, shape = ("1", "{}, {}".format(*size)) if size else ("B", "H, W")
@@ -58,9 +59,9 @@ def check_target(target, size, overwrite):
     if size:
         raise UserError("--export-size: expected .onnx or .pt2, found .safetensors, which holds weights for any size")
     of_another = not os.path.lexists(target) and any(target.parent.glob("*.safetensors"))
-    for name in model_card.BESIDE:
+    for name in card.BESIDE:
         path = target.with_name(name)
         check_file("--export", path, overwrite)
-        if os.path.lexists(path) and (of_another or not model_card.is_ours(path)):
+        if os.path.lexists(path) and (of_another or not card.is_ours(path)):
             raise UserError(f"--export {path}: expected nothing there, or what an earlier export of {target.name} "
                             "wrote, found another file, which stays: name another folder")

@@ -3,12 +3,11 @@
 import torch
 from torch import nn
 
-from utils.precision import at_least_float32, without_autocast
+from utils.ops.autocast import at_least_float32, without_autocast
 
-from .acf import classifier
 from .acfnet import SegmentationNet
-from .attention import attend
-from .convolution import convolution
+from .contexts.attention import attend
+from .layers import classifier, convolution
 
 
 class OCRHead(nn.Module):

@@ -11,14 +11,14 @@ import functools
 import torch
 
 from libs.convert import fold_norms
-from utils.classes import Classes
-from utils.decoding import pixels_of
-from utils.distributed import check_kernels, select_devices
-from utils.inference import SlidingPredictor, fitting_size, most_probable
-from utils.precision import AUTOCAST, best_precision, exact_float32
+from utils.devices.precision import AUTOCAST, best_precision, exact_float32
+from utils.devices.select import check_kernels, select_devices
+from utils.imaging.classes import Classes
+from utils.imaging.decode import pixels_of
+from utils.inference.sliding import SlidingPredictor, fitting_size, most_probable
 
-from . import build_network
-from .pretrained import read_snapshot
+from .build import build_network
+from .weights.start import read_snapshot
 
 AMP = ("off", "bf16", "fp16")
 

@@ -13,8 +13,8 @@ import torch
 
 from dataset.labels import ClassTable
 from dataset.streets import write_dataset
-from networks import build_network
-from utils import checkpoint
+from networks.build import build_network
+from utils.training import seeds
 
 # Inductor imports setuptools in the middle of a step. Late in this long process that has failed now and then, in
 # setuptools' own replacement of distutils; early it never has. Versions of PyTorch without it need none.
@@ -143,7 +143,7 @@ def snapshot_content(step=7, classes=None, **shape):
                  "split": "train", "input_size": [65, 97], "batch_size": 2, "random_seed": 1234, "random_mirror": False,
                  "random_scale": None, "sampling": "uniform", "jitter": None, "learning_rate": 0.01, "num_steps": 60000}
     return {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}, "step": step,
-            "rng": [checkpoint.random_state()],
+            "rng": [seeds.random_state()],
             "config": {"network": shape, "normalization": {"order": "RGB", "mean": [123.675, 116.28, 103.53],
                                                            "std": [58.395, 57.12, 57.375]},
                        "classes": rows, "input_size": [65, 97], "arguments": arguments}}

@@ -20,8 +20,8 @@ import torch
 
 import train
 from dataset.streets import write_dataset
-from utils import checkpoint, cli
-from utils.logger import read_lines
+from utils.common import files, flags
+from utils.runs.log import read_lines
 
 STEPS = 24
 
@@ -84,7 +84,7 @@ def same(a, b):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to work; default: a temporary one")
@@ -97,7 +97,7 @@ def main():
         if disturb(start(folder / "streets", folder / "undisturbed"), folder, False, rng, 1e9) != "done":
             sys.exit("the undisturbed run did not end")
         longest = (time.monotonic() - began) / 2
-        expected = checkpoint.load(folder / "undisturbed" / f"CS_scenes_{STEPS}.pth")
+        expected = files.load(folder / "undisturbed" / f"CS_scenes_{STEPS}.pth")
         kills, writing, rounds, attempt = 0, 0, 0, folder / "disturbed"
         while kills < args.kills or rounds == 0:
             more = kills < args.kills
@@ -106,7 +106,7 @@ def main():
             kills += ended != "done"
             writing += ended == "killed while writing"
             if ended == "done":
-                if not same(expected, checkpoint.load(attempt / f"CS_scenes_{STEPS}.pth")):
+                if not same(expected, files.load(attempt / f"CS_scenes_{STEPS}.pth")):
                     sys.exit(f"after {kills} kills the end differs from the undisturbed run's")
                 steps = [line["step"] for line in read_lines(attempt / "metrics.jsonl")]
                 if steps != list(range(1, STEPS + 1)):

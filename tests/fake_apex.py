@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from loss.criterion import SegmentationCriterion
-from networks import build_network, find_model
-from utils.engine import make_engine
-from utils.normalization import Normalization
-from utils.optimization import make_optimizer
-from utils.precision import Precision
-from utils.replicas import ThreadReplicas
+from networks.build import build_network, find_model
+from utils.devices.precision import Precision
+from utils.ops.normalization import Normalization
+from utils.parallel.replicas import ThreadReplicas
+from utils.training.engine import make_engine
+from utils.training.optimization import make_optimizer
 
 # What O1 patches, as far as the networks here use it: to float16, to float32, and to the widest of the arguments.
 HALF = ((F, "conv1d conv2d conv_transpose2d linear"), (torch, "conv1d conv2d conv_transpose2d matmul mm bmm addmm "

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from utils.replicas import ReplicaGroup
+from utils.parallel.replicas import ReplicaGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten

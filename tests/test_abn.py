@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from libs import abn, backend, functions, kernels, recompute
 from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, layers_that_keep_their_input
 from libs.synchronise import combine
-from networks import build_network
+from networks.build import build_network
 from tests.conftest import SHARED
-from utils.replicas import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
+from utils.parallel.replicas import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
 
 CLASSES = [InPlaceABN, InPlaceABNSync]
 SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 7), (2, 3, 4, 5, 3)]

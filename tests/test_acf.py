@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from libs.abn import InPlaceABN
 from loss.criterion import WEIGHTS
-from networks import MODELS, build_network
 from networks.acf import ACFHead, ACFModule
+from networks.build import MODELS, build_network
 from tests.conftest import randomise
 
 

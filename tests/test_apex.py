@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from networks import MODELS
+from networks.build import MODELS
 from tests import fake_apex
 from tests.conftest import ROOT
-from utils.cli import UserError
-from utils.distributed import Processes
-from utils.engine import NotFinite, check_compile
-from utils.precision import Precision
+from utils.common.errors import UserError
+from utils.devices.precision import Precision
+from utils.parallel.processes import Processes
+from utils.training.engine import NotFinite, check_compile
 
 OPTIONS = ({}, {"parts": 2, "ohem": 1, "clip": 0.1, "ema": 0.9}, {"backbone": "eca_resnet18", "recompute": "full"},
            {"norm": "bn"}, {"replicas": 2})

@@ -9,8 +9,9 @@ from PIL import Image
 
 from dataset.labels import ClassTable
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
-from utils import checkpoint
-from utils.boundaries import BoundaryF
+from utils.common import files
+from utils.metrics.boundaries import BoundaryF
+from utils.runs import snapshots
 
 
 def boundary_pixels(labels, truth, wanted):
@@ -155,11 +156,11 @@ def test_the_order_of_the_images_and_who_has_them_does_not_matter(rng):
 
 
 def test_scores_of_a_run_are_those_of_the_written_predictions(streets, snapshot, tmp_path, capsys):  # noqa: F811
-    content, generator = checkpoint.load(snapshot), torch.Generator().manual_seed(0)
+    content, generator = files.load(snapshot), torch.Generator().manual_seed(0)
     for head in ("fine", "coarse"):     # of random classifiers: so short a training knows one class, without an outline
         content["model"][f"head.{head}.weight"].normal_(generator=generator)
     snapshot = tmp_path / snapshot.name
-    checkpoint.save(snapshot, content)
+    snapshots.save(snapshot, content)
     result = run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "1.25", "--no-flip", "--save", "labels",
                  "--boundary", "30")
     classes, pairs = ClassTable.read(), []

@@ -13,11 +13,11 @@ from PIL import Image
 
 import evaluate
 from dataset.labels import ClassTable
-from dataset.reading import read_ids, read_image
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
-from utils import visualize
-from utils.calibration import Calibration
-from utils.inference import SlidingPredictor
+from utils.imaging.decode import read_ids, read_image
+from utils.inference.sliding import SlidingPredictor
+from utils.metrics import charts
+from utils.metrics.calibration import Calibration
 
 
 def by_loops(confidence, prediction, label, bins=15):
@@ -118,11 +118,11 @@ def test_scoring_tells_calibration(streets, snapshot, tmp_path, capsys):  # noqa
 
 def test_the_chart_has_bars_as_high_as_the_accuracy(monkeypatch):
     """Also where a bin is empty; the gap goes from the accuracy to the confidence."""
-    figures, make = [], visualize._figure
-    monkeypatch.setattr(visualize, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    figures, make = [], charts._figure
+    monkeypatch.setattr(charts, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
     found = {"expected_calibration_error": 0.1, "pixels": [0, 10, 30], "accuracy": [None, 0.25, 1.0],
              "confidence": [None, 0.5, 0.9]}
-    picture = Image.open(io.BytesIO(visualize.reliability_chart({"fine": found, "coarse": found})))
+    picture = Image.open(io.BytesIO(charts.reliability_chart({"fine": found, "coarse": found})))
     assert picture.format == "PNG"
     upper, _, lower, _ = figures[0].axes
     heights = [(bar.get_y(), bar.get_height()) for bar in upper.patches]

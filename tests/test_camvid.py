@@ -10,12 +10,12 @@ from PIL import Image
 import evaluate
 import train
 from dataset.labels import ClassTable
-from networks import build_network
+from networks.build import build_network
 from networks.predictor import load_network
 from tests.benchmarks import altered, compare, contribution
 from tests.benchmarks import camvid as comparison
 from tests.conftest import randomise
-from utils.cli import UserError
+from utils.common.errors import UserError
 
 
 def test_a_network_learns_from_real_photographs(camvid, tmp_path):

@@ -12,7 +12,7 @@ from dataset.check import main
 from dataset.cityscapes import CityscapesDataset
 from tests.conftest import finish, start
 from tests.test_folders import make, words
-from utils.cli import UserError
+from utils.common.errors import UserError
 
 
 def check(*words):

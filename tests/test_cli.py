@@ -12,10 +12,11 @@ import torch.distributed.run as torchrun
 
 import evaluate
 import train
-from networks.pretrained import choose_backbone
-from utils import cli
-from utils.cli import UserError
-from utils.distributed import select_devices
+from networks.backbones.choose import choose_backbone
+from utils.common import errors
+from utils.common.errors import UserError
+from utils.common.flags import size
+from utils.devices.select import select_devices
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
@@ -35,7 +36,7 @@ restore-from save scales split submission whole"""
 
 
 def test_numbers_of_things():
-    assert [cli.plural(number, thing) for number, thing in ((0, "file"), (1, "class"), (2, "class"), (2, "pair"))] == [
+    assert [errors.plural(number, thing) for number, thing in ((0, "file"), (1, "class"), (2, "class"), (2, "pair"))] == [
         "0 files", "1 class", "2 classes", "2 pairs"]
 
 
@@ -238,7 +239,7 @@ def test_warnings_about_data_are_sentences_and_those_of_others_keep_their_place(
 
 
 def test_one_number_is_both_sides():
-    assert cli.size("769") == (769, 769) == cli.size("769,769") and cli.size("256x512") == (256, 512)
+    assert size("769") == (769, 769) == size("769,769") and size("256x512") == (256, 512)
 
 
 @pytest.mark.parametrize("gpu", ["99", "0,0", "x", "-1"])

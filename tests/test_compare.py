@@ -17,14 +17,15 @@ from PIL import Image
 
 import evaluate
 import train
-from networks import build_network
+from networks.build import build_network
 from tests.benchmarks import compare
 from tests.conftest import finish
 from tests.conftest import start as start_script
 from tests.test_folders import make
-from utils import checkpoint, cli
-from utils.cli import UserError
-from utils.logger import read_lines
+from utils.common.command import Interrupted
+from utils.common.errors import UserError
+from utils.runs import snapshots
+from utils.runs.log import read_lines
 
 STEPS, MODELS = 12, ("acfnet_resnet", "deeplabv3")
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def finished(streets, tmp_path_factory):
     process.send_signal(signal.SIGTERM)
     status, out, error = finish(process)
     assert status == 143, error
-    (stopped, _), = checkpoint.snapshots(metrics.parent)
+    (stopped, _), = snapshots.snapshots(metrics.parent)
 
     started, most, real = [], 0, compare.start
 
@@ -229,7 +230,7 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number, capsys):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=ask).start()
-    with pytest.raises(cli.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         compare.run_all(comparison, ["cpu", "cpu"])
     assert caught.value.number == number and capsys.readouterr().out.endswith("stopped; the same command goes on\n")
     assert [(tmp_path / f"{name}_seed0/saved").exists() for name in "abc"] == [True, True, False]

@@ -8,9 +8,9 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._decomp import core_aten_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
-from networks import build_network
-from utils.engine import compile_network
-from utils.versions import COMPILER, torch_version
+from networks.build import build_network
+from utils.common.compat import COMPILER, torch_version
+from utils.training.engine import compile_network
 
 
 class Graphs:

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from libs.abn import ABN
-from networks.aspp import ASPP
-from networks.attention import attend
-from networks.criss_cross import CrissCross, CrissCrossAttention
-from networks.dual_attention import ChannelAttention, DualAttention, DualHead, PositionAttention
-from networks.object_context import BaseObjectContext, ObjectContext, PyramidObjectContext
+from networks.contexts.aspp import ASPP
+from networks.contexts.attention import attend
+from networks.contexts.criss_cross import CrissCross, CrissCrossAttention
+from networks.contexts.dual_attention import ChannelAttention, DualAttention, DualHead, PositionAttention
+from networks.contexts.object_context import BaseObjectContext, ObjectContext, PyramidObjectContext
+from networks.contexts.psp import PyramidPooling
 from networks.ocr import OCRHead
-from networks.psp import PyramidPooling
+from tests.benchmarks.memory import kept_bytes
 from tests.conftest import randomise
 from tests.test_acf import assert_same_gradients, conv
-from utils.memory import kept_bytes
 
 SIZES = [(5, 3), (1, 4), (4, 1), (1, 1), (7, 6)]
 

@@ -5,7 +5,7 @@ import torch
 
 from libs.abn import ABN
 from libs.convert import fold_norms, norms_and_convolutions, to_in_place, to_plain
-from networks import build_network
+from networks.build import build_network
 from tests.conftest import randomise
 
 BACKBONES = {"eca_resnet18": {}, "resnet50": {"stem": "64-64-128", "average_downsample": True}}

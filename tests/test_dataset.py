@@ -17,8 +17,8 @@ from dataset.images import ImageFiles, find_images, images_of_split
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler
 from dataset.transforms import train_transform
 from tests.conftest import finish, start
-from utils.cli import UserError, sentence
-from utils.workers import Jobs, Loader
+from utils.common.errors import UserError, sentence
+from utils.parallel.workers import Jobs, Loader
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
 

@@ -18,17 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 import train as train_script
 from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
-from networks import build_network
+from networks.build import build_network
 from tests.conftest import ROOT, finish, start
 from tests.gpu.several import free_port
-from utils import distributed
-from utils.cli import UserError
-from utils.distributed import Place, Processes, launched, share_cores
-from utils.engine import Engine, NetworkWithLoss, step_loss
-from utils.normalization import Normalization
-from utils.precision import Precision
-from utils.replicas import ThreadReplicas
-from utils.versions import keeping_buffers
+from utils.common.compat import keeping_buffers
+from utils.common.errors import UserError
+from utils.devices import select
+from utils.devices.precision import Precision
+from utils.devices.select import share_cores
+from utils.ops.normalization import Normalization
+from utils.parallel import interfaces, launch
+from utils.parallel import processes as processes_module
+from utils.parallel.launch import Place, launched
+from utils.parallel.processes import Processes, share_batches
+from utils.parallel.replicas import ThreadReplicas
+from utils.training.engine import Engine, NetworkWithLoss, step_loss
 
 STEPS = 10
 
@@ -181,7 +185,7 @@ def test_tasks_of_srun_run_alone_and_say_so(monkeypatch, capsys, tasks, warned):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks) if tasks else monkeypatch.delenv("SLURM_STEP_NUM_TASKS", False)
-    assert distributed.join_processes(torch.device("cpu")) is None
+    assert launch.join_processes(torch.device("cpu")) is None
     assert ("SLURM_STEP_NUM_TASKS 2: srun started" in capsys.readouterr().err) == warned
 
 
@@ -261,11 +265,11 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, caps
     Where MASTER_ADDR is the host's own name, that is loopback; if it is for all, they share one machine."""
     expected = expected() if callable(expected) else expected
     store = dist.HashStore()
-    store.set("met/0", distributed._local_address(ELSEWHERE, "9") if own == "route" else own)
+    store.set("met/0", interfaces._local_address(ELSEWHERE, "9") if own == "route" else own)
     store.set("met/1", other)
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    distributed._choose_interface(Place(2, 0, 1, 0), store)
+    interfaces._choose_interface(Place(2, 0, 1, 0), store)
     chosen = os.environ.pop("GLOO_SOCKET_IFNAME", None)
     assert chosen == expected
     assert capsys.readouterr().out.startswith(
@@ -275,7 +279,7 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, caps
 @pytest.mark.parametrize("place, chosen", [(Place(2, 0, 2, 0), None), (Place(2, 0, 1, 0), "eth7")])
 def test_one_host_or_a_chosen_interface_stay_as_they_are(monkeypatch, capsys, place, chosen):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen) if chosen else monkeypatch.delenv("GLOO_SOCKET_IFNAME", False)
-    distributed._choose_interface(place, store=None)
+    interfaces._choose_interface(place, store=None)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen and not capsys.readouterr().out
 
 
@@ -319,7 +323,7 @@ def test_the_line_for_slurm_starts_one_run(tmp_path):
 
 
 def test_cores_are_shared_and_said(monkeypatch):
-    monkeypatch.setattr(distributed, "available_cores", lambda: 32)
+    monkeypatch.setattr(select, "available_cores", lambda: 32)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     cpu, gpus = [torch.device("cpu")], [torch.device("cuda", k) for k in range(4)]
     threads = torch.get_num_threads()
@@ -380,7 +384,7 @@ def test_strides_that_cost_nothing_are_no_warning(tmp_path, weight):
             for warned in (True, False):
                 conv = torch.nn.Conv2d(channels * groups, count, side, groups=groups)
                 conv.weight.register_hook(lambda gradient: gradient.contiguous().as_strided(weight, strides))
-                module = DistributedDataParallel(conv) if warned else distributed.share_batches(
+                module = DistributedDataParallel(conv) if warned else share_batches(
                     conv, [torch.device("cpu")], Processes())
                 module(image).sum().backward()
                 assert any("Grad strides" in str(one.message) for one in caught) is warned
@@ -396,13 +400,13 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     gpu = torch.device("cuda", 3)
-    assert distributed.prepare_device(gpu, None, "bf16") and chosen == [gpu] and torch.backends.cudnn.benchmark
+    assert select.prepare_device(gpu, None, "bf16") and chosen == [gpu] and torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32 and "--channels-last: " in capsys.readouterr().out
-    channels_last = distributed.prepare_device(gpu, False, "off")
+    channels_last = select.prepare_device(gpu, False, "off")
     said = capsys.readouterr().out
     assert channels_last is False and not torch.backends.cudnn.allow_tf32
     assert said.startswith("--amp off: fp32, exactly") and said.count("\n") == 1
-    assert distributed.prepare_device(torch.device("cpu"), None, "off") is False
+    assert select.prepare_device(torch.device("cpu"), None, "off") is False
     assert "--no-channels-last: " in capsys.readouterr().out
 
 
@@ -428,28 +432,28 @@ class Another(Processes):
 
 def test_gpus_of_different_kinds_compute_in_what_all_of_them_have(monkeypatch):
     """Gradients of which one process alone scales its own, as fp16 does, would be added up."""
-    monkeypatch.setattr(distributed, "best_precision", lambda device: ("bf16", "fp16")[device.index])
+    monkeypatch.setattr(select, "best_precision", lambda device: ("bf16", "fp16")[device.index])
     new, old = torch.device("cuda", 0), torch.device("cuda", 1)
-    assert distributed.shared_precision([new], None) == "bf16"
-    assert distributed.shared_precision([new, old], None) == "fp16"
+    assert select.shared_precision([new], None) == "bf16"
+    assert select.shared_precision([new, old], None) == "fp16"
     for here in (new, old):
-        assert distributed.shared_precision([here], Another(["bf16"])) == ("bf16", "fp16")[here.index]
-        assert distributed.shared_precision([here], Another(["fp16"])) == "fp16"
-        assert distributed.shared_precision([here], Another(["off"])) == "off"
+        assert select.shared_precision([here], Another(["bf16"])) == ("bf16", "fp16")[here.index]
+        assert select.shared_precision([here], Another(["fp16"])) == "fp16"
+        assert select.shared_precision([here], Another(["off"])) == "off"
 
 
 @pytest.mark.parametrize("device, backend, bound", [("cpu", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")])
 def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
     asked = {}
-    monkeypatch.setattr(distributed, "_meet", lambda place: "store")
-    monkeypatch.setattr(distributed, "_choose_interface", lambda place, store: asked.update(interface_for=store))
-    monkeypatch.setattr(distributed, "_exchange", lambda device: asked.update(exchanged_on=device))
+    monkeypatch.setattr(launch, "_meet", lambda place: "store")
+    monkeypatch.setattr(interfaces, "_choose_interface", lambda place, store: asked.update(interface_for=store))
+    monkeypatch.setattr(launch, "_exchange", lambda device: asked.update(exchanged_on=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
-    monkeypatch.setattr(distributed, "Processes", lambda: None)
+    monkeypatch.setattr(processes_module, "Processes", lambda: None)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    distributed.join_processes(torch.device(device))
+    launch.join_processes(torch.device(device))
     assert asked["backend"] == backend and asked["timeout"].total_seconds() >= 3600
     assert asked["device_id"] == (bound and torch.device(bound))
     assert (asked["rank"], asked["world_size"], asked["store"], asked["interface_for"]) == (5, 8, "store", "store")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import train
-from networks import load, predictor
-from utils import distributed
-from utils.cli import UserError
-from utils.driver import lacks_kernels, unusable_gpu
+from networks import predictor
+from networks.predictor import load
+from utils.common.errors import UserError
+from utils.devices import select
+from utils.devices.driver import lacks_kernels, unusable_gpu
 
 # As the driver writes them, the second one since its kernel modules are open.
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Sep 12 19:41:22 UTC 2023\nGCC version:  gcc 11\n"
@@ -72,19 +73,19 @@ def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(mon
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA13)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (7, 0))[device.index])
-    devices = distributed.select_devices("0,1")
-    assert distributed.select_devices("0") == devices[:1]
-    distributed.check_kernels(torch.device("cpu"))      # needs none
+    devices = select.select_devices("0,1")
+    assert select.select_devices("0") == devices[:1]
+    select.check_kernels(torch.device("cpu"))      # needs none
     with pytest.raises(UserError, match="--gpu 1"):
         train.parse_and_check(["--gpu", "0,1", "--parallel", "dp", "--data-dir", "x"])
     with pytest.raises(UserError, match="--gpu 1: expected a GPU that can be used, found GPU 1 of compute capab"):
-        distributed.select_devices("1")
-    assert distributed.own_device(devices) == devices[0] == predictor._device(None)
+        select.select_devices("1")
+    assert select.own_device(devices) == devices[0] == predictor._device(None)
     for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_PORT": 1,
                         "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="--gpu 1: .*found GPU 1"):
-        distributed.own_device(devices)
+        select.own_device(devices)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(UserError, match="--gpu 0: .*found GPU 0"):
         load("a.pth")
@@ -94,10 +95,10 @@ def test_the_only_gpu_without_kernels_is_a_warning_where_none_was_asked_for(monk
     for name, value in {"is_available": True, "device_count": 1, "get_arch_list": CUDA13, "get_device_name": "GTX",
                         "get_device_capability": (6, 1)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
-    assert distributed.select_devices(None) == [torch.device("cpu")]
+    assert select.select_devices(None) == [torch.device("cpu")]
     assert "warning: computing on the CPU, many times slower: expected a GPU, found GTX" in capsys.readouterr().err
     with pytest.raises(UserError, match="--gpu 0"):
-        distributed.select_devices("0")
+        select.select_devices("0")
 
 
 def test_no_gpu_or_a_hidden_one_says_nothing(machine, monkeypatch):
@@ -114,10 +115,10 @@ def test_no_gpu_or_a_hidden_one_says_nothing(machine, monkeypatch):
 def test_the_cpu_is_taken_with_a_warning_or_by_name(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)      # NVML counts what cannot be used
-    monkeypatch.setattr(distributed, "unusable_gpu", lambda: "a GPU with driver 1.2, and so on")
-    assert [device.type for device in distributed.select_devices(None)] == ["cpu"]
+    monkeypatch.setattr(select, "unusable_gpu", lambda: "a GPU with driver 1.2, and so on")
+    assert [device.type for device in select.select_devices(None)] == ["cpu"]
     assert "found a GPU with driver 1.2, and so on" in capsys.readouterr().err
-    assert [device.type for device in distributed.select_devices("cpu")] == ["cpu"]
+    assert [device.type for device in select.select_devices("cpu")] == ["cpu"]
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--gpu 0: .*found a GPU with driver 1.2, and so on"):
-        distributed.select_devices("0")
+        select.select_devices("0")

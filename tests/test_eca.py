@@ -4,7 +4,7 @@ import pytest
 import timm.layers
 import torch
 
-from networks.eca import ECA
+from networks.backbones.eca import ECA
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])

@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss.criterion import SegmentationCriterion
-from networks import build_network
+from networks.build import build_network
 from tests.crash import same
-from utils import checkpoint
-from utils.distributed import Processes
-from utils.engine import Engine, NetworkWithLoss, NotFinite
-from utils.history import Course
-from utils.normalization import Normalization
-from utils.precision import Precision
-from utils.versions import keeping_buffers
+from utils.common.compat import keeping_buffers
+from utils.devices.precision import Precision
+from utils.ops.normalization import Normalization
+from utils.parallel.processes import Processes
+from utils.training import seeds
+from utils.training.engine import Engine, NetworkWithLoss, NotFinite
+from utils.training.history import Course
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def make_batch(seed=0):
 
 def state(engine):
     return copy.deepcopy({"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
-                          "scaler": engine.precision.state_dict(), "rng": checkpoint.random_state()})
+                          "scaler": engine.precision.state_dict(), "rng": seeds.random_state()})
 
 
 def spoil(engine, what):
@@ -147,7 +147,7 @@ def test_the_host_waits_once_a_step(amp, parts, expected, monkeypatch):
     engine = make_engine(amp)
     batches = [make_batch(seed) for seed in range(parts)]
     engine.step(batches)      # the first one asks the norms about half precision
-    monkeypatch.setattr("utils.engine.random_state", lambda devices: None)      # generators are the host's own
+    monkeypatch.setattr("utils.training.engine.random_state", lambda devices: None)      # generators are the host's own
     waits = Waits(monkeypatch)
     with waits:
         assert float(torch.ones(())) and torch.ones(2).tolist()

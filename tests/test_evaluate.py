@@ -13,11 +13,13 @@ from PIL import Image
 
 import evaluate
 from dataset.labels import ClassTable
-from networks import build_network
+from networks.build import build_network
 from tests.conftest import ROOT, finish, snapshot_content, start
 from tests.conftest import SMALL as TRAIN
-from utils import checkpoint, memory
-from utils.cli import UserError
+from utils.common import files
+from utils.common.errors import UserError
+from utils.devices import memory
+from utils.runs import snapshots
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +31,7 @@ def snapshot(tmp_path_factory):
     torch.nn.init.normal_(network.head.fine.weight, std=0.3)
     torch.nn.init.normal_(network.head.coarse.weight, std=0.3)
     path = tmp_path_factory.mktemp("snapshots") / "CS_scenes_7.pth"
-    checkpoint.save(path, content | {"model": network.state_dict()})
+    snapshots.save(path, content | {"model": network.state_dict()})
     return path
 
 
@@ -89,7 +91,7 @@ def test_absent_classes_and_void_predictions(streets, tmp_path, monkeypatch):
         Image.fromarray(predicted.astype(np.uint8)).save(file)
         predictions.append(file)
         images.append((classes.encode(np.where(np.isin(predicted, classes.ids), predicted, 0)), classes.encode(truth)))
-    from utils.metrics import ConfusionMatrix
+    from utils.metrics.iou import ConfusionMatrix
 
     matrix = ConfusionMatrix(19)
     for predicted, truth in images:
@@ -151,7 +153,7 @@ def test_own_pictures_beside_the_results_stay(streets, snapshot, tmp_path, capsy
 
 def full(monkeypatch, when):
     """A disk that is full from the files on whose names `when` accepts."""
-    write = checkpoint.write_atomically
+    write = files.write_atomically
 
     def failing(path, content):
         def fill(file):
@@ -159,7 +161,7 @@ def full(monkeypatch, when):
             if when(str(path)):
                 raise OSError(28, "No space left on device")
         write(path, fill)
-    monkeypatch.setattr(checkpoint, "write_atomically", failing)
+    monkeypatch.setattr(files, "write_atomically", failing)
 
 
 def test_a_full_disk_is_a_sentence_and_what_was_written_stays(streets, snapshot, tmp_path, monkeypatch):
@@ -310,9 +312,9 @@ def test_files_that_are_no_snapshots(streets, snapshot, tmp_path):
                           ("text.pth", "expected a file of tensors written by torch.save")):
         with pytest.raises(UserError, match=message):
             run(streets, tmp_path / name, tmp_path / "r")
-    content = checkpoint.load(snapshot)
+    content = files.load(snapshot)
     del content["model"]["head.fine.weight"]
-    checkpoint.save(tmp_path / "short.pth", content)
+    snapshots.save(tmp_path / "short.pth", content)
     with pytest.raises(UserError, match="expected the tensors .* its config describes as model, found none named head"):
         run(streets, tmp_path / "short.pth", tmp_path / "r")
 
@@ -337,9 +339,9 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
 
 
 def test_several_snapshots_make_one_table(streets, snapshot, tmp_path, capsys):
-    content = checkpoint.load(snapshot) | {"step": 9}
+    content = files.load(snapshot) | {"step": 9}
     content["model"]["head.fine.weight"] = content["model"]["head.fine.weight"].flip(0)
-    checkpoint.save(tmp_path / "CS_scenes_9.pth", content)
+    snapshots.save(tmp_path / "CS_scenes_9.pth", content)
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(snapshot), str(tmp_path / "CS_scenes_9.pth"),
                    "--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--save", "none",
                    "--output-dir", str(tmp_path / "r")])

@@ -11,18 +11,21 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from libs.convert import fold_norms
-from networks import build_network, load
-from networks.predictor import load_network
-from networks.pretrained import load_weights, read_weights
+from networks.build import build_network
+from networks.predictor import load, load_network
+from networks.weights.loading import load_weights
+from networks.weights.start import read_weights
 from tests.conftest import snapshot_content
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils import checkpoint, export, versions
-from utils.cli import UserError
-from utils.inference import SlidingPredictor
-from utils.normalization import Normalization
+from utils.common import compat, files
+from utils.common.errors import UserError
+from utils.inference import export
+from utils.inference.sliding import SlidingPredictor
+from utils.ops.normalization import Normalization
+from utils.runs import snapshots
 
 CPU = torch.device("cpu")
-NEW = versions.torch_version() >= versions.EXPORT
+NEW = compat.torch_version() >= export.EXPORT
 RGB = np.random.default_rng(1).integers(0, 256, (70, 100, 3), dtype=np.uint8)
 
 
@@ -120,7 +123,7 @@ def test_a_program_of_any_size_is_not_for_backbones_of_timm(tmp_path):
 
 
 def test_a_program_needs_a_newer_version(snapshot, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(versions, "EXPORT", (99, 0))
+    monkeypatch.setattr(export, "EXPORT", (99, 0))
     with pytest.raises(UserError, match="acfnet.pt2: expected PyTorch 99.0 or newer for .pt2, found 2"):
         write(snapshot, tmp_path / "acfnet.pt2")
     assert not list(tmp_path.iterdir())
@@ -129,7 +132,7 @@ def test_a_program_needs_a_newer_version(snapshot, tmp_path, monkeypatch):  # no
 @pytest.mark.parametrize("model", ["acfnet", "ocrnet", "danet", "ccnet", "ocnet_asp", "pspnet"])
 def test_every_model_computes_in_half_precision(model):
     network = fold_norms(build_network(model, 4, "resnet18").eval()).eval()
-    if model == "ocnet_asp" and versions.torch_version() < (2, 9):      # whose CPU has no padding in float16
+    if model == "ocnet_asp" and compat.torch_version() < (2, 9):      # whose CPU has no padding in float16
         with pytest.raises(UserError, match="--export-precision fp16: expected a network that PyTorch 2.* computes in"):
             export.in_half_precision(network)
         return
@@ -148,7 +151,7 @@ def test_every_model_computes_in_half_precision(model):
 def test_a_file_that_computes_something_else_is_not_kept(snapshot, tmp_path, monkeypatch, suffix):  # noqa: F811
     pytest.importorskip("onnxruntime")
     name = {".onnx": "onnx_program", ".pt2": "exported_program"}[suffix]
-    make = getattr(versions, name)
+    make = getattr(compat, name)
 
     def wrong(model, *rest):
         torch.nn.init.normal_(model.network.head.fine.bias)
@@ -156,11 +159,11 @@ def test_a_file_that_computes_something_else_is_not_kept(snapshot, tmp_path, mon
         torch.nn.init.zeros_(model.network.head.fine.bias)
         return program
 
-    monkeypatch.setattr(versions, name, wrong)
+    monkeypatch.setattr(compat, name, wrong)
     (tmp_path / f"a{suffix}").write_text("earlier")
     with pytest.raises(UserError, match="expected logits within 0.001 of the largest of PyTorch's, .* a difference of"):
         write(snapshot, tmp_path / f"a{suffix}", "--export-size", "65,65", "--overwrite")
-    monkeypatch.setattr(versions, name, lambda *rest: b"rubbish")
+    monkeypatch.setattr(compat, name, lambda *rest: b"rubbish")
     with pytest.raises(UserError, match="expected a file that runs with 1 image of 65×65, found: ") as error:
         write(snapshot, tmp_path / f"a{suffix}", "--export-size", "65,65", "--overwrite")
     assert "fixes the size" not in str(error.value)         # it is fixed
@@ -208,7 +211,7 @@ def test_exported_weights_are_the_network(snapshot, tmp_path, capsys, precision)
     assert found.names == wanted.names and np.array_equal(found.colors[found.labels == wanted.labels],
                                                           wanted.colors[found.labels == wanted.labels])
     np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-7 if precision == "fp32" else 0.02)
-    size = target.stat().st_size / sum(tensor.nbytes for tensor in checkpoint.load(snapshot)["model"].values())
+    size = target.stat().st_size / sum(tensor.nbytes for tensor in files.load(snapshot)["model"].values())
     assert size == pytest.approx(1 if precision == "fp32" else 0.5, abs=0.02)
     weights = read_weights(target)
     assert weights.norm == "inplace_abn" and weights.family == "ours"
@@ -261,11 +264,11 @@ def test_averaged_weights_are_exported_as_such(tmp_path):
     content["average"] = {name: tensor * 0.5 if tensor.is_floating_point() else tensor
                           for name, tensor in content["model"].items()}
     path = tmp_path / "CS_scenes_7.pth"
-    checkpoint.save(path, content)
+    snapshots.save(path, content)
     for words, kind in ((), "average"), (("--raw-weights",), "model"):
         target = tmp_path / kind / "a.safetensors"
         write(path, target, *words)
-        assert all(torch.equal(tensor, content[kind][name]) for name, tensor in checkpoint.load(target).items())
+        assert all(torch.equal(tensor, content[kind][name]) for name, tensor in files.load(target).items())
         words = {"average": "moving average at step 7", "model": "those of step 7"}[kind]
         assert words in (target.parent / "README.md").read_text()
 
@@ -274,7 +277,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
     pytest.importorskip("safetensors")
     content = snapshot_content()
     content["model"]["head.fine.bias"][3] = 1e6
-    checkpoint.save(tmp_path / "CS_scenes_7.pth", content)
+    snapshots.save(tmp_path / "CS_scenes_7.pth", content)
     with pytest.raises(UserError, match="expected weights that float16 can hold, .*, found 1e.06 in head.fine.bias"):
         write(tmp_path / "CS_scenes_7.pth", tmp_path / "a.safetensors", "--export-precision", "fp16")
     with pytest.raises(UserError, match="a.onnx: expected logits within 0.25 of"):

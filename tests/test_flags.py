@@ -16,10 +16,12 @@ from dataset.labels import CITYSCAPES
 from dataset.streets import write_dataset
 from libs import backend
 from tests.conftest import snapshot_content
-from utils import checkpoint, report, resume, visualize
-from utils.cli import UserError
-from utils.inference import SlidingPredictor
-from utils.logger import NoLog
+from utils.common.errors import UserError
+from utils.inference.sliding import SlidingPredictor
+from utils.metrics import charts, report
+from utils.runs import snapshots
+from utils.runs.log import NoLog
+from utils.training import resume
 
 SKIPPED = (torch.Generator, type(None))
 # Flag → words that follow it; or a pair: the words before, with which alone it is compared, and its own.
@@ -159,9 +161,9 @@ def small_inputs(folder):
     (folder / "classes.csv").write_text(open(CITYSCAPES).read().replace("bicycle", "pushbike"))
     content = snapshot_content()
     del content["optimizer"]
-    checkpoint.save(folder / "plain.pth", content)
+    snapshots.save(folder / "plain.pth", content)
     content["config"]["arguments"]["ema"] = 0.9
-    checkpoint.save(folder / "averaged.pth", content | {"average": {        # which takes every class for another
+    snapshots.save(folder / "averaged.pth", content | {"average": {        # which takes every class for another
         name: tensor.flip(0) if name.startswith("head.fine") else tensor for name, tensor in content["model"].items()}})
 
 
@@ -198,7 +200,7 @@ def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "export_snapshot", exported)
     monkeypatch.setattr(evaluate, "Loader", loader)
     for picture in ("confusion_picture", "iou_chart"):
-        monkeypatch.setattr(visualize, picture, lambda *args: None)
+        monkeypatch.setattr(charts, picture, lambda *args: None)
     monkeypatch.setattr(report, "reliability_chart", lambda *args: b"")
 
     def outcome(words):

@@ -18,8 +18,8 @@ from dataset.folders import check_validation, data_root
 from dataset.infer import infer_classes
 from dataset.labels import ClassTable
 from tests.conftest import SMALL
-from utils import checkpoint
-from utils.cli import UserError
+from utils.common import files
+from utils.common.errors import UserError
 
 BINARY = "name,id,train_id,red,green,blue\nbackground,0,0,0,0,0\nforeground,255,1,255,255,255\n"
 
@@ -237,7 +237,7 @@ def test_training_and_evaluation(tmp_path, capsys):
         train.main, [*resume, "--classes", str(tmp_path / "ships.csv")])
     train.main([*resume, "--classes", str(out / "classes.csv")])
     path = out / "CS_scenes_2.pth"
-    assert ClassTable(checkpoint.load(path)["config"]["classes"]).as_csv() == BINARY
+    assert ClassTable(files.load(path)["config"]["classes"]).as_csv() == BINARY
     evaluate.main(words(folders, "--restore-from", path, "--gpu", "cpu", "--num-workers", 0, "--amp", "off", "--scales",
                         1, "--no-flip", "--save", "labels"))
     result = json.loads((out / "CS_scenes_2_val/result.json").read_text())

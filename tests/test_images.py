@@ -14,8 +14,8 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.images import ImageFiles, find_images, images_of_split, write_submission
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils.cli import UserError
-from utils.inference import SlidingPredictor
+from utils.common.errors import UserError
+from utils.inference.sliding import SlidingPredictor
 
 QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
 

@@ -16,7 +16,7 @@ from dataset.infer import count_values, infer_classes, keep_table
 from dataset.labels import CITYSCAPES, ClassTable, distinct_color
 from tests.conftest import SMALL
 from tests.test_folders import BINARY, make, refusal, words
-from utils.cli import UserError
+from utils.common.errors import UserError
 
 
 def infer(folders, splits=None, lists=None):

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-from networks import build_network
-from utils import memory
-from utils.inference import SlidingPredictor, _Pass, add_at_once, add_by_strips, round_size, window_starts
-from utils.normalization import Normalization
+from networks.build import build_network
+from utils.devices import memory
+from utils.inference.sliding import SlidingPredictor, _Pass, add_at_once, add_by_strips, window_starts
+from utils.ops.normalization import Normalization
+from utils.ops.upsampling import round_size
 
 PLAIN = Normalization("RGB", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

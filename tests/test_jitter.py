@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dataset.cityscapes import CityscapesDataset
-from utils.jitter import apply_jitter, draw_jitter
+from utils.ops.jitter import apply_jitter, draw_jitter
 
 
 def test_jitter_changes_colours_as_drawn_and_nothing_else(streets):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import kernels
 from libs.abn import InPlaceABNSync
-from utils.normalization import Normalization
+from utils.ops.normalization import Normalization
 
 
 def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):

@@ -9,8 +9,8 @@ from cityscapesscripts.helpers.labels import labels as official
 
 from dataset import folders
 from dataset.labels import CITYSCAPES, ClassTable
-from utils.cli import UserError
-from utils.decoding import read_ids
+from utils.common.errors import UserError
+from utils.imaging.decode import read_ids
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
 

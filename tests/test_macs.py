@@ -2,7 +2,7 @@
 
 import pytest
 
-from networks import build_network
+from networks.build import build_network
 from tests.benchmarks.macs import count
 
 

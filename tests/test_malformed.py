@@ -17,8 +17,8 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.reading import DecodedCache
 from tests.conftest import finish, start
 from tests.test_reading import OTHER, other_content
-from utils.cli import UserError, sentence
-from utils.decoding import read_ids, read_image
+from utils.common.errors import UserError, sentence
+from utils.imaging.decode import read_ids, read_image
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
 IMAGE = np.random.default_rng(0).integers(256, size=(12, 16, 3)).astype(np.uint8)

@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from libs.abn import NORMS
 from libs.convert import fold_norms
-from networks import BACKBONES, build_network
-from networks.resnet import RECOMPUTE
-from tests.benchmarks.memory import AMP, COUNTED, COUNTED_MODELS, NoConvolutions, measure
-from utils.memory import bytes_a_pixel, free_bytes, kept_bytes, passing_bytes, ran_out
+from networks.backbones.names import BACKBONES
+from networks.backbones.resnet import RECOMPUTE
+from networks.build import build_network
+from tests.benchmarks.memory import AMP, COUNTED, COUNTED_MODELS, NoConvolutions, kept_bytes, measure
+from utils.devices.memory import bytes_a_pixel, free_bytes, passing_bytes, ran_out
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
           (torch.bfloat16, "full"): 900}

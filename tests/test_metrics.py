@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.labels import ClassTable
-from utils.metrics import ConfusionMatrix, InstanceIoU
+from utils.metrics.iou import ConfusionMatrix, InstanceIoU
 
 
 def official_scores(predictions, truths):

@@ -9,13 +9,13 @@ import torch
 import evaluate
 import train
 from libs.convert import fold_norms
-from networks import ACF_LOSS, MODELS, build_network, find_model
-from networks.pretrained import load_weights
+from networks.build import ACF_LOSS, MODELS, build_network, find_model
+from networks.weights.loading import load_weights
 from tests.test_train import run
-from utils import checkpoint
-from utils.cli import UserError
-from utils.export import ImagesToLogits, write_program
-from utils.normalization import Normalization
+from utils.common import files
+from utils.common.errors import UserError
+from utils.inference.export import ImagesToLogits, write_program
+from utils.ops.normalization import Normalization
 
 ONE_MAP = [name for name, model in MODELS.items() if model.head == "plain"]
 
@@ -92,7 +92,7 @@ def test_from_training_to_predictions(streets, tmp_path, words):
                    "--no-flip", "--num-workers", "0", "--save", "none"])
     result = json.loads((folder / "CS_scenes_3_val/result.json").read_text())
     assert 0 <= result["mean_iou"] <= 1 and ("coarse" in result) == ("--acf" in words)
-    account = load_weights(build_network(words[0], 19, "eca_resnet18"), checkpoint.load(path), "s.pth")
+    account = load_weights(build_network(words[0], 19, "eca_resnet18"), files.load(path), "s.pth")
     assert account.share == 1
 
 

@@ -12,15 +12,16 @@ import evaluate
 import train
 from dataset.weights import balanced, class_weights, read_weights
 from loss.criterion import SegmentationCriterion
-from networks import build_network
-from networks.resnet import STAGES
+from networks.backbones.resnet import STAGES
+from networks.build import build_network
 from tests.test_engine import make_batch
 from tests.test_train import run
-from utils import checkpoint
-from utils.cli import UserError
-from utils.normalization import Normalization
-from utils.optimization import PolySchedule, make_optimizer, update_average
-from utils.precision import Precision
+from utils.common import files
+from utils.common.errors import UserError
+from utils.devices.precision import Precision
+from utils.ops.normalization import Normalization
+from utils.runs import snapshots
+from utils.training.optimization import PolySchedule, make_optimizer, update_average
 
 CPU = torch.device("cpu")
 
@@ -193,7 +194,7 @@ def test_a_run_with_everything_resumes_to_the_bit(streets, tmp_path, capsys):
     assert "the moving average of the weights" in capsys.readouterr().out
     quick = json.loads((tmp_path / "whole/quick_validation.jsonl").read_text().splitlines()[-1])
     assert quick["step"] == 4
-    best = checkpoint.load(tmp_path / "whole" / checkpoint.BEST)
+    best = files.load(tmp_path / "whole" / snapshots.BEST)
     assert best["average"].keys() == best["model"].keys()
     with pytest.raises(UserError, match="expected a run with --optimizer sgd, found adamw"):
         run(streets, tmp_path / "parts", "--resume", steps=9)

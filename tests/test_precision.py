@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train
-from utils import precision
-from utils.cli import UserError
-from utils.precision import Precision, best_precision
+from utils.common.errors import UserError
+from utils.devices import precision
+from utils.devices.precision import Precision, best_precision
 
 CPU = torch.device("cpu")
 

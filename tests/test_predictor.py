@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 import evaluate
 from dataset.labels import ClassTable
 from libs import abn
-from networks import load
+from networks.predictor import load
 from tests.conftest import ROOT, snapshot_content
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils import checkpoint
-from utils.cli import UserError
-from utils.decoding import pixels_of
+from utils.common.errors import UserError
+from utils.imaging.decode import pixels_of
+from utils.runs import snapshots
 
 PLAIN = {"device": "cpu", "amp": "off"}
 RGB = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)
@@ -41,7 +41,7 @@ def readme_blocks():
 def place(tmp_path_factory):
     """A folder with what the README's lines name."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    checkpoint.save(folder / "snapshots/CS_scenes_60000.pth", snapshot_content(60000))
+    snapshots.save(folder / "snapshots/CS_scenes_60000.pth", snapshot_content(60000))
     Image.fromarray(RGB).save(folder / "street.jpg")
     return folder
 
@@ -185,7 +185,7 @@ def test_the_moving_average_is_what_predicts(tmp_path, capsys):
     content["config"]["arguments"]["ema"] = 0.9
     content["average"] = {name: tensor * 0.5 if tensor.is_floating_point() else tensor
                           for name, tensor in content["model"].items()}
-    checkpoint.save(tmp_path / "CS_scenes_7.pth", content)
+    snapshots.save(tmp_path / "CS_scenes_7.pth", content)
     averaged, raw = (load(tmp_path / "CS_scenes_7.pth", **PLAIN, raw_weights=raw).predict(RGB).probabilities
                      for raw in (False, True))
     assert not np.allclose(averaged, raw)

@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import train
-from networks import BACKBONES, build_backbone, build_network
-from networks.pretrained import load_weights, read_weights, recognise
+from networks.backbones.names import BACKBONES, build_backbone
+from networks.build import build_network
+from networks.weights.families import recognise
+from networks.weights.loading import load_weights
+from networks.weights.start import read_weights
 from tests.conftest import SHARED, SMALL, randomise, snapshot_content
-from utils import checkpoint
-from utils.cli import UserError
-from utils.normalization import CAFFE, Normalization
+from utils.common import files
+from utils.common.errors import UserError
+from utils.ops.normalization import CAFFE, Normalization
 
 
 def reference(name, stride):
@@ -320,7 +323,7 @@ def test_flags_paths_and_numbers_beside_tensors_are_read(tmp_path):
     content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=0.1, out=Path("x")), "folder": Path("y"),
                "best": np.float64(0.5), "step": np.int64(3), "curve": np.arange(4.0), "counts": Counter("aab")}
     torch.save(content, tmp_path / "w.pth")
-    read = checkpoint.load(tmp_path / "w.pth")
+    read = files.load(tmp_path / "w.pth")
     assert read["args"].lr == 0.1 and str(read["folder"]) == "y" and read["best"] == 0.5 and read["step"] == 3
     assert read["curve"].tolist() == [0, 1, 2, 3] and torch.equal(read["model"]["a"], torch.ones(2))
 
@@ -345,7 +348,7 @@ def test_files_of_objects_name_the_line_that_converts_them(tmp_path, monkeypatch
                                "state_dict": {**network.state_dict(), "_extra_state": None}}}
         torch.save(contents[what], tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth: expected tensors and plain values alone, found") as caught:
-        checkpoint.load(tmp_path / "w.pth")
+        files.load(tmp_path / "w.pth")
     message = str(caught.value)
     assert sentence in message and "add_safe_globals" not in message and "\n" not in message
     monkeypatch.chdir(tmp_path)
@@ -360,7 +363,7 @@ def test_damage_is_not_taken_for_objects(tmp_path):
     whole[whole.index(tensor.numpy().tobytes()[:64]) + 10] ^= 1
     (tmp_path / "w.pth").write_bytes(whole)
     with pytest.raises(UserError, match="damaged since it was written"):
-        checkpoint.load(tmp_path / "w.pth")
+        files.load(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -397,7 +400,7 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
                 "--num-steps", "1", "--restore-from", str(tmp_path / "w.pth"), "--normalization", "bgr"])
     shown = capsys.readouterr().out
     assert "network: acfnet_resnet, eca_resnet18, stem 32-32-64, average downsampling; input BGR" in shown
-    config = checkpoint.load(tmp_path / "s/CS_scenes_1.pth")["config"]
+    config = files.load(tmp_path / "s/CS_scenes_1.pth")["config"]
     assert config["network"]["eca_kernels"] == [5, 5, 5, 7] and config["network"]["average_downsample"]
     assert Normalization.from_config(config["normalization"]) == CAFFE
     account = json.loads((tmp_path / "s/weights.json").read_text())
@@ -405,7 +408,7 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     assert "head.fine.weight" in account["initialised"]
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
-    assert checkpoint.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"
+    assert files.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -13,9 +13,10 @@ from PIL import Image, ImageOps
 from dataset.check import inspect
 from dataset.labels import ClassTable
 from dataset.reading import DecodedCache
-from utils import decoding
-from utils.cli import UserError
-from utils.decoding import read_ids, read_image, upright_size
+from utils.common import files
+from utils.common.errors import UserError
+from utils.imaging import decode
+from utils.imaging.decode import read_ids, read_image, upright_size
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(256, size=(11, 17, 3)).astype(np.uint8)
@@ -50,7 +51,7 @@ SPECIAL = {"palette": encoded(SMOOTH, "PNG", "P"), "transparent": encoded(SMOOTH
 def test_plain_files_go_through_opencv_with_pillows_pixels(tmp_path, monkeypatch, name):
     data, most = PLAIN[name]
     (tmp_path / "a").write_bytes(data)
-    monkeypatch.setattr(decoding, "load", lambda *file: pytest.fail("decoded by Pillow"))
+    monkeypatch.setattr(decode, "load", lambda *file: pytest.fail("decoded by Pillow"))
     found = read_image(tmp_path / "a")
     assert found.dtype == np.uint8 and np.abs(found.astype(int) - by_pillow(data)).max() <= most
 
@@ -66,7 +67,7 @@ def test_what_is_not_plain_goes_through_pillow(tmp_path, monkeypatch, name):
 def test_plain_label_maps_go_through_opencv(tmp_path, monkeypatch, dtype):
     ids = LABEL.astype(dtype) * (1 if dtype == np.uint8 else 300)
     (tmp_path / "a.png").write_bytes(encoded(ids, "PNG"))
-    monkeypatch.setattr(decoding, "load", lambda *file: pytest.fail("decoded by Pillow"))
+    monkeypatch.setattr(decode, "load", lambda *file: pytest.fail("decoded by Pillow"))
     found = read_ids(tmp_path / "a.png")
     assert found.dtype == dtype and np.array_equal(found, ids)
 
@@ -83,7 +84,7 @@ def test_what_pillow_refuses_is_refused_at_every_cut_and_every_spoilt_byte(monke
     spoilt += [data[:place] + b"\0" * (len(data) - place) for place in range(9, len(data), 7)]
     refused = 0
     for one in spoilt:
-        monkeypatch.setattr(decoding, "read_file", lambda path, one=one: one)
+        monkeypatch.setattr(files, "read_file", lambda path, one=one: one)
         try:
             image = Image.open(io.BytesIO(one))
             image.load()
@@ -152,7 +153,7 @@ def test_a_label_map_that_may_lack_the_turn_is_said(tmp_path, turn, shape, named
 def test_a_file_is_read_once_for_its_size(tmp_path, monkeypatch, kind):
     Image.fromarray(NOISE).save(tmp_path / "a", kind)
     read = []
-    monkeypatch.setattr(decoding, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
+    monkeypatch.setattr(files, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
     assert upright_size(tmp_path / "a") == (17, 11) and len(read) == 1
 
 
@@ -241,7 +242,7 @@ def test_only_regular_files_are_read(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     sparse = tmp_path / "sparse"
     with open(sparse, "wb") as file:
-        file.truncate(decoding.MOST_BYTES * 4)
+        file.truncate(files.MOST_BYTES * 4)
     for path, found in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder"),
                         (sparse, "4.3 GB"), (tmp_path / ("x" * 300), "one that cannot be read"),
                         (tmp_path / "gone", "no such file"), (tmp_path / "nul\0", "one that cannot be read")):

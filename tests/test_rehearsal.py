@@ -7,18 +7,19 @@ import utils.engine
 from libs import backend
 from libs.abn import InPlaceABNSync
 from loss.criterion import SegmentationCriterion
-from networks import MODELS, build_network, find_model
+from networks.build import MODELS, build_network, find_model
 from tests.fake_cuda import GPU, LAYOUTS, InTurns, backward, fake_gpu
-from utils import upsampling
-from utils.calibration import Calibration
-from utils.distributed import Processes
-from utils.engine import Engine, NetworkWithLoss
-from utils.inference import SlidingPredictor, score
-from utils.normalization import Normalization
-from utils.optimization import OPTIMIZERS, make_optimizer
-from utils.precision import AUTOCAST, Precision
-from utils.replicas import ThreadReplicas
-from utils.versions import torch_version
+from utils.common.compat import torch_version
+from utils.devices.precision import AUTOCAST, Precision
+from utils.inference.sliding import SlidingPredictor
+from utils.metrics.calibration import Calibration
+from utils.metrics.evaluation import score
+from utils.ops import upsampling
+from utils.ops.normalization import Normalization
+from utils.parallel.processes import Processes
+from utils.parallel.replicas import ThreadReplicas
+from utils.training.engine import Engine, NetworkWithLoss
+from utils.training.optimization import OPTIMIZERS, make_optimizer
 
 pytestmark = pytest.mark.skipif(torch_version() < (2, 9), reason="older fake tensors know other operators")
 NORM_KERNELS = ("statistics", "batch_norm_backward_reduce", "batch_norm_backward_elemt")

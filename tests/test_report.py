@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
-from utils.metrics import ConfusionMatrix
-from utils.report import EACH_CLASS, OVERALL, WorstImages
+from utils.metrics.iou import ConfusionMatrix
+from utils.metrics.report import EACH_CLASS, OVERALL, WorstImages
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

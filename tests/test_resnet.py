@@ -4,8 +4,9 @@ import pytest
 import torch
 import torchvision
 
-from networks import BACKBONES, build_backbone, build_network
-from networks.aspp import ASPP
+from networks.backbones.names import BACKBONES, build_backbone
+from networks.build import build_network
+from networks.contexts.aspp import ASPP
 from tests.conftest import randomise
 
 

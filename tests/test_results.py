@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from utils.cli import UserError
-from utils.results import RECORD, ResultsFolder, check_file
+from utils.common.errors import UserError
+from utils.runs.results import RECORD, ResultsFolder, check_file
 
 FILES, FOLDERS = ("result.json", "labelIds/a.png", "color/a.png"), ("labelIds", "color")
 

@@ -13,8 +13,8 @@ import torch
 
 import evaluate as evaluate_script
 import train as train_script
-from utils import local
-from utils.cli import UserError
+from utils.common.errors import UserError
+from utils.demo import local
 
 ROOT = Path(__file__).resolve().parents[1]
 

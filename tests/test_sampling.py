@@ -16,9 +16,10 @@ from dataset.reading import DecodedCache
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler, class_index, class_positions, make_sampler
 from dataset.transforms import train_transform
 from tests.test_reading import OTHER, other_content
-from utils import checkpoint, decoding
-from utils.cli import UserError
-from utils.decoding import read_ids, read_image
+from utils.common import files
+from utils.common.errors import UserError
+from utils.imaging import decode
+from utils.imaging.decode import read_ids, read_image
 
 
 def index_of(dataset):
@@ -151,7 +152,7 @@ def test_the_cache_gives_the_same_samples_and_decodes_once(streets, tmp_path, mo
         for index in range(len(plain)):
             a, b = plain[index, index], cached[index, index]
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-        monkeypatch.setattr(decoding, "open_image", lambda *file: pytest.fail("decoded again"))
+        monkeypatch.setattr(decode, "open_image", lambda *file: pytest.fail("decoded again"))
         plain = cached
     assert len(list((tmp_path / "c").iterdir())) == 18
 
@@ -188,7 +189,7 @@ def test_what_is_no_class_index_is_said_and_made_again(streets, tmp_path, what, 
 
 def test_too_little_room_for_the_cache_is_said_first(streets, tmp_path, monkeypatch):
     dataset = CityscapesDataset(streets, "train", cache=tmp_path / "c")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"--cache .*: expected \d+ MB free for the decoded images, found 0 MB"):
         dataset.fill_cache(0)
     assert not list((tmp_path / "c").iterdir())

@@ -14,13 +14,18 @@ from hypothesis import strategies as st
 import evaluate
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
-from networks import build_network, meta_network
-from networks.pretrained import load_weights, read_snapshot, read_weights
+from networks.build import build_network, meta_network
+from networks.weights import start
+from networks.weights.loading import load_weights
+from networks.weights.snapshot import Config, parse
+from networks.weights.start import read_snapshot, read_weights
 from tests.conftest import snapshot_content
-from utils import checkpoint, resume
-from utils.cli import UserError, sentence
-from utils.precision import Precision
-from utils.snapshot import Config, parse
+from utils.common import files as files_module
+from utils.common.errors import UserError, sentence
+from utils.common.files import load
+from utils.devices.precision import Precision
+from utils.runs import snapshots
+from utils.training import resume
 
 NAN, WEIGHT = float("nan"), "backbone.layer1.0.conv1.weight"
 KERNEL = "backbone.layer1.0.eca.conv.weight"
@@ -167,8 +172,8 @@ FOR_RESUMING = {        # an evaluation does not miss them
 def files(monkeypatch):
     """Contents of files by name, in place of the disk: reading the bytes is tested by itself."""
     contents = {}
-    monkeypatch.setattr(checkpoint, "load", lambda path: contents[str(path).rpartition("/")[2]])
-    monkeypatch.setattr(checkpoint, "snapshots", lambda folder: sorted((checkpoint.step_of(n), n) for n in contents))
+    monkeypatch.setattr(files_module, "load", lambda path: contents[str(path).rpartition("/")[2]])
+    monkeypatch.setattr(snapshots, "snapshots", lambda folder: sorted((snapshots.step_of(n), n) for n in contents))
     return contents
 
 
@@ -194,9 +199,9 @@ def test_resume_passes_over_a_wrong_snapshot_and_says_so(sound, files, capsys, w
     place, value, message = WRONG[what]
     files["CS_scenes_7.pth"] = change(sound, place, value)
     with pytest.raises(UserError, match=message):
-        resume.find_snapshot("newest", "folder", read_snapshot)
+        start.find_snapshot("newest", "folder", read_snapshot)
     files["CS_scenes_6.pth"] = sound | {"step": 6}
-    assert resume.find_snapshot("newest", "folder", read_snapshot).step == 6
+    assert start.find_snapshot("newest", "folder", read_snapshot).step == 6
     said = capsys.readouterr().out
     assert said.startswith("CS_scenes_7.pth: ") and said.endswith("; taking the snapshot before it\n")
 
@@ -207,21 +212,21 @@ def test_what_only_a_resumed_run_misses(sound, files, what):
     files["CS_scenes_7.pth"] = change(sound, place, value)
     assert read_snapshot("CS_scenes_7.pth").step == 7
     with pytest.raises(UserError, match=message):
-        resume.find_snapshot("CS_scenes_7.pth", "folder", read_snapshot)
+        start.find_snapshot("CS_scenes_7.pth", "folder", read_snapshot)
     files["CS_scenes_6.pth"] = sound | {"step": 6}
-    assert resume.find_snapshot("newest", "folder", read_snapshot).step == 6
+    assert start.find_snapshot("newest", "folder", read_snapshot).step == 6
 
 
 def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
     """For evaluation, resuming, and transfer to another number of classes, through the file."""
     path = tmp_path / "CS_scenes_7.pth"
-    checkpoint.save(path, sound)
+    snapshots.save(path, sound)
     network, config = evaluate.load_network(path, torch.device("cpu"))
     assert config.input_size == (65, 97) and config.normalization.std == (58.395, 57.12, 57.375)
     assert config.samples is None and ClassTable(config.classes).num_classes == 3
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 65, 65))["fine"].shape == (1, 3, 9, 9)
-    found = resume.find_snapshot(path, tmp_path, read_snapshot)
+    found = start.find_snapshot(path, tmp_path, read_snapshot)
     assert set(resumed(found, build_network(**found.config.network))) == {"momentum_buffer"}
     account = load_weights(build_network("acfnet_resnet", 5, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and account.family == "ours"
@@ -240,7 +245,7 @@ def test_a_snapshot_from_before_there_was_a_head_loads(sound, tmp_path):
                        number: momenta[names.index(name)] for number, name in enumerate(order)}}}
     assert order != names and "coarse.weight" in old["model"]
     path = tmp_path / "CS_scenes_7.pth"
-    checkpoint.save(path, old)
+    snapshots.save(path, old)
     found = read_snapshot(path, resuming=True)
     assert found.model.keys() == sound["model"].keys()
     assert all(torch.equal(value, sound["model"][name]) for name, value in found.model.items())
@@ -254,7 +259,7 @@ def test_the_average_goes_on_by_its_updates_or_by_the_steps_of_an_older_snapshot
     content = change(sound, "config.arguments.ema", 0.9) | {"average": sound["model"], "average_updates": 5}
     for updates, expected in ((5, 5), (DELETE, 7)):
         path = tmp_path / "CS_scenes_7.pth"
-        checkpoint.save(path, change(content, "average_updates", updates))
+        snapshots.save(path, change(content, "average_updates", updates))
         found = read_snapshot(path, resuming=True)
         network = build_network(**found.config.network)
         engine = SimpleNamespace(network=network, optimizer=torch.optim.SGD(network.parameters(), 0.02, 0.5),
@@ -292,7 +297,7 @@ def test_momentum_and_decay_of_a_resumed_run_are_those_of_its_flags(sound, files
 
 def test_flipped_bits_are_seen_wherever_they_are(sound, tmp_path):
     path = tmp_path / "CS_scenes_7.pth"
-    checkpoint.save(path, sound)
+    snapshots.save(path, sound)
     whole = path.read_bytes()
     tensor = sound["model"]["backbone.layer4.1.conv2.weight"]
     inside = whole.index(tensor.numpy().tobytes()[:64]) + 2       # of the mantissa: the number stays plausible
@@ -317,7 +322,7 @@ def test_files_whose_writer_left_out_the_sums_load(tmp_path):
         torch.save({"a": torch.ones(3)}, tmp_path / "a.pth")
     finally:
         torch.serialization.set_crc32_options(before)
-    assert torch.equal(checkpoint.load(tmp_path / "a.pth")["a"], torch.ones(3))
+    assert torch.equal(load(tmp_path / "a.pth")["a"], torch.ones(3))
 
 
 @pytest.mark.parametrize("key, value, message", [

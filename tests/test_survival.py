@@ -22,13 +22,18 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 import train
-from networks import BACKBONES
+from networks.backbones.names import BACKBONES
 from tests.conftest import ROOT, SMALL, children, finish, read_until, start
 from tests.crash import same
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils import checkpoint, cli, logger, memory
-from utils.cli import UserError
-from utils.logger import RunLog
+from utils.common import command as command_module
+from utils.common import files
+from utils.common.command import Interrupted, StopRequest, _account
+from utils.common.errors import UserError
+from utils.devices import memory
+from utils.runs import log as log_module
+from utils.runs import snapshots
+from utils.runs.log import RunLog, about_this_run
 
 
 def words(streets, folder, *more, steps=4):
@@ -37,7 +42,7 @@ def words(streets, folder, *more, steps=4):
 
 
 def end(folder, steps=4):
-    return checkpoint.load(folder / f"CS_scenes_{steps}.pth")
+    return files.load(folder / f"CS_scenes_{steps}.pth")
 
 
 def cut(whole, part):
@@ -87,9 +92,9 @@ def test_kills_at_any_moment_lose_nothing():
 def test_keep_and_latest(streets, tmp_path):
     folder = tmp_path / "s"
     train.main(words(streets, folder, "--save-pred-every", "1", "--keep", "2", steps=4))
-    assert [step for step, _ in checkpoint.snapshots(folder)] == [3, 4]
+    assert [step for step, _ in snapshots.snapshots(folder)] == [3, 4]
     assert (folder / "latest.pth").is_symlink() and os.readlink(folder / "latest.pth") == "CS_scenes_4.pth"
-    assert checkpoint.load(folder / "latest.pth")["step"] == 4
+    assert files.load(folder / "latest.pth")["step"] == 4
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -115,8 +120,8 @@ def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
     git("commit", "-q", "--allow-empty", "-m", "theirs")
     for folder, expected in ((tmp_path / "ACFNet/utils", None), (tmp_path / "utils", git("rev-parse", "HEAD"))):
         folder.mkdir(parents=True)
-        monkeypatch.setattr(logger, "__file__", str(folder / "logger.py"))
-        assert logger.about_this_run({}, [])["git_commit"] == expected
+        monkeypatch.setattr(log_module, "__file__", str(folder / "logger.py"))
+        assert about_this_run({}, [])["git_commit"] == expected
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path):
@@ -130,11 +135,11 @@ def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path)
     assert status == 2 and error.startswith("error: ") and "CS_scenes_4.pth: expected to write a file there" in error
     assert "Traceback" not in error
     assert (folder / "CS_scenes_2.pth").read_bytes() == before
-    assert [step for step, _ in checkpoint.snapshots(folder)] == [2] and not list(folder.glob(".*.tmp"))
+    assert [step for step, _ in snapshots.snapshots(folder)] == [2] and not list(folder.glob(".*.tmp"))
 
 
 def test_too_little_room_is_said_before_the_first_step(streets, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000_000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000_000))
     with pytest.raises(UserError, match=r"--snapshot-dir .*: expected \d+ MB free for a snapshot, found 10 MB"):
         train.main(words(streets, tmp_path / "s"))
     assert not (tmp_path / "s").exists()
@@ -224,7 +229,7 @@ def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets,
     status, out, error = finish(start(tmp_path / "limited.py", *words(
         streets, tmp_path / "s", "--save-pred-every", "12", "--panel-every", "5", steps=12)), 100)
     assert status == 0, error
-    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [12]
+    assert [step for step, _ in snapshots.snapshots(tmp_path / "s")] == [12]
     for name in ("metrics.jsonl", "events.out.tfevents"):
         said = [line for line in error.splitlines() if name in line]
         assert len(said) == 1 and "expected to write there" in said[0] and "training goes on" in said[0]
@@ -314,9 +319,9 @@ def test_the_account_of_an_error(monkeypatch):
         try:
             raise error
         except BaseException as caught:
-            return cli._account(caught)
+            return _account(caught)
 
-    monkeypatch.setattr(cli, "_among_processes", lambda: True)
+    monkeypatch.setattr(command_module, "_among_processes", lambda: True)
     for text in ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3",
                  "NCCL error: remote process exited or there was a network error, NCCL version 2.27\nncclRemoteError"):
         status, said = account(RuntimeError(text))
@@ -365,9 +370,9 @@ def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path, launch
     read_until(process, "step 3/")
     process.send_signal(number)
     status, out, error = finish(process, 60)
-    (step, path), = checkpoint.snapshots(tmp_path / "s")
+    (step, path), = snapshots.snapshots(tmp_path / "s")
     assert f"stopped after step {step}" in out, error
-    assert checkpoint.load(path)["step"] == step
+    assert files.load(path)["step"] == step
     assert status == (1 if launcher == "torchrun" else 128 + number)     # torchrun has no other for it
 
 
@@ -397,18 +402,18 @@ def test_one_signalled_process_stops_all_with_its_status(streets, tmp_path):
     read_until(process, "step 3/")
     os.kill(children(process.pid, "train.py")[1], signal.SIGTERM)
     status, out, error = finish(process, 60)
-    (step, path), = checkpoint.snapshots(tmp_path / "s")
+    (step, path), = snapshots.snapshots(tmp_path / "s")
     assert status == 128 + signal.SIGTERM and f"stopped after step {step}" in out, error
 
 
 def test_a_second_signal_at_once_does_not_count_and_a_later_one_ends():
     before = signal.getsignal(signal.SIGHUP)
-    with cli.StopRequest(deaf=0.2) as stop:
+    with StopRequest(deaf=0.2) as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked and stop.number == signal.SIGHUP
         time.sleep(0.25)
-        with pytest.raises(cli.Interrupted) as caught:
+        with pytest.raises(Interrupted) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     assert caught.value.number == signal.SIGTERM and signal.getsignal(signal.SIGHUP) == before
@@ -417,7 +422,7 @@ def test_a_second_signal_at_once_does_not_count_and_a_later_one_ends():
 def test_nohup_stays_deaf_to_hanging_up():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.StopRequest() as stop:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.asked
     finally:
@@ -431,7 +436,7 @@ def test_output_that_nobody_takes_is_silence(streets, tmp_path, redirection):
     done = subprocess.run(["bash", "-c", f"{command} {redirection}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, timeout=120,
                           capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stderr == "" == done.stdout
-    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [2, 4]
+    assert [step for step, _ in snapshots.snapshots(tmp_path / "s")] == [2, 4]
     assert [json.loads(line)["step"] for line in open(tmp_path / "s/metrics.jsonl")] == [1, 2, 3, 4]
 
 
@@ -458,8 +463,8 @@ def test_a_closed_terminal_saves_and_ends(streets, tmp_path):
         shown += os.read(master, 1 << 16)
     os.close(master)
     assert process.wait(60) == 128 + signal.SIGHUP
-    (step, path), = checkpoint.snapshots(tmp_path / "s")
-    assert checkpoint.load(path)["step"] == step
+    (step, path), = snapshots.snapshots(tmp_path / "s")
+    assert files.load(path)["step"] == step
 
 
 def test_the_sentence_about_memory_builds_nothing():

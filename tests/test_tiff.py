@@ -13,11 +13,12 @@ from PIL import Image
 
 from dataset.check import check, inspect, table
 from dataset.cityscapes import CityscapesDataset
-from dataset.labels import IGNORE_INDEX, ClassTable
+from dataset.labels import ClassTable
 from dataset.reading import DecodedCache
-from utils import decoding
-from utils.cli import UserError
-from utils.decoding import read_ids, read_image, upright_size
+from utils.common.errors import UserError
+from utils.imaging import decode
+from utils.imaging.classes import IGNORE_INDEX
+from utils.imaging.decode import read_ids, read_image, upright_size
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(256, size=(24, 36, 3)).astype(np.uint8)
@@ -28,7 +29,7 @@ ROWS = [{"name": name, "id": number, "train_id": train_id, "red": number & 255, 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(decoding, "_remarked", set())
+    monkeypatch.setattr(decode, "_remarked", set())
 
 
 def write_pages(path, *pages):
@@ -251,7 +252,7 @@ def test_beyond_pillows_limit_of_pixels(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert np.array_equal(read_image(tmp_path / "a.png"), RGB) and upright_size(tmp_path / "a.png") == (36, 24)
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(decoding, "MOST_PIXELS", 800)
+    monkeypatch.setattr(decode, "MOST_PIXELS", 800)
     with pytest.raises(UserError, match="found 36×24; cut it into parts"):
         read_image(tmp_path / "a.png")
 

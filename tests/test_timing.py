@@ -11,9 +11,9 @@ from PIL import Image
 import evaluate
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from tests.test_video import drawn_frames, write
-from utils import timing
-from utils.cli import UserError
-from utils.inference import SlidingPredictor
+from utils.common.errors import UserError
+from utils.inference import timing
+from utils.inference.sliding import SlidingPredictor
 
 CPU = torch.device("cpu")
 LINE = re.compile(r"(\S+) images/s, (\S+) ms an image \(median; spread \S+\), (\S+)% of it beyond the network; "

@@ -10,14 +10,19 @@ import torch
 import evaluate
 import train
 from libs.convert import fold_norms
-from networks import build_backbone, build_network, meta_network, timm_backbone
-from networks.pretrained import choose_backbone, load_weights, read_snapshot, read_weights
+from networks.backbones.choose import choose_backbone
+from networks.backbones.names import build_backbone
+from networks.backbones.timm import _find_plan, find_plan, input_normalization, share_statistics
+from networks.build import build_network, meta_network
+from networks.weights.loading import load_weights
+from networks.weights.start import read_snapshot, read_weights
 from tests.conftest import randomise
-from utils.cli import UserError
-from utils.inference import SlidingPredictor, round_size
-from utils.memory import passing_bytes
-from utils.normalization import Normalization
-from utils.versions import torch_version
+from utils.common.compat import torch_version
+from utils.common.errors import UserError
+from utils.devices.memory import passing_bytes
+from utils.inference.sliding import SlidingPredictor
+from utils.ops.normalization import Normalization
+from utils.ops.upsampling import round_size
 
 timm = pytest.importorskip("timm", reason="needs timm")
 # Stride of the logits, and the sides that fit: a multiple of the first, plus the second.
@@ -112,7 +117,7 @@ def test_maps_are_those_of_timm_at_any_size(name):
 @pytest.mark.parametrize("size", [(1, 1), (7, 350), (65, 33)])
 def test_images_smaller_than_the_part_a_pixel_attends_to_are_padded(size):
     """PVT's attention takes parts of 32×32 pixels of the image together."""
-    assert timm_backbone.find_plan("timm:pvt_v2_b0").multiple == 32
+    assert find_plan("timm:pvt_v2_b0").multiple == 32
     with torch.device("meta"):
         maps = build_backbone("timm:pvt_v2_b0")(torch.zeros(2, 3, *size))
     assert [tuple(one.shape[2:]) for one in maps] == [tuple(-(-side // r) for side in size) for r in (16, 32)]
@@ -120,7 +125,7 @@ def test_images_smaller_than_the_part_a_pixel_attends_to_are_padded(size):
 
 def test_maps_that_a_network_would_stretch_are_padded():
     """MobileViTv2 resizes maps of odd sides to even ones, and leaves them so."""
-    assert timm_backbone.find_plan("timm:mobilevitv2_050").multiple == 2 * 8
+    assert find_plan("timm:mobilevitv2_050").multiple == 2 * 8
 
 
 def test_stages_for_the_auxiliary_head_lie_two_thirds_up_a_plain_transformer():
@@ -261,9 +266,9 @@ def test_snapshots_go_round_without_flags(pair, tmp_path, capsys):
 
 
 def test_the_input_is_normalised_as_timm_did_unless_said(pair, tmp_path):
-    assert timm_backbone.input_normalization("timm:vit_tiny_patch16_224") == Normalization("RGB", (127.5,) * 3,
+    assert input_normalization("timm:vit_tiny_patch16_224") == Normalization("RGB", (127.5,) * 3,
                                                                                          (127.5,) * 3)
-    assert timm_backbone.input_normalization("timm:resnet10t") == Normalization()
+    assert input_normalization("timm:resnet10t") == Normalization()
     one = start(pair, tmp_path / "one", "--backbone", "timm:vit_tiny_patch16_224")
     assert read_snapshot(one).config.normalization.mean == (127.5, 127.5, 127.5)
     two = start(pair, tmp_path / "two", "--backbone", "timm:vit_tiny_patch16_224", "--normalization", "bgr")
@@ -299,7 +304,7 @@ def test_every_parameter_that_learns_has_a_gradient():
 
 
 def test_random_weights_do_not_depend_on_what_was_tried_before():
-    timm_backbone._find_plan.cache_clear()
+    _find_plan.cache_clear()
     torch.manual_seed(1)
     first = build_backbone("timm:resnet10t").state_dict()
     torch.manual_seed(1)
@@ -319,11 +324,11 @@ def test_folding_norms_leaves_timm_alone_and_memory_is_probed_at_its_stride():
 def test_norms_are_synchronised_on_gpus_and_else_it_is_said(capsys):
     network = build_network("acfnet_resnet", 5, "timm:mobilenetv3_small_050", "bn")
     names, count = list(network.state_dict()), len(list(network.parameters()))
-    timm_backbone.share_statistics(network, [torch.device("cpu")], None)
+    share_statistics(network, [torch.device("cpu")], None)
     assert not capsys.readouterr().out
-    timm_backbone.share_statistics(network, [torch.device("cpu")], object())
+    share_statistics(network, [torch.device("cpu")], object())
     assert "batch norms of the backbone see the share of a device alone" in capsys.readouterr().out
-    timm_backbone.share_statistics(network, [torch.device("cuda", 0)], object())
+    share_statistics(network, [torch.device("cuda", 0)], object())
     kinds = {type(module) for module in network.backbone.modules()
              if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds and all(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds)

@@ -8,9 +8,9 @@ import pytest
 
 import train
 from tests.conftest import SMALL
-from utils import trackers
-from utils.cli import UserError
-from utils.logger import RunLog
+from utils.common.errors import UserError
+from utils.runs import trackers
+from utils.runs.log import RunLog
 
 NUMBERS = {"lr": 0.1, "loss": 2.5, "images_per_second": 1.0, "seconds_data": 0.1, "skipped": None}
 

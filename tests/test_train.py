@@ -15,13 +15,17 @@ import train
 from dataset.labels import ClassTable
 from libs import backend
 from loss.criterion import SegmentationCriterion
-from networks import build_backbone, build_network
+from networks.backbones.names import build_backbone
+from networks.build import build_network
 from tests.conftest import SMALL, finish, read_until, start
-from utils import checkpoint, cli, validation, versions
-from utils.cli import UserError
-from utils.engine import Engine, NetworkWithLoss, NotFinite
-from utils.inference import SlidingPredictor, score
-from utils.normalization import Normalization
+from utils.common import command, compat, files
+from utils.common.errors import UserError
+from utils.inference.sliding import SlidingPredictor
+from utils.metrics.evaluation import score
+from utils.ops.normalization import Normalization
+from utils.runs import snapshots
+from utils.training import validation
+from utils.training.engine import Engine, NetworkWithLoss, NotFinite
 
 
 def run(streets, folder, *words, steps=3):
@@ -29,7 +33,7 @@ def run(streets, folder, *words, steps=3):
                 "--model", "acfnet_resnet", "--input-size", "49,65", "--batch-size", "2", "--num-workers", "0",
                 "--num-steps", str(steps), "--log-every", "1", "--random-mirror", "--random-scale", "--amp", "off",
                 *words])
-    return checkpoint.load(f"{folder}/CS_scenes_{steps}.pth")
+    return files.load(f"{folder}/CS_scenes_{steps}.pth")
 
 
 def lines(folder):
@@ -38,7 +42,7 @@ def lines(folder):
 
 def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     content = run(streets, tmp_path / "s", "--save-pred-every", "2", "--panel-every", "2")
-    assert [step for step, _ in checkpoint.snapshots(tmp_path / "s")] == [2, 3]
+    assert [step for step, _ in snapshots.snapshots(tmp_path / "s")] == [2, 3]
     assert set(content) == {"model", "optimizer", "scaler", "step", "rng", "config"} and content["step"] == 3
     assert content["config"]["network"]["backbone"] == "eca_resnet18"
     build_network(**content["config"]["network"]).load_state_dict(content["model"])
@@ -82,7 +86,7 @@ def test_crops_off_the_grid_are_rounded_up_and_said(streets, tmp_path, capsys):
     assert "before they were" not in capsys.readouterr().out
     content["config"]["arguments"]["input_size"] = content["config"]["input_size"] = [48, 60]
     (tmp_path / "old").mkdir()
-    checkpoint.save(tmp_path / "old/CS_scenes_1.pth", content)
+    snapshots.save(tmp_path / "old/CS_scenes_1.pth", content)
     assert run(streets, tmp_path / "old", "--input-size", "48,60", "--resume", steps=2)["step"] == 2
     assert "from here on crops are [49, 65], before they were [48, 60]" in capsys.readouterr().out
     with pytest.raises(UserError, match="expected a run with --input-size .57, 65., found .49, 65."):
@@ -204,9 +208,9 @@ def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path,
         (os.killpg if group else os.kill)(process.pid, number)
     status, rest, error = finish(process, 60)
     assert status == 128 + number, error
-    (step, path), = checkpoint.snapshots(tmp_path / "s")
+    (step, path), = snapshots.snapshots(tmp_path / "s")
     assert f"stopped after step {step}; the same command with --resume goes on" in rest
-    assert checkpoint.load(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
+    assert files.load(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
 
 
 def test_loss_falls(streets, tmp_path):
@@ -226,7 +230,7 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
     lines = [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     best = max(lines, key=lambda line: line["quick_mean_iou_fine"])
-    content = checkpoint.load(folder / "best_quick.pth")
+    content = files.load(folder / "best_quick.pth")
     assert content["step"] == best["step"] and content["quick_mean_iou"] == best["quick_mean_iou_fine"]
     evaluate.main(["--data-dir", str(streets), "--restore-from", str(folder / "best_quick.pth"), "--gpu", "cpu",
                    "--whole", "--scales", "1.0", "--no-flip", "--save", "none", "--num-workers", "0", "--amp", "off",
@@ -244,7 +248,7 @@ def test_quick_validation_is_the_evaluation_of_whole_images_and_the_best_is_kept
     if best["step"] == 2:
         run(streets, folder, "--val-every", "2", "--learning-rate", "0.03", "--resume", steps=4)
         assert [json.loads(line) for line in (folder / "quick_validation.jsonl").read_text().splitlines()] == lines
-        assert checkpoint.load(folder / "best_quick.pth")["step"] == 2
+        assert files.load(folder / "best_quick.pth")["step"] == 2
 
 
 def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path, capsys):
@@ -254,12 +258,12 @@ def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path,
     torch.save({"model": {}, "config": {}, "step": 7, "quick_mean_iou": 0.99}, folder / "best_quick.pth")
     run(streets, folder, *words, steps=1)
     assert "best_quick.pth is of an earlier run, kept as" in capsys.readouterr().out
-    assert checkpoint.load(folder / "best_quick.pth")["step"] == 1
-    assert checkpoint.load(folder / "best_quick_earlier_1.pth")["quick_mean_iou"] == 0.99
-    content = checkpoint.load(folder / "best_quick.pth") | {"quick_mean_iou": 0.99}
-    checkpoint.save(folder / "best_quick.pth", content)
+    assert files.load(folder / "best_quick.pth")["step"] == 1
+    assert files.load(folder / "best_quick_earlier_1.pth")["quick_mean_iou"] == 0.99
+    content = files.load(folder / "best_quick.pth") | {"quick_mean_iou": 0.99}
+    snapshots.save(folder / "best_quick.pth", content)
     run(streets, folder, *words, "--resume", steps=2)
-    assert checkpoint.load(folder / "best_quick.pth")["step"] == 1
+    assert files.load(folder / "best_quick.pth")["step"] == 1
 
 
 @pytest.mark.parametrize("steps, saved", [(2, 2), (9, 3)])
@@ -273,10 +277,10 @@ def test_a_stop_does_not_wait_for_the_quick_validation(streets, tmp_path, monkey
         return predict(self, *image)
 
     monkeypatch.setattr(SlidingPredictor, "predict", signalled)
-    with pytest.raises(cli.Interrupted) as caught:
+    with pytest.raises(command.Interrupted) as caught:
         run(streets, tmp_path / "s", "--val-every", "2", "--backbone", "resnet18", steps=steps)
     assert caught.value.number == signal.SIGTERM and len(scored) == 1
-    assert checkpoint.snapshots(tmp_path / "s")[-1][0] == saved
+    assert snapshots.snapshots(tmp_path / "s")[-1][0] == saved
     assert "the quick validation of step 2 is left out" in capsys.readouterr().out
     assert not (tmp_path / "s/best_quick.pth").exists() and not (tmp_path / "s/quick_validation.jsonl").read_text()
 
@@ -331,7 +335,7 @@ def test_no_reading_process_outlives_the_training(streets, tmp_path):
 
 def test_channels_last_and_compile_train_alike(streets, tmp_path):
     ways = [("--channels-last",)]
-    if versions.torch_version() < versions.COMPILER:
+    if compat.torch_version() < compat.COMPILER:
         with pytest.raises(UserError, match="--compile: expected PyTorch 2.9 or newer, found "):
             run(streets, tmp_path / "s", "--compile")
     else:
@@ -363,10 +367,10 @@ def test_weights_that_a_step_has_ruined_are_not_called_the_state_before(streets,
                                         r"snapshot of this start trained on normally: a lower --learning-rate from "
                                         r"the beginning and another --snapshot-dir may help"):
         run(streets, tmp_path / "a", "--learning-rate", "1e30", "--save-pred-every", "1", steps=9)
-    assert [step for step, _ in checkpoint.snapshots(tmp_path / "a")] == [1]
+    assert [step for step, _ in snapshots.snapshots(tmp_path / "a")] == [1]
     with pytest.raises(UserError, match="training had left its course before, so that state is not saved, and no"):
         run(streets, tmp_path / "b", "--learning-rate", "1e30", steps=9)
-    assert not checkpoint.snapshots(tmp_path / "b")
+    assert not snapshots.snapshots(tmp_path / "b")
 
 
 def finite_losses_then(monkeypatch, losses, last):
@@ -401,15 +405,15 @@ def test_a_divergence_keeps_and_names_the_newest_sound_snapshot(streets, tmp_pat
     finite_losses_then(monkeypatch, losses, last)
     with pytest.raises(UserError, match=advice):
         run(streets, folder, "--backbone", "resnet18", "--save-pred-every", "2", "--keep", keep, steps=20)
-    assert [step for step, _ in checkpoint.snapshots(folder)] == kept
+    assert [step for step, _ in snapshots.snapshots(folder)] == kept
     assert os.readlink(folder / "latest.pth") == f"CS_scenes_{kept[-1]}.pth"
 
 
 def test_pruning_leaves_what_was_written_last(tmp_path):
     """A damaged snapshot of a higher step, which --resume has passed over, does not count."""
     for step in (1, 2, 9, 3):
-        checkpoint.save_step(tmp_path, step, {}, keep=1)
-    assert [step for step, _ in checkpoint.snapshots(tmp_path)] == [3, 9]
+        snapshots.save_step(tmp_path, step, {}, keep=1)
+    assert [step for step, _ in snapshots.snapshots(tmp_path)] == [3, 9]
     assert os.readlink(tmp_path / "latest.pth") == "CS_scenes_3.pth"
 
 
@@ -430,12 +434,12 @@ def test_what_devices_hand_out_adds_up_to_the_whole_batch():
 
 def test_snapshots_are_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "CS_scenes_1.pth"
-    checkpoint.save(target, {"a": torch.ones(3)})
+    snapshots.save(target, {"a": torch.ones(3)})
 
     def fail(file):
         file.write(b"half")
         raise OSError("No space left on device")
 
     with pytest.raises(UserError, match="CS_scenes_1.pth: expected to write a file there, found: No space left"):
-        checkpoint.write_atomically(target, fail)
-    assert torch.equal(checkpoint.load(target)["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
+        files.write_atomically(target, fail)
+    assert torch.equal(files.load(target)["a"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1

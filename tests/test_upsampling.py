@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from loss import criterion
-from utils.upsampling import upsample_by_products, upsampling_matrix
+from utils.ops.upsampling import upsample_by_products, upsampling_matrix
 
 
 @pytest.mark.parametrize("small, size", [((5, 7), (33, 49)), ((1, 3), (4, 17)), ((4, 1), (4, 1)), ((9, 9), (5, 6))])

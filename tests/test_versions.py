@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from utils import versions
+from utils.common import compat
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -21,7 +21,7 @@ def test_the_norm_of_several_tensors(monkeypatch, own):
     if not own:
         monkeypatch.delattr(torch.nn.utils, "get_total_norm", raising=False)
     tensors = [torch.tensor([[3.0, 4.0]]), torch.tensor(12.0), torch.zeros(0)]
-    assert versions.total_norm(tensors).item() == pytest.approx(13)
+    assert compat.total_norm(tensors).item() == pytest.approx(13)
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -31,8 +31,8 @@ def test_instructions_are_read_where_pytorch_does_not_tell(monkeypatch, tmp_path
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\nbugs\t\t:\n")
-    assert versions.cpu_computes_in_bf16(tmp_path / "cpuinfo") is expected
-    assert not versions.cpu_computes_in_bf16(tmp_path / "absent")
+    assert compat.cpu_computes_in_bf16(tmp_path / "cpuinfo") is expected
+    assert not compat.cpu_computes_in_bf16(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("isa, expected", [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True),
@@ -40,14 +40,14 @@ def test_instructions_are_read_where_pytorch_does_not_tell(monkeypatch, tmp_path
 def test_instructions_that_onednn_may_not_use_do_not_count(monkeypatch, isa, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
-    assert versions.cpu_computes_in_bf16() is expected
+    assert compat.cpu_computes_in_bf16() is expected
 
 
 @pytest.mark.parametrize("size, padding, dilation, taken", [(2, 0, 1, False), (3, 0, 1, True), (3, 1, 2, True),
                                                            (2, 1, 2, False)])
 def test_what_has_no_values_is_no_smaller_than_a_kernel_either(size, padding, dilation, taken):
     expected = contextlib.nullcontext() if taken else pytest.raises((ValueError, RuntimeError), match="than|small")
-    with torch.device("meta"), versions.CheckedConvolutions(), expected:
+    with torch.device("meta"), compat.CheckedConvolutions(), expected:
         torch.nn.Conv2d(3, 4, 3, 2, padding, dilation)(torch.zeros(1, 3, 9, size))
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils import cli, video
-from utils.cli import UserError
-from utils.inference import SlidingPredictor
+from utils.common import command
+from utils.common.errors import UserError
+from utils.imaging import video
+from utils.inference.sliding import SlidingPredictor
 
 QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
 FRAMES = 8
@@ -210,9 +211,9 @@ def test_a_stop_leaves_a_playable_file(snapshot, tmp_path, monkeypatch, capsys, 
         return predicted(self, image)
     monkeypatch.setattr(SlidingPredictor, "__call__", call)
     source = write(tmp_path / "a.mp4", drawn_frames())
-    with pytest.raises(cli.Interrupted) as caught:
+    with pytest.raises(command.Interrupted) as caught:
         predict(snapshot, tmp_path / "r", source, write(tmp_path / "b.mp4", drawn_frames()), save=["overlay", "labels"])
-    assert caught.value.number == number and cli._account(caught.value)[0] == 128 + number
+    assert caught.value.number == number and command._account(caught.value)[0] == 128 + number
     assert "3 frames predicted, 0 skipped, then stopped" in capsys.readouterr().out
     frames, rate = read(tmp_path / "r/overlay/a.mp4")
     assert len(frames) == 3 and rate == pytest.approx(12.5)
@@ -227,10 +228,10 @@ def test_what_was_predicted_before_an_error_is_kept(snapshot, tmp_path, monkeypa
     def call(self, image):
         called.append(len(called))
         if len(called) == 4:
-            raise cli.Interrupted(signal.SIGINT)
+            raise command.Interrupted(signal.SIGINT)
         return predicted(self, image)
     monkeypatch.setattr(SlidingPredictor, "__call__", call)
-    with pytest.raises(cli.Interrupted):
+    with pytest.raises(command.Interrupted):
         predict(snapshot, tmp_path / "r", write(tmp_path / "a.mp4", drawn_frames()))
     assert 1 <= len(read(tmp_path / "r/color/a.mp4")[0]) <= 3
     assert [path.name for path in (tmp_path / "r/color").iterdir()] == ["a.mp4"]

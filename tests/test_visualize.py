@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from utils import visualize
-from utils.cli import UserError
+from utils.common.errors import UserError
+from utils.metrics import charts
 
 PROGRAM = """
 import sys
@@ -50,13 +50,13 @@ def test_a_chart_does_not_depend_on_the_users_settings(draw, plain, name):
 def test_the_users_settings_hold_again_after_a_chart(tmp_path):
     import matplotlib
     with matplotlib.rc_context({"font.size": 30}):
-        visualize.frequency_chart(tmp_path / "a.png", {"train": {"road": 3, "car": 1}}, np.zeros((2, 3), np.uint8))
+        charts.frequency_chart(tmp_path / "a.png", {"train": {"road": 3, "car": 1}}, np.zeros((2, 3), np.uint8))
         assert matplotlib.rcParams["font.size"] == 30
 
 
 def test_a_name_that_is_not_utf8_is_drawn(tmp_path, capsys):
     split = os.fsdecode(b"/data/gro\xdf")
-    visualize.frequency_chart(tmp_path / "a.png", {split: {"road": 3, "car": 1}}, np.zeros((2, 3), np.uint8))
+    charts.frequency_chart(tmp_path / "a.png", {split: {"road": 3, "car": 1}}, np.zeros((2, 3), np.uint8))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr() == ("", "")
 
 
@@ -64,8 +64,8 @@ def test_a_chart_that_cannot_be_drawn_is_a_line(tmp_path, monkeypatch, capsys):
     matrix = np.eye(2, 3)
     (tmp_path / "file").touch()
     with pytest.raises(UserError):      # of the disk, as before
-        visualize.confusion_picture(tmp_path / "file/a.png", matrix, ["road", "car"])
-    monkeypatch.setattr(visualize, "_figure", lambda *size: 1 / 0)
-    visualize.confusion_picture(tmp_path / "a.png", matrix, ["road", "car"])
+        charts.confusion_picture(tmp_path / "file/a.png", matrix, ["road", "car"])
+    monkeypatch.setattr(charts, "_figure", lambda *size: 1 / 0)
+    charts.confusion_picture(tmp_path / "a.png", matrix, ["road", "car"])
     assert capsys.readouterr().err == "confusion picture: expected to draw it, found: division by zero; it is missing\n"
-    assert not (tmp_path / "a.png").exists() and visualize.reliability_chart({}) is None
+    assert not (tmp_path / "a.png").exists() and charts.reliability_chart({}) is None

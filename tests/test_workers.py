@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, finish, start
-from utils.limits import cgroup_cpu_limit
+from utils.common.limits import cgroup_cpu_limit
 
 # Ends as a command does; a worker that holds a sample of 2.5 MB, or cannot be started, or is killed.
 PROGRAM = """

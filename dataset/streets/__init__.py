@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils import cli
-from utils.logger import progress
-from utils.workers import MOST_WORKERS, do_jobs
+from utils.common import errors, flags
+from utils.common.progress import progress
+from utils.parallel.workers import MOST_WORKERS, do_jobs
 
 from ..labels import ClassTable
 from .scene import draw_scene
@@ -55,7 +55,7 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
     out = Path(out)
     existing = next((out / "leftImg8bit").glob("*/*/*.png"), None)
     if existing:
-        raise cli.UserError(f"{out}: expected a folder without images, found {existing}")
+        raise errors.UserError(f"{out}: expected a folder without images, found {existing}")
     scenes = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
     for _ in progress(do_jobs(partial(write_scene, out=out, size=size, seed=seed), scenes, workers), f"drawing {out}",
                       "scene"):
@@ -63,14 +63,14 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 
 
 def main():
-    parser = cli.Parser(prog="python -m dataset.streets",
+    parser = flags.Parser(prog="python -m dataset.streets",
                         description="Draw labelled street scenes in the layout of Cityscapes.")
-    parser.add_argument("out", type=cli.path, help="folder to make")
-    parser.add_argument("--train", type=cli.not_negative(int, 999999), default=200, help="training scenes (200)")
-    parser.add_argument("--val", type=cli.not_negative(int, 999999), default=50, help="validation scenes (50)")
-    parser.add_argument("--size", type=cli.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
-    parser.add_argument("--seed", type=cli.random_seed, default=0, help="other seeds draw other streets (0)")
-    parser.add_argument("--num-workers", type=cli.num_workers, help="processes, or 0 for this one alone; default: one "
+    parser.add_argument("out", type=flags.path, help="folder to make")
+    parser.add_argument("--train", type=flags.not_negative(int, 999999), default=200, help="training scenes (200)")
+    parser.add_argument("--val", type=flags.not_negative(int, 999999), default=50, help="validation scenes (50)")
+    parser.add_argument("--size", type=flags.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
+    parser.add_argument("--seed", type=flags.random_seed, default=0, help="other seeds draw other streets (0)")
+    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; default: one "
                         f"per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
     write_dataset(args.out, args.train, args.val, args.size, args.seed, args.num_workers)

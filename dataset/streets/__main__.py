@@ -1,8 +1,10 @@
 """The command: `python -m dataset.streets`."""
 
-from utils import cli
+
+
+from utils.common import command
 
 from . import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

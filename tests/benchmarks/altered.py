@@ -14,14 +14,16 @@ import torch
 import evaluate
 import train
 from dataset.cityscapes import CityscapesDataset
-from networks import build_network, predictor
+from networks import predictor
 from networks.acf import ACFModule
 from networks.acfnet import SegmentationNet
-from utils import cli
-from utils.engine import make_engine
-from utils.inference import SlidingPredictor, score
-from utils.precision import at_least_float32
-from utils.validation import draw_panel
+from networks.build import build_network
+from utils.common import command
+from utils.inference.sliding import SlidingPredictor
+from utils.metrics.evaluation import score
+from utils.ops.autocast import at_least_float32
+from utils.training.engine import make_engine
+from utils.training.validation import draw_panel
 
 
 def without_term(**shape):
@@ -132,4 +134,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

@@ -10,8 +10,8 @@ speak untrained. The same command goes on where it was stopped.
 from pathlib import Path
 
 from tests.benchmarks.compare import Comparison, Variant, compare, for_all
-from utils import cli
-from utils.distributed import select_devices
+from utils.common import command, flags
+from utils.devices.select import select_devices
 
 PLAIN, ACF = ("--model", "base"), ("--model", "acfnet_resnet")
 
@@ -35,11 +35,11 @@ BASES = ("base, fine 1.3", "base")
 
 
 def main(argv=None):
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("weights", type=cli.path)
-    parser.add_argument("--steps", type=cli.positive(int), default=600)
-    parser.add_argument("--seeds", type=cli.positive(int, 30), default=3)
+    parser.add_argument("weights", type=flags.path)
+    parser.add_argument("--steps", type=flags.positive(int), default=600)
+    parser.add_argument("--seeds", type=flags.positive(int, 30), default=3)
     parser.add_argument("--size", default="209,209")
     parser.add_argument("--batch-size", default="6")
     parser.add_argument("--learning-rate", default="1e-2")
@@ -61,4 +61,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -36,20 +36,23 @@ import evaluate
 import train
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import check_validation, data_root
-from networks import MODELS, build_network, meta_network
+from networks.build import MODELS, build_network, meta_network
 from networks.predictor import load_network
 from tests.benchmarks.macs import count
-from tests.benchmarks.memory import NoConvolutions
-from utils import checkpoint, cli, visualize
-from utils.cli import UserError
-from utils.decoding import read_image
-from utils.distributed import select_devices
-from utils.local import FOLDERS
-from utils.logger import METRICS, read_lines
-from utils.memory import kept_bytes
-from utils.precision import best_precision, exact_float32
-from utils.timing import SECONDS, TURNS, device_name, seconds_of
-from utils.upsampling import round_size
+from tests.benchmarks.memory import NoConvolutions, kept_bytes
+from utils.common import files, flags
+from utils.common.command import Interrupted, StopRequest, run
+from utils.common.errors import UserError
+from utils.demo.local import FOLDERS
+from utils.devices.precision import best_precision, exact_float32
+from utils.devices.select import device_name, select_devices
+from utils.imaging.decode import read_image
+from utils.imaging.draw import _write
+from utils.inference.timing import SECONDS, TURNS, seconds_of
+from utils.metrics.charts import _figure, chart
+from utils.ops.upsampling import round_size
+from utils.runs import snapshots
+from utils.runs.log import METRICS, read_lines
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULT = "result/result.json"
@@ -126,7 +129,7 @@ class Comparison:
         return self.folder / f"{variant.stem}_seed{seed}"
 
     def snapshot(self, variant, seed):
-        return self.run_folder(variant, seed) / checkpoint.NAME.format(step=self.steps)
+        return self.run_folder(variant, seed) / snapshots.NAME.format(step=self.steps)
 
     def training_words(self, variant, seed, gpu="cpu"):
         """What train.py is told."""
@@ -172,7 +175,7 @@ def run_all(comparison, gpus, every=60.0):
     """
     waiting = deque((variant, seed) for seed in range(comparison.seeds) for variant in comparison.variants)
     failed, working, told, said = [], [], False, time.monotonic()
-    with cli.StopRequest() as stop:
+    with StopRequest() as stop:
         workers = [work(comparison, waiting, gpu, stop, failed) for gpu in gpus]
         try:
             while working := [pair for worker in workers if (pair := next(worker, None))]:
@@ -191,7 +194,7 @@ def run_all(comparison, gpus, every=60.0):
                 process.wait()
     if stop.asked:
         print("stopped; the same command goes on", flush=True)
-        raise cli.Interrupted(stop.number)
+        raise Interrupted(stop.number)
     return failed
 
 
@@ -256,7 +259,7 @@ def find_costs(comparison, device):
             if image is None:
                 image = read_image(comparison.validation_data().pairs[0][0])
             say((variant, seed), "counting and timing")
-            checkpoint.write_json(path, cost(comparison, comparison.snapshot(variant, seed), image, device))
+            files.write_json(path, cost(comparison, comparison.snapshot(variant, seed), image, device))
         found[variant.name] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -387,7 +390,7 @@ def check(comparison, gpu):
                 raise UserError(f"--output-dir {comparison.folder}: expected a comparison with the same "
                                 f"{name.replace('_', '-')}, found {before[name]} there and {value} here; another "
                                 "folder begins another one")
-    checkpoint.write_json(path, asked)
+    files.write_json(path, asked)
 
 
 def compare(comparison, devices):
@@ -400,8 +403,8 @@ def compare(comparison, devices):
     if rows:
         text, folder = as_text(rows, comparison), comparison.folder
         for name, content in (("table.txt", f"{text}\n"), ("table.csv", as_csv(rows))):
-            checkpoint.write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
-        visualize.scores_by_time(folder / "scores.png", rows)
+            files.write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
+        scores_by_time(folder / "scores.png", rows)
         print(text)
     if failed:
         sys.exit(2 if set(failed) == {2} else 1)
@@ -410,7 +413,7 @@ def compare(comparison, devices):
 def models(text):
     """Flag type: names of models, +acf behind those that shall have the ACF head → `Variant`s."""
     found = []
-    for name in cli.words(text):
+    for name in flags.words(text):
         model, plus, _ = name.partition("+acf")
         if model not in MODELS or name != model + plus:
             raise argparse.ArgumentTypeError(f"expected models of {', '.join(MODELS)}, with or without +acf, found "
@@ -425,14 +428,14 @@ def models(text):
 
 def get_parser():
     """Of all but DATA and the flags of train.py, whose values only train.py can tell from DATA."""
-    parser = cli.Parser(usage="%(prog)s [DATA] --models NAME,... --steps STEPS [flags of this command and of train.py]",
+    parser = flags.Parser(usage="%(prog)s [DATA] --models NAME,... --steps STEPS [flags of this command and of train.py]",
                         description=__doc__)
     parser.add_argument("--models", type=models, required=True, metavar="NAME,...")
-    parser.add_argument("--seeds", type=cli.positive(int, max(T_95)), default=3, help="runs of each model (3)")
-    parser.add_argument("--steps", type=cli.positive(int), required=True, help="of each run")
+    parser.add_argument("--seeds", type=flags.positive(int, max(T_95)), default=3, help="runs of each model (3)")
+    parser.add_argument("--steps", type=flags.positive(int), required=True, help="of each run")
     parser.add_argument("--gpu", help="ids such as 0,1, each of which takes the next run, or cpu; default: all visible "
                         "GPUs, else the CPU")
-    parser.add_argument("--output-dir", type=cli.path, default="runs/compare", help="(runs/compare)")
+    parser.add_argument("--output-dir", type=flags.path, default="runs/compare", help="(runs/compare)")
     evaluate.add_protocol(parser.add_argument_group("protocol, as in evaluate.py"), "--window", (1.0,), flip=False)
     return parser
 
@@ -466,5 +469,67 @@ def main(argv=None):
         folder=Path(args.output_dir)), devices)
 
 
+@chart
+def scores_by_time(path, rows):
+    """Mean IoU against the time to evaluate an image, with intervals where there are any → PNG at `path`.
+
+    rows: dicts with model, mean_iou and its mean_iou_95, half of the interval or None, evaluation_ms, and whether there
+    is a coarse_mean_iou, by which networks with ACF are told from others.
+    """
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    for acf, label, color, marker in ((False, "without ACF", "#d1791e", "D"),
+                                      (True, "with ACF", "#1f5f99", "o")):
+        some = [row for row in rows if (row["coarse_mean_iou"] is not None) == acf]
+        if some:
+            axes.errorbar([row["evaluation_ms"] for row in some], [100 * row["mean_iou"] for row in some],
+                          [100 * (row["mean_iou_95"] or 0) for row in some], fmt=marker, color=color, label=label,
+                          ecolor=f"{color}80", elinewidth=1.2, capsize=3, markersize=6)
+    axes.margins(0.12)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+    axes.set_xlabel("evaluation of an image, ms")
+    axes.set_ylabel("mean IoU, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
+    _name_points(figure, axes, rows)
+    _write(path, figure.savefig)
+
+
+def _name_points(figure, axes, rows):
+    """Write the model's name beside each point of `scores_by_time`, where it covers as little as can be of other names,
+    of points and of intervals."""
+    from matplotlib.transforms import Bbox
+
+    def area(one, other):
+        both = Bbox.intersection(one, other)
+        return 0 if both is None else both.width * both.height
+
+    figure.draw_without_rendering()
+    taken = []
+    for row in rows:
+        half = row["mean_iou_95"] or 0
+        (x, low), (_, y), (_, high) = axes.transData.transform(
+            [(row["evaluation_ms"], 100 * (row["mean_iou"] + way * half)) for way in (-1, 0, 1)])
+        taken += [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7), Bbox.from_extents(x - 2, low, x + 2, high)]
+    for row in sorted(rows, key=lambda row: row["mean_iou"]):
+        point = row["evaluation_ms"], 100 * row["mean_iou"]
+        name = axes.annotate(row["model"], point, (0, 0), fontsize=9, textcoords="offset points", va="center",
+                             in_layout=False)
+
+        def cost(place, name=name):
+            name.set(position=place, ha="left" if place[0] > 0 else "right")
+            box = name.get_window_extent()
+            outside = box.width * box.height - area(box, axes.bbox)
+            return 3 * outside + sum(area(box, other) for other in taken) + math.hypot(*place)
+
+        place = min(((right, up) for right in (8, -8, 20, -20, 40, -40) for up in range(-60, 61, 5)), key=cost)
+        cost(place)     # puts it there
+        taken.append(name.get_window_extent())
+        if math.hypot(*place) > 15:
+            axes.annotate("", point, place, textcoords="offset points", in_layout=False,
+                          arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6})
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

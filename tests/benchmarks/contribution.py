@@ -14,19 +14,21 @@ import torch
 from torch.nn import functional as F
 
 from dataset.cityscapes import CityscapesDataset
-from dataset.labels import IGNORE_INDEX, ClassTable
+from dataset.labels import ClassTable
 from networks.predictor import load_network
 from tests.benchmarks.altered import true_logits
 from tests.benchmarks.compare import interval
-from utils import checkpoint, cli
-from utils.cli import UserError
-from utils.distributed import select_devices
-from utils.inference import most_probable, window_starts
-from utils.logger import progress
-from utils.metrics import ConfusionMatrix
-from utils.normalization import Normalization
-from utils.precision import AUTOCAST, best_precision
-from utils.upsampling import upsample
+from utils.common import command, flags
+from utils.common.errors import UserError
+from utils.common.progress import progress
+from utils.devices.precision import AUTOCAST, best_precision
+from utils.devices.select import select_devices
+from utils.imaging.classes import IGNORE_INDEX
+from utils.inference.sliding import most_probable, window_starts
+from utils.metrics.iou import ConfusionMatrix
+from utils.ops.normalization import Normalization
+from utils.ops.upsampling import upsample
+from utils.runs import snapshots
 
 
 def mix(vectors, coarse_logits):
@@ -105,11 +107,11 @@ def measure(network, data, val, every, size, device, autocast):
 
 
 def main(argv=None):
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path, help="--output-dir of tests.benchmarks.camvid")
     parser.add_argument("--every", type=int, default=1, help="take every so many of the validation photographs")
-    parser.add_argument("--size", type=cli.size, default=(209, 209))
+    parser.add_argument("--size", type=flags.size, default=(209, 209))
     parser.add_argument("--gpu")
     args = parser.parse_args(argv)
     device = select_devices(args.gpu)[0]
@@ -117,7 +119,7 @@ def main(argv=None):
     classes = ClassTable.read(args.data / "classes.csv")
     data, val = (CityscapesDataset(args.data, data_list=args.data / f"{name}.lst", classes=classes)
                  for name in ("train", "val"))
-    runs = {model: [checkpoint.newest(run, lambda path: path) for run in sorted(args.folder.glob(f"{model}_seed*"))]
+    runs = {model: [snapshots.newest(run, lambda path: path) for run in sorted(args.folder.glob(f"{model}_seed*"))]
             for model in ("acfnet", "acfnet_resnet")}
     paths = [(model, path) for model, found in runs.items() for path in found if path]
     if not paths:
@@ -137,4 +139,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

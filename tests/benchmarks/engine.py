@@ -16,21 +16,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from loss.criterion import SegmentationCriterion
-from networks import BACKBONES, build_network
-from utils import cli, memory
-from utils.distributed import (
-    join_processes,
-    leave_processes,
-    own_device,
-    select_devices,
-    share_batches,
-    started_by_torchrun,
-)
-from utils.engine import Engine, NetworkWithLoss, compile_network
-from utils.logger import speak_for_all
-from utils.normalization import Normalization
-from utils.precision import AUTOCAST, Precision
-from utils.timing import finished, seconds_of
+from networks.backbones.names import BACKBONES
+from networks.build import build_network
+from utils.common import flags
+from utils.devices import memory
+from utils.devices.precision import AUTOCAST, Precision
+from utils.devices.select import own_device, select_devices
+from utils.inference.timing import finished, seconds_of
+from utils.ops.normalization import Normalization
+from utils.parallel.launch import join_processes, leave_processes, started_by_torchrun
+from utils.parallel.processes import share_batches, speak_for_all
+from utils.training.engine import Engine, NetworkWithLoss, compile_network
 
 VARIANTS = {        # amp, channels last, compile, recompute
     "fp32": ("off", False, False, "none"),
@@ -75,10 +71,10 @@ def timed(engine, batch):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
-    parser.add_argument("--batch-size", type=cli.positive(int), default=2)
-    parser.add_argument("--size", type=cli.size, default=(129, 129))
+    parser.add_argument("--batch-size", type=flags.positive(int), default=2)
+    parser.add_argument("--size", type=flags.size, default=(129, 129))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--gpu")

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torchvision.models.segmentation import deeplabv3_resnet101
 
 from libs.convert import fold_norms
-from networks import build_network
-from utils import cli
-from utils.distributed import select_devices
-from utils.inference import SlidingPredictor, window_starts
-from utils.normalization import Normalization
-from utils.precision import AUTOCAST
-from utils.timing import finished
+from networks.build import build_network
+from utils.common import flags
+from utils.devices.precision import AUTOCAST
+from utils.devices.select import select_devices
+from utils.inference.sliding import SlidingPredictor, window_starts
+from utils.inference.timing import finished
+from utils.ops.normalization import Normalization
 
 SIZE, WINDOW, STRIDE_LOGITS = (1024, 2048), 769, 97
 
@@ -109,7 +109,7 @@ def whole_images(runs, device):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--network", action="store_true")
     parser.add_argument("--images", action="store_true")

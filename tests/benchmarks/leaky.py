@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from skimage import data
 
-from networks import build_backbone
-from networks.pretrained import read_weights
-from utils import cli
+from networks.backbones.names import build_backbone
+from networks.weights.start import read_weights
+from utils.common import flags
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("weights")
     weights = read_weights(parser.parse_args().weights)
     found = weights.structure

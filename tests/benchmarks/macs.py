@@ -9,8 +9,9 @@ MACs are half of what torch.utils.flop_counter counts: matrix products and convo
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import BACKBONES, MODELS, build_network, meta_network
-from utils import cli
+from networks.backbones.names import BACKBONES
+from networks.build import MODELS, build_network, meta_network
+from utils.common import flags
 
 
 def count(network, size, training=False):
@@ -31,10 +32,10 @@ def count(network, size, training=False):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="acfnet")
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
-    parser.add_argument("--size", type=cli.size, default=(769, 769))
+    parser.add_argument("--size", type=flags.size, default=(769, 769))
     parser.add_argument("--all", action="store_true", help="all models, without their parts")
     args = parser.parse_args()
     if args.all:

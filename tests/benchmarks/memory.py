@@ -9,16 +9,19 @@ what autograd functions saved, and what they hold otherwise. Parameters, their l
 and the logits that are returned do not count.
 """
 
+import gc
 import itertools
+from collections import defaultdict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs.abn import NORMS
-from networks import BACKBONES, build_network
-from networks.resnet import RECOMPUTE
-from utils import checkpoint, cli
-from utils.memory import TABLE, kept_bytes, table_key
+from networks.backbones.names import BACKBONES
+from networks.backbones.resnet import RECOMPUTE
+from networks.build import build_network
+from utils.common import files, flags
+from utils.devices.memory import TABLE, table_key
 
 AMP = {"off": None, "bf16": torch.bfloat16}
 COUNTED = ("resnet18", "eca_resnet18", "eca_resnet50", "eca_resnet101")     # backbones in the table of train.py
@@ -60,16 +63,16 @@ def write():
             key = table_key(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
             counted[key] = round(sum(parts.values()) / images[:, 0].numel())
             print(f"{key}: {counted[key]} bytes a pixel", flush=True)
-    checkpoint.write_json(TABLE, counted)
+    files.write_json(TABLE, counted)
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
     parser.add_argument("--norm", choices=("inplace_abn", "bn"), default="inplace_abn")
-    parser.add_argument("--size", type=cli.size, default=(257, 257))
+    parser.add_argument("--size", type=flags.size, default=(257, 257))
     parser.add_argument("--all", action="store_true", help="every combination of --amp and --recompute, and --norm bn")
     parser.add_argument("--write", action="store_true", help="write the table in utils/")
     args = parser.parse_args()
@@ -87,6 +90,55 @@ def main():
             parts, pixels = measure(args.backbone, AMP[amp], recompute, args.size, norm)
             print(f"amp {amp:<5} norm {norm:<12} recompute {recompute:<6}"
                   f"{sum(parts.values()) / pixels / 1000:>8.2f} KB a pixel", flush=True)
+
+
+def kept_bytes(network, images, autocast=None):
+    """{part of the network: bytes}, from the tensors packed by autograd, each storage once; and, under
+    "outside", what is alive beyond them (difference of live tensors before and after the forward pass)."""
+    own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers(), images]}
+    shapes = {tuple(p.shape) for p in network.parameters()}
+    saved, where = {}, ["?"]
+
+    def copy_of_weight(tensor):
+        return tensor.dtype == autocast and tuple(tensor.shape) in shapes
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and not copy_of_weight(tensor):
+            saved.setdefault(storage.data_ptr(), (where[0], storage.nbytes()))
+        return tensor
+
+    hooks = []
+    for name, module in network.named_modules():
+        part = ".".join(name.split(".")[:2])
+        hooks.append(module.register_forward_pre_hook(lambda m, a, part=part: where.__setitem__(0, part)))
+    before = _live(copy_of_weight)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
+            torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        outputs = network(images)
+    for hook in hooks:
+        hook.remove()
+    returned = {t.untyped_storage().data_ptr() for t in outputs.values()}
+    kept = defaultdict(int)
+    for pointer, (part, size) in saved.items():
+        kept[part] += 0 if pointer in returned else size
+    after = _live(copy_of_weight)
+    kept["outside"] = sum(size for pointer, size in after.items()
+                          if pointer not in before and pointer not in saved and pointer not in returned)
+    return dict(kept), outputs
+
+
+def _live(excluded):
+    """{storage pointer: bytes} of every tensor Python knows, but for those that `excluded(tensor)` leaves out."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) not in (torch.Tensor, torch.nn.Parameter) or thing.layout != torch.strided:
+            continue        # sparse ones have no storage of their own
+        if not excluded(thing):
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from statistics import median
 import torch
 
 from loss.criterion import SegmentationCriterion
-from networks import BACKBONES, build_network
-from utils import cli, memory
-from utils.distributed import select_devices
-from utils.timing import finished
+from networks.backbones.names import BACKBONES
+from networks.build import build_network
+from utils.common import flags
+from utils.devices import memory
+from utils.devices.select import select_devices
+from utils.inference.timing import finished
 
 VARIANTS = {"bn": ("bn", "none"), "in place": ("inplace_abn", "none"), "light": ("inplace_abn", "light"),
             "full": ("inplace_abn", "full")}
@@ -33,9 +35,9 @@ def step(network, criterion, images, labels, autocast):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
-    parser.add_argument("--size", type=cli.size, default=(129, 129))
+    parser.add_argument("--size", type=flags.size, default=(129, 129))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--gpu")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from loss.ohem import OhemCrossEntropy
-from utils import cli
+from utils.common import flags
 
 
 def seconds(function, *args, runs):
@@ -27,7 +27,7 @@ def seconds(function, *args, runs):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -24,9 +24,9 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
 from dataset.streets import write_dataset
 from dataset.transforms import train_transform
-from utils import cli
-from utils.decoding import read_ids, read_image
-from utils.workers import one_thread
+from utils.common import flags
+from utils.imaging.decode import read_ids, read_image
+from utils.parallel.workers import one_thread
 
 SIZE = (769, 769)
 
@@ -64,7 +64,7 @@ def by_pillow(path, label_path):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--noise", type=float, default=2.0, help="its deviation, of 255, beside the scenes' own")

@@ -10,9 +10,10 @@ import time
 import torch
 
 from loss.criterion import SegmentationCriterion
-from networks import BACKBONES, build_network
-from networks.resnet import RECOMPUTE
-from utils import cli
+from networks.backbones.names import BACKBONES
+from networks.backbones.resnet import RECOMPUTE
+from networks.build import build_network
+from utils.common import flags
 
 
 def memory(field):
@@ -22,11 +23,11 @@ def memory(field):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
     parser.add_argument("--norm", choices=("inplace_abn", "bn"), default="inplace_abn")
-    parser.add_argument("--size", type=cli.size, default=(769, 769))
-    parser.add_argument("--batch-size", type=cli.positive(int), default=2)
+    parser.add_argument("--size", type=flags.size, default=(769, 769))
+    parser.add_argument("--batch-size", type=flags.positive(int), default=2)
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
     args = parser.parse_args()

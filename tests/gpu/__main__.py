@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from utils import cli
-from utils.checkpoint import write_json
-from utils.cli import UserError
-from utils.driver import unusable_gpu
-from utils.logger import about_this_run
+from utils.common import command, flags
+from utils.common.errors import UserError
+from utils.common.files import write_json
+from utils.devices.driver import unusable_gpu
+from utils.runs.log import about_this_run
 
 from . import evaluation, norms, several, speed, steps
 from .rows import Rows
@@ -133,8 +133,8 @@ def line(row):
 
 
 def main():
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument("--output", type=cli.path, default="snapshots/gpu.json", help="(snapshots/gpu.json)")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--output", type=flags.path, default="snapshots/gpu.json", help="(snapshots/gpu.json)")
     parser.add_argument("--sections", nargs="+", choices=[*SECTIONS, "about"])
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--device", help=argparse.SUPPRESS)     # of one section,
@@ -166,4 +166,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

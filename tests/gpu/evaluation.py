@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from libs.convert import fold_norms
-from networks import build_network
-from utils import timing
-from utils.calibration import Calibration
-from utils.inference import SlidingPredictor, most_probable, score, window_starts
-from utils.metrics import ConfusionMatrix
-from utils.normalization import Normalization
-from utils.precision import AUTOCAST
+from networks.build import build_network
+from utils.devices.precision import AUTOCAST
+from utils.inference import timing
+from utils.inference.sliding import SlidingPredictor, most_probable, window_starts
+from utils.metrics.calibration import Calibration
+from utils.metrics.evaluation import score
+from utils.metrics.iou import ConfusionMatrix
+from utils.ops.normalization import Normalization
 
 from .rows import near
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from libs import backend
 from libs.abn import ABNSync, InPlaceABNSync
-from utils.distributed import Processes
-from utils.replicas import ThreadReplicas
+from utils.parallel.processes import Processes
+from utils.parallel.replicas import ThreadReplicas
 
 from .rows import near
 from .several import group_of_one

@@ -12,7 +12,8 @@ import torch
 import torch.multiprocessing as mp
 
 from loss.criterion import WEIGHTS
-from utils.distributed import Processes, join_processes, leave_processes
+from utils.parallel.launch import join_processes, leave_processes
+from utils.parallel.processes import Processes
 
 from .rows import near
 from .steps import make_batch, make_engine

@@ -21,13 +21,14 @@ from dataset.streets import write_dataset
 from dataset.transforms import train_transform
 from libs import backend
 from tests.benchmarks.engine import matmul_rate
-from utils import memory
-from utils.distributed import share_cores
-from utils.engine import compile_network
-from utils.inference import SlidingPredictor, score
-from utils.precision import AUTOCAST
-from utils.timing import finished, median_ms
-from utils.workers import Loader
+from utils.devices import memory
+from utils.devices.precision import AUTOCAST
+from utils.devices.select import share_cores
+from utils.inference.sliding import SlidingPredictor
+from utils.inference.timing import finished, median_ms
+from utils.metrics.evaluation import score
+from utils.parallel.workers import Loader
+from utils.training.engine import compile_network
 
 from .evaluation import make_image, make_network
 from .rows import near

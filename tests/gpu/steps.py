@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from dataset.labels import ClassTable
 from loss.criterion import WEIGHTS, SegmentationCriterion
 from loss.ohem import OhemCrossEntropy
-from networks import BACKBONES, build_network, find_model
-from networks.pretrained import read_snapshot
-from networks.resnet import RECOMPUTE
+from networks.backbones.names import BACKBONES
+from networks.backbones.resnet import RECOMPUTE
+from networks.build import build_network, find_model
+from networks.weights.snapshot import Config
+from networks.weights.start import read_snapshot
 from tests.crash import same
-from utils import checkpoint, memory, resume
-from utils.engine import NotFinite
-from utils.engine import make_engine as engine_of
-from utils.normalization import Normalization
-from utils.optimization import make_optimizer
-from utils.precision import Precision
-from utils.snapshot import Config
+from utils.devices import memory
+from utils.devices.precision import Precision
+from utils.ops.normalization import Normalization
+from utils.runs import snapshots
+from utils.training import resume, seeds
+from utils.training.engine import NotFinite
+from utils.training.engine import make_engine as engine_of
+from utils.training.optimization import make_optimizer
 
 from .rows import near
 
@@ -181,7 +184,7 @@ def spoil(engine, what):
 
 def state(engine):
     return copy.deepcopy({"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),
-                          "scaler": engine.precision.state_dict(), "rng": checkpoint.random_state(engine.devices)})
+                          "scaler": engine.precision.state_dict(), "rng": seeds.random_state(engine.devices)})
 
 
 def not_finite(device, what, size, **shape):
@@ -232,8 +235,8 @@ def exact_resume(device, amp, size, **shape):
         "train", "input_size": [size, size], "batch_size": 4, "random_seed": 0, "random_mirror": False, "random_scale":
         None, "sampling": "uniform", "jitter": None, "learning_rate": RATE, "num_steps": 3}, {"count": 1, "sha256": ""})
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, checkpoint.NAME.format(step=2))
-        checkpoint.save(path, resume.content(engine, 2, config))
+        path = Path(folder, snapshots.NAME.format(step=2))
+        snapshots.save(path, resume.content(engine, 2, config))
         before = state(engine)
         expected, _ = engine.step([batches[2]])
         again = make_engine(device, amp, dropout=True, **shape)

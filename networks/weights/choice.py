@@ -1,0 +1,80 @@
+"""The network of a run: what flags say of it and, where they leave it open, the file of weights."""
+
+from dataclasses import dataclass
+
+from utils.common.errors import UserError
+from utils.ops.normalization import NORMALIZATIONS
+
+from ..backbones.choose import choose_backbone
+from ..backbones.names import BACKBONE, find_backbone
+from ..build import find_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkChoice:
+    """What the flags of these names say; None where the file of weights decides, or else the usual.
+
+    `recompute` and `freeze` are of training alone; all others as for `build_network` and `choose_backbone`.
+    """
+
+    model: str = "acfnet"
+    acf: bool = False
+    ablations: tuple = ()
+    norm: str = "inplace_abn"
+    activation: str = "leaky_relu"
+    backbone: str | None = None
+    stem: str | None = None
+    downsample: str | None = None
+    eca_kernels: tuple | None = None
+    normalization: str | None = None
+    recompute: str = "none"
+    freeze: tuple = ()
+
+    def find_model(self):
+        """The `Model`. Raises `UserError`."""
+        try:
+            return find_model(self.model, self.acf)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
+    def check(self, *, batch_size, accumulate=1, loss_weights=None, pretrained=False, restore_from=None):
+        """Raise `UserError` for what cannot work, before anything is read; arguments: the flags of these names."""
+        model, backbone = self.find_model(), find_backbone(self.backbone or BACKBONE)
+        if self.activation == "relu" and self.norm != "bn":
+            raise UserError(f"--activation relu: expected --norm bn with it, found --norm {self.norm}")
+        if batch_size // accumulate < model.least_crops:
+            raise UserError(f"--batch-size {batch_size}: expected at least two crops in each part with --model "
+                            f"{self.model}, found one, of which its norms after pooling would see one value a channel")
+        if self.ablations and model.head != "acf":
+            raise UserError(f"--ablations {' '.join(self.ablations)}: expected a --model with ACF, found {self.model}")
+        if loss_weights and loss_weights.keys() != model.loss_weights.keys():
+            raise UserError(f"--loss-weights: expected a factor for each of {', '.join(model.loss_weights)}, the heads "
+                            f"of --model {self.model}, found {', '.join(loss_weights)}")
+        if pretrained and (restore_from or not backbone.weights_by_timm):
+            raise UserError("--pretrained: expected --backbone timm:NAME and no --restore-from with it, found "
+                            f"{'--restore-from' if restore_from else backbone.name}")
+        backbone.check_training(recompute=self.recompute, freeze=self.freeze)
+        if self.backbone:       # else the file says which
+            self._choose_backbone(None)
+
+    def resolve(self, num_classes, followed=None):
+        """(arguments of `build_network`, `Normalization` of its input), and says which.
+
+        followed: `Weights` whose structure it takes over, or None. Raises `UserError` where they contradict the flags.
+        """
+        arguments = {"model": self.model, "num_classes": num_classes, "norm": self.norm, "activation": self.activation,
+                     "ablations": self.ablations, **({"acf": True} if self.acf else {}),
+                     **self._choose_backbone(followed)}
+        backbone = find_backbone(arguments["backbone"])
+        backbone.check_training(recompute=self.recompute, freeze=self.freeze)
+        if self.normalization:
+            normalization = NORMALIZATIONS[self.normalization]
+        else:
+            normalization = backbone.normalization() if followed is None else followed.normalization
+        print(f"network: {self.model}{' with ACF' if self.acf else ''}, {backbone.name}, "
+              f"{backbone.describe(arguments)}; input {normalization.order}, mean "
+              f"{', '.join(map(str, normalization.mean))}")
+        return arguments, normalization
+
+    def _choose_backbone(self, followed):
+        return choose_backbone(followed, self.backbone, self.stem, self.downsample, self.eca_kernels)

@@ -1,0 +1,408 @@
+"""From files to arrays: images and label maps.
+
+Wherever they are read (training, evaluation, checking, prediction), images and label maps are turned upright by their
+EXIF orientation, as `cv2.imread` and Pillow's `exif_transpose` turn them.
+"""
+
+import contextlib
+import io
+import os
+import re
+import threading
+import warnings
+import zlib
+from collections import Counter
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..common.errors import UserError, first_words
+from ..common.files import open_file, read_file
+from . import tiff
+
+# Of files that are images.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".bmp", ".dib",
+            ".gif", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
+LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}     # formats that may change the values of a label map
+MOST_PIXELS = 1 << 30           # of an image, as OpenCV; a larger one is refused
+DARK = 1 << 14                  # an image of 16 bits whose values all lie below was not scaled to 16 bits
+ORIENTATION = 0x0112            # the EXIF tag
+BITS, PLANES, SAMPLE_FORMAT = 258, 284, 339        # TIFF tags; planes 2: band by band; format 2: signed
+TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)}
+# Chunks of a PNG that do not change its pixels. Text chunks may hold an EXIF orientation: `_plain_png` looks at them.
+HARMLESS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD", b"tEXt",
+            b"zTXt"}
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")       # any but a restart, the only one within a scan
+
+
+_remarked = set()       # the kinds of `warn_once`
+_opening = threading.Lock()
+
+
+def warn_once(kind, sentence):
+    """Warn of something that was left out of a file, or does not look right: once for each kind, in this process and
+    those that are forked from it."""
+    if kind not in _remarked:
+        _remarked.add(kind)
+        warnings.warn(f"{sentence}; other files of this kind are not named", stacklevel=3)
+
+
+def _ignore(kind, sentence):
+    """A remark that nobody is to hear."""
+
+
+def read_image(path, remark=warn_once):
+    """Read an image file as RGB (H, W, 3) uint8, upright: grey, palettes, 16 bits and transparency become RGB.
+
+    remark: called with (kind, sentence) where bands are left out, or where an image of 16 bits becomes nearly black.
+
+    Raises `UserError`.
+    """
+    data = read_file(path)
+    image = open_image(path, data, remark)
+    if _plain_jpeg(image, data) or _plain_png(image, data, ((8, 0), (8, 2))):
+        pixels = _by_opencv(image, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is not None:
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            return pixels if image.format == "PNG" else turn_upright(pixels, image)     # a plain PNG has no EXIF
+    tags = _tiff_tags(image)
+    if tags:
+        tiff.remark_bands(path, tags.get(tiff.SAMPLES, 1), tags.get(tiff.PHOTOMETRIC), tags.get(tiff.EXTRA_SAMPLES),
+                          remark)
+    load(path, image)
+    pixels = _upright_rgb(path, image)
+    largest = _largest_of_16_bits(image, data, pixels)
+    if largest is not None and 0 < largest < DARK:
+        # A camera's values have so many bits in every image, however bright that is.
+        remedy = "save it as 8 bits" if largest < 256 else (
+            f"if no image has larger values, multiply those of all by {65536 >> largest.bit_length()}")
+        remark("dark", f"{path}: expected values up to 65535 in an image of 16 bits, found at most {largest}, which "
+                       f"makes it nearly black ({largest // 257} of 255); {remedy}")
+    return pixels
+
+
+def _largest_of_16_bits(image, data, pixels):
+    """The largest value in a file whose values have 16 bits; None for others. pixels: what became of it."""
+    if tiff.LARGEST in image.info:
+        return image.info[tiff.LARGEST]
+    if image.mode.startswith("I"):
+        return None if _tiff_bits(image) == 12 else int(np.asarray(image).max())
+    if pixels.max() < DARK // 257 + 1 and (_tiff_bits(image) == 16 or image.format == "PNG" and data[24] == 16):
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)      # Pillow has kept 8 bits
+        return 257 * int(pixels.max()) if values is None else int(values[..., :3].max())
+    return None
+
+
+def pixels_of(image):
+    """The path of a file, a `PIL.Image`, or a uint8 array or tensor (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), grey,
+    RGB or RGBA of 0 to 255 → RGB (H, W, 3) uint8, an array or a tensor.
+
+    Raises `UserError` for a file that cannot be read, and ValueError for anything else: 0 to 1 would pass for a dark
+    image, and channels in front for a strange one.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        load(getattr(image, "filename", None) or "image", image)
+        return as_rgb(image)
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(f"image: expected a path, a PIL image, or a uint8 array, found {type(image).__name__}")
+    kind, shape, hint = str(image.dtype).removeprefix("torch."), tuple(image.shape), ""
+    if kind == "uint8" and 0 not in shape:
+        if len(shape) == 2 or len(shape) == 3 and shape[2] == 1:
+            return image.reshape(*shape[:2], 1)[..., [0, 0, 0]]
+        if len(shape) == 3 and shape[2] in (3, 4):
+            return image[..., :3]
+        if len(shape) == 4:
+            hint = "; one image at a time"
+        elif len(shape) == 3 and shape[0] in (1, 3, 4):
+            hint = f"; channels come last: image.{'permute' if torch.is_tensor(image) else 'transpose'}(1, 2, 0)"
+    elif "float" in kind:
+        hint = "; of values from 0 to 1, take 255 times as much, rounded to uint8"
+    elif "int" in kind and kind != "uint8":
+        hint = "; of 16 bits, take image // 257 as uint8"
+    raise ValueError(f"image: expected uint8 (H, W, 3) RGB, (H, W) grey or (H, W, 4) RGBA, found {kind} {shape}{hint}")
+
+
+def _upright_rgb(path, image):
+    """A decoded `PIL.Image` of a file, turned upright: RGB (H, W, 3) uint8. Raises `UserError`."""
+    try:
+        return turn_upright(as_rgb(image), image)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def as_rgb(image):
+    """A `PIL.Image` of any mode → RGB (H, W, 3) uint8. Raises `ValueError` for floating-point numbers."""
+    if image.mode == "F":
+        raise ValueError("expected an image of 8 or 16 bits, found one of floating-point numbers")
+    if image.mode.startswith("I"):      # 16 bits: Pillow would clip at 255
+        largest = 4095 if _tiff_bits(image) == 12 else 65535
+        image = Image.fromarray((np.asarray(image).clip(0, largest).astype(np.int32) * 255 // largest).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
+
+
+def _tiff_tags(image):
+    """The tags of a TIFF that Pillow has opened; none for others."""
+    return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+
+
+def _tiff_bits(image):
+    """Bits of each value of a TIFF that Pillow has opened; 0 for others."""
+    return _tiff_tags(image).get(BITS, (0,))[0]
+
+
+def read_ids(path):
+    """Read a label map, upright: ids (H, W) of any integer dtype, or colours (H, W, 3) uint8.
+
+    Ids are the values as they are stored, of any number of bits, also where 0 is shown as white; with a palette the
+    indices; of two values 0 and 1. Colours are looked up in the class table later (`ClassTable.encode`). Raises
+    `UserError`.
+    """
+    data = read_file(path)
+    image = open_image(path, data)
+    if _plain_png(image, data, ((8, 0), (16, 0))):
+        ids = _by_opencv(image, data, cv2.IMREAD_UNCHANGED)
+        if ids is not None:
+            return ids
+    samples = _tiff_tags(image).get(tiff.SAMPLES, image.info.get(tiff.BANDS, 1))
+    load(path, image)
+    if image.format in LOSSY and not (image.format == "WEBP" and image.mode == "RGB" and b"VP8L" in data[:64]):
+        raise UserError(f"{path}: expected a label map in a lossless format such as PNG, found {image.format}, which "
+                        "changes values; export it again from the tool that drew it, as PNG")
+    values = np.asarray(image) if image.mode != "1" else np.asarray(image.convert("L")) // 255
+    if values.ndim == 2 and samples == 1:
+        return turn_upright(_stored_ids(path, values, image, data), image)
+    if image.mode == "LA" or (image.mode == "RGBA" and (values[..., 3] != 255).any()):
+        raise UserError(f"{path}: expected a label map of ids or colours, found one with transparency; save it "
+                        f"without, in Python by PIL.Image.open(FILE).convert('{image.mode[:-1]}').save(COPY)")
+    if image.mode not in ("RGB", "RGBA") or samples > 4:
+        bands = f"{samples} bands" if samples > 1 else f"mode {image.mode}"
+        raise UserError(f"{path}: expected a label map of ids or colours, found {bands}")
+    return turn_upright(np.ascontiguousarray(values[..., :3]), image)
+
+
+def _stored_ids(path, values, image, data):
+    """The values (H, W) of a label map as they are stored: Pillow spreads those of few bits over 0 to 255, and inverts
+    those of TIFFs whose 0 is white. Raises `UserError` for fractions."""
+    if image.mode == "F":
+        wrong = ~np.isfinite(values) | (values != np.round(values))
+        if wrong.any():
+            raise UserError(f"{path}: expected whole numbers, found a label map of floating-point numbers such as "
+                            f"{values[wrong][0]:g}")
+        return values.clip(-2 ** 30, 2 ** 30).astype(np.int32)
+    tags, bits = _tiff_tags(image), _tiff_bits(image)
+    if image.mode == "1" and image.format == "PPM":         # where 1 is black
+        return 1 - values
+    if image.mode in ("1", "L") and tags.get(tiff.PHOTOMETRIC) == tiff.INVERTED:
+        values = (1 if image.mode == "1" else 255) - values
+    if image.mode == "L" and bits == 8 and tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
+        return values.view(np.int8)
+    if image.format == "PNG" and data[25] == 0:       # grey
+        bits = data[24]
+    if image.mode == "L" and bits in (2, 4):
+        return values // (255 // ((1 << bits) - 1))
+    if image.format == "PPM" and data[:2] in (b"P2", b"P5"):
+        header = re.sub(rb"#[^\n]*", b"", data[:4096]).split(maxsplit=4)
+        full, stored = 255 if image.mode == "L" else 65535, int(header[3])
+        return np.round(values.astype(np.float64) * (stored / full)).astype(np.uint16)
+    return values
+
+
+def read_palette(path):
+    """{index: (red, green, blue)} of the values in an image with a palette, but for colors that the palette has more
+    than once; none for other images. Raises `UserError`."""
+    image = open_image(path, read_file(path))
+    if image.mode != "P":
+        return {}
+    load(path, image)
+    values = image.getpalette("RGB")
+    colors = [tuple(values[place:place + 3]) for place in range(0, len(values), 3)]
+    count = Counter(colors)
+    return {index: colors[index] for _, index in image.getcolors() if index < len(colors) and count[colors[index]] == 1}
+
+
+def open_image(path, data, remark=_ignore):
+    """A `PIL.Image` of a file's bytes, not decoded yet; of a TIFF the page that is the image, without smaller copies
+    and masks. Raises `UserError` that says what is wrong with the file.
+
+    remark: called with (kind, sentence) where pages or bands are left out.
+    """
+    if tiff.is_tiff(data):
+        return _open_tiff(path, data, remark)
+    try:
+        image = _open(io.BytesIO(data))
+        frames = getattr(image, "n_frames", 1)
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: expected an image, found {_describe_unknown(data)}") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
+    _check_pixels(path, *image.size)
+    if frames > 1 and image.format != "MPO":        # a photograph, and previews or depth behind it
+        raise UserError(f"{path}: expected one image, found an animation of {frames}; save each as a file of its own")
+    return image
+
+
+def _open(file):
+    """`Image.open` without Pillow's own limit of 179 million pixels, and without its warning of half as many."""
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_pixels(path, width, height):
+    if not 0 < width * height <= MOST_PIXELS:
+        raise UserError(f"{path}: expected an image of at most {MOST_PIXELS / 1e6:,.0f} million pixels, found "
+                        f"{width}×{height}{'; cut it into parts' * (width * height > 0)}")
+
+
+def _open_tiff(path, data, remark):
+    """The page of a TIFF that is the image, opened by Pillow or, of a kind that it cannot read, decoded by tifffile."""
+    try:
+        pages = tiff.page_sizes(io.BytesIO(data))
+    except Exception as error:      # noqa: BLE001, for a damaged file tifffile raises errors of any kind
+        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_words(error)}") from None
+    number = tiff.choose_page(path, pages, remark)
+    _check_pixels(path, *pages[number][0])
+    if max(pages[0][2], pages[number][2]) <= tiff.MOST_SAMPLES:
+        with contextlib.suppress(OSError, SyntaxError, ValueError, EOFError):
+            image = _open(io.BytesIO(data))
+            image.seek(number)
+            if _tiff_tags(image).get(PLANES) != 2:      # of more than 8 bits it cannot read bands one after the other
+                return image
+    return tiff.read_page(path, data, number, remark)
+
+
+def _describe_unknown(data):
+    """What a file is that Pillow does not know, for messages."""
+    if not data:
+        return "an empty file"
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in (b"avif", b"avis"):
+        return "AVIF, which needs Pillow 11.3 or newer"
+    if brand in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return "HEIC, which Pillow cannot read; convert it to JPEG"
+    return "a file that is none"
+
+
+def load(path, image):
+    """Decode a `PIL.Image`. Raises `UserError`."""
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: expected an image, found one that cannot be read: {error}") from None
+
+
+def orientation(image):
+    """The EXIF orientation of a `PIL.Image`, 1 to 8; 1, upright, where it has none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:   # damaged metadata makes Pillow raise errors of any kind
+        return 1
+
+
+def turn_upright(array, image):
+    """An array (H, W, ...) as the EXIF orientation of its `PIL.Image` says."""
+    turn = TURNS.get(orientation(image))
+    return array if turn is None else np.ascontiguousarray(turn(array))
+
+
+def upright_size(path):
+    """(width, height) of an image file as `read_image` turns it. Raises `UserError`."""
+    image = open_image(path, read_file(path))
+    if image.format == "TIFF":      # which Pillow turns itself: versions differ in when, and in what size it tells
+        load(path, image)
+        return _upright_rgb(path, image).shape[1::-1]
+    return image.size[::-1] if orientation(image) > 4 else image.size       # 5 to 8 exchange width and height
+
+
+def read_header(path):
+    """((width, height), mode) of an image as it is stored, from the header of its file; mode: Pillow's, "" where that
+    cannot read it. Raises `UserError` and, for damaged files, errors of any kind."""
+    with open_file(path) as file:
+        is_tiff = tiff.is_tiff(file.read(4))
+        file.seek(0)
+        if not is_tiff:
+            image = _open(file)
+            return image.size, image.mode
+        pages = tiff.page_sizes(file)
+        size, _, samples = pages[tiff.choose_page(path, pages, _ignore)]
+        file.seek(0)
+        with contextlib.suppress(UnidentifiedImageError):
+            return size, _open(file).mode if samples <= tiff.MOST_SAMPLES else ""
+        return size, ""
+
+
+def sizes_differ(path, image, label_path, ids):
+    """The sentence for an image and a label map, (H, W, ...), of two sizes; it names EXIF where that may be why."""
+    text = (f"{label_path}: expected the size of {path}, {image.shape[1]}×{image.shape[0]}, "
+            f"found {ids.shape[1]}×{ids.shape[0]}")
+    for file in (path, label_path):
+        if orientation(open_image(file, read_file(file))) > 4:      # 5 to 8 exchange width and height
+            text += (f"; {file} was turned upright by its EXIF orientation: turn the other one too, or remove the "
+                     f"orientation (exiftool -Orientation= {file})")
+    return text
+
+
+def unclear_turn(path, label_path):
+    """A sentence where an image was turned by its EXIF orientation, its label map was not, and their sizes do not tell
+    whether it should have been; "" elsewhere."""
+    turn, (width, height) = _turn_and_size(path)
+    if turn == 1 or turn > 4 and width != height or _turn_and_size(label_path)[0] != 1:
+        return ""
+    return (f"{path}: turned upright by its EXIF orientation ({turn}), and {label_path} has none: if that was drawn on "
+            f"the image as it is stored, turn it too, or remove the orientation (exiftool -Orientation= {path})")
+
+
+def _turn_and_size(path):
+    """(EXIF orientation, (width, height)) from a file's header; 1 where it cannot be read."""
+    with contextlib.suppress(Exception), open_file(path) as file:       # damaged headers raise errors of any kind
+        image = _open(file)
+        return orientation(image), image.size
+    return 1, (0, 0)
+
+
+def _plain_png(image, data, kinds):
+    """Whether OpenCV may decode a file: a whole PNG of one of these kinds (bits, colour type), with harmless chunks.
+
+    OpenCV is faster than Pillow, but accepts files that are cut short or damaged: so the checksum of every chunk is
+    compared here.
+    """
+    if image.format != "PNG" or data[12:16] != b"IHDR" or (data[24], data[25]) not in kinds:
+        return False
+    place, name = 8, None
+    while name != b"IEND" and place + 12 <= len(data):
+        length, name = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
+        end = place + 8 + length
+        text = name in (b"tEXt", b"zTXt") and data.startswith(b"Raw profile", place + 8)
+        if name not in HARMLESS or text or zlib.crc32(memoryview(data)[place + 4:end]) != int.from_bytes(
+                data[end:end + 4], "big"):
+            return False
+        place = end + 4
+    return name == b"IEND"
+
+
+def _plain_jpeg(image, data):
+    """Whether OpenCV may decode a file: a JPEG of one scan that ends where the file does, grey or of three channels."""
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return False
+    place = 2
+    while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":     # segments before the scan
+        place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
+    marker = JPEG_MARKER.search(data, place + 2)
+    return marker is not None and marker.group() == b"\xff\xd9" and marker.end() == len(data)
+
+
+def _by_opencv(image, data, flags):
+    """The array that OpenCV decodes, or None where it cannot: the caller then tries Pillow, which says why."""
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    return array if array is not None and array.shape[1::-1] == image.size else None

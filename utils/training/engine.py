@@ -1,0 +1,300 @@
+"""One training step, however many devices and parts its batch is shared by."""
+
+import math
+import re
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+
+import torch._inductor.config
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.compat import COMPILER, torch_version, total_norm
+from ..common.errors import UserError
+from ..devices.precision import Precision
+from ..ops.autocast import apex_casts
+from ..ops.jitter import apply_jitter
+from ..ops.normalization import Normalization
+from ..parallel.processes import Processes, share_batches
+from .optimization import average_of_weights, buffers_by_dtype, update_average
+from .seeds import random_state, set_random_state
+
+# Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
+COMPILED_BUDGET = 0.8
+# What norms of PyTorch and ours say of an input that has no variance.
+ONE_VALUE = re.compile("more than (1|one) value (per|a) channel")
+
+
+def compile_network(network, **options):
+    """Compile a network in place, as `nn.Module.compile` with these options does; dropout draws what it would draw
+    without.
+
+    By itself the compiler keeps the input and the output of a norm, half as much again as in-place norms do. Given a
+    budget (`activation_memory_budget`, PyTorch 2.4 and newer), it computes norms and activations again, but no
+    convolution, and keeps less than they do.
+    """
+    import torch._functorch.config  # imported here: it takes seconds
+    import torch._inductor.config
+
+    torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
+    torch._inductor.config.fallback_random = True
+    network.compile(**options)
+
+
+def check_compile(*, devices, parallel, recompute, amp):
+    """Raise `UserError` where --compile cannot work; arguments: devices of this process, and the flags' values."""
+    if len(devices) > 1 and parallel == "dp":
+        raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
+                        "replicas cannot share compiled code")
+    if recompute != "none":
+        raise UserError(f"--compile: expected --recompute none with it, found {recompute}, which cannot be "
+                        "compiled; compiled code decides by itself what it computes again")
+    if amp == "apex":
+        raise UserError("--compile: expected --amp off, bf16 or fp16 with it, found apex, whose patched functions were "
+                        "never compiled")
+    if torch_version() < COMPILER:
+        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, COMPILER))} or newer, found "
+                        f"{torch.__version__}, whose compiled code was not tested, or updates running statistics twice")
+
+
+class NetworkWithLoss(nn.Module):
+    """The part of a step that runs on every device: uint8 images and labels in, sums and counts out.
+
+    Its outputs are a row per device, so `nn.DataParallel` gathers scalars and no logits.
+
+    Args:
+        network, criterion, normalization: of the input, as in `make_engine`.
+        autocast: dtype of PyTorch's autocast, or None.
+        apex: whether apex casts in its place.
+    """
+
+    def __init__(self, network, criterion, normalization, autocast, apex=False):
+        super().__init__()
+        self.network, self.criterion = network, criterion
+        self.normalization, self.autocast, self.apex = normalization, autocast, apex
+
+    def forward(self, images, labels):
+        """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) of T terms."""
+        with (apex_casts() if self.apex else
+              torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)):
+            outputs = self.network(self.normalization(images))
+        sums = self.criterion.sums(outputs, labels)
+        return (torch.stack([total for total, _ in sums.values()])[None],
+                torch.stack([count for _, count in sums.values()])[None])
+
+
+def step_loss(module, criterion, images, labels, processes=None, labelled=None, parts=1):
+    """Run the module on this process's images and labels.
+
+    Each term is divided by the pixels of the whole batch. If that goes through in several parts, one after the
+    other, this is the share of one of them: the terms of all parts add up to those of the batch. Which pixels OHEM
+    keeps elsewhere is not known yet, so its term is then the mean over the parts.
+
+    Args:
+        module: `NetworkWithLoss`, perhaps wrapped. The criterion has a weight for each head, and no other.
+        processes: those that share the batch, or None.
+        labelled: what all labelled pixels of the whole batch, all parts and processes, count for; needed with several
+            parts.
+        parts: their number.
+
+    Returns:
+        (loss, added): the loss to differentiate, and what these images add to each term, (T,).
+    """
+    sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
+    world = 1
+    if processes is not None:
+        counts, world = processes.all_reduce(counts), processes.size
+    if parts > 1:
+        counts = torch.stack([count * parts if criterion.counts_hardest_only(name) else labelled
+                              for name, count in zip(criterion.weights, counts, strict=True)])
+    terms = sums / counts.where(counts > 0, 1)
+    # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
+    loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
+    return loss, terms.detach()
+
+
+@contextmanager
+def _enough_values(images):
+    """Makes a `UserError` of what norms, ours and PyTorch's, say of one value a channel. images: (B, 3, H, W)."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:         # the latter of a compiled network
+        if not ONE_VALUE.search(str(error)):
+            raise
+        count, _, height, width = images.shape
+        raise UserError("--batch-size, --input-size: expected more or larger crops at a time, as a norm of this "
+                        f"network sees one value a channel, which has no variance, found {count} of {height}×{width}"
+                        ) from None
+
+
+class NotFinite(ArithmeticError):
+    """A loss term or the gradient is infinite or not a number; nothing was learnt from it.
+
+    what: "loss" or "gradient"; terms: {name: float} of the losses and `gradient_norm`.
+    """
+
+    def __init__(self, terms):
+        finite = all(math.isfinite(value) for name, value in terms.items() if name != "gradient_norm")
+        self.what, self.terms = "gradient" if finite else "loss", terms
+        super().__init__(f"{self.what}: {terms}")
+
+
+class Engine:
+    """Takes optimisation steps.
+
+    Args:
+        module: `NetworkWithLoss` as it is called: alone, in `DataParallel` or `DistributedDataParallel`.
+        network: the one inside, on its device and in its dtype.
+        criterion: of `loss.criterion`.
+        optimizer, precision: as `Precision.prepare` gave them.
+        devices: those this process uses; the first one takes the batches.
+        processes: `Processes` that share each batch, or None.
+        memory_format: of images.
+        frozen: modules of the network that do not learn, and whose norms keep their statistics.
+        clip_gradient: the most that the norm of all gradients may be, or None.
+        ema: the most that the decay of a moving average of the weights may be (`optimization.update_average`), or None.
+
+    `skipped` counts the steps that were left out because gradients overflowed in half precision, `average_updates` the
+    updates of the moving average since the run began.
+    """
+
+    def __init__(self, module, network, criterion, optimizer, precision, devices, processes=None,
+                 memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, ema=None):
+        self.module, self.network, self.criterion = module, network, criterion
+        self.optimizer, self.precision = optimizer, precision
+        self.devices, self.processes = devices, processes
+        self.memory_format = memory_format
+        self.frozen, self.clip_gradient, self.ema = frozen, clip_gradient, ema
+        self.average = None if ema is None else average_of_weights(network)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the rate that a schedule multiplies
+        self.skipped = self.average_updates = 0
+        self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
+        for layer in network.modules():
+            if (precision.autocast is not None or precision.casts) and hasattr(layer, "look_ahead"):
+                self._looking_ahead[layer.look_ahead].append(layer)
+        self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
+
+    def train_mode(self):
+        """Put the network into training mode, but for what is frozen."""
+        self.network.train()
+        for module in self.frozen:
+            module.eval()
+
+    @property
+    def scored_network(self):
+        """The network whose results count: with the average of the weights, where there is one."""
+        return self.network if self.average is None else self.average
+
+    def step(self, batches, factor=1.0, asked=False):
+        """Learn from one batch. The host waits for the device once, when everything but the update is queued.
+
+        Args:
+            batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of this
+                process.
+            factor: by which the rate of each parameter group is multiplied.
+            asked: whether this process was asked to stop.
+
+        Returns:
+            ({name: float} of the terms and `gradient_norm`, None if it overflowed in half precision; whether any
+            process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
+            before the step; `UserError` where a norm sees one value a channel.
+        """
+        for decide, layers in self._looking_ahead.items():      # together, for the host waits each time
+            decide(layers, len(batches) * len(self.devices))
+        for buffers, kept in self._statistics:
+            torch._foreach_copy_(kept, buffers)
+        generators = random_state(self.devices)
+        parts = [self._place(batch) for batch in batches]
+        labelled = self._labelled([labels for _, labels in parts]) if len(parts) > 1 else None
+        self.optimizer.zero_grad()
+        terms = 0.0
+        for number, (images, labels) in enumerate(parts, 1):
+            last = number == len(parts)
+            with self._exchange_gradients(last), _enough_values(images):
+                loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
+                                        len(parts))
+                self.precision.backward(loss, self.optimizer, last)
+            terms = terms + added
+        terms, asked = self._read(terms, asked)
+        if not all(map(math.isfinite, terms.values())):
+            error = NotFinite(terms)
+            if error.what == "loss" or not self.precision.skips_overflow():
+                self._put_back(generators)
+                raise error
+            self.skipped += 1
+            terms["gradient_norm"] = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * group["initial_lr"]
+        if self.clip_gradient is not None and (terms["gradient_norm"] or 0) > self.clip_gradient:
+            torch._foreach_mul_(self.precision.gradients(self.optimizer), self.clip_gradient / terms["gradient_norm"])
+        self.precision.step(self.optimizer)
+        if self.average is not None and terms["gradient_norm"] is not None:
+            update_average(self.average, self.network, self.ema, self.average_updates)
+            self.average_updates += 1
+        return terms, asked
+
+    def weight_norm(self):
+        """The Euclidean norm of all weights: float."""
+        return float(total_norm([weight.detach() for weight in self.network.parameters()]))
+
+    def _read(self, terms, asked):
+        """Everything the host wants to know of a step, over all processes, in one exchange and one copy.
+
+        terms (T,), what this process adds → ({name: float} with `gradient_norm`, whether any was asked to stop).
+        """
+        norm = self.precision.gradient_norm(self.optimizer)
+        values = torch.cat([terms.double(), norm.double()[None], torch.full_like(norm[None], asked).double()])
+        world = 1
+        if self.processes is not None:
+            values, world = self.processes.all_reduce(values), self.processes.size
+        *terms, norm, asked = values.tolist()
+        # The gradients, and so their norm, are the same in all processes; the sum keeps what is not finite anywhere.
+        return dict(zip(self.criterion.weights, terms, strict=True)) | {"gradient_norm": norm / world}, asked > 0
+
+    def _place(self, batch):
+        """A batch's images and labels, on the first device."""
+        images = batch["image"].to(self.devices[0], non_blocking=True)
+        if "jitter" in batch:
+            images = apply_jitter(images, batch["jitter"])
+        return (images.contiguous(memory_format=self.memory_format),
+                batch["label"].to(self.devices[0], non_blocking=True))
+
+    def _labelled(self, labels):
+        """What the labelled pixels of all parts, and processes, count for: scalar tensor."""
+        count = sum(self.criterion.labelled(part) for part in labels)
+        return count if self.processes is None else self.processes.all_reduce(count)
+
+    def _exchange_gradients(self, last):
+        """Processes add up their gradients in the last part only."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
+
+    @torch.no_grad()
+    def _put_back(self, generators):
+        for buffers, kept in self._statistics:
+            torch._foreach_copy_(buffers, kept)
+        set_random_state(generators, self.devices)
+        self.optimizer.zero_grad()
+
+
+def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.optim.Optimizer,
+                normalization: Normalization, precision: Precision, devices: list[torch.device],
+                processes: Processes | None = None, memory_format: torch.memory_format = torch.contiguous_format,
+                freeze: tuple[str, ...] = (), clip_gradient: float | None = None, ema: float | None = None,
+                compiled: bool = False) -> Engine:
+    """The `Engine` that trains a network, which lies on the first device.
+
+    freeze: names of the stages that do not learn; compiled: whether the network is to be; the rest as in `Engine` and
+    `NetworkWithLoss`.
+    """
+    frozen = network.backbone.first_stages(freeze)
+    for module in frozen:
+        module.requires_grad_(False)
+    network, optimizer = precision.prepare(network, optimizer)
+    if compiled:
+        compile_network(network)
+    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast, precision.casts)
+    return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
+                  processes, memory_format, frozen, clip_gradient, ema)

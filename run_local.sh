@@ -17,4 +17,4 @@ stood=$PWD
 cd "$(dirname "$(realpath "$0")")"
 . utils/environment.sh
 choose_python requirements.txt
-exec "$PYTHON" -m utils.local "$stood" "$@"
+exec "$PYTHON" -m utils.demo.local "$stood" "$@"

@@ -93,8 +93,8 @@ def add_data(parser):
     data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
     data.add_argument("--random-scale", type=flags.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
                       help="scale samples by factors of this range; without numbers 0.5,2.0")
-    data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="change brightness, contrast and saturation "
-                      "by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
+    data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="change brightness, contrast and "
+                      "saturation by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
     data.add_argument("--input-size", type=flags.size, default=(769, 769), metavar="H,W",
                       help="crop, pixels, rounded up to 8k + 1, or to what fits a backbone of timm (769,769)")
     data.add_argument("--batch-size", type=flags.batch_size, default=8, help="images a step, over all devices (8)")
@@ -158,9 +158,9 @@ def add_network(parser):
                        "DECAY, such as 0.999, and (1 + t) / (10 + t) (no)")
     optim.add_argument("--loss-weights", type=flags.named_numbers, metavar="HEAD=W,...", help="factor of each head's "
                        "loss; default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4")
-    optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="of the pixels in the loss: cityscapes, "
-                       "the published list; balanced, 1 / log of each class's pixels, with mean 1; or a CSV file with "
-                       "the columns name and weight (all 1)")
+    optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="of the pixels in the loss: "
+                       "cityscapes, the published list; balanced, 1 / log of each class's pixels, with mean 1; or a "
+                       "CSV file with the columns name and weight (all 1)")
     optim.add_argument("--accumulate", type=flags.positive(int), default=1, metavar="PARTS",
                        help="take each batch in so many parts, one after the other, in the memory of one (1)")
     optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
@@ -234,7 +234,7 @@ def check(args, devices, classes):
                         f"a pattern?): {' '.join(args.restore_from)}")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
-    existing = snapshots.snapshots(args.snapshot_dir)
+    existing = snapshots.list_snapshots(args.snapshot_dir)
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
                         f"go on, found {existing[-1][1]}")

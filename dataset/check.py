@@ -324,8 +324,8 @@ def main():
     add_data_flags(parser, DEFAULT_TABLE)
     parser.add_argument("--output-dir", type=flags.path, help="default: runs/check_<name of the folder>")
     parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
-    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; default: one "
-                        f"per core, at most {MOST_WORKERS}")
+    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; "
+                        f"default: one per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
     root = data_root(args.data_dir or args.folder, args.images_dir, args.labels_dir)
     place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)

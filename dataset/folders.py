@@ -38,10 +38,11 @@ def add_data_flags(parser, classes):
     parser.add_argument("--labels-dir", type=flags.path, metavar="DIR", help="with it: their label maps, of the same "
                         "stems; where the values are 0 and 255, or 0 to N-1 and 255 to ignore, --classes may be left "
                         "out")
-    parser.add_argument("--data-list", type=flags.path, nargs="+", metavar="FILE", help="files of \"image label\" lines, "
-                        "paths relative to the data set's folder or to the list; without it the folder is scanned")
-    parser.add_argument("--classes", type=flags.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,green,"
-                        f"blue[,category]); default: {classes}")
+    parser.add_argument("--data-list", type=flags.path, nargs="+", metavar="FILE", help="files of \"image label\" "
+                        "lines, paths relative to the data set's folder or to the list; without it the folder is "
+                        "scanned")
+    parser.add_argument("--classes", type=flags.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,"
+                        f"green,blue[,category]); default: {classes}")
 
 
 def read_table(path, images_dir, lists):

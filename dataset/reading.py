@@ -1,4 +1,4 @@
-"""Decoded arrays in files, so that no picture is decoded twice. Decoding itself: `utils.decoding`."""
+"""Decoded arrays in files, so that no picture is decoded twice. Decoding itself: `utils.imaging.decode`."""
 
 import hashlib
 import os

@@ -34,7 +34,7 @@ def find_exchange(x, group=None, is_replica=False):
     """
     if current_replica() is None:
         if is_replica:
-            raise RuntimeError("InPlaceABNSync: expected utils.replicas.DataParallel around the module, found "
+            raise RuntimeError("InPlaceABNSync: expected utils.parallel.replicas.DataParallel around the module, found "
                                "nn.DataParallel, whose replicas cannot exchange statistics")
         ready = dist.is_available() and dist.is_initialized()
         if group is not None and not ready:

@@ -533,7 +533,7 @@ def replicate(network, size):
 
 @pytest.mark.parametrize("recompute_mode", ["none", "light"])
 def test_replicas_of_data_parallel_train_like_one_batch(recompute_mode):
-    """The whole training module, as `utils.replicas.DataParallel` runs it, against one pass over the batch."""
+    """The whole training module, as `utils.parallel.replicas.DataParallel` runs it, against one pass over the batch."""
     torch.manual_seed(0)
     network = build_network("acfnet_resnet", 3, "eca_resnet50", recompute=recompute_mode).double()
     for module in network.modules():
@@ -556,7 +556,7 @@ def test_plain_data_parallel_is_refused():
     layer = InPlaceABNSync(3)
     replica = layer._replicate_for_data_parallel()
     replica.weight, replica.bias = layer.weight, layer.bias
-    with pytest.raises(RuntimeError, match="expected utils.replicas.DataParallel around the module"):
+    with pytest.raises(RuntimeError, match="expected utils.parallel.replicas.DataParallel around the module"):
         replica(torch.randn(2, 3, 4, 4))
 
 

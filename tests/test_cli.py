@@ -36,8 +36,8 @@ restore-from save scales split submission whole"""
 
 
 def test_numbers_of_things():
-    assert [errors.plural(number, thing) for number, thing in ((0, "file"), (1, "class"), (2, "class"), (2, "pair"))] == [
-        "0 files", "1 class", "2 classes", "2 pairs"]
+    assert [errors.plural(number, thing) for number, thing in (
+        (0, "file"), (1, "class"), (2, "class"), (2, "pair"))] == ["0 files", "1 class", "2 classes", "2 pairs"]
 
 
 def flags(parser):
@@ -229,8 +229,8 @@ def test_warnings_about_data_are_sentences_and_those_of_others_keep_their_place(
     for name in ("a/b.png", "c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    code = ("import sys; from utils import cli; from dataset.cityscapes import all_label_maps\n"
-            "def main():\n    all_label_maps('.', ['l.txt']); sys.path.append('.'); import other\ncli.run(main)")
+    code = ("import sys; from utils.common import command; from dataset.cityscapes import all_label_maps\n"
+            "def main():\n    all_label_maps('.', ['l.txt']); sys.path.append('.'); import other\ncommand.run(main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stderr.splitlines() == [

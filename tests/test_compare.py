@@ -53,7 +53,7 @@ def finished(streets, tmp_path_factory):
     process.send_signal(signal.SIGTERM)
     status, out, error = finish(process)
     assert status == 143, error
-    (stopped, _), = snapshots.snapshots(metrics.parent)
+    (stopped, _), = snapshots.list_snapshots(metrics.parent)
 
     started, most, real = [], 0, compare.start
 

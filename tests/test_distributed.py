@@ -28,7 +28,6 @@ from utils.devices.precision import Precision
 from utils.devices.select import share_cores
 from utils.ops.normalization import Normalization
 from utils.parallel import interfaces, launch
-from utils.parallel import processes as processes_module
 from utils.parallel.launch import Place, launched
 from utils.parallel.processes import Processes, share_batches
 from utils.parallel.replicas import ThreadReplicas
@@ -205,9 +204,10 @@ def test_senseless_variables_are_a_sentence(monkeypatch, name, value):
 @pytest.mark.parametrize("rank, address", [("0", "localhost"), ("1", "localhost"), ("1", "nowhere.invalid")])
 def test_nobody_waits_forever_for_the_others(rank, address):
     port = free_port()
-    code = ("from datetime import timedelta\nimport torch\nfrom utils import cli, distributed\n"
-            "distributed.MEETING = timedelta(seconds=2)\n"
-            "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")
+    code = ("from datetime import timedelta\nimport torch\n"
+            "from utils.common import command\nfrom utils.parallel import launch\n"
+            "launch.MEETING = timedelta(seconds=2)\n"
+            "command.run(lambda: launch.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": address,
                  "MASTER_PORT": str(port)}
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
@@ -219,20 +219,21 @@ def test_nobody_waits_forever_for_the_others(rank, address):
 
 SEPARATED = {
     "refused": "os.environ['GLOO_SOCKET_IFNAME'] = 'nowhere'",
-    "silent": "distributed._exchange = lambda device: time.sleep(600)",
+    "silent": "launch._exchange = lambda device: time.sleep(600)",
 }
 
 
 @pytest.mark.parametrize("fault", SEPARATED)
 def test_processes_that_meet_but_do_not_reach_each_other_end_in_a_sentence(fault):
     """The second one fails, or joins and says nothing; the first one learns of neither, and waits in code of gloo."""
-    code = ("import os, time\nfrom datetime import timedelta\nimport torch\nfrom utils import cli, distributed\n"
-            "meet = distributed._meet\n"
-            "def meet_and_hurry(place):\n    store = meet(place)\n    distributed.MEETING = timedelta(seconds=3)\n"
+    code = ("import os, time\nfrom datetime import timedelta\nimport torch\n"
+            "from utils.common import command\nfrom utils.parallel import launch\n"
+            "meet = launch._meet\n"
+            "def meet_and_hurry(place):\n    store = meet(place)\n    launch.MEETING = timedelta(seconds=3)\n"
             "    return store\n"
-            "distributed._meet = meet_and_hurry\n"
+            "launch._meet = meet_and_hurry\n"
             f"if os.environ['RANK'] == '1':\n    {SEPARATED[fault]}\n"
-            "cli.run(lambda: distributed.join_processes(torch.device('cpu')))\n")
+            "command.run(lambda: launch.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT":
                  str(free_port())}
     processes = [start("-c", code, env={**variables, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
@@ -265,11 +266,11 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, caps
     Where MASTER_ADDR is the host's own name, that is loopback; if it is for all, they share one machine."""
     expected = expected() if callable(expected) else expected
     store = dist.HashStore()
-    store.set("met/0", interfaces._local_address(ELSEWHERE, "9") if own == "route" else own)
+    store.set("met/0", interfaces.local_address(ELSEWHERE, "9") if own == "route" else own)
     store.set("met/1", other)
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    interfaces._choose_interface(Place(2, 0, 1, 0), store)
+    interfaces.choose_interface(Place(2, 0, 1, 0), store)
     chosen = os.environ.pop("GLOO_SOCKET_IFNAME", None)
     assert chosen == expected
     assert capsys.readouterr().out.startswith(
@@ -279,7 +280,7 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, caps
 @pytest.mark.parametrize("place, chosen", [(Place(2, 0, 2, 0), None), (Place(2, 0, 1, 0), "eth7")])
 def test_one_host_or_a_chosen_interface_stay_as_they_are(monkeypatch, capsys, place, chosen):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen) if chosen else monkeypatch.delenv("GLOO_SOCKET_IFNAME", False)
-    interfaces._choose_interface(place, store=None)
+    interfaces.choose_interface(place, store=None)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen and not capsys.readouterr().out
 
 
@@ -302,10 +303,10 @@ def test_the_line_for_slurm_starts_one_run(tmp_path):
         assert words in line
         line = line.replace(words, here)
     (tmp_path / "script.py").write_text(
-        "import torch\nfrom utils import cli, distributed\n"
-        "def main():\n    processes = distributed.join_processes(torch.device('cpu'))\n"
-        "    print(processes.gather_objects(tuple(distributed.launched())))\n    distributed.leave_processes()\n"
-        "cli.run(main)\n")
+        "import torch\nfrom utils.common import command\nfrom utils.parallel import launch\n"
+        "def main():\n    processes = launch.join_processes(torch.device('cpu'))\n"
+        "    print(processes.gather_objects(tuple(launch.launched())))\n    launch.leave_processes()\n"
+        "command.run(main)\n")
     commands = {
         "srun": 'test "$1 $2" = "--ntasks-per-node 1" || exit 9\nshift 2\n'
                 'for node in 0 1; do SLURM_NODEID=$node SLURM_PROCID=$node "$@" & done\nwait %1 && wait %2\n',
@@ -412,8 +413,8 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
 
 @pytest.mark.parametrize("script", ["/opt/env/lib/python3.11/site-packages/ipykernel_launcher.py", "", "-c"])
 def test_a_notebook_starts_no_processes_of_its_kernel(script):
-    code = (f"import sys; sys.argv = [{script!r}, '-f', 'kernel.json']\nfrom utils import distributed\n"
-            "distributed.start_processes(2, ['--data-dir', 'x'])\n")
+    code = (f"import sys; sys.argv = [{script!r}, '-f', 'kernel.json']\nfrom utils.parallel import launch\n"
+            "launch.start_processes(2, ['--data-dir', 'x'])\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --gpu: ")
@@ -447,10 +448,10 @@ def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
     asked = {}
     monkeypatch.setattr(launch, "_meet", lambda place: "store")
-    monkeypatch.setattr(interfaces, "_choose_interface", lambda place, store: asked.update(interface_for=store))
+    monkeypatch.setattr(launch, "choose_interface", lambda place, store: asked.update(interface_for=store))
     monkeypatch.setattr(launch, "_exchange", lambda device: asked.update(exchanged_on=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
-    monkeypatch.setattr(processes_module, "Processes", lambda: None)
+    monkeypatch.setattr(launch, "Processes", lambda: None)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     launch.join_processes(torch.device(device))

@@ -191,13 +191,14 @@ def test_a_process_that_cannot_write_pictures_leaves_no_result(streets, snapshot
 import os, sys, time
 sys.path.insert(0, os.getcwd())
 import evaluate
-from utils import checkpoint, cli, visualize
+from utils.common import command, errors
+from utils.imaging import draw
 def fail(path, array):
     time.sleep(3)
-    raise cli.UserError(f"{path}: expected to write a file there, found a full disk")
+    raise errors.UserError(f"{path}: expected to write a file there, found a full disk")
 if os.environ["RANK"] == "1":
-    visualize.save_png = fail
-cli.run(evaluate.main)
+    draw.save_png = fail
+command.run(evaluate.main)
 """)
     status, out, error = finish(start(
         script, "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0", "--amp", "off",
@@ -224,16 +225,16 @@ def test_too_little_memory_in_one_process_is_a_sentence(streets, snapshot, tmp_p
 import os, sys
 sys.path.insert(0, os.getcwd())
 import evaluate, torch
+from utils.common import command
 from utils.inference import SlidingPredictor
-from utils import cli
 def fail(self, crops):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\\nand more")
 if os.environ.get("RANK") == "1":
     SlidingPredictor._forward = fail
-cli.run(evaluate.main)
+command.run(evaluate.main)
 """)
-    code = ("import sys; from utils import cli; from utils.distributed import start_processes; "
-            f"sys.argv[0] = {str(script)!r}; cli.run(lambda: start_processes(2, sys.argv[1:]))")
+    code = ("import sys; from utils.common import command; from utils.parallel.launch import start_processes; "
+            f"sys.argv[0] = {str(script)!r}; command.run(lambda: start_processes(2, sys.argv[1:]))")
     status, _, error = finish(start("-c", code, "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu",
                                     "--num-workers", "0", "--amp", "off", "--output-dir", tmp_path / "r", *SMALL))
     (said,) = [line for line in error.splitlines() if "error: " in line]

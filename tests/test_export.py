@@ -151,7 +151,7 @@ def test_every_model_computes_in_half_precision(model):
 def test_a_file_that_computes_something_else_is_not_kept(snapshot, tmp_path, monkeypatch, suffix):  # noqa: F811
     pytest.importorskip("onnxruntime")
     name = {".onnx": "onnx_program", ".pt2": "exported_program"}[suffix]
-    make = getattr(compat, name)
+    make = getattr(export, name)
 
     def wrong(model, *rest):
         torch.nn.init.normal_(model.network.head.fine.bias)
@@ -159,11 +159,11 @@ def test_a_file_that_computes_something_else_is_not_kept(snapshot, tmp_path, mon
         torch.nn.init.zeros_(model.network.head.fine.bias)
         return program
 
-    monkeypatch.setattr(compat, name, wrong)
+    monkeypatch.setattr(export, name, wrong)
     (tmp_path / f"a{suffix}").write_text("earlier")
     with pytest.raises(UserError, match="expected logits within 0.001 of the largest of PyTorch's, .* a difference of"):
         write(snapshot, tmp_path / f"a{suffix}", "--export-size", "65,65", "--overwrite")
-    monkeypatch.setattr(compat, name, lambda *rest: b"rubbish")
+    monkeypatch.setattr(export, name, lambda *rest: b"rubbish")
     with pytest.raises(UserError, match="expected a file that runs with 1 image of 65×65, found: ") as error:
         write(snapshot, tmp_path / f"a{suffix}", "--export-size", "65,65", "--overwrite")
     assert "fixes the size" not in str(error.value)         # it is fixed

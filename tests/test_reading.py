@@ -84,7 +84,7 @@ def test_what_pillow_refuses_is_refused_at_every_cut_and_every_spoilt_byte(monke
     spoilt += [data[:place] + b"\0" * (len(data) - place) for place in range(9, len(data), 7)]
     refused = 0
     for one in spoilt:
-        monkeypatch.setattr(files, "read_file", lambda path, one=one: one)
+        monkeypatch.setattr(decode, "read_file", lambda path, one=one: one)
         try:
             image = Image.open(io.BytesIO(one))
             image.load()
@@ -153,7 +153,7 @@ def test_a_label_map_that_may_lack_the_turn_is_said(tmp_path, turn, shape, named
 def test_a_file_is_read_once_for_its_size(tmp_path, monkeypatch, kind):
     Image.fromarray(NOISE).save(tmp_path / "a", kind)
     read = []
-    monkeypatch.setattr(files, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
+    monkeypatch.setattr(decode, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
     assert upright_size(tmp_path / "a") == (17, 11) and len(read) == 1
 
 

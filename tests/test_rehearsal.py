@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import utils.engine
 from libs import backend
 from libs.abn import InPlaceABNSync
 from loss.criterion import SegmentationCriterion
@@ -18,6 +17,7 @@ from utils.ops import upsampling
 from utils.ops.normalization import Normalization
 from utils.parallel.processes import Processes
 from utils.parallel.replicas import ThreadReplicas
+from utils.training import engine as training_engine
 from utils.training.engine import Engine, NetworkWithLoss
 from utils.training.optimization import OPTIMIZERS, make_optimizer
 
@@ -130,7 +130,7 @@ def test_other_steps(gpu, options):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_ways_of_learning(gpu, kind, amp, monkeypatch):
     # `copy.deepcopy` takes fake tensors for memory, and ends the process.
-    monkeypatch.setattr(utils.engine, "average_of_weights",
+    monkeypatch.setattr(training_engine, "average_of_weights",
                         lambda network: make_network(torch.channels_last).requires_grad_(False))
     take_steps(gpu, amp, kind=kind, learning={"ema": 0.99, "clip_gradient": 1e-3})
     assert gpu.launches["_foreach_copy_"] == 4      # of both dtypes: what a step may have to put back, and the average

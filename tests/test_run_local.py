@@ -64,8 +64,8 @@ def test_data_goes_all_the_way_to_a_score(project, streets):
 
 
 def words_of(project, monkeypatch, *words):
-    """What `utils.local` would start from another folder: [words], without starting any of it. Scenes are drawn, and
-    the score is 50 %."""
+    """What `utils.demo.local` would start from another folder: [words], without starting any of it. Scenes are drawn,
+    and the score is 50 %."""
     started = []
     (project / "demo/streets").mkdir(parents=True, exist_ok=True)
 

@@ -20,7 +20,7 @@ from networks.weights.loading import load_weights
 from networks.weights.snapshot import Config, parse
 from networks.weights.start import read_snapshot, read_weights
 from tests.conftest import snapshot_content
-from utils.common import files as files_module
+from utils.common import files as files_on_disk
 from utils.common.errors import UserError, sentence
 from utils.common.files import load
 from utils.devices.precision import Precision
@@ -172,8 +172,8 @@ FOR_RESUMING = {        # an evaluation does not miss them
 def files(monkeypatch):
     """Contents of files by name, in place of the disk: reading the bytes is tested by itself."""
     contents = {}
-    monkeypatch.setattr(files_module, "load", lambda path: contents[str(path).rpartition("/")[2]])
-    monkeypatch.setattr(snapshots, "snapshots", lambda folder: sorted((snapshots.step_of(n), n) for n in contents))
+    monkeypatch.setattr(files_on_disk, "load", lambda path: contents[str(path).rpartition("/")[2]])
+    monkeypatch.setattr(snapshots, "list_snapshots", lambda folder: sorted((snapshots.step_of(n), n) for n in contents))
     return contents
 
 

@@ -92,7 +92,7 @@ def test_kills_at_any_moment_lose_nothing():
 def test_keep_and_latest(streets, tmp_path):
     folder = tmp_path / "s"
     train.main(words(streets, folder, "--save-pred-every", "1", "--keep", "2", steps=4))
-    assert [step for step, _ in snapshots.snapshots(folder)] == [3, 4]
+    assert [step for step, _ in snapshots.list_snapshots(folder)] == [3, 4]
     assert (folder / "latest.pth").is_symlink() and os.readlink(folder / "latest.pth") == "CS_scenes_4.pth"
     assert files.load(folder / "latest.pth")["step"] == 4
     assert not list(folder.glob(".*.tmp"))
@@ -135,7 +135,7 @@ def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path)
     assert status == 2 and error.startswith("error: ") and "CS_scenes_4.pth: expected to write a file there" in error
     assert "Traceback" not in error
     assert (folder / "CS_scenes_2.pth").read_bytes() == before
-    assert [step for step, _ in snapshots.snapshots(folder)] == [2] and not list(folder.glob(".*.tmp"))
+    assert [step for step, _ in snapshots.list_snapshots(folder)] == [2] and not list(folder.glob(".*.tmp"))
 
 
 def test_too_little_room_is_said_before_the_first_step(streets, tmp_path, monkeypatch):
@@ -219,17 +219,18 @@ def test_lines_without_a_step_are_left_out_with_a_word(tmp_path, capsys):
 def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets, tmp_path):
     """RLIMIT_FSIZE lets no file grow beyond 1500 bytes, as a full disk would, until the snapshot is written."""
     (tmp_path / "limited.py").write_text(
-        f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom utils import cli, checkpoint\n"
-        "from utils.engine import Engine\n"
+        f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        "from utils.common import command\nfrom utils.runs import snapshots\n"
+        "from utils.training.engine import Engine\n"
         "def limit(size):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n"
-        "def save(*args, before=checkpoint.save_step):\n    limit(-1)\n    before(*args)\n"
+        "def save(*args, before=snapshots.save_step):\n    limit(-1)\n    before(*args)\n"
         "def step(self, *args, before=Engine.step, **named):\n    limit(1500)\n"
         "    return before(self, *args, **named)\n"
-        "checkpoint.save_step, Engine.step = save, step\ncli.run(train.main)\n")
+        "snapshots.save_step, Engine.step = save, step\ncommand.run(train.main)\n")
     status, out, error = finish(start(tmp_path / "limited.py", *words(
         streets, tmp_path / "s", "--save-pred-every", "12", "--panel-every", "5", steps=12)), 100)
     assert status == 0, error
-    assert [step for step, _ in snapshots.snapshots(tmp_path / "s")] == [12]
+    assert [step for step, _ in snapshots.list_snapshots(tmp_path / "s")] == [12]
     for name in ("metrics.jsonl", "events.out.tfevents"):
         said = [line for line in error.splitlines() if name in line]
         assert len(said) == 1 and "expected to write there" in said[0] and "training goes on" in said[0]
@@ -302,10 +303,10 @@ def test_a_dead_process_ends_the_others(streets, tmp_path):
 def test_a_lost_process_is_said_although_sigterm_comes_meanwhile(streets, tmp_path):
     """torchrun sends SIGTERM when it sees a death; here it finds the survivor between its handlers."""
     (tmp_path / "slow.py").write_text(
-        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom utils import cli\n"
-        "def leave(self, *error, before=cli.StopRequest.__exit__):\n"
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom utils.common import command\n"
+        "def leave(self, *error, before=command.StopRequest.__exit__):\n"
         "    before(self, *error)\n    time.sleep(0.7 if error[0] else 0)\n"
-        "cli.StopRequest.__exit__ = leave\ncli.run(train.main)\n")
+        "command.StopRequest.__exit__ = leave\ncommand.run(train.main)\n")
     process = start(tmp_path / "slow.py", *words(streets, tmp_path / "s", steps=100000), processes=2)
     read_until(process, "step 2/")
     os.kill(children(process.pid, "slow.py")[1], signal.SIGKILL)
@@ -358,8 +359,9 @@ def test_the_error_of_one_process_comes_first_and_is_the_status(streets, tmp_pat
 
 def start_with_launcher(*arguments):
     """train.py in two processes that `--parallel ddp`'s own launcher starts, without torchrun's report."""
-    return start("-c", "import sys; from utils import cli; from utils.distributed import start_processes; "
-                 f"sys.argv[0] = 'train.py'; cli.run(lambda: start_processes(2, {list(arguments)!r}))")
+    return start("-c", "import sys; from utils.common import command; "
+                 "from utils.parallel.launch import start_processes; "
+                 f"sys.argv[0] = 'train.py'; command.run(lambda: start_processes(2, {list(arguments)!r}))")
 
 
 @pytest.mark.parametrize("launcher, number", [("torchrun", signal.SIGTERM), ("own", signal.SIGINT),
@@ -370,7 +372,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path, launch
     read_until(process, "step 3/")
     process.send_signal(number)
     status, out, error = finish(process, 60)
-    (step, path), = snapshots.snapshots(tmp_path / "s")
+    (step, path), = snapshots.list_snapshots(tmp_path / "s")
     assert f"stopped after step {step}" in out, error
     assert files.load(path)["step"] == step
     assert status == (1 if launcher == "torchrun" else 128 + number)     # torchrun has no other for it
@@ -379,13 +381,14 @@ def test_a_signal_stops_all_processes_at_the_same_step(streets, tmp_path, launch
 def test_the_launcher_waits_for_what_is_saved_although_it_is_told_again(tmp_path):
     """Supervisors send SIGTERM twice or more, here while the processes take two seconds to save."""
     (tmp_path / "slow.py").write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils import cli, distributed\n"
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.common import command\nfrom utils.parallel import launch\n"
         "def main():\n"
-        "    if not distributed.started_by_torchrun():\n        distributed.start_processes(2)\n"
-        "    with cli.StopRequest() as stop:\n        print('ready', flush=True)\n"
+        "    if not launch.started_by_torchrun():\n        launch.start_processes(2)\n"
+        "    with command.StopRequest() as stop:\n        print('ready', flush=True)\n"
         "        while not stop.asked:\n            time.sleep(0.01)\n        time.sleep(2)\n"
         "        open(sys.argv[1] + os.environ['RANK'], 'w').close()\n"
-        "    raise cli.Interrupted(stop.number)\ncli.run(main)\n")
+        "    raise command.Interrupted(stop.number)\ncommand.run(main)\n")
     process = start(tmp_path / "slow.py", tmp_path / "saved")
     for _ in range(2):
         read_until(process, "ready")
@@ -402,7 +405,7 @@ def test_one_signalled_process_stops_all_with_its_status(streets, tmp_path):
     read_until(process, "step 3/")
     os.kill(children(process.pid, "train.py")[1], signal.SIGTERM)
     status, out, error = finish(process, 60)
-    (step, path), = snapshots.snapshots(tmp_path / "s")
+    (step, path), = snapshots.list_snapshots(tmp_path / "s")
     assert status == 128 + signal.SIGTERM and f"stopped after step {step}" in out, error
 
 
@@ -436,14 +439,14 @@ def test_output_that_nobody_takes_is_silence(streets, tmp_path, redirection):
     done = subprocess.run(["bash", "-c", f"{command} {redirection}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, timeout=120,
                           capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stderr == "" == done.stdout
-    assert [step for step, _ in snapshots.snapshots(tmp_path / "s")] == [2, 4]
+    assert [step for step, _ in snapshots.list_snapshots(tmp_path / "s")] == [2, 4]
     assert [json.loads(line)["step"] for line in open(tmp_path / "s/metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_letters_that_the_terminal_lacks(encoding, tmp_path):
-    code = ("from utils import cli\ndef main():\n    print('769×769 → x')\n    raise cli.UserError('größe→')\n"
-            "cli.run(main)")
+    code = ("from utils.common import command, errors\n"
+            "def main():\n    print('769×769 → x')\n    raise errors.UserError('größe→')\ncommand.run(main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 2 and b"769" in done.stdout and b"\\u2192 x" in done.stdout
@@ -463,7 +466,7 @@ def test_a_closed_terminal_saves_and_ends(streets, tmp_path):
         shown += os.read(master, 1 << 16)
     os.close(master)
     assert process.wait(60) == 128 + signal.SIGHUP
-    (step, path), = snapshots.snapshots(tmp_path / "s")
+    (step, path), = snapshots.list_snapshots(tmp_path / "s")
     assert files.load(path)["step"] == step
 
 
@@ -499,15 +502,15 @@ def test_flags_that_do_not_fit_each_other_are_refused(streets, tmp_path, more, m
 
 
 def test_too_little_memory_names_the_flags_that_help(streets, tmp_path):
-    code = ("import resource, train, utils.engine as e\n"
+    code = ("import resource, train, utils.training.engine as e\n"
             "def step(*args, before=e.step_loss, **named):\n"
             "    size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
             "    resource.setrlimit(resource.RLIMIT_AS, (size + 100_000_000, -1))\n"
             "    try:\n        return before(*args, **named)\n"
             "    finally:\n        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n"
             "e.step_loss = step\n"
-            "from utils import cli\n"
-            f"cli.run(lambda: train.main({words(streets, tmp_path / 's', '--input-size', '513,513')!r}))\n")
+            "from utils.common import command\n"
+            f"command.run(lambda: train.main({words(streets, tmp_path / 's', '--input-size', '513,513')!r}))\n")
     status, _, error = finish(start("-c", code))
     assert status == 2, error
     assert "out of memory: expected room for 4 crops of 513×513 on a device, which keep about" in error

@@ -42,7 +42,7 @@ def lines(folder):
 
 def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     content = run(streets, tmp_path / "s", "--save-pred-every", "2", "--panel-every", "2")
-    assert [step for step, _ in snapshots.snapshots(tmp_path / "s")] == [2, 3]
+    assert [step for step, _ in snapshots.list_snapshots(tmp_path / "s")] == [2, 3]
     assert set(content) == {"model", "optimizer", "scaler", "step", "rng", "config"} and content["step"] == 3
     assert content["config"]["network"]["backbone"] == "eca_resnet18"
     build_network(**content["config"]["network"]).load_state_dict(content["model"])
@@ -208,7 +208,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path,
         (os.killpg if group else os.kill)(process.pid, number)
     status, rest, error = finish(process, 60)
     assert status == 128 + number, error
-    (step, path), = snapshots.snapshots(tmp_path / "s")
+    (step, path), = snapshots.list_snapshots(tmp_path / "s")
     assert f"stopped after step {step}; the same command with --resume goes on" in rest
     assert files.load(path)["step"] == step == lines(tmp_path / "s")[-1]["step"]
 
@@ -280,7 +280,7 @@ def test_a_stop_does_not_wait_for_the_quick_validation(streets, tmp_path, monkey
     with pytest.raises(command.Interrupted) as caught:
         run(streets, tmp_path / "s", "--val-every", "2", "--backbone", "resnet18", steps=steps)
     assert caught.value.number == signal.SIGTERM and len(scored) == 1
-    assert snapshots.snapshots(tmp_path / "s")[-1][0] == saved
+    assert snapshots.list_snapshots(tmp_path / "s")[-1][0] == saved
     assert "the quick validation of step 2 is left out" in capsys.readouterr().out
     assert not (tmp_path / "s/best_quick.pth").exists() and not (tmp_path / "s/quick_validation.jsonl").read_text()
 
@@ -367,10 +367,10 @@ def test_weights_that_a_step_has_ruined_are_not_called_the_state_before(streets,
                                         r"snapshot of this start trained on normally: a lower --learning-rate from "
                                         r"the beginning and another --snapshot-dir may help"):
         run(streets, tmp_path / "a", "--learning-rate", "1e30", "--save-pred-every", "1", steps=9)
-    assert [step for step, _ in snapshots.snapshots(tmp_path / "a")] == [1]
+    assert [step for step, _ in snapshots.list_snapshots(tmp_path / "a")] == [1]
     with pytest.raises(UserError, match="training had left its course before, so that state is not saved, and no"):
         run(streets, tmp_path / "b", "--learning-rate", "1e30", steps=9)
-    assert not snapshots.snapshots(tmp_path / "b")
+    assert not snapshots.list_snapshots(tmp_path / "b")
 
 
 def finite_losses_then(monkeypatch, losses, last):
@@ -405,7 +405,7 @@ def test_a_divergence_keeps_and_names_the_newest_sound_snapshot(streets, tmp_pat
     finite_losses_then(monkeypatch, losses, last)
     with pytest.raises(UserError, match=advice):
         run(streets, folder, "--backbone", "resnet18", "--save-pred-every", "2", "--keep", keep, steps=20)
-    assert [step for step, _ in snapshots.snapshots(folder)] == kept
+    assert [step for step, _ in snapshots.list_snapshots(folder)] == kept
     assert os.readlink(folder / "latest.pth") == f"CS_scenes_{kept[-1]}.pth"
 
 
@@ -413,7 +413,7 @@ def test_pruning_leaves_what_was_written_last(tmp_path):
     """A damaged snapshot of a higher step, which --resume has passed over, does not count."""
     for step in (1, 2, 9, 3):
         snapshots.save_step(tmp_path, step, {}, keep=1)
-    assert [step for step, _ in snapshots.snapshots(tmp_path)] == [3, 9]
+    assert [step for step, _ in snapshots.list_snapshots(tmp_path)] == [3, 9]
     assert os.readlink(tmp_path / "latest.pth") == "CS_scenes_3.pth"
 
 

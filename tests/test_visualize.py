@@ -14,9 +14,9 @@ from utils.metrics import charts
 PROGRAM = """
 import sys
 from pathlib import Path
-from utils import visualize
+from utils.metrics import charts
 lines = [{"step": k, "loss": 3 / k, "loss_fine": 2 / k, "lr": 0.1 / k} for k in range(1, 9)]
-visualize.training_curves(Path(sys.argv[1]), lines, [])
+charts.training_curves(Path(sys.argv[1]), lines, [])
 """
 SETTINGS = {    # what a notebook's kernel hands on, a backend that needs a display, and what else people have
     "inline": ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, ""), "none": ({"MPLBACKEND": "nope"}, ""),

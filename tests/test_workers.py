@@ -15,7 +15,7 @@ from utils.common.limits import cgroup_cpu_limit
 PROGRAM = """
 import multiprocessing, os, signal, sys
 import torch
-from utils import cli
+from utils.common import command
 from utils.logger import progress
 from utils.workers import Jobs, Loader, do_jobs
 
@@ -50,7 +50,7 @@ def load(what):
     return do_jobs(die if what == "die" else len, ["a"] * 9, 2)
 
 
-cli.run(lambda: print(sum(1 for _ in progress(load(sys.argv[1]), "reading", "sample"))))
+command.run(lambda: print(sum(1 for _ in progress(load(sys.argv[1]), "reading", "sample"))))
 """
 
 
@@ -95,7 +95,7 @@ def test_a_check_without_shared_memory(streets, tmp_path):
 
 
 def test_a_process_uses_the_cores_it_may():
-    code = ("import os; from utils.limits import available_cores\n"
+    code = ("import os; from utils.common.limits import available_cores\n"
             "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); print(available_cores())")
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("only Linux lets a process choose")

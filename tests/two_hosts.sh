@@ -115,10 +115,11 @@ from datetime import timedelta
 
 import torch
 
-from utils import cli, distributed
+from utils.common import command
+from utils.parallel import launch
 
-distributed.MEETING = timedelta(seconds=60)
-cli.run(lambda: distributed.join_processes(torch.device("cpu")))
+launch.MEETING = timedelta(seconds=60)
+command.run(lambda: launch.join_processes(torch.device("cpu")))
 END
 join() {            # HOST RANK
     WORLD_SIZE=2 RANK=$2 LOCAL_WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=10.77.0.1 MASTER_PORT=29512 GLOO_SOCKET_IFNAME=lo \

@@ -46,6 +46,6 @@ install_chromium() {    # with Debian's packages, where that is possible; withou
 run_pytest() {      # PYTHON [words]  one test more at a time than there are cores, four at most, because many wait for
     # processes that they started; each computes on one core. Words such as -n 0 change that.
     local cores
-    cores=$("$1" -c "from utils.limits import available_cores; print(available_cores())")
+    cores=$("$1" -c "from utils.common.limits import available_cores; print(available_cores())")
     OMP_NUM_THREADS=1 "$1" -m pytest -n "$((cores < 4 ? cores + 1 : 4))" --dist worksteal "${@:2}"
 }

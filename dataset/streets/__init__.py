@@ -70,8 +70,8 @@ def main():
     parser.add_argument("--val", type=flags.not_negative(int, 999999), default=50, help="validation scenes (50)")
     parser.add_argument("--size", type=flags.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
     parser.add_argument("--seed", type=flags.random_seed, default=0, help="other seeds draw other streets (0)")
-    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; default: one "
-                        f"per core, at most {MOST_WORKERS}")
+    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; "
+                        f"default: one per core, at most {MOST_WORKERS}")
     args = parser.parse_args()
     write_dataset(args.out, args.train, args.val, args.size, args.seed, args.num_workers)
     print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.size[1]}×{args.size[0]}")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The backbone of a run, where no flag names one: that of its weights."""
 
 from utils.common.errors import UserError
 

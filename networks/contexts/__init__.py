@@ -1,0 +1,1 @@
+"""Context modules, which networks put between backbone and head; one a file."""

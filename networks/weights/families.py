@@ -59,7 +59,7 @@ def _in_head(key):
     return f"head.{key}" if key.split(".")[0] in ("coarse", "acf", "fusion", "fine") else key
 
 
-def _with_head(content):
+def with_head(content):
     """The content of a snapshot of an earlier version, by the names and in the order of parameters of now."""
     if not (isinstance(content, dict) and isinstance(content.get("model"), dict) and "fine.weight" in content["model"]
             and all(isinstance(key, str) and key.split(".")[0] in PARTS for key in content["model"])):
@@ -76,7 +76,7 @@ def _with_head(content):
     return content
 
 
-def _is_snapshot(content):
+def is_snapshot(content):
     """Whether train.py wrote it, as far as what it has kept tells: other projects too save a model and a step."""
     if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
         return False
@@ -86,9 +86,9 @@ def _is_snapshot(content):
 
 def recognise(content, name):
     """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
-    if _is_snapshot(content):
-        return weights_of(snapshot.parse(name, _with_head(content), meta_network))
-    state = _state_dict(content, name)
+    if is_snapshot(content):
+        return weights_of(snapshot.parse(name, with_head(content), meta_network))
+    state = state_dict_of(content, name)
     prefix = next((key.removesuffix(PROBE) for key in state if key.endswith(PROBE)), None)
     if prefix is None:
         raise UserError(f"{name}: expected weights of a residual network, found {len(state)} tensors without "
@@ -123,7 +123,7 @@ def _expects_bytes(state):
     return float((variance.float() / squares.clamp(min=1e-12)).median()) > 100
 
 
-def _state_dict(content, name):
+def state_dict_of(content, name):
     """{name: tensor} of a file's content: its own tensors, or those of the dictionary in it that holds weights. Says
     which one, where there are several. Raises `UserError` where there is none."""
     states = dict(_nested_states(content))

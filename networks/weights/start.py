@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where the weights of a run come from: a file, a snapshot, or a name that a package knows."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from ..backbones.names import BACKBONE, find_backbone
 from ..build import meta_network
 from . import snapshot
 from .card import CONFIG
-from .families import Weights, _is_snapshot, _state_dict, _with_head, recognise
+from .families import Weights, is_snapshot, recognise, state_dict_of, with_head
 
 
 def read_weights(path, backbone=None):
@@ -35,8 +35,8 @@ def read_weights(path, backbone=None):
     _look(path)
     content = files.load(path)
     content = _exported(path, content) or content
-    if find_backbone(backbone or BACKBONE).weights_by_timm and not _is_snapshot(content):
-        return timm_weights(backbone, _state_dict(content, str(path)), str(path))
+    if find_backbone(backbone or BACKBONE).weights_by_timm and not is_snapshot(content):
+        return timm_weights(backbone, state_dict_of(content, str(path)), str(path))
     return recognise(content, str(path))
 
 
@@ -64,7 +64,7 @@ def read_snapshot(path, resuming=False):
     content, exported = files.load(path), Path(path).suffix == ".safetensors"
     if exported and (content := _exported(path, content)) is None:
         raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none such")
-    return snapshot.parse(path, _with_head(content), meta_network, resuming)
+    return snapshot.parse(path, with_head(content), meta_network, resuming)
 
 
 def find_start(*, resume_from, folder, restore_from, pretrained, backbone, processes=None):
@@ -170,7 +170,7 @@ def find_snapshot(path, folder, read):
     """
     if path == "newest":
         return snapshots.newest(folder, partial(read, resuming=True))
-    found, existing = read(path, resuming=True), snapshots.snapshots(folder)
+    found, existing = read(path, resuming=True), snapshots.list_snapshots(folder)
     if existing and existing[-1][0] > found.step:
         raise UserError(f"--resume {path}, {plural(found.step, 'step')} done: expected no later snapshot in "
                         f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")

@@ -171,7 +171,7 @@ def run_all(comparison, gpus, every=60.0):
     """Train and score what is left, seed by seed, one run at a time on each of `gpus`: words for --gpu.
 
     every: seconds between lines that tell how the runs get on. Returns the exit statuses of runs that failed; a request
-    to stop is passed on to those at work, and raises `cli.Interrupted` when they have saved.
+    to stop is passed on to those at work, and raises `command.Interrupted` when they have saved.
     """
     waiting = deque((variant, seed) for seed in range(comparison.seeds) for variant in comparison.variants)
     failed, working, told, said = [], [], False, time.monotonic()
@@ -428,8 +428,8 @@ def models(text):
 
 def get_parser():
     """Of all but DATA and the flags of train.py, whose values only train.py can tell from DATA."""
-    parser = flags.Parser(usage="%(prog)s [DATA] --models NAME,... --steps STEPS [flags of this command and of train.py]",
-                        description=__doc__)
+    parser = flags.Parser(description=__doc__, usage="%(prog)s [DATA] --models NAME,... --steps STEPS [flags of this "
+                          "command and of train.py]")
     parser.add_argument("--models", type=models, required=True, metavar="NAME,...")
     parser.add_argument("--seeds", type=flags.positive(int, max(T_95)), default=3, help="runs of each model (3)")
     parser.add_argument("--steps", type=flags.positive(int), required=True, help="of each run")

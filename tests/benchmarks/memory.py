@@ -47,7 +47,7 @@ class NoConvolutions(TorchDispatchMode):
 
 
 def write():
-    """Count the usual networks with crops of 129×129, and write `utils.memory.TABLE`."""
+    """Count the usual networks with crops of 129×129, and write `utils.devices.memory.TABLE`."""
     counted, images = {}, torch.randn(2, 3, 129, 129)
     for backbone, model, norm, recompute in itertools.product(COUNTED, COUNTED_MODELS, NORMS, RECOMPUTE):
         if recompute not in BACKBONES[backbone].recompute_choices():

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Run a command: exit statuses, one sentence for an error of the user, signals, output, warnings."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from .errors import UserError, sentence
 from .limits import MORE_SHARED_MEMORY, shared_memory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _format_warning = warnings.formatwarning
 
 # Signals that ask a run to end: from Ctrl-C, a supervisor, a terminal that closes (Windows has none for this).

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Errors of the user's input, and the words of messages."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Files that hold tensors: written whole or not at all, read without running any code in them."""
+"""Read and write files: written whole or not at all, and read without running any code in them."""
 
 import argparse
 import codecs

@@ -1,4 +1,4 @@
-"""What both command lines share: errors that are one sentence, and flag types."""
+"""Command lines: a parser whose errors are one sentence, and types of flags."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Progress of long work in the terminal."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ def progress(iterable, what, unit, every=10.0, total=None):
         if now - said > every or done == total:
             said = now
             rate = done / max(now - started, 1e-9)
-            of, left = (f"/{total}", f", {_duration(max(0, total - done) / rate)} left") if total else ("", "")
+            of, left = (f"/{total}", f", {duration(max(0, total - done) / rate)} left") if total else ("", "")
             print(f"{what}: {done}{of} {unit}s, {rate:.3g} {unit}s/s{left}", flush=True)
 
 
@@ -55,12 +55,12 @@ class FirstImage:
         elif done < windows and (self.said is None or now - self.said > self.every):
             self.said = now
             image = (now - self.started) / done * windows
-            tqdm.write(f"first image: {done}/{windows} windows; at this rate {_duration(image)} an image, "
-                       f"{_duration(image * self.images)} for {self.images}")
+            tqdm.write(f"first image: {done}/{windows} windows; at this rate {duration(image)} an image, "
+                       f"{duration(image * self.images)} for {self.images}")
         return done == windows      # from there on `progress` speaks
 
 
-def _duration(seconds):
+def duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

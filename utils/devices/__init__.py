@@ -1,0 +1,1 @@
+"""Devices: which to use, in which precision, with how much memory."""

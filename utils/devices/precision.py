@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..common.compat import cpu_computes_in_bf16, total_norm
 from ..common.errors import UserError
-from ..ops.autocast import _apex_casting
+from ..ops.autocast import apex_casting
 
 CHOICES = ("off", "bf16", "fp16", "apex")
 PRECISIONS = ("off", "fp16", "bf16")       # what `best_precision` finds, the best one last
@@ -52,7 +52,7 @@ class Precision:
         if self.casts:
             handle = self.apex._amp_state.handle
             # apex has one switch for all threads, of which replicas on several GPUs would turn it at the same time.
-            handle.is_active = lambda: _apex_casting.active
+            handle.is_active = lambda: apex_casting.active
             # Looking up a cast weight fails with autograd graphs of today. Only CCNet uses one twice in a pass.
             handle._enable_caching = False
         else:

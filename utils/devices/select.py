@@ -1,4 +1,4 @@
-"""TODO."""
+"""Choose the devices to compute on, and prepare them."""
 
 import os
 import sys

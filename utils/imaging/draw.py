@@ -1,4 +1,4 @@
-"""TODO."""
+"""Draw predictions: overlays, panels, maps of errors. Files are written whole or not at all."""
 
 import io
 
@@ -40,10 +40,10 @@ def error_map(image, truth, predicted, ignored):
 
 def save_png(path, array):
     """Write (H, W) uint8 or uint16, or (H, W, 3) uint8, as PNG; its folder is made."""
-    _write(path, lambda file: Image.fromarray(array).save(file, "PNG"))
+    write_picture(path, lambda file: Image.fromarray(array).save(file, "PNG"))
 
 
-def _write(path, save):
+def write_picture(path, save):
     """Make a picture in memory, where no disk can be full, and write it."""
     file = io.BytesIO()
     save(file)

@@ -1,4 +1,4 @@
-"""Pictures for people: overlays, panels, charts. Files are written whole or not at all."""
+"""Charts of scores and of training. Files are written whole or not at all."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from ..common.errors import UserError, first_words
-from ..imaging.draw import _write
+from ..imaging.draw import write_picture
 
 COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")     # of lines
 
@@ -73,7 +73,7 @@ def confusion_picture(path, matrix, names):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if value > 60 else "black")
     figure.colorbar(picture, label="% of the true class's pixels", shrink=0.8)
-    _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
+    write_picture(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 @chart
@@ -104,7 +104,7 @@ def iou_chart(path, class_iou, palette):
     axes.set_xlabel("IoU, %")
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
+    write_picture(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 @chart
@@ -167,7 +167,7 @@ def frequency_chart(path, pixels, palette):
     if splits:
         axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    _write(path, lambda file: figure.savefig(file, bbox_inches="tight"))
+    write_picture(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 @chart
@@ -203,7 +203,7 @@ def training_curves(path, metrics, quick):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     (scores or [rate])[0].set_xlabel("step")
-    _write(path, figure.savefig)
+    write_picture(path, figure.savefig)
 
 
 def _smooth(values):

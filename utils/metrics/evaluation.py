@@ -1,4 +1,4 @@
-"""TODO."""
+"""One pass over a data set: predictions compared with the truth."""
 
 from .iou import ConfusionMatrix
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Operations in full precision within autocast, that of PyTorch or of apex."""
 
 import threading
 from contextlib import contextmanager, nullcontext
@@ -12,22 +12,22 @@ class _ApexCasting(threading.local):
     active = False
 
 
-_apex_casting = _ApexCasting()
+apex_casting = _ApexCasting()
 
 
 @contextmanager
 def apex_casts(active=True):
     """A context in which functions that apex has patched cast in this thread, or do not."""
-    before, _apex_casting.active = _apex_casting.active, active
+    before, apex_casting.active = apex_casting.active, active
     try:
         yield
     finally:
-        _apex_casting.active = before
+        apex_casting.active = before
 
 
 def with_present_casts(function):
     """The function, for autograd's threads to call later: apex will cast in it if it does now."""
-    return apex_casts()(function) if _apex_casting.active else function
+    return apex_casts()(function) if apex_casting.active else function
 
 
 def at_least_float32(x):
@@ -37,7 +37,7 @@ def at_least_float32(x):
 
 def without_autocast(x):
     """A context in which operations on the device of `x` keep their dtype."""
-    if _apex_casting.active:
+    if apex_casting.active:
         return apex_casts(False)
     kind = x.device.type        # the device "meta" has no autocast
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

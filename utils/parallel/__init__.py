@@ -1,0 +1,1 @@
+"""Processes, replicas in threads, and worker processes."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The network interface through which processes of several hosts reach each other."""
 
 import array
 import contextlib
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 
-def _choose_interface(place, store):
+def choose_interface(place, store):
     """Let gloo use the interface that routes to MASTER_ADDR where the processes span hosts, unless the user chose one.
 
     By itself gloo takes the address of the host's own name, which on Debian and Ubuntu is a loopback one.
@@ -22,7 +22,7 @@ def _choose_interface(place, store):
     address = addresses[place.rank]
     remote = [other for other in addresses if other and not _is_loopback(other)]
     if remote and _is_loopback(address):        # MASTER_ADDR is the name of this very host
-        address = _local_address(remote[0], os.environ["MASTER_PORT"])
+        address = local_address(remote[0], os.environ["MASTER_PORT"])
     interface = None
     with contextlib.suppress(OSError):      # of a system that does not tell
         interface = _interface(address)
@@ -35,7 +35,7 @@ def _choose_interface(place, store):
             "own name, by which the others may not reach it"))
 
 
-def _local_address(host, port):
+def local_address(host, port):
     """The address from which this machine would send to another, as text; "" without a route. Sends nothing."""
     with contextlib.suppress(OSError):      # also for a name that has no address
         for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Start processes, learn which of them this one is, and let them meet."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..common.command import deaf_for_a_second, give_up_after
 from ..common.errors import UserError, first_words
-from .interfaces import _choose_interface, _local_address
+from .interfaces import choose_interface, local_address
 from .processes import Processes
 
 
@@ -137,7 +137,7 @@ def join_processes(device):
         return None
     if not dist.is_initialized():
         store = _meet(place)
-        _choose_interface(place, store)
+        choose_interface(place, store)
         _connect(place, store, device)
     return Processes() if place.size > 1 else None
 
@@ -174,7 +174,7 @@ def _meet(place):
     """The store of the run, when all of its processes have come there."""
     try:
         store, *_ = next(rendezvous("env://", timeout=MEETING))
-        address = _local_address(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+        address = local_address(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
         store.set(f"met/{place.rank}", address)
         store.wait([f"met/{rank}" for rank in range(place.size)], MEETING)
     except (RuntimeError, ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Which devices to use, and the processes that share a batch."""
+"""Processes that share a batch: who they are, what they exchange, and which part of the work is whose."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The state of the random generators, of the CPU and of every device."""
 
 import random
 

@@ -1,6 +1,7 @@
 """The house: which rooms there are, and that imports run one way."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,42 +10,101 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"networks": {"libs", "utils"}, "dataset": {"utils"}, "loss": {"utils"}, "libs": {"utils"}, "utils": set()}
+PACKAGES = {        # of utils, and which of the others each may import
+    "common": set(), "ops": {"common"}, "parallel": {"common"}, "imaging": {"common"},
+    "devices": {"ops", "parallel", "common"},
+    "inference": {"devices", "ops", "common"},
+    "metrics": {"imaging", "devices", "parallel", "common"},
+    "runs": {"devices", "parallel", "common"},
+    "training": {"runs", "metrics", "inference", "imaging", "devices", "parallel", "ops", "common"},
+    "demo": {"runs", "common"},
+}
+LONGEST = 1000      # lines of a package of utils
 TOP = {"train.py", "evaluate.py", "run_local.sh", "networks", "dataset", "utils", "loss", "libs", "snapshots", "tests",
        "requirements.txt", "README.md", "pyproject.toml", "LICENSE", ".gitignore", ".ci"}
 OPTIONAL = {"apex", "inplace_abn", "timm", "safetensors", "onnx", "onnxruntime", "wandb", "mlflow"}
+SCRIPTS = [ROOT / "train.py", ROOT / "evaluate.py"]
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def imports(tree):
-    """(level, module's first name) of every import statement below a syntax tree."""
-    for node in ast.walk(tree):
+def imports(path, tree=None):
+    """Full dotted names of all that a file imports, such as utils.common.files.load."""
+    here = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(tree or ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name.split(".")[0]) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, (node.module or "").split(".")[0]
+            base = [*here[:len(here) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    room = path.relative_to(ROOT).parts[0]
+def unit(name, depth=2):
+    """The package that a dotted name belongs to."""
+    return ".".join(name.split(".")[:depth])
+
+
+def test_rooms_import_one_way():
     ours = {*ROOMS, "train", "evaluate", "tests"}
-    outside = {name for level, name in imports(ast.parse(path.read_text())) if level == 0 and name in ours}
-    assert outside <= ROOMS[room] | ({room} if path.name == "__main__" else set())
+    wrong = {(str(path.relative_to(ROOT)), name) for path in SOURCES for name in imports(path)
+             if unit(name, 1) in ours and unit(name, 1) not in ROOMS[path.relative_to(ROOT).parts[0]]
+             and unit(name, 1) != path.relative_to(ROOT).parts[0]}
+    assert wrong == set()
+    assert not {unit(name, 1) for path in SCRIPTS for name in imports(path)} & {"train", "evaluate", "tests"}
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_scripts_do_not_know_each_other(script):
-    found = {name for _, name in imports(ast.parse((ROOT / script).read_text()))}
-    assert not found & {"train", "evaluate", "tests"}
+def test_packages_of_utils_import_one_way():
+    assert {path.name for path in (ROOT / "utils").iterdir() if path.is_dir() and path.name[0] != "_"} == set(PACKAGES)
+    wrong = set()
+    for package, allowed in PACKAGES.items():
+        for path in (ROOT / "utils" / package).rglob("*.py"):
+            wrong |= {(str(path.relative_to(ROOT)), name) for name in imports(path) if name.startswith("utils.")
+                      and unit(name) not in {f"utils.{other}" for other in (package, *allowed)}}
+    assert wrong == set()
 
 
-@pytest.mark.parametrize("path", [*SOURCES, ROOT / "train.py", ROOT / "evaluate.py"],
-                         ids=lambda path: str(path.relative_to(ROOT)))
-def test_optional_packages_are_imported_where_they_are_used(path):
+def test_networks_import_one_way():
+    """No circle of modules and packages, each standing for all that it holds."""
+    arrows = {}
+    for path in (ROOT / "networks").rglob("*.py"):
+        here = unit(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if here != "networks.__init__":
+            arrows.setdefault(here, set()).update(
+                unit(name) for name in imports(path) if name.startswith("networks.") and unit(name) != here)
+    assert {"networks.acf", "networks.build"} <= arrows.keys()
+    while leaves := {name for name, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {name: others for name, others in arrows.items() if name not in leaves}
+    assert arrows == {}
+
+
+def test_no_package_of_utils_grows_too_long():
+    lines = {package: sum(len(path.read_text().splitlines()) for path in (ROOT / "utils" / package).rglob("*.py"))
+             for package in PACKAGES}
+    assert {package: count for package, count in lines.items() if count > LONGEST} == {}
+
+
+def test_optional_packages_are_imported_where_they_are_used():
     """Nothing at import time needs them: only inside functions."""
-    top = ast.Module([node for node in ast.parse(path.read_text()).body
-                      if isinstance(node, ast.Import | ast.ImportFrom)], [])
-    assert not {name for _, name in imports(top)} & OPTIONAL
+    wrong = set()
+    for path in [*SOURCES, *SCRIPTS]:
+        top = ast.Module([node for node in ast.parse(path.read_text()).body
+                          if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        wrong |= {(path.name, name) for name in imports(path, top) if unit(name, 1) in OPTIONAL}
+    assert wrong == set()
+
+
+def test_names_that_others_rely_on_stay_where_they_are():
+    """The contracts of the project; a package hands on names of its modules and does nothing else."""
+    for name in ("networks.build_network", "networks.load", "networks.MODELS", "networks.acf.ACFHead",
+                 "networks.acf.ACFModule", "libs.abn.InPlaceABN", "libs.abn.InPlaceABNSync", "libs.abn.ABN",
+                 "loss.ohem.OhemCrossEntropy", "loss.criterion.SegmentationCriterion",
+                 "dataset.cityscapes.CityscapesDataset", "dataset.transforms.train_transform",
+                 "utils.metrics.ConfusionMatrix", "utils.inference.SlidingPredictor"):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    for path in (ROOT / "utils").rglob("__init__.py"):
+        kinds = {type(node) for node in ast.parse(path.read_text()).body}
+        assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}, path
 
 
 def test_importing_touches_nothing():
@@ -69,7 +129,7 @@ def test_nothing_else_lies_at_the_top():
 def test_functions_stay_short():
     """About 60 lines at most; the training loop, the flags and main read better whole."""
     long = []
-    for path in [*SOURCES, ROOT / "train.py", ROOT / "evaluate.py"]:
+    for path in [*SOURCES, *SCRIPTS]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 65:
                 long.append(f"{path.name}:{node.name}")

@@ -153,7 +153,8 @@ def test_a_label_map_that_may_lack_the_turn_is_said(tmp_path, turn, shape, named
 def test_a_file_is_read_once_for_its_size(tmp_path, monkeypatch, kind):
     Image.fromarray(NOISE).save(tmp_path / "a", kind)
     read = []
-    monkeypatch.setattr(decode, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
+    for module in (decode, files):
+        monkeypatch.setattr(module, "open_file", lambda *args: read.append(args) or open(tmp_path / "a", "rb"))
     assert upright_size(tmp_path / "a") == (17, 11) and len(read) == 1
 
 

@@ -19,6 +19,7 @@ from .errors import UserError, sentence
 from .limits import MORE_SHARED_MEMORY, shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("networks", "dataset", "utils", "loss", "libs")
 _format_warning = warnings.formatwarning
 
 # Signals that ask a run to end: from Ctrl-C, a supervisor, a terminal that closes (Windows has none for this).
@@ -67,7 +68,8 @@ def run(main):
 
 def _own_as_sentences(message, category, filename, *place):
     """Format a warning: of this project, which is about the user's data, without the line of code that gave it."""
-    if Path(filename).parent.parent == ROOT:
+    path = Path(filename)
+    if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOMS:
         return f"warning: {message}\n"
     return _format_warning(message, category, filename, *place)
 

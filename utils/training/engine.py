@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 
-import torch._inductor.config
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -2,7 +2,7 @@
 
 What of the real one breaks a training is here too: functions of PyTorch that cast whatever autocast says, a cast weight
 that cannot be used twice, gradients that are put aside before each backward pass, and a `forward` in a closure.
-`tests/test_apex.py` trains under both and compares them. Both take tensors of the CPU for those of a GPU.
+`tests/utils/training/test_apex.py` trains under both and compares them. Both take tensors of the CPU for a GPU's.
 
     PYTHONPATH=FOLDER python -m tests.fake_apex real|fake O0|O1 MODEL [ohem=1 parts=2 recompute=full ...]
 

@@ -22,6 +22,6 @@ fi
 if [ "${1:-}" = --short ]; then
     shift
     export OTHER_PYTHON=$PYTHON
-    set -- tests/test_versions.py "$@"
+    set -- tests/utils/common/test_compat.py "$@"
 fi
 run_pytest .venv-oldest/bin/python --durations=5 "$@"

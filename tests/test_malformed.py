@@ -16,7 +16,7 @@ from PIL import Image
 from dataset.cityscapes import CityscapesDataset
 from dataset.reading import DecodedCache
 from tests.conftest import finish, start
-from tests.test_reading import OTHER, other_content
+from tests.utils.imaging.test_decode import OTHER, other_content
 from utils.common.errors import UserError, sentence
 from utils.imaging.decode import read_ids, read_image
 

@@ -118,9 +118,9 @@ def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "theirs")
-    for folder, expected in ((tmp_path / "ACFNet/utils", None), (tmp_path / "utils", git("rev-parse", "HEAD"))):
-        folder.mkdir(parents=True)
-        monkeypatch.setattr(log_module, "__file__", str(folder / "logger.py"))
+    for folder, expected in ((tmp_path / "ACFNet", None), (tmp_path, git("rev-parse", "HEAD"))):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setattr(log_module, "__file__", str(folder / "utils/runs/log.py"))
         assert about_this_run({}, [])["git_commit"] == expected
 
 

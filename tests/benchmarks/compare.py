@@ -47,9 +47,9 @@ from utils.demo.local import FOLDERS
 from utils.devices.precision import best_precision, exact_float32
 from utils.devices.select import device_name, select_devices
 from utils.imaging.decode import read_image
-from utils.imaging.draw import _write
+from utils.imaging.draw import write_picture
 from utils.inference.timing import SECONDS, TURNS, seconds_of
-from utils.metrics.charts import _figure, chart
+from utils.metrics.charts import chart, new_figure
 from utils.ops.upsampling import round_size
 from utils.runs import snapshots
 from utils.runs.log import METRICS, read_lines
@@ -476,7 +476,7 @@ def scores_by_time(path, rows):
     rows: dicts with model, mean_iou and its mean_iou_95, half of the interval or None, evaluation_ms, and whether there
     is a coarse_mean_iou, by which networks with ACF are told from others.
     """
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for acf, label, color, marker in ((False, "without ACF", "#d1791e", "D"),
                                       (True, "with ACF", "#1f5f99", "o")):
@@ -493,7 +493,7 @@ def scores_by_time(path, rows):
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
     _name_points(figure, axes, rows)
-    _write(path, figure.savefig)
+    write_picture(path, figure.savefig)
 
 
 def _name_points(figure, axes, rows):

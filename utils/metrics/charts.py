@@ -49,7 +49,7 @@ def chart(draw):
     return wrapper
 
 
-def _figure(width, height):
+def new_figure(width, height):
     from matplotlib.figure import Figure  # the object interface needs no display
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -61,7 +61,7 @@ def confusion_picture(path, matrix, names):
     matrix = np.asarray(matrix, float)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     columns = [*names, "void"] if matrix[:, -1].any() else list(names)
-    figure = _figure(2 + 0.42 * len(columns), 1.5 + 0.38 * len(names))
+    figure = new_figure(2 + 0.42 * len(columns), 1.5 + 0.38 * len(names))
     axes = figure.subplots()
     picture = axes.imshow(share[:, :len(columns)], cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right")
@@ -84,7 +84,7 @@ def iou_chart(path, class_iou, palette):
     """
     heads = list(class_iou)
     names = list(class_iou[heads[0]])
-    figure = _figure(8, 1.2 + 0.34 * len(names))
+    figure = new_figure(8, 1.2 + 0.34 * len(names))
     axes = figure.subplots()
     thickness = 0.8 / len(heads)
     for k, head in enumerate(heads):
@@ -114,7 +114,7 @@ def reliability_chart(calibration):
 
     calibration: {head: `Calibration.scores`}.
     """
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     rows = figure.subplots(2, len(calibration), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
     for (upper, lower), (head, found) in zip(rows.T, calibration.items(), strict=True):
         bins = len(found["pixels"])
@@ -149,7 +149,7 @@ def frequency_chart(path, pixels, palette):
     """
     splits = {name: values for name, values in pixels.items() if sum(values.values())}
     names = list(next(iter(pixels.values())))
-    figure = _figure(8, 1.2 + 0.34 * len(names))
+    figure = new_figure(8, 1.2 + 0.34 * len(names))
     axes = figure.subplots()
     thickness = 0.8 / max(1, len(splits))
     for k, (split, values) in enumerate(splits.items()):
@@ -178,7 +178,7 @@ def training_curves(path, metrics, quick):
     """
     heads = [name.removeprefix("quick_mean_iou_") for name in (quick[0] if quick else ())
              if name.startswith("quick_mean_iou_")]
-    figure = _figure(8, 7.2 if heads else 5)
+    figure = new_figure(8, 7.2 if heads else 5)
     losses, rate, *scores = figure.subplots(3 if heads else 2, 1, sharex=True,
                                             height_ratios=[3, 1, 2] if heads else [3, 1])
     steps = [line["step"] for line in metrics]

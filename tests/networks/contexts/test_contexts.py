@@ -16,7 +16,7 @@ from networks.contexts.psp import PyramidPooling
 from networks.ocr import OCRHead
 from tests.benchmarks.memory import kept_bytes
 from tests.conftest import randomise
-from tests.test_acf import assert_same_gradients, conv
+from tests.networks.test_acf import assert_same_gradients, conv
 
 SIZES = [(5, 3), (1, 4), (4, 1), (1, 1), (7, 6)]
 

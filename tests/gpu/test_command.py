@@ -145,7 +145,7 @@ def test_waits_are_found_with_their_place():
     with speed.waits(CPU) as found:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("another warning", stacklevel=1)
-    assert len(found) == 1 and found[0].startswith("tests/test_gpu.py:")
+    assert len(found) == 1 and found[0].startswith("tests/gpu/test_command.py:")
 
 
 @pytest.mark.parametrize("found, met", [({"ms": 100.0, "of_matrix_products": 0.5, "peak_gb": 6.0}, [True, True, True]),

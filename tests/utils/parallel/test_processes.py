@@ -210,7 +210,7 @@ def test_nobody_waits_forever_for_the_others(rank, address):
             "command.run(lambda: launch.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": address,
                  "MASTER_PORT": str(port)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, **variables}, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -415,7 +415,7 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
 def test_a_notebook_starts_no_processes_of_its_kernel(script):
     code = (f"import sys; sys.argv = [{script!r}, '-f', 'kernel.json']\nfrom utils.parallel import launch\n"
             "launch.start_processes(2, ['--data-dir', 'x'])\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --gpu: ")
     assert "notebook" in done.stderr and "!python train.py" in done.stderr and "--gpu 0" in done.stderr

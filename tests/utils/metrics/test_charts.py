@@ -65,7 +65,7 @@ def test_a_chart_that_cannot_be_drawn_is_a_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(UserError):      # of the disk, as before
         charts.confusion_picture(tmp_path / "file/a.png", matrix, ["road", "car"])
-    monkeypatch.setattr(charts, "_figure", lambda *size: 1 / 0)
+    monkeypatch.setattr(charts, "new_figure", lambda *size: 1 / 0)
     charts.confusion_picture(tmp_path / "a.png", matrix, ["road", "car"])
     assert capsys.readouterr().err == "confusion picture: expected to draw it, found: division by zero; it is missing\n"
     assert not (tmp_path / "a.png").exists() and charts.reliability_chart({}) is None

@@ -15,7 +15,7 @@ from dataset.cityscapes import CityscapesDataset, all_label_maps
 from dataset.infer import count_values, infer_classes, keep_table
 from dataset.labels import CITYSCAPES, ClassTable, distinct_color
 from tests.conftest import SMALL
-from tests.test_folders import BINARY, make, refusal, words
+from tests.dataset.test_folders import BINARY, make, refusal, words
 from utils.common.errors import UserError
 
 

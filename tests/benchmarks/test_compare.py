@@ -21,7 +21,7 @@ from networks.build import build_network
 from tests.benchmarks import compare
 from tests.conftest import finish
 from tests.conftest import start as start_script
-from tests.test_folders import make
+from tests.dataset.test_folders import make
 from utils.common.command import Interrupted
 from utils.common.errors import UserError
 from utils.runs import snapshots

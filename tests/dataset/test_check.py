@@ -11,7 +11,7 @@ from PIL import Image
 from dataset.check import main
 from dataset.cityscapes import CityscapesDataset
 from tests.conftest import finish, start
-from tests.test_folders import make, words
+from tests.dataset.test_folders import make, words
 from utils.common.errors import UserError
 
 

@@ -118,8 +118,8 @@ def test_scoring_tells_calibration(streets, snapshot, tmp_path, capsys):  # noqa
 
 def test_the_chart_has_bars_as_high_as_the_accuracy(monkeypatch):
     """Also where a bin is empty; the gap goes from the accuracy to the confidence."""
-    figures, make = [], charts._figure
-    monkeypatch.setattr(charts, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    figures, make = [], charts.new_figure
+    monkeypatch.setattr(charts, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1])
     found = {"expected_calibration_error": 0.1, "pixels": [0, 10, 30], "accuracy": [None, 0.25, 1.0],
              "confidence": [None, 0.5, 0.9]}
     picture = Image.open(io.BytesIO(charts.reliability_chart({"fine": found, "coarse": found})))

@@ -14,8 +14,8 @@ from dataset.weights import balanced, class_weights, read_weights
 from loss.criterion import SegmentationCriterion
 from networks.backbones.resnet import STAGES
 from networks.build import build_network
-from tests.test_engine import make_batch
 from tests.test_train import run
+from tests.utils.training.test_engine import make_batch
 from utils.common import files
 from utils.common.errors import UserError
 from utils.devices.precision import Precision

@@ -15,7 +15,7 @@ from dataset.cityscapes import CityscapesDataset, parse_split
 from dataset.reading import DecodedCache
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler, class_index, class_positions, make_sampler
 from dataset.transforms import train_transform
-from tests.test_reading import OTHER, other_content
+from tests.utils.imaging.test_decode import OTHER, other_content
 from utils.common import files
 from utils.common.errors import UserError
 from utils.imaging import decode

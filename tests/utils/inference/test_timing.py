@@ -10,7 +10,7 @@ from PIL import Image
 
 import evaluate
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from tests.test_video import drawn_frames, write
+from tests.utils.imaging.test_video import drawn_frames, write
 from utils.common.errors import UserError
 from utils.inference import timing
 from utils.inference.sliding import SlidingPredictor

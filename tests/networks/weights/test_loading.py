@@ -336,7 +336,7 @@ RESNET = "objects of torchvision.models.resnet.BasicBlock, torchvision.models.re
 
 
 @pytest.mark.parametrize("what, sentence", [
-    ("module", RESNET), ("held", RESNET), ("object", "objects of tests.test_pretrained.Odd, which"),
+    ("module", RESNET), ("held", RESNET), ("object", "objects of tests.networks.weights.test_loading.Odd, which"),
     ("script", "a TorchScript program")])
 def test_files_of_objects_name_the_line_that_converts_them(tmp_path, monkeypatch, what, sentence):
     network = torchvision.models.resnet18()

@@ -38,7 +38,7 @@ SECTIONS = {
     "norms": (60, norms.section, {"shape": (4, 8, 9, 7)}),
     "steps": (150, steps.section, {"size": 17, "backbone": "eca_resnet18", "attentive": ("danet",)}),
     "processes": (120, several.section, {"world": 2, "steps": 2, "size": 33, "backbone": "resnet18"}),
-    "evaluation": (90, evaluation.section, {"size": (65, 97), "scales": (1.0, 1.5), "model": "acfnet_resnet"}),
+    "evaluation": (90, evaluation.section, {"size": (41, 57), "scales": (1.0, 1.5), "model": "acfnet_resnet"}),
     "waits": (60, speed.waits_section, {"size": 17, "window": 17, "backbone": "eca_resnet18"}),
     "speed": (240, speed.section, {"size": 33, "images": 2, "runs": 1, "ways": [speed.IN_PLACE, "bn, bf16"],
                                    "product": 256, **TINY}),

@@ -253,7 +253,7 @@ def a_wait_is_seen(device):
     return found[0]
 
 
-def waits_section(rows, device, size=129, **shape):
+def waits_section(rows, device, size=129, window=65, **shape):
     """Of a training step, and of the windows of an image; counted on CUDA alone."""
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -267,13 +267,15 @@ def waits_section(rows, device, size=129, **shape):
         if found and on_gpu:
             rows.goal(f"of a step, {name}", f"{expected}", f"{found['waits']}", found["waits"] <= expected)
     network = make_network(backbone="eca_resnet18", model="acfnet_resnet").to(device)
-    predictor = SlidingPredictor(network, (65, 65), autocast=torch.bfloat16)
+    predictor = SlidingPredictor(network, (window, window), autocast=torch.bfloat16)
+    wide = window + 8 * (2 * window // 3)       # nine windows, each of which shares a third with the next
     few, many = (rows.figure(f"of an image of {windows} windows", count_waits, device,
-                             functools.partial(predictor.labels, make_image((65, width))))
-                 for windows, width in ((1, 65), (9, 409)))
+                             functools.partial(predictor.labels, make_image((window, width))))
+                 for windows, width in ((1, window), (9, wide)))
     if few and many and on_gpu:
         rows.goal("of a window", "none", f"{(many['waits'] - few['waits']) / 8:g}", many["waits"] == few["waits"])
-    item = {"image": make_image((65, 65)).permute(2, 0, 1), "label": torch.zeros(65, 65, dtype=torch.uint8)}
+    item = {"image": make_image((window, window)).permute(2, 0, 1),
+            "label": torch.zeros(window, window, dtype=torch.uint8)}
     rows.figure("of an image that is scored", count_waits, device,
                 functools.partial(score, predictor, [item], 19, 255))
 

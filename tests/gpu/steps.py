@@ -35,9 +35,9 @@ SHAPE = {"model": "acfnet_resnet", "num_classes": 19, "backbone": "eca_resnet50"
 RATE = 1e-3
 
 
-def make_engine(device, amp="off", layout=torch.contiguous_format, dropout=False, devices=None, processes=None,
+def make_engine(device, amp="off", layout=torch.channels_last, dropout=False, devices=None, processes=None,
                 ohem=False, class_weights=None, optimizer=None, options=None, **shape):
-    """An engine on a device, the same for the same arguments; without `dropout`, whose draws differ by device.
+    """An engine on a device, as train.py makes it for a GPU; without `dropout`, whose draws differ by device.
 
     optimizer, options: further arguments of `make_optimizer` and of the engine.
     """

@@ -24,7 +24,7 @@ COUNTED = {".avi", ".m4v", ".mov", ".mp4"}      # files that say how many frames
 NUMBER = re.compile(r"%0?\d*d")                 # in "frames/%05d.png", as FFmpeg and OpenCV write it
 RATE = 25.0             # frames/s of numbered images, as FFmpeg takes them
 MOST = 1000.0           # frames/s; more is an error in the file's header, and cannot be written
-CODEC = "mp4v"          # the one that every OpenCV can write
+CODECS = ("vp09", "mp4v")       # VP9, which browsers play; MPEG-4, which every OpenCV can write
 ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk
 ATTEMPTS = 250          # frames in succession that cannot be read, after which none is expected any more
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # FFmpeg's own words: what is wrong is said in a sentence
@@ -190,11 +190,17 @@ class VideoWriter:
         with contextlib.ExitStack() as stack:
             self.temporary = stack.enter_context(files.replacing(self.path, self.path.suffix))
             self.temporary.unlink(missing_ok=True)      # nothing is written through a link
-            with opencv_silent():
-                file = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*CODEC), self.rate, size)
-            if not file.isOpened():
-                raise UserError(f"{self.path}: expected OpenCV to write {CODEC} video of {size[0]}×{size[1]} pixels at "
-                                f"{self.rate:g} frames/s there, found that it cannot")
+            for codec in CODECS:
+                with opencv_silent():
+                    file = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*codec), self.rate, size)
+                if file.isOpened():
+                    break
+            else:
+                raise UserError(f"{self.path}: expected OpenCV to write {' or '.join(CODECS)} video of "
+                                f"{size[0]}×{size[1]} pixels at {self.rate:g} frames/s there, found that it cannot")
+            if codec != CODECS[0]:
+                print_once("this OpenCV writes no VP9, so videos are MPEG-4, which browsers do not play; ffmpeg -i "
+                           f"{self.path.name} -c:v libx264 OTHER.mp4 converts one")
             self.file, self.open = file, stack.pop_all()
 
     def close(self):

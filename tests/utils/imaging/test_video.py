@@ -238,13 +238,29 @@ def test_what_was_predicted_before_an_error_is_kept(snapshot, tmp_path, monkeypa
 
 
 def test_without_the_codec_it_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "CODEC", "zzzz")
+    monkeypatch.setattr(video, "CODECS", ("yyyy", "zzzz"))
     writer = video.VideoWriter(tmp_path / "a.mp4", 25)
     for frame in drawn_frames(2):       # the writing thread goes on until it is heard
-        with pytest.raises(UserError, match="a.mp4: expected OpenCV to write zzzz video of 64×48 pixels at 25 frames"):
+        with pytest.raises(UserError, match="a.mp4: expected OpenCV to write yyyy or zzzz video of 64×48 pix"):
             writer.write(frame)
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def codec_of(path):
+    return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode()
+
+
+def test_browsers_play_the_videos_or_the_way_to_convert_them_is_said(tmp_path, monkeypatch, capsys):
+    """VP9 is what the wheels of OpenCV can write of what browsers play; builds of others may lack it."""
+    for number, (codecs, expected, said) in enumerate(((video.CODECS, ("vp09", "VP90"), 0),
+                                                       (("yyyy", "mp4v"), ("mp4v", "FMP4"), 1))):
+        monkeypatch.setattr(video, "CODECS", codecs)
+        writer = video.VideoWriter(tmp_path / f"{number}.mp4", 25)
+        writer.write(drawn_frames()[0])
+        writer.close()
+        assert codec_of(tmp_path / f"{number}.mp4") in expected
+        assert capsys.readouterr().out.count("-c:v libx264") == said
 
 
 def test_a_full_disk_is_a_sentence(tmp_path):

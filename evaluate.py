@@ -39,8 +39,8 @@ import argparse
 import itertools
 import os
 import sys
-from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,34 +57,28 @@ from dataset.folders import add_data_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
 from dataset.labels import ClassTable
 from networks.exporting import export_snapshot
-from networks.predictor import AMP, load_network, sliding_predictor
-from utils.common import command, flags
+from networks.predictor import AMP, PAPER_SCALES, Protocol, load_network, sliding_predictor
+from networks.weights.snapshot import Config
+from utils.common import command, files, flags
 from utils.common.errors import UserError, plural
-from utils.common.files import write_json
 from utils.common.progress import FirstImage, progress
-from utils.devices import memory, select
+from utils.devices import memory
 from utils.devices.precision import describe_default, exact_float32
-from utils.devices.select import own_device, select_devices, share_cores, shared_precision
-from utils.imaging.classes import IGNORE_INDEX
+from utils.devices.select import device_name, own_device, select_devices, share_cores, shared_precision
 from utils.imaging.pictures import FOLDERS, Pictures, VideoPictures
 from utils.imaging.video import RATE
 from utils.inference import timing
 from utils.metrics import charts
-from utils.metrics.boundaries import BoundaryF
-from utils.metrics.calibration import Calibration
-from utils.metrics.evaluation import score
-from utils.metrics.iou import InstanceIoU
-from utils.metrics.report import WorstImages, comparison_table, score_table, write_report
+from utils.metrics.evaluation import Evaluation, load_items
+from utils.metrics.report import comparison_table, score_table, write_report
 from utils.parallel.launch import join_processes, leave_processes, start_processes, started_by_torchrun
 from utils.parallel.processes import Processes, from_all, rank_and_size, share_items, speak_for_all
-from utils.parallel.workers import Loader
 from utils.runs.results import ResultsFolder
 
-PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
 SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
-IDLE = {        # task → what it expects, and flags that would do nothing there
+IGNORED_FLAGS = {       # task → what it expects, and flags that would do nothing there
     "benchmark": ("a protocol and images, of which nothing is written",
                   ("submission", "export", "boundary", "save", "output_dir", "overwrite")),
     "export": ("the snapshot's classes, and --export-size for a fixed size", ("classes", "input_size")),
@@ -157,97 +151,6 @@ def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
                        "--ema, whose moving average is scored otherwise")
 
 
-def load_items(dataset, workers, processes, what):
-    """This process's share of a data set, with progress."""
-    if workers:
-        dataset.look_at_first()
-    return progress(Loader(share_items(dataset, processes), workers=workers), what, "image")
-
-
-class Evaluation:
-    """What a network makes of a data set, counted: one pass over it, each process over its share.
-
-    Args:
-        dataset: with labels; a `CityscapesDataset`.
-        pictures: `Pictures`, which gets the predictions.
-        tolerance: of boundaries, in pixels, or None.
-
-    Attributes, after `run` of all processes:
-        matrices: {protocol: {head: ConfusionMatrix}}, the richest protocol last.
-        calibration: {head: `Calibration`} of the richest protocol.
-        worst: `WorstImages`.
-        instances: `InstanceIoU`; boundaries: `BoundaryF`; None without instances and without tolerance.
-    """
-
-    def __init__(self, dataset, pictures, tolerance=None):
-        self.dataset, self.pictures, self.classes = dataset, pictures, dataset.classes
-        classes = self.classes
-        self.matrices, self.calibration = {}, defaultdict(lambda: Calibration(IGNORE_INDEX))
-        self.worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
-        self.instances = InstanceIoU(classes.instance_sizes, classes.train_ids, classes.categories,
-                                     classes.whole_categories)
-        self.boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
-
-    def run(self, predictor, workers, processes=None):
-        """predictor: `SlidingPredictor`; workers: that read images."""
-        self.matrices = score(predictor, load_items(self.dataset, workers, processes, "evaluating"),
-                              self.classes.num_classes, IGNORE_INDEX, processes, self._see)
-        if processes is not None:
-            self._merge(processes)
-        if len(self.instances.terms) < len(self.dataset) or self.classes.train_ids.keys().isdisjoint(
-                self.classes.instance_sizes):
-            self.instances = None
-
-    def _see(self, item, heads, confidence, labels, counts, truth):
-        """An image, as `utils.inference.score` shows it."""
-        for head, values in labels.items():
-            self.calibration[head].update(confidence[head], values, truth)
-        image, labels = item["image"].permute(1, 2, 0), {head: values.cpu() for head, values in labels.items()}
-        self.pictures.add(item["name"], image, labels["fine"], confidence["fine"])
-        self.worst.add(item["name"], image.numpy(), item["label"].numpy(), labels, counts, heads.get("coarse"))
-        if "instances" in item:
-            self.instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
-        if self.boundaries:
-            self.boundaries.update(item["name"], item["label"].numpy(),
-                                   {head: values.numpy() for head, values in labels.items()})
-
-    def _merge(self, processes):
-        """Add what the other processes found; the matrices are whole."""
-        self.worst.merge(processes.gather_objects(self.worst.kept))
-        for scored in filter(None, (self.instances, self.boundaries)):
-            for terms in processes.gather_objects(scored.terms):
-                scored.terms |= terms
-        found = processes.gather_objects(dict(self.calibration))
-        self.calibration.clear()
-        for head, one in itertools.chain.from_iterable(one.items() for one in found):
-            self.calibration[head].add(one)
-
-    @property
-    def headline(self):
-        """{head: ConfusionMatrix} of the richest protocol that was run."""
-        return list(self.matrices.values())[-1]
-
-    def result(self, checkpoint_path, protocol):
-        """What `result.json` holds; protocol: its plain values. The first score is the headline's fine head's."""
-        names = self.classes.names
-        scores = {name: {head: matrix.scores(names, self.classes.categories) for head, matrix in heads.items()}
-                  for name, heads in self.matrices.items()}
-        richest = list(scores.values())[-1]
-        if self.instances is not None:
-            richest["fine"] |= self.instances.scores(self.headline["fine"], names)
-        if self.boundaries is not None:
-            for head, found in self.boundaries.scores(names).items():
-                richest[head] |= found
-        coarse = {name: heads["coarse"] for name, heads in scores.items() if "coarse" in heads}
-        return {
-            "mean_iou": richest["fine"]["mean_iou"],
-            **{name: heads["fine"] for name, heads in scores.items()},
-            **({"coarse": coarse} if coarse else {}),
-            "calibration": {head: one.scores() for head, one in self.calibration.items()},
-            "num_images": len(self.dataset), "checkpoint": str(checkpoint_path), "protocol": protocol,
-        }
-
-
 def results_folder(path, what, output_dir=None, several=False):
     """Where the results for a snapshot go: beside it, named after it and what was predicted, or where it is said; of
     several snapshots into a folder each."""
@@ -261,8 +164,8 @@ def picture_files(dataset, kinds):
     return [f"{FOLDERS[kind]}/{name}.png" for kind in kinds for name in dataset.names]
 
 
-def where(folder, kinds, files=()):
-    """What is said of a folder with these files and kinds of pictures."""
+def describe_results(folder, kinds, files=()):
+    """A sentence about a folder with these files and kinds of pictures."""
     names = [*files, *(f"{FOLDERS[kind]}/" for kind in kinds)]
     return f"results in {folder}{': ' * bool(names)}{', '.join(names)}"
 
@@ -300,58 +203,10 @@ def check(args):
     if args.submission and (args.data_list or args.images_dir):
         raise UserError("--submission: expected a Cityscapes folder in --data-dir, found "
                         f"{'--data-list' if args.data_list else '--images-dir'}")
-    for task, (expected, names) in IDLE.items():
+    for task, (expected, names) in IGNORED_FLAGS.items():
         others = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
         if getattr(args, task) and others:
             raise UserError(f"--{task}: expected {expected}, found {others[0]}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How an image is predicted.
-
-    Attributes:
-        window: (height, width) in pixels; None for the training crop.
-        whole: the whole image at once, no windows.
-        overlap, scales, flip, batch_size: as in `SlidingPredictor`.
-        amp: one of `AMP`.
-        raw_weights: as in `load_network`.
-        boundary: tolerance in pixels with which boundaries are scored, or None.
-    """
-
-    window: tuple | None = None
-    whole: bool = False
-    overlap: float = 1 / 3
-    scales: tuple = PAPER_SCALES
-    flip: bool = True
-    batch_size: int = 4
-    amp: str = "off"
-    raw_weights: bool = False
-    boundary: float | None = None
-
-    def predictor(self, network, config, device, images):
-        """The `SlidingPredictor` of a snapshot's network, which tells how the first of so many images gets on."""
-        return sliding_predictor(network, config, device, window=self.window, whole=self.whole, overlap=self.overlap,
-                                 scales=self.scales, flip=self.flip, batch_size=self.batch_size, amp=self.amp,
-                                 watch=FirstImage(images))
-
-    def as_json(self, window, split, config):
-        """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None;
-        split: name of the images."""
-        averaged = (config.arguments or {}).get("ema") is not None
-        return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
-                "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
-                "average": "probabilities"} | (
-                    {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {}) | (
-                    {"boundary": self.boundary} if self.boundary else {})
-
-    def out_of_memory_error(self, found):
-        """The `UserError`; found: the error's first words."""
-        choices = [f"a --batch-size below {self.batch_size}"] * (self.batch_size > 1) + [
-            "windows, by --input-size, instead of --whole" if self.whole else "a smaller --input-size",
-            f"--scales below {max(self.scales):g}", "fewer --num-workers"]
-        return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
-                         f"what helps: {', '.join(choices)}")
 
 
 def protocol_of(args):
@@ -369,15 +224,48 @@ class Machine(NamedTuple):
     processes: Processes | None
 
 
-def read_classes(path, config, snapshot):
-    """The `ClassTable` of this file if it fits the network, or that of a snapshot for None."""
-    classes = ClassTable.read(path) if path else ClassTable(config.classes, f"classes of {snapshot}")
-    if classes.num_classes != config.network["num_classes"]:
-        raise UserError(f"--classes {path}: expected the {config.network['num_classes']} classes of "
-                        f"{snapshot}, found {classes.num_classes}")
-    for remark in classes.remarks:
-        print(remark)
-    return classes
+class TrainedNetwork(NamedTuple):
+    """A network from a snapshot, and how it is to predict.
+
+    Attributes:
+        path: of the snapshot.
+        network: prepared for evaluation, on the device.
+        config: `Config` of the snapshot.
+        classes: `ClassTable` of the results.
+        protocol: `Protocol`.
+        device: `torch.device`.
+    """
+
+    path: Path
+    network: torch.nn.Module
+    config: Config
+    classes: ClassTable
+    protocol: Protocol
+    device: torch.device
+
+    @classmethod
+    def open(cls, path, protocol, device, table=None):
+        """Read a snapshot.
+
+        Args:
+            path: of the snapshot.
+            protocol: `Protocol`.
+            device: `torch.device`.
+            table: path of a class table that fits the network, or None for the snapshot's classes.
+        """
+        network, config = load_network(path, device, protocol.raw_weights)
+        classes = ClassTable.read(table) if table else ClassTable(config.classes, f"classes of {path}")
+        if classes.num_classes != config.network["num_classes"]:
+            raise UserError(f"--classes {table}: expected the {config.network['num_classes']} classes of {path}, found "
+                            f"{classes.num_classes}")
+        for remark in classes.remarks:
+            print(remark)
+        return cls(path, network, config, classes, protocol, device)
+
+    def predictor(self, images=None):
+        """The `SlidingPredictor`; images: their number, of which the first one's progress is shown."""
+        return sliding_predictor(self.network, self.config, self.device, self.protocol,
+                                 watch=None if images is None else FirstImage(images))
 
 
 def main(argv=None):
@@ -413,22 +301,24 @@ def perform(args, paths, protocol, machine):
     kinds = () if "none" in kinds else kinds
     root = None if found or args.submission else data_root(args.data_dir, args.images_dir, args.labels_dir)
 
+    def trained(path):
+        return TrainedNetwork.open(path, protocol, machine.device, args.classes)
+
     def data(classes):
         return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
 
-    how = {"protocol": protocol, "machine": machine, "table_path": args.classes}
+    broken = 0
     if args.benchmark:
         for path in paths:
-            benchmark(path, found and (videos or ImageFiles(found)), data, **how)
-        broken = 0
+            benchmark(trained(path), videos or (ImageFiles(found) if found else data), machine)
     elif args.submission:
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
-        broken = predict(paths[0], dataset, **how, kinds=("labels",), submission=True,
+        broken = predict(trained(paths[0]), dataset, machine, kinds=("labels",), submission=True,
                          results=ResultsFolder("--submission", Path(args.submission), args.overwrite))
     elif args.images:
         folder = results_folder(paths[0], "images", args.output_dir)
         work, what = (predict_videos, videos) if videos else (predict, ImageFiles(found))
-        broken = work(paths[0], what, **how, kinds=kinds,
+        broken = work(trained(paths[0]), what, machine, kinds=kinds,
                       results=ResultsFolder("--output-dir", folder, args.overwrite))
     else:
         folders = [ResultsFolder("--output-dir", results_folder(path, f"{args.split}{'_raw' * args.raw_weights}",
@@ -437,71 +327,77 @@ def perform(args, paths, protocol, machine):
         if rank_and_size(machine.processes)[0] == 0:        # of all snapshots, before hours go into the first
             for results in folders:
                 results.check(RESULTS)
-        found = [score_snapshot(path, data, **how, kinds=kinds, results=results)
-                 for path, results in zip(paths, folders, strict=True)]
-        if len(found) > 1 and found[0]:
-            print(comparison_table(found))
-        broken = 0
+        results = [score_snapshot(trained(path), data, machine, kinds=kinds, results=folder)
+                   for path, folder in zip(paths, folders, strict=True)]
+        if len(results) > 1 and results[0]:
+            print(comparison_table(results))
     leave_processes()
     if broken:
         sys.exit(1)
 
 
-def score_snapshot(path, data, *, protocol, machine, table_path, kinds, results):
-    """Score one snapshot. Returns what `result.json` holds; None in all processes but the first.
+def score_snapshot(trained, data, machine, *, kinds, results):
+    """Score one snapshot.
 
     Args:
-        path: of the snapshot.
+        trained: `TrainedNetwork`.
         data: (class table) → the `CityscapesDataset`.
-        table_path: of a class table, or None for the snapshot's.
+        machine: `Machine`.
         kinds: pictures to write, of `FOLDERS`.
         results: `ResultsFolder`.
+
+    Returns:
+        What `result.json` holds; None in all processes but the first.
     """
-    network, config = load_network(path, machine.device, protocol.raw_weights)
-    classes = read_classes(table_path, config, path)
+    classes, folder, processes = trained.classes, results.folder, machine.processes
     dataset = data(classes)
-    folder, processes = results.folder, machine.processes
     make_folder(results, [*SCORES, *picture_files(dataset, kinds)], processes)
-    print(f"{path}; {dataset.describe()}")
-    predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
+    print(f"{trained.path}; {dataset.describe()}")
+    predictor = trained.predictor(len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
-        found = Evaluation(dataset, pictures, protocol.boundary)
-        found.run(predictor, machine.workers, processes)
+        evaluation = Evaluation(dataset, pictures, trained.protocol.boundary)
+        evaluation.run(predictor, machine.workers, processes)
     if processes is not None:
         processes.barrier()        # results are told when all have written their pictures
-    if not found.headline["fine"].matrix.any():
+    if not evaluation.headline["fine"].matrix.any():
         raise UserError(f"{dataset.pairs[0][1]} and {plural(len(dataset) - 1, 'other label map')}: expected labelled "
                         "pixels to score, found none; predictions for the Cityscapes server are made by --submission "
                         "FOLDER")
     if rank_and_size(processes)[0]:
         return None
-    result = found.result(path, protocol.as_json(predictor.window, dataset.source, config))
+    result = evaluation.result(trained.path, trained.protocol.as_json(predictor.window, dataset.source, trained.config))
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"]
-             for head, matrix in found.headline.items()}
-    matrix = np.asarray(found.headline["fine"].matrix)
+             for head, matrix in evaluation.headline.items()}
+    matrix = np.asarray(evaluation.headline["fine"].matrix)
     print(score_table(result))
-    write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
+    files.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
     charts.confusion_picture(folder / "confusion.png", matrix, classes.names)
     charts.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
-                 found.worst.entries())
-    print(where(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
+                 evaluation.worst.entries())
+    print(describe_results(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
     return result
 
 
-def predict(path, dataset, *, protocol, machine, table_path, kinds, results, submission=False):
-    """Predict images without truth. Returns the number of images that could not be read.
+def predict(trained, dataset, machine, *, kinds, results, submission=False):
+    """Predict images without truth.
 
-    dataset: `ImageFiles`; submission: whether the Cityscapes server is to take the results; the rest as in
-    `score_snapshot`.
+    Args:
+        trained: `TrainedNetwork`.
+        dataset: `ImageFiles`.
+        machine: `Machine`.
+        kinds: pictures to write, of `FOLDERS`.
+        results: `ResultsFolder`.
+        submission: whether the Cityscapes server is to take the results.
+
+    Returns:
+        The number of images that could not be read.
     """
-    network, config = load_network(path, machine.device, protocol.raw_weights)
-    classes = read_classes(table_path, config, path)
-    folder, processes = results.folder, machine.processes
+    classes, folder, processes = trained.classes, results.folder, machine.processes
     rank, _ = rank_and_size(processes)
     make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * submission, processes)
-    print(f"{path}; {plural(len(dataset), 'image')}")
-    predictor = protocol.predictor(network, config, machine.device, len(share_items(dataset, processes)))
+    print(f"{trained.path}; {plural(len(dataset), 'image')}")
+    predictor = trained.predictor(len(share_items(dataset, processes)))
     _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
                               Pictures(folder, kinds, classes))
     count = sum(from_all(processes, broken))
@@ -510,16 +406,22 @@ def predict(path, dataset, *, protocol, machine, table_path, kinds, results, sub
     if rank == 0 and submission:
         print(write_submission(folder / FOLDERS["labels"], dataset, classes))
     elif rank == 0:
-        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; {where(folder, kinds)}")
+        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; {describe_results(folder, kinds)}")
     if rank == 0:
         results.close()
     return count
 
 
 def predict_items(predictor, items, pictures):
-    """Predict images; what cannot be read is named and skipped. Returns how many were predicted and skipped.
+    """Predict images; what cannot be read is named and skipped.
 
-    items: {"image": uint8 (3, H, W), "name"}, or {"error": sentence, and "frames" where it is about several}.
+    Args:
+        predictor: `SlidingPredictor`.
+        items: {"image": uint8 (3, H, W), "name"}, or {"error": sentence, and "frames" where it is about several}.
+        pictures: `Pictures`.
+
+    Returns:
+        How many were predicted, and how many skipped.
     """
     done = broken = 0
     with pictures:
@@ -535,19 +437,31 @@ def predict_items(predictor, items, pictures):
     return done, broken
 
 
-def predict_videos(path, videos, *, protocol, machine, table_path, kinds, results):
-    """Predict videos, {name: `Video`}, each as a whole in one process. Returns the number of frames that could not be
-    read. Asked to stop, it finishes the videos with the frames that are done and raises `cli.Interrupted`."""
-    network, config = load_network(path, machine.device, protocol.raw_weights)
-    classes = read_classes(table_path, config, path)
-    folder, processes = results.folder, machine.processes
+def predict_videos(trained, videos, machine, *, kinds, results):
+    """Predict videos, each as a whole in one process. A run that is told to stop finishes the videos with the frames
+    that are done.
+
+    Args:
+        trained: `TrainedNetwork`.
+        videos: {name: `Video`}.
+        machine: `Machine`.
+        kinds: pictures to write, of `FOLDERS`.
+        results: `ResultsFolder`.
+
+    Returns:
+        The number of frames that could not be read.
+
+    Raises:
+        Interrupted: after a signal.
+    """
+    classes, folder, processes = trained.classes, results.folder, machine.processes
     rank, size = rank_and_size(processes)
     make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.files_of(
         name, kinds, video.last() if "labels" in kinds else 0)], processes)
     own = list(videos.items())[rank::size]
-    print(f"{path}; {plural(len(videos), 'video')}"
+    print(f"{trained.path}; {plural(len(videos), 'video')}"
           f"{f', each predicted by one of {size} processes' * (size > 1)}")
-    predictor = protocol.predictor(network, config, machine.device, sum(len(video) for _, video in own) or 1)
+    predictor = trained.predictor(sum(len(video) for _, video in own) or 1)
     done = broken = 0
     with command.StopRequest() as stop:
         for name, video in own:
@@ -561,32 +475,34 @@ def predict_videos(path, videos, *, protocol, machine, table_path, kinds, result
     if rank == 0:
         results.close()
         print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
-              f"{where(folder, kinds)}")
+              f"{describe_results(folder, kinds)}")
     if stop.asked:
         raise command.Interrupted(stop.number)
     return broken
 
 
-def benchmark(path, found, data, *, protocol, machine, table_path):
+def benchmark(trained, source, machine):
     """Time predictions by a snapshot and print what they take.
 
-    found: {name: `Video`} or `ImageFiles`, of which the first are taken; without any those of `data`; the rest as in
-    `score_snapshot`.
+    Args:
+        trained: `TrainedNetwork`.
+        source: {name: `Video`}, `ImageFiles`, or (class table) → a data set; its first images are taken.
+        machine: `Machine`.
     """
     if machine.processes is not None:
         raise UserError(f"--benchmark: expected one process, found {machine.processes.size}")
-    network, config = load_network(path, machine.device, protocol.raw_weights)
-    found = found or data(read_classes(table_path, config, path))
-    items = itertools.chain.from_iterable(found.values()) if isinstance(found, dict) else map(
-        found.__getitem__, range(len(found)))
+    if isinstance(source, dict):
+        items = itertools.chain.from_iterable(source.values())
+    else:
+        dataset = source if isinstance(source, ImageFiles) else source(trained.classes)
+        items = map(dataset.__getitem__, range(len(dataset)))
     images = [item["image"].permute(1, 2, 0) for item in itertools.islice(
         (item for item in items if "image" in item), timing.TURNS)]
     if not images:
         raise UserError("--images: expected one that can be read, found none")
-    predictor = protocol.predictor(network, config, machine.device, len(images))
-    predictor.watch = None
+    protocol, predictor = trained.protocol, trained.predictor()
     took = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
-    print(f"{path} on {select.device_name(machine.device)}, --amp {protocol.amp}: {plural(len(images), 'image')} of "
+    print(f"{trained.path} on {device_name(machine.device)}, --amp {protocol.amp}: {plural(len(images), 'image')} of "
           f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
           f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
           f"{protocol.batch_size} at a time, scales {' '.join(f'{scale:g}' for scale in protocol.scales)}"

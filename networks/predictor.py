@@ -7,10 +7,12 @@
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
 from libs.convert import fold_norms
+from utils.common.errors import UserError
 from utils.devices.precision import AUTOCAST, best_precision, exact_float32
 from utils.devices.select import check_kernels, select_devices
 from utils.imaging.classes import Classes
@@ -21,6 +23,49 @@ from .build import build_network
 from .weights.start import read_snapshot
 
 AMP = ("off", "bf16", "fp16")
+PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How an image is predicted.
+
+    Attributes:
+        window: (height, width) in pixels; None for the training crop.
+        whole: the whole image at once, no windows.
+        overlap, scales, flip, batch_size: as in `SlidingPredictor`.
+        amp: one of `AMP`.
+        raw_weights: as in `load_network`.
+        boundary: tolerance in pixels with which boundaries are scored, or None.
+    """
+
+    window: tuple | None = None
+    whole: bool = False
+    overlap: float = 1 / 3
+    scales: tuple = PAPER_SCALES
+    flip: bool = True
+    batch_size: int = 4
+    amp: str = "off"
+    raw_weights: bool = False
+    boundary: float | None = None
+
+    def as_json(self, window, split, config):
+        """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None;
+        split: name of the images."""
+        averaged = (config.arguments or {}).get("ema") is not None
+        return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
+                "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
+                "average": "probabilities"} | (
+                    {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {}) | (
+                    {"boundary": self.boundary} if self.boundary else {})
+
+    def out_of_memory_error(self, found):
+        """The `UserError`; found: the error's first words."""
+        choices = [f"a --batch-size below {self.batch_size}"] * (self.batch_size > 1) + [
+            "windows, by --input-size, instead of --whole" if self.whole else "a smaller --input-size",
+            f"--scales below {max(self.scales):g}", "fewer --num-workers"]
+        return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
+                         f"what helps: {', '.join(choices)}")
 
 
 def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3, scales=(1.0,), flip=False,
@@ -46,9 +91,10 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
     device = _device(device)
     amp = amp or best_precision(device)
     exact_float32(amp, device)
+    protocol = Protocol(window=window, whole=whole, overlap=overlap, scales=scales, flip=flip, batch_size=batch_size,
+                        amp=amp, raw_weights=raw_weights)
     network, config = load_network(path, device, raw_weights)
-    return Predictor(sliding_predictor(network, config, device, window=window, whole=whole, overlap=overlap,
-                                       scales=scales, flip=flip, batch_size=batch_size, amp=amp),
+    return Predictor(sliding_predictor(network, config, device, protocol),
                      Classes(config.classes, f"classes of {path}"))
 
 
@@ -131,12 +177,21 @@ def prepared(config, state):
     return fold_norms(network).eval()
 
 
-def sliding_predictor(network, config, device, *, window, whole, overlap, scales, flip, batch_size, amp, watch=None):
-    """The `SlidingPredictor` of what `load_network` gave; arguments as in `load` and there."""
-    window = None if whole else window or config.input_size
-    predictor = SlidingPredictor(network, window, overlap, scales, flip, batch_size, config.normalization, device,
-                                 AUTOCAST[amp], torch.channels_last, watch)
-    if not whole:
+def sliding_predictor(network, config, device, protocol, watch=None):
+    """The `SlidingPredictor` of what `load_network` gave.
+
+    Args:
+        network, config: of `load_network`.
+        device: `torch.device`.
+        protocol: `Protocol`.
+        watch: as in `SlidingPredictor`.
+    """
+    window = None if protocol.whole else protocol.window or config.input_size
+    predictor = SlidingPredictor(
+        network, window, protocol.overlap, protocol.scales, protocol.flip, protocol.batch_size,
+        normalization=config.normalization, device=device, autocast=AUTOCAST[protocol.amp],
+        memory_format=torch.channels_last, watch=watch)
+    if window is not None:
         fitting_size(window, "windows", predictor.grid)     # said, after the predictor has taken it
     return predictor
 

@@ -20,6 +20,7 @@ from networks.acfnet import SegmentationNet
 from networks.build import build_network
 from utils.common import command
 from utils.inference.sliding import SlidingPredictor
+from utils.metrics import evaluation
 from utils.metrics.evaluation import score
 from utils.ops.autocast import at_least_float32
 from utils.training.engine import make_engine
@@ -106,10 +107,10 @@ class PredictorWithTruth(SlidingPredictor):
         return image
 
 
-def score_with_truth(predicting, items, num_classes, ignore_index, processes, seen):
-    """`score`, whose predictor sees the truth, and `seen` does not."""
-    return score(predicting, map(add_truth, items), num_classes, ignore_index, processes,
-                 lambda item, *found: seen(hide_truth(item), *found))
+def score_with_truth(predicting, items, num_classes):
+    """`score`, whose predictor sees the truth, which images do not show afterwards."""
+    for image in score(predicting, map(add_truth, items), num_classes):
+        yield image._replace(item=hide_truth(image.item))
 
 
 def engine_with_truth(network, *, normalization, **rest):
@@ -129,7 +130,7 @@ def main(argv):
         patch.multiple(train, CityscapesDataset=WithTruth, make_engine=engine_with_truth,
                        draw_panel=panel_without_truth).start()
         patch.object(predictor, "SlidingPredictor", PredictorWithTruth).start()
-        patch.object(evaluate, "score", score_with_truth).start()
+        patch.object(evaluation, "score", score_with_truth).start()
     {"train": train, "evaluate": evaluate}[script].main(words)
 
 

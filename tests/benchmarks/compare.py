@@ -37,7 +37,7 @@ import train
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import check_validation, data_root
 from networks.build import MODELS, build_network, meta_network
-from networks.predictor import load_network
+from networks.predictor import load_network, sliding_predictor
 from tests.benchmarks.macs import count
 from tests.benchmarks.memory import NoConvolutions, kept_bytes
 from utils.common import files, flags
@@ -271,8 +271,7 @@ def cost(comparison, path, image, device):
     exact_float32(amp, device)
     protocol = replace(evaluate.protocol_of(scoring), amp=amp)
     network, config = load_network(path, device, scoring.raw_weights)
-    predictor = protocol.predictor(network, config, device, 1)
-    predictor.watch = None
+    predictor = sliding_predictor(network, config, device, protocol)
     seconds = seconds_of(lambda: predictor.labels(image).cpu(), device, TURNS, SECONDS)
     size = tuple(image.shape[:2])
     if predictor.window is not None:

@@ -14,7 +14,7 @@ from utils.devices.precision import AUTOCAST
 from utils.inference import timing
 from utils.inference.sliding import SlidingPredictor, most_probable, window_starts
 from utils.metrics.calibration import Calibration
-from utils.metrics.evaluation import score
+from utils.metrics.evaluation import score, sum_of_matrices
 from utils.metrics.iou import ConfusionMatrix
 from utils.ops.normalization import Normalization
 
@@ -83,7 +83,8 @@ def scores(device, size, window=(65, 65), **shape):
         label = torch.randint(19, size, dtype=torch.uint8)
         label[:9] = 255
         items.append({"image": torch.randint(256, (3, *size), dtype=torch.uint8), "label": label})
-    found = score(predictor, items, 19, 255)["single_scale"]["fine"].matrix.cpu().numpy()
+    total = sum_of_matrices(image.matrices for image in score(predictor, items, 19))
+    found = total["single_scale"]["fine"].matrix.numpy()
     expected = np.zeros((19, 20), dtype=np.int64)
     for item in items:
         predicted = predictor.labels(item["image"].permute(1, 2, 0)).cpu().numpy()

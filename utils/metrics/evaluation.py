@@ -1,43 +1,201 @@
-"""One pass over a data set: predictions compared with the truth."""
+"""One pass over a data set: predictions compared with the truth, image by image."""
 
-from .iou import ConfusionMatrix
+import itertools
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+
+from ..common.progress import progress
+from ..imaging.classes import IGNORE_INDEX
+from ..parallel.processes import share_items
+from ..parallel.workers import Loader
+from .boundaries import BoundaryF
+from .calibration import Calibration
+from .iou import ConfusionMatrix, InstanceIoU
+from .report import WorstImages
 
 
-def score(predictor, items, num_classes, ignore_index, processes=None, seen=None):
-    """Predict and count.
+class ScoredImage(NamedTuple):
+    """An image of a data set, and what a network makes of it by the richest protocol.
+
+    Attributes:
+        item: of the data set, {"image": (3, H, W) uint8, "label": (H, W) train ids, "name", ...}.
+        probabilities: {head: (N, H, W)}, on the device, as the next three.
+        confidence: {head: (H, W)}, the largest probability of each pixel.
+        labels: {head: (H, W)}, its class.
+        truth: (H, W) train ids.
+        matrices: {protocol: {head: ConfusionMatrix}} of this image, the richest protocol last.
+    """
+
+    item: dict
+    probabilities: dict
+    confidence: dict
+    labels: dict
+    truth: torch.Tensor
+    matrices: dict
+
+    @property
+    def richest(self):
+        """{head: ConfusionMatrix} of the richest protocol."""
+        return list(self.matrices.values())[-1]
+
+
+def score(predictor, items, num_classes, ignore_index=IGNORE_INDEX):
+    """Predict images and compare them with the truth.
 
     Args:
         predictor: `SlidingPredictor`.
-        items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}; with processes, those of this one.
-        processes: `Processes` that share the data set; the counts of all are added up.
-        seen: called for every item with (item, probabilities (N, H, W), the largest of each pixel (H, W), its class
-            (H, W), ConfusionMatrix of this item), each but the first by head and of the richest protocol, and the truth
-            where they are; or None.
+        items: {"image": (3, H, W) uint8, "label": (H, W) train ids, ...}.
+        num_classes: of the predictions.
+        ignore_index: label of pixels that do not count.
 
-    Returns:
-        {protocol: {head: ConfusionMatrix}}, the richest protocol last.
+    Yields:
+        A `ScoredImage` for each item.
     """
-    matrices = {}
     for item in items:
-        truth = item["label"]
+        truth, matrices = item["label"], {}
         for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
-            confidence, labels = {}, {}
+            confidence, labels, matrices[protocol] = {}, {}, {}
             for head, probabilities in heads.items():
                 confidence[head], labels[head] = probabilities.max(0)
-            counts = {}
             for head, predicted in labels.items():
                 truth = truth.to(predicted.device)
-                counts[head] = ConfusionMatrix(num_classes, ignore_index)
-                counts[head].update(predicted, truth)
-                matrices.setdefault(protocol, {}).setdefault(
-                    head, ConfusionMatrix(num_classes, ignore_index)).add(counts[head])
-        if seen is not None:
-            seen(item, heads, confidence, labels, counts, truth)
-    if processes is None:
-        return matrices
-    total = {}      # a process without images has neither protocols nor heads
-    for part in processes.gather_objects(matrices):
-        for protocol, heads in part.items():
-            for head, matrix in heads.items():
-                total.setdefault(protocol, {}).setdefault(head, ConfusionMatrix(num_classes, ignore_index)).add(matrix)
+                matrices[protocol][head] = ConfusionMatrix(num_classes, ignore_index)
+                matrices[protocol][head].update(predicted, truth)
+        yield ScoredImage(item, heads, confidence, labels, truth, matrices)
+
+
+def add_matrices(total, part):
+    """Add the matrices of an image or of a process, which may have had no image, to a total.
+
+    Args:
+        total: {protocol: {head: ConfusionMatrix}}, the richest protocol last; changed.
+        part: the same.
+    """
+    for protocol, heads in part.items():
+        for head, matrix in heads.items():
+            total.setdefault(protocol, {}).setdefault(
+                head, ConfusionMatrix(matrix.num_classes, matrix.ignore_index)).add(matrix)
+
+
+def sum_of_matrices(parts):
+    """The total of several {protocol: {head: ConfusionMatrix}}, none of which is changed."""
+    total = {}
+    for part in parts:
+        add_matrices(total, part)
     return total
+
+
+def load_items(dataset, workers, processes, what):
+    """This process's share of a data set, with progress.
+
+    Args:
+        dataset: of images, with `look_at_first`.
+        workers: processes that read images.
+        processes: `Processes` that share it, or None.
+        what: the word for the work that is in progress.
+    """
+    if workers:
+        dataset.look_at_first()
+    return progress(Loader(share_items(dataset, processes), workers=workers), what, "image")
+
+
+class Evaluation:
+    """One pass over a data set, each process over its share, and all that is counted on the way.
+
+    Args:
+        dataset: with labels; a `CityscapesDataset`.
+        pictures: `Pictures`, which gets the predictions.
+        tolerance: of boundaries, in pixels, or None.
+
+    Attributes, after `run` of all processes:
+        matrices: {protocol: {head: ConfusionMatrix}}, the richest protocol last.
+        calibration: {head: `Calibration`} of the richest protocol.
+        worst: `WorstImages`.
+        instances: `InstanceIoU`; boundaries: `BoundaryF`; None without instances and without tolerance.
+    """
+
+    def __init__(self, dataset, pictures, tolerance=None):
+        self.dataset, self.pictures, self.classes = dataset, pictures, dataset.classes
+        classes = self.classes
+        self.matrices, self.calibration = {}, defaultdict(lambda: Calibration(IGNORE_INDEX))
+        self.worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
+        self.instances = InstanceIoU(classes.instance_sizes, classes.train_ids, classes.categories,
+                                     classes.whole_categories)
+        self.boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
+
+    def run(self, predictor, workers, processes=None):
+        """Predict and count.
+
+        Args:
+            predictor: `SlidingPredictor`.
+            workers: processes that read images.
+            processes: `Processes` that share the data set, or None.
+        """
+        items = load_items(self.dataset, workers, processes, "evaluating")
+        for image in score(predictor, items, self.classes.num_classes):
+            add_matrices(self.matrices, image.matrices)
+            self._count(image)
+        if processes is not None:
+            self._merge(processes)
+        if len(self.instances.terms) < len(self.dataset) or self.classes.train_ids.keys().isdisjoint(
+                self.classes.instance_sizes):
+            self.instances = None
+
+    def _count(self, image):
+        """Count a `ScoredImage` in everything but the matrices."""
+        for head, values in image.labels.items():
+            self.calibration[head].update(image.confidence[head], values, image.truth)
+        item, labels = image.item, {head: values.cpu() for head, values in image.labels.items()}
+        pixels = item["image"].permute(1, 2, 0)
+        self.pictures.add(item["name"], pixels, labels["fine"], image.confidence["fine"])
+        self.worst.add(item["name"], pixels.numpy(), item["label"].numpy(), labels, image.richest,
+                       image.probabilities.get("coarse"))
+        if "instances" in item:
+            self.instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
+        if self.boundaries:
+            self.boundaries.update(item["name"], item["label"].numpy(),
+                                   {head: values.numpy() for head, values in labels.items()})
+
+    def _merge(self, processes):
+        """Add what the other processes have counted."""
+        self.matrices = sum_of_matrices(processes.gather_objects(self.matrices))
+        self.worst.merge(processes.gather_objects(self.worst.kept))
+        for scored in filter(None, (self.instances, self.boundaries)):
+            for terms in processes.gather_objects(scored.terms):
+                scored.terms |= terms
+        counts = processes.gather_objects(dict(self.calibration))
+        self.calibration.clear()
+        for head, calibration in itertools.chain.from_iterable(part.items() for part in counts):
+            self.calibration[head].add(calibration)
+
+    @property
+    def headline(self):
+        """{head: ConfusionMatrix} of the richest protocol that was run."""
+        return list(self.matrices.values())[-1]
+
+    def result(self, checkpoint, protocol):
+        """What `result.json` holds. The first score is the headline's fine head's.
+
+        Args:
+            checkpoint: path of the snapshot.
+            protocol: plain values.
+        """
+        names = self.classes.names
+        scores = {name: {head: matrix.scores(names, self.classes.categories) for head, matrix in heads.items()}
+                  for name, heads in self.matrices.items()}
+        richest = list(scores.values())[-1]
+        if self.instances is not None:
+            richest["fine"] |= self.instances.scores(self.headline["fine"], names)
+        if self.boundaries is not None:
+            for head, values in self.boundaries.scores(names).items():
+                richest[head] |= values
+        coarse = {name: heads["coarse"] for name, heads in scores.items() if "coarse" in heads}
+        return {
+            "mean_iou": richest["fine"]["mean_iou"],
+            **{name: heads["fine"] for name, heads in scores.items()},
+            **({"coarse": coarse} if coarse else {}),
+            "calibration": {head: one.scores() for head, one in self.calibration.items()},
+            "num_images": len(self.dataset), "checkpoint": str(checkpoint), "protocol": protocol,
+        }

@@ -11,7 +11,7 @@ from ..common.progress import progress
 from ..imaging import draw
 from ..inference.sliding import SlidingPredictor
 from ..metrics import charts
-from ..metrics.evaluation import score
+from ..metrics.evaluation import score, sum_of_matrices
 from ..ops.upsampling import upsample
 from ..parallel.processes import from_all, share_items
 from ..parallel.workers import Loader
@@ -50,12 +50,15 @@ class QuickValidation:
         self.engine.scored_network.eval()
         items = itertools.takewhile(lambda _: not asked(), progress(self.loader, "quick validation", "image"))
         with one_way_of_convolution():
-            found = score(self.predictor, items, self.classes.num_classes, self.ignore_index, self.engine.processes)
+            total = sum_of_matrices(image.matrices for image in score(
+                self.predictor, items, self.classes.num_classes, self.ignore_index))
         self.engine.train_mode()
         if any(from_all(self.engine.processes, asked())):
             self.log.say(f"the quick validation of step {step} is left out")
             return None
-        matrices = found["single_scale"]
+        if self.engine.processes is not None:
+            total = sum_of_matrices(self.engine.processes.gather_objects(total))
+        matrices = total["single_scale"]
         scores = {head: matrix.scores(self.classes.names, self.classes.categories) for head, matrix in matrices.items()}
         self.log.quick_validation(step, scores)
         if (scores["fine"]["mean_iou"] or 0.0) <= self.highest:

@@ -12,7 +12,7 @@ from utils.common.compat import torch_version
 from utils.devices.precision import AUTOCAST, Precision
 from utils.inference.sliding import SlidingPredictor
 from utils.metrics.calibration import Calibration
-from utils.metrics.evaluation import score
+from utils.metrics.evaluation import add_matrices, score
 from utils.ops import upsampling
 from utils.ops.normalization import Normalization
 from utils.parallel.processes import Processes
@@ -193,8 +193,10 @@ def test_evaluation(gpu, amp, layout, scales, flip):
                        "label": torch.zeros(size, dtype=torch.uint8)}
             waits += gpu.waits
 
-        score(predictor, items(), 19, 255, seen=lambda item, heads, confidence, labels, counts, truth:
-              calibration.update(confidence["fine"], labels["fine"], truth))
+        total = {}
+        for image in score(predictor, items(), 19):
+            add_matrices(total, image.matrices)
+            calibration.update(image.confidence["fine"], image.labels["fine"], image.truth)
         assert len(waits) == 2 and "to cuda" in waits[0] and "to cuda" in waits[1], waits
     assert windows[0] > 10
 

@@ -1,0 +1,1 @@
+"""What run_local.sh does."""

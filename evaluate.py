@@ -72,7 +72,7 @@ from utils.metrics import charts
 from utils.metrics.evaluation import Evaluation, load_items
 from utils.metrics.report import comparison_table, score_table, write_report
 from utils.parallel.launch import join_processes, leave_processes, start_processes, started_by_torchrun
-from utils.parallel.processes import Processes, from_all, rank_and_size, share_items, speak_for_all
+from utils.parallel.processes import Processes, gather_from_ranks, rank_and_size, share_items, silence_other_ranks
 from utils.runs.results import ResultsFolder
 
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -283,7 +283,7 @@ def main(argv=None):
         start_processes(len(devices), argv)
     device = own_device(devices)
     processes = join_processes(device)
-    speak_for_all(processes)
+    silence_other_ranks(processes)
     workers, cores = share_cores([device], args.num_workers)
     protocol = replace(protocol, amp=args.amp or shared_precision([device], processes))
     reason = "" if args.amp else f": {describe_default(device)}"
@@ -400,7 +400,7 @@ def predict(trained, dataset, machine, *, kinds, results, submission=False):
     predictor = trained.predictor(len(share_items(dataset, processes)))
     _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
                               Pictures(folder, kinds, classes))
-    count = sum(from_all(processes, broken))
+    count = sum(gather_from_ranks(processes, broken))
     if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
     if rank == 0 and submission:
@@ -471,7 +471,7 @@ def predict_videos(trained, videos, machine, *, kinds, results):
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
     if stop.asked and processes is not None:
         raise command.Interrupted(stop.number)
-    done, broken = map(sum, zip(*from_all(processes, (done, broken)), strict=True))
+    done, broken = map(sum, zip(*gather_from_ranks(processes, (done, broken)), strict=True))
     if rank == 0:
         results.close()
         print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "

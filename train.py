@@ -31,7 +31,7 @@ from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
 from dataset.weights import class_weights
 from libs import backend
-from libs.abn import NORMS, layers_that_keep_their_input
+from libs.abn import NORMS, count_input_keeping_norms
 from loss.criterion import SegmentationCriterion
 from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
 from networks.backbones.resnet import RECOMPUTE
@@ -59,7 +59,7 @@ from utils.imaging.classes import IGNORE_INDEX
 from utils.inference.sliding import fitting_size
 from utils.ops.normalization import NORMALIZATIONS
 from utils.parallel.launch import crops_at_once, join_processes, leave_processes, start_processes, started_by_torchrun
-from utils.parallel.processes import by_the_first, from_all, rank_and_size, speak_for_all
+from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size, silence_other_ranks
 from utils.runs import snapshots
 from utils.runs.trackers import SERVICES, check_packages
 from utils.training import optimization, resume, seeds
@@ -271,7 +271,7 @@ def main(argv=None):
     if args.parallel == "ddp" and len(devices) > 1:     # before this process takes memory of a GPU
         start_processes(len(devices), argv)
     processes = join_processes(devices[0])
-    speak_for_all(processes)
+    silence_other_ranks(processes)
     start = list(find_start(
         resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
         pretrained=args.pretrained, backbone=args.backbone, processes=processes))
@@ -297,7 +297,7 @@ def main(argv=None):
 def default_precision(devices, processes, snapshot):
     """The --amp of a run that leaves it open. snapshot: from which it goes on, or None."""
     before = None if snapshot is None else snapshot.config.arguments.get("amp")
-    able = from_all(processes, before == "off" or before == "bf16" and cpu_computes_in_bf16())
+    able = gather_from_ranks(processes, before == "off" or before == "bf16" and cpu_computes_in_bf16())
     if devices[0].type == "cpu" and all(able):       # to the bit, however the CPU is timed today
         print(f"--amp {before}: that of the snapshot")
         return before
@@ -310,7 +310,7 @@ def make_data(args, root, classes, processes, workers):
     """(samples to learn from, images of the quick validation or None); where `classes` is None, the label maps tell
     them. So many `workers` read and fill the cache."""
     if classes is None:
-        classes = by_the_first(processes, lambda: infer_classes(args, root, workers))
+        classes = broadcast_from_rank0(processes, lambda: infer_classes(args, root, workers))
         classes.check_count(args.num_classes)
     dataset = CityscapesDataset(root, args.split, args.data_list, classes, seed=args.random_seed,
                                 cache=args.cache, jitter=args.jitter)
@@ -352,11 +352,11 @@ def assemble(args, devices, processes, dataset, validation, workers, start):
                                  head_lr_factor=args.head_lr_factor),
         criterion=SegmentationCriterion(
             args.loss_weights, IGNORE_INDEX, ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep,
-            class_weights=args.class_weights and by_the_first(
+            class_weights=args.class_weights and broadcast_from_rank0(
                 processes, lambda: class_weights(args.class_weights, dataset, workers))),
         precision=Precision(args.amp, devices[0], args.opt_level), memory_format=memory_format(args),
         freeze=args.freeze, clip_gradient=args.clip_gradient, ema=args.ema, compiled=args.compile)
-    index = by_the_first(processes, lambda: class_index(dataset, args.cache or args.snapshot_dir, workers)) \
+    index = broadcast_from_rank0(processes, lambda: class_index(dataset, args.cache or args.snapshot_dir, workers)) \
         if args.sampling == "class" else None
     rank, world = rank_and_size(processes)
     if rank:
@@ -470,8 +470,8 @@ def train(run):
 
             last, logged = step == num_steps, step % run.log_every == 0 or step == num_steps
             if step == run.start + 1:
-                memory.forget_peak(engine.devices[0])       # cuDNN tried algorithms that take several times as much
-                keeping, norms = layers_that_keep_their_input(engine.network)
+                memory.reset_peak(engine.devices[0])      # cuDNN tried algorithms that take several times as much
+                keeping, norms = count_input_keeping_norms(engine.network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
             if logged:
@@ -496,7 +496,7 @@ def train(run):
                 break
             if logged:      # pictures, validation and snapshots do not count
                 window, waited, images = time.monotonic(), 0.0, 0
-    return max(from_all(engine.processes, stop.number))
+    return max(gather_from_ranks(engine.processes, stop.number))
 
 
 if __name__ == "__main__":

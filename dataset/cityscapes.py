@@ -26,6 +26,7 @@ from .folders import (
     check_folder,
     composed,
     decomposed,
+    has_no_split_folders,
     match,
     name_left_out,
     pair_folders,
@@ -33,7 +34,6 @@ from .folders import (
     read_list,
     refuse_dead_link,
     splits_of,
-    undivided,
 )
 from .labels import ClassTable
 from .reading import DecodedCache
@@ -262,7 +262,7 @@ class CityscapesDataset(Dataset):
         """What names these images, in words: splits or lists; two folders without splits have no other name."""
         if self.lists:
             return "+".join(Path(one).name for one in self.lists)
-        return "both folders" if undivided(self.root, self.splits[0]) else self.split
+        return "both folders" if has_no_split_folders(self.root, self.splits[0]) else self.split
 
     def describe(self):
         """One line: how many images and classes, and whether the official split has another number of images."""

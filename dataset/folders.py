@@ -77,14 +77,14 @@ def data_flag(args):
     return f"--labels-dir {args.labels_dir}" if args.labels_dir else f"--data-list {' '.join(args.data_list)}"
 
 
-def undivided(root, split):
+def has_no_split_folders(root, split):
     """Whether two folders have no folders of a split's name in them, so that all files belong to it."""
     return isinstance(root, tuple) and not os.path.isdir(os.path.join(root[0], split))
 
 
 def check_validation(root, data_list, val_list, val_split, what="--val-every"):
     """Refuse a validation that has no images of its own. root: of `data_root`; what: asks for it, in the message."""
-    without = not data_list and any(undivided(root, part.partition(":")[0]) for part in val_split.split("+"))
+    without = not data_list and any(has_no_split_folders(root, part.partition(":")[0]) for part in val_split.split("+"))
     if without and (splits := splits_of(root)):
         raise UserError(f"--val-split {val_split}: expected names of folders in {root[0]} and {root[1]}, found "
                         f"{', '.join(splits)}")
@@ -121,8 +121,8 @@ def splits_of(folders):
 
 
 def pair_folders(folders, splits):
-    """[[(image, label map)]] of splits; of all files where the folders are undivided. Raises `UserError`."""
-    if not all(undivided(folders, name) for name in splits):
+    """[[(image, label map)]] of splits; of all files where the folders have none. Raises `UserError`."""
+    if not all(has_no_split_folders(folders, name) for name in splits):
         name_loose_files(folders, splits)
         return [_pair(tuple(Path(folder, name) for folder in folders)) for name in splits]
     if len(splits) > 1 or splits[0] not in DEFAULT_SPLITS:

@@ -299,7 +299,7 @@ class ABNSync(_Synchronised, ABN):
     """`ABN` with the statistics of the whole batch. Args as in `InPlaceABNSync`."""
 
 
-def layers_that_keep_their_input(module):
+def count_input_keeping_norms(module):
     """(number of in-place norms that keep their input because of half precision, number of in-place norms)."""
     norms = [m for m in module.modules() if isinstance(m, InPlaceABN)]
     return sum(norm.keeps_input for norm in norms), len(norms)

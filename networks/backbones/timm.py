@@ -206,8 +206,8 @@ def _try(backbone, arguments, device):
             try:
                 maps, *_ = [_check_maps(body, plan, size) for size in (
                     (4 * step + 1, 6 * step + 5), (3 * step, 5 * step), (1, 1))]
-            except Exception as its:  # noqa: BLE001, timm's own kinds of error
-                error = its
+            except Exception as attempt_error:  # noqa: BLE001, timm's own kinds of error
+                error = attempt_error
                 continue
             return replace(plan, unused=_unused(body, maps))
         raise error

@@ -11,7 +11,7 @@ import torch
 
 from utils.common import files
 from utils.common.errors import UserError, plural
-from utils.parallel.processes import by_the_first
+from utils.parallel.processes import broadcast_from_rank0
 from utils.runs import snapshots
 
 from ..backbones import timm
@@ -78,7 +78,7 @@ def find_start(*, resume_from, folder, restore_from, pretrained, backbone, proce
         backbone: that flags name, or None.
         processes: that share the run: they may share no disk.
     """
-    found = resume_from and by_the_first(processes, lambda: find_snapshot(resume_from, folder, read_snapshot))
+    found = resume_from and broadcast_from_rank0(processes, lambda: find_snapshot(resume_from, folder, read_snapshot))
     if found is not None:
         if restore_from or pretrained:
             print(f"--resume: the weights are the snapshot's; --{'restore-from' if restore_from else 'pretrained'} is "

@@ -25,7 +25,7 @@ from utils.devices.select import own_device, select_devices
 from utils.inference.timing import finished, seconds_of
 from utils.ops.normalization import Normalization
 from utils.parallel.launch import join_processes, leave_processes, started_by_torchrun
-from utils.parallel.processes import share_batches, speak_for_all
+from utils.parallel.processes import share_batches, silence_other_ranks
 from utils.training.engine import Engine, NetworkWithLoss, compile_network
 
 VARIANTS = {        # amp, channels last, compile, recompute
@@ -84,7 +84,7 @@ def main():
         devices = [own_device(devices)]
     device = devices[0]
     processes = join_processes(device)
-    speak_for_all(processes)
+    silence_other_ranks(processes)
     if device.type == "cpu" and "fp16" in args.variants:
         args.variants.remove("fp16")        # emulated there
     share = args.batch_size // (processes.size if processes else 1)
@@ -100,7 +100,7 @@ def main():
         for variant in args.variants:
             engine = make(variant, args, devices, processes)
             timed(engine, batch), timed(engine, batch)
-            memory.forget_peak(device)
+            memory.reset_peak(device)
             times[variant] = [timed(engine, batch) for _ in range(args.runs)]
             peaks[variant] = torch.cuda.max_memory_allocated(device)
             del engine

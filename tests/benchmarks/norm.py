@@ -52,7 +52,7 @@ def main():
         times, peaks = {variant: [] for variant in networks}, {}
         for run in range(args.runs + 1):        # the first run is not counted
             for variant, network in networks.items():
-                memory.forget_peak(device)
+                memory.reset_peak(device)
                 seconds = step(network, criterion, images, labels, autocast)
                 if run:
                     times[variant].append(seconds)

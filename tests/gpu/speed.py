@@ -96,7 +96,7 @@ def measure(device, way, batch, runs, flops, rate, compiled=False, **shape):
     if compiled:
         compile_network(engine.network)
     engine.step([batch])
-    memory.forget_peak(device)
+    memory.reset_peak(device)
     found = median_ms(lambda: engine.step([batch]), runs, device)
     if device.type == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import abn, backend, functions, kernels, recompute
-from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, layers_that_keep_their_input
+from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, count_input_keeping_norms
 from libs.synchronise import combine
 from networks.build import build_network
 from tests.conftest import SHARED
@@ -679,7 +679,7 @@ def test_replicas_tell_the_layer_they_copy_whether_it_keeps_its_input():
         for copied in replicate(layer, 2):
             looks.append(copied._choice.passes_left == 0)
             run_replicas([lambda m=copied: m(torch.randn(2, 3, 4, 4).bfloat16())])
-    assert layer.keeps_input and layers_that_keep_their_input(layer) == (1, 1) and looks == [True] + [False] * 5
+    assert layer.keeps_input and count_input_keeping_norms(layer) == (1, 1) and looks == [True] + [False] * 5
     layer.load_state_dict(InPlaceABNSync(3).state_dict())
     InPlaceABN.look_ahead([layer], 4)
     assert not layer.keeps_input

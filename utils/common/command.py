@@ -148,7 +148,7 @@ def _keep_output_from_failing():
                                             "backslashreplace", line_buffering=True))
 
 
-def deaf_for_a_second(handler):
+def debounce_signals(handler):
     """A signal handler that hears nothing for a second after it was called: a request to end often comes twice or
     more, and the first is being followed."""
     heard = -math.inf

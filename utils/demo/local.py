@@ -132,7 +132,7 @@ def announce(run, began, steps, batch):
     return watch
 
 
-def begun(demo):
+def latest_run(demo):
     """The newest run of the demonstration that has a snapshot."""
     found = [run for run in sorted(demo.glob("run_*")) if list_snapshots(run)]
     if not found:
@@ -154,7 +154,7 @@ def demonstrate(args, words):
     began = time.monotonic()
     demo = PROJECT / "demo"
     streets = demo / "streets"
-    run = Path(args.snapshot_dir or (begun(demo) if args.resume == "newest" else
+    run = Path(args.snapshot_dir or (latest_run(demo) if args.resume == "newest" else
                                      demo / time.strftime("run_%Y%m%d_%H%M%S"))).absolute()
     print("This is a demonstration: streets that a program draws, an ECA-ResNet18 from random weights.", flush=True)
     check_writable(demo)

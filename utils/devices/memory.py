@@ -41,10 +41,10 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_peak(device):
+def reset_peak(device):
     """Count the most memory from now on; a process has only one peak in its life."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_stats(device)
 
 
 def ran_out(error):

@@ -9,7 +9,7 @@ import torch
 from ..common.errors import UserError, plural
 from ..common.limits import available_cores
 from ..parallel.launch import launched
-from ..parallel.processes import from_all
+from ..parallel.processes import gather_from_ranks
 from .driver import lacks_kernels, unusable_gpu
 from .precision import PRECISIONS, best_precision, exact_float32
 
@@ -66,7 +66,7 @@ def _missing_kernels(device):
 def shared_precision(devices, processes):
     """The best precision that all devices of the run have: they may be of different kinds, and gradients of which one
     alone is scaled cannot be added up. devices: of this process; processes: `Processes`, or None."""
-    found = from_all(processes, [best_precision(device) for device in devices])
+    found = gather_from_ranks(processes, [best_precision(device) for device in devices])
     return min(sum(found, []), key=PRECISIONS.index)
 
 

@@ -67,7 +67,7 @@ def prediction(predictor, images, turns, most=math.inf, predict=SlidingPredictor
     ready, "peak_gb": of the device, on the CPU of the process}.
     """
     device = predictor.device
-    memory.forget_peak(device)
+    memory.reset_peak(device)
 
     def seconds(predictor, turns, most=math.inf):
         waiting = itertools.cycle(images)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..common.command import deaf_for_a_second, give_up_after
+from ..common.command import debounce_signals, give_up_after
 from ..common.errors import UserError, first_words
 from .interfaces import choose_interface, local_address
 from .processes import Processes
@@ -99,7 +99,7 @@ def start_processes(count, argv=None):
     # The processes report their own errors; the launcher's long report of a failure would hide them.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # A second signal would make the launcher stop waiting for processes that are still saving.
-    api._terminate_process_handler = deaf_for_a_second(api._terminate_process_handler)
+    api._terminate_process_handler = debounce_signals(api._terminate_process_handler)
     config = LaunchConfig(1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           max_restarts=0)
     try:

@@ -67,14 +67,14 @@ def rank_and_size(processes):
     return (0, 1) if processes is None else (processes.rank, processes.size)
 
 
-def by_the_first(processes, make):
+def broadcast_from_rank0(processes, make):
     """What `make()` returns in the first process, for all: a plain value. processes: `Processes`, or None."""
     if processes is None:
         return make()
     return processes.broadcast(make() if processes.rank == 0 else None)
 
 
-def from_all(processes, value):
+def gather_from_ranks(processes, value):
     """The plain value of each process of the run, in order of rank. processes: `Processes`, or None for this alone."""
     return [value] if processes is None else processes.gather_objects(value)
 
@@ -100,7 +100,7 @@ def share_items(dataset, processes):
     return Subset(dataset, range(rank, len(dataset), size))
 
 
-def speak_for_all(processes):
+def silence_other_ranks(processes):
     """Silence the standard output of all processes but the first."""
     if processes is not None and processes.rank:
         sys.stdout = open(os.devnull, "w")      # noqa: SIM115, for as long as the process lives

@@ -5,7 +5,7 @@ import statistics
 from collections import deque
 
 from ..common.errors import UserError
-from ..parallel.processes import from_all
+from ..parallel.processes import gather_from_ranks
 from ..runs import snapshots
 
 
@@ -52,7 +52,7 @@ class History:
         error: `NotFinite`; factor: of the rates; parts: the batch.
         """
         engine = self.engine
-        names = sum(from_all(engine.processes, [name for part in parts for name in part["name"]]), [])
+        names = sum(gather_from_ranks(engine.processes, [name for part in parts for name in part["name"]]), [])
         rate = factor * engine.optimizer.param_groups[0]["initial_lr"]
         return UserError(f"step {step}: expected a finite {error.what}, found {error.terms} at the learning rate "
                          f"{rate:.3g}; images: {', '.join(names)}; {self._advice(error, run, step - 1)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..common import files, flags
 from ..common.errors import UserError, plural
 from ..ops.upsampling import round_size
-from ..parallel.processes import from_all, rank_and_size
+from ..parallel.processes import gather_from_ranks, rank_and_size
 from ..runs import snapshots
 from ..runs.log import RunLog, about_this_run
 from . import seeds
@@ -27,7 +27,7 @@ def content(engine, step, config):
 
     To be called by all processes at the same step: each has generators of its own.
     """
-    rng = from_all(engine.processes, seeds.random_state(engine.devices))
+    rng = gather_from_ranks(engine.processes, seeds.random_state(engine.devices))
     average = {} if engine.average is None else {"average": engine.average.state_dict(),
                                                  "average_updates": engine.average_updates}
     return {"model": engine.network.state_dict(), "optimizer": engine.optimizer.state_dict(),

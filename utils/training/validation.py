@@ -13,7 +13,7 @@ from ..inference.sliding import SlidingPredictor
 from ..metrics import charts
 from ..metrics.evaluation import score, sum_of_matrices
 from ..ops.upsampling import upsample
-from ..parallel.processes import from_all, share_items
+from ..parallel.processes import gather_from_ranks, share_items
 from ..parallel.workers import Loader
 from ..runs import snapshots
 from ..runs.log import METRICS, QUICK, read_lines
@@ -49,11 +49,11 @@ class QuickValidation:
         None. asked: () → whether the training is to stop, which does not wait for all images."""
         self.engine.scored_network.eval()
         items = itertools.takewhile(lambda _: not asked(), progress(self.loader, "quick validation", "image"))
-        with one_way_of_convolution():
+        with without_cudnn_benchmark():
             total = sum_of_matrices(image.matrices for image in score(
                 self.predictor, items, self.classes.num_classes, self.ignore_index))
         self.engine.train_mode()
-        if any(from_all(self.engine.processes, asked())):
+        if any(gather_from_ranks(self.engine.processes, asked())):
             self.log.say(f"the quick validation of step {step} is left out")
             return None
         if self.engine.processes is not None:
@@ -68,7 +68,7 @@ class QuickValidation:
 
 
 @contextlib.contextmanager
-def one_way_of_convolution():
+def without_cudnn_benchmark():
     """Inside, cuDNN does not try all its ways for every size of image that it has not seen: images have many, and the
     trials take more time and memory than the passes."""
     tries, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_keeps_its_precision(monkeypatch, capsys):
         assert train.default_precision([device], None, snapshot) == expected
         assert capsys.readouterr().out == f"--amp {expected}: {reason}\n"
     assert train.default_precision([CPU], None, None) == "best"
-    monkeypatch.setattr(train, "from_all", lambda processes, able: [able, False])       # another host cannot
+    monkeypatch.setattr(train, "gather_from_ranks", lambda processes, able: [able, False])       # another host cannot
     snapshot.config.arguments["amp"] = "bf16"
     monkeypatch.setattr(train, "cpu_computes_in_bf16", lambda: True)
     assert train.default_precision([CPU], None, snapshot) == "best"

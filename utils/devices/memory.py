@@ -44,7 +44,7 @@ def peak_bytes(device):
 def reset_peak(device):
     """Count the most memory from now on; a process has only one peak in its life."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def ran_out(error):

@@ -100,9 +100,9 @@ def rng():
 
 @pytest.fixture(scope="session")
 def streets(tmp_path_factory):
-    """A small drawn data set: 9 training and 5 validation scenes of 256×128."""
+    """A small drawn data set: 9 training and 3 validation scenes of 256×128."""
     root = tmp_path_factory.mktemp("streets")
-    write_dataset(root, train=9, val=5, size=(128, 256), seed=3, workers=2)
+    write_dataset(root, train=9, val=3, size=(128, 256), seed=3, workers=2)
     return root
 
 

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 def test_files_are_named_and_encoded_like_cityscapes(streets):
     images = sorted(streets.glob("leftImg8bit/*/*/*.png"))
-    assert len(images) == 14
+    assert len(images) == 12
     for image in images:
         info = getCsFileInfo(str(image))
         assert (info.city, info.type, info.ext) == ("drawn", "leftImg8bit", "png")
@@ -35,14 +35,14 @@ def test_files_are_named_and_encoded_like_cityscapes(streets):
 
 
 def test_all_classes_are_in_each_split_of_the_default_size():
-    """50 validation scenes (training has more); a class must be worth learning, not a few pixels."""
+    """Half of the 50 validation scenes (training has more); a class must be worth learning, not a few pixels."""
     pixels = np.zeros(34, int)
-    for index in range(50):
+    for index in range(25):
         _, ids, _ = draw_scene(256, 512, 0, "val", index)
         pixels += np.bincount(ids.ravel(), minlength=34)
     evaluated = [i for i, label in id2label.items() if not label.ignoreInEval]
     assert len(evaluated) == 19
-    assert (pixels[evaluated] > 3000).all(), dict(zip(evaluated, pixels[evaluated], strict=True))
+    assert (pixels[evaluated] > 1500).all(), dict(zip(evaluated, pixels[evaluated], strict=True))
     assert 0 < pixels[:7].sum() < 0.2 * pixels.sum()      # some void, as in the real data
 
 

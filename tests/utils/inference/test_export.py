@@ -237,7 +237,7 @@ def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811
     write(path, tmp_path / "one/a.safetensors", "--overwrite")
     card = (tmp_path / "one/README.md").read_text()
     scores = json.loads((tmp_path / "CS_scenes_7_val/result.json").read_text())["multi_scale"]
-    assert "val, 5 images: whole images, scales 1, mirrored too" in card
+    assert "val, 3 images: whole images, scales 1, mirrored too" in card
     assert f"| multi fine | {100 * scores['mean_iou']:.2f} | {100 * scores['mean_category_iou']:.2f} |" in card
     assert f"| road | 7 | 128, 64, 128 | {100 * scores['class_iou']['road']:.2f} |" in card
     with pytest.raises(UserError, match="config.json: expected nothing there, or what an earlier export of b.safeten"):

@@ -17,13 +17,13 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))     # PYTHONSAFEPATH leaves it out
 if __name__ == "__main__":      # before anything is imported that may be missing
     from utils import environment
     environment.check_packages()
 
-import torch
 
 from dataset import folders, infer
 from dataset.cityscapes import CityscapesDataset, all_label_maps
@@ -41,7 +41,7 @@ from networks.weights.choice import NetworkChoice
 from networks.weights.families import weights_of
 from networks.weights.loading import load_weights
 from networks.weights.snapshot import Config
-from networks.weights.start import find_start, read_snapshot
+from networks.weights.start import best_quick_score, find_start
 from utils.common import command, flags
 from utils.common.compat import cpu_computes_in_bf16
 from utils.common.errors import UserError, plural
@@ -57,7 +57,7 @@ from utils.devices.select import (
 )
 from utils.imaging.classes import IGNORE_INDEX
 from utils.inference.sliding import fitting_size
-from utils.ops.normalization import NORMALIZATIONS
+from utils.ops.normalization import NORMALIZATIONS, Normalization
 from utils.parallel.launch import crops_at_once, join_processes, leave_processes, start_processes, started_by_torchrun
 from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size, silence_other_ranks
 from utils.runs import snapshots
@@ -66,6 +66,7 @@ from utils.training import optimization, resume, seeds
 from utils.training.engine import NotFinite, check_compile, make_engine
 from utils.training.history import History
 from utils.training.optimization import OPTIMIZERS, PolySchedule, make_optimizer
+from utils.training.options import DataOptions, LearningOptions, MachineOptions, ResultOptions
 from utils.training.run import Run
 from utils.training.validation import QuickValidation, draw_curves, draw_panel
 
@@ -224,7 +225,7 @@ def check(args, devices, classes):
         classes.check_count(args.num_classes)
     if args.compile:
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
-    flags.from_flags(NetworkChoice, args).check(
+    flags.from_flags(NetworkChoice, vars(args)).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)
     optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
@@ -266,29 +267,88 @@ def parse_and_check(argv=None):
     return args, root, devices, classes, crops
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A run as its flags, the files it begins with, and its devices make it.
+
+    Attributes:
+        root: of `folders.data_root`.
+        data, learning, machine, results: groups of flags.
+        network: arguments of `build_network`, but for the number of classes.
+        normalization: `Normalization` of the input.
+        arguments: {flag's name: plain value}, for the record.
+    """
+
+    root: str | tuple
+    data: DataOptions
+    learning: LearningOptions
+    machine: MachineOptions
+    results: ResultOptions
+    network: dict
+    normalization: Normalization
+    arguments: dict
+
+
+def resolve(args, root, devices, processes, begin):
+    """Flags → `Options`.
+
+    Args:
+        args: flags of `parse_and_check`.
+        root: of `folders.data_root`.
+        devices: of this process.
+        processes: `Processes` that share the run, or None.
+        begin: `Start`.
+    """
+    amp = args.amp or default_precision(devices, processes, begin.snapshot)
+    choice = flags.from_flags(NetworkChoice, vars(args))
+    network, normalization = choice.resolve(begin.weights if begin.snapshot is None else weights_of(begin.snapshot))
+    heads = choice.find_model().loss_weights
+    loss_weights = args.loss_weights or (
+        heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))
+    values = vars(args) | {
+        "amp": amp, "channels_last": prepare_device(devices[0], args.channels_last, amp),
+        "backbone": network["backbone"], "loss_weights": {head: loss_weights[head] for head in heads},
+        "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(
+            network.get("backbone_arguments")))}
+    return Options(
+        root=root, data=flags.from_flags(DataOptions, values), learning=flags.from_flags(LearningOptions, values),
+        machine=flags.from_flags(MachineOptions, values), results=flags.from_flags(ResultOptions, values),
+        network=network, normalization=normalization, arguments=flags.plain_values(values))
+
+
 def main(argv=None):
     args, root, devices, classes, crops = parse_and_check(argv)
     if args.parallel == "ddp" and len(devices) > 1:     # before this process takes memory of a GPU
         start_processes(len(devices), argv)
     processes = join_processes(devices[0])
     silence_other_ranks(processes)
-    start = list(find_start(
+    begin = find_start(
         resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
-        pretrained=args.pretrained, backbone=args.backbone, processes=processes))
+        pretrained=args.pretrained, backbone=args.backbone, processes=processes)
     workers, cores = share_cores(devices, args.num_workers)
     print(cores)
-    args.amp = args.amp or default_precision(devices, processes, start[0])
-    args.channels_last = prepare_device(devices[0], args.channels_last, args.amp)
+    options = resolve(args, root, devices, processes, begin)
     if args.norm == "inplace_abn":
-        backend.check(args.amp, args.recompute, shared=processes is not None or len(devices) > 1)
+        backend.check(options.machine.amp, args.recompute, shared=processes is not None or len(devices) > 1)
     seeds.seed_generators(args.random_seed)
-    dataset, validation = make_data(args, root, classes, processes, workers)
-    stopped = memory.catch_out_of_memory(
-        lambda: perform(assemble(args, devices, processes, dataset, validation, workers, start)),
-        lambda found: memory.out_of_memory_error(
-            found, crops=crops, input_size=args.input_size, accumulate=args.accumulate, recompute=args.recompute,
-            amp=args.amp, model=args.model + "+acf" * args.acf, backbone=args.backbone, norm=args.norm,
-            recompute_choices=find_backbone(args.backbone or BACKBONE).recompute_choices()))
+    if classes is None:     # the label maps tell
+        table = os.path.join(args.snapshot_dir, "classes.csv")
+        classes = broadcast_from_rank0(processes, lambda: infer_classes(
+            options.data, root, folders.data_flag(args), workers, table))
+        classes.check_count(args.num_classes)
+    dataset, validation = make_data(options.data, root, classes, processes, workers)
+
+    def work():
+        nonlocal begin
+        run = assemble(options, begin, dataset, validation, devices=devices, processes=processes, workers=workers,
+                       allow_partial=args.allow_partial)
+        begin = None        # so that its memory is free for training
+        return perform(run)
+
+    stopped = memory.catch_out_of_memory(work, lambda found: memory.out_of_memory_error(
+        found, crops=crops, input_size=options.data.input_size, accumulate=args.accumulate, recompute=args.recompute,
+        amp=options.machine.amp, model=args.model + "+acf" * args.acf, backbone=options.network["backbone"],
+        norm=args.norm, recompute_choices=find_backbone(options.network["backbone"]).recompute_choices()))
     leave_processes()
     if stopped:     # last of all: by the exit status the training is not finished
         raise command.Interrupted(stopped)
@@ -306,20 +366,42 @@ def default_precision(devices, processes, snapshot):
     return amp
 
 
-def make_data(args, root, classes, processes, workers):
-    """(samples to learn from, images of the quick validation or None); where `classes` is None, the label maps tell
-    them. So many `workers` read and fill the cache."""
-    if classes is None:
-        classes = broadcast_from_rank0(processes, lambda: infer_classes(args, root, workers))
-        classes.check_count(args.num_classes)
-    dataset = CityscapesDataset(root, args.split, args.data_list, classes, seed=args.random_seed,
-                                cache=args.cache, jitter=args.jitter)
+def infer_classes(data, root, flag, workers, path):
+    """The `ClassTable` by the values of the label maps of every split or list.
+
+    Args:
+        data: `DataOptions`.
+        root: of `folders.data_root`.
+        flag: that names the label maps, for messages.
+        workers: processes that read.
+        path: where the table would be written, for messages.
+    """
+    sets = [(data.split, data.data_list)] + [(data.val_split, data.val_list)] * bool(data.val_every)
+    for split, lists in sets:        # what is wrong with them comes first
+        CityscapesDataset(root, split, lists)
+    lists = data.data_list and [*data.data_list, *([data.val_list] if data.val_list else [])]
+    return infer.infer_classes(all_label_maps(root, lists), root, flag, workers, path)
+
+
+def make_data(data, root, classes, processes, workers):
+    """The samples to learn from, and the images of the quick validation or None.
+
+    Args:
+        data: `DataOptions`.
+        root: of `folders.data_root`.
+        classes: `ClassTable`.
+        processes: `Processes` that share the run, or None.
+        workers: processes that read and fill the cache.
+    """
+    dataset = CityscapesDataset(
+        root, data.split, data.data_list, classes, seed=data.random_seed, cache=data.cache, jitter=data.jitter,
+        transform=train_transform(data.input_size, data.random_scale, data.random_mirror))
     print(dataset.describe())
     for remark in classes.remarks:
         print(remark)
     dataset.check_labels()
-    validation = CityscapesDataset(root, args.val_split, args.val_list, classes) if args.val_every else None
-    if args.cache:
+    validation = CityscapesDataset(root, data.val_split, data.val_list, classes) if data.val_every else None
+    if data.cache:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:       # one process of each host
             dataset.fill_cache(workers)
         if processes is not None:
@@ -327,104 +409,87 @@ def make_data(args, root, classes, processes, workers):
     return dataset, validation
 
 
-def infer_classes(args, root, workers):
-    """The `ClassTable` by the values of the label maps of every split or list."""
-    sets = [(args.split, args.data_list)] + [(args.val_split, args.val_list)] * bool(args.val_every)
-    for one in sets:        # what is wrong with them comes first
-        CityscapesDataset(root, *one)
-    lists = args.data_list and [*args.data_list, *([args.val_list] if args.val_list else [])]
-    return infer.infer_classes(all_label_maps(root, lists), root, folders.data_flag(args), workers,
-                               os.path.join(args.snapshot_dir, "classes.csv"))
+def assemble(options, begin, dataset, validation, *, devices, processes, workers, allow_partial=False):
+    """The `Run` that options describe.
 
-
-def assemble(args, devices, processes, dataset, validation, workers, start):
-    """What the flags describe, as a `Run`; validation: the images of `--val-every`, or None; start: what `find_start`
-    gave, as a list, which is emptied so that its memory is free for training. Nothing below knows flags."""
-    found, weights = start
-    start.clear()
-    config = make_config(args, dataset, found, weights)
-    dataset.transform = train_transform(config.input_size, args.random_scale, args.random_mirror)
-    network, account = make_network(args, config, devices, processes, found, weights)
+    Args:
+        options: `Options`.
+        begin: `Start`: what the run goes on from, or starts from.
+        dataset: samples to learn from.
+        validation: images of the quick validation, or None.
+        devices: of this process.
+        processes: `Processes` that share the run, or None.
+        workers: processes that read samples.
+        allow_partial: as in `load_weights`.
+    """
+    data, learning, machine, results = options.data, options.learning, options.machine, options.results
+    config = make_config(options, dataset)
+    if begin.snapshot is not None:
+        resume.compare(begin.snapshot.path, begin.snapshot.config, config)
+    network, account = make_network(options, config, begin, devices, processes, allow_partial)
     engine = make_engine(
-        network, devices=devices, processes=processes, normalization=config.normalization,
-        optimizer=make_optimizer(network, kind=args.optimizer, learning_rate=args.learning_rate,
-                                 momentum=args.momentum, weight_decay=args.weight_decay,
-                                 head_lr_factor=args.head_lr_factor),
+        network, devices=devices, processes=processes, normalization=options.normalization,
+        optimizer=make_optimizer(network, kind=learning.optimizer, learning_rate=learning.learning_rate,
+                                 momentum=learning.momentum, weight_decay=learning.weight_decay,
+                                 head_lr_factor=learning.head_lr_factor),
         criterion=SegmentationCriterion(
-            args.loss_weights, IGNORE_INDEX, ohem=bool(args.ohem), ohem_thres=args.ohem_thres, ohem_keep=args.ohem_keep,
-            class_weights=args.class_weights and broadcast_from_rank0(
-                processes, lambda: class_weights(args.class_weights, dataset, workers))),
-        precision=Precision(args.amp, devices[0], args.opt_level), memory_format=memory_format(args),
-        freeze=args.freeze, clip_gradient=args.clip_gradient, ema=args.ema, compiled=args.compile)
-    index = broadcast_from_rank0(processes, lambda: class_index(dataset, args.cache or args.snapshot_dir, workers)) \
-        if args.sampling == "class" else None
+            learning.loss_weights, IGNORE_INDEX, ohem=bool(learning.ohem), ohem_thres=learning.ohem_thres,
+            ohem_keep=learning.ohem_keep, class_weights=learning.class_weights and broadcast_from_rank0(
+                processes, lambda: class_weights(learning.class_weights, dataset, workers))),
+        precision=Precision(machine.amp, devices[0], machine.opt_level), memory_format=machine.memory_format,
+        freeze=learning.freeze, clip_gradient=learning.clip_gradient, ema=learning.ema, compiled=machine.compile)
+    index = broadcast_from_rank0(
+        processes, lambda: class_index(dataset, data.cache or results.snapshot_dir, workers)) \
+        if data.sampling == "class" else None
     rank, world = rank_and_size(processes)
     if rank:
-        seeds.seed_generators(args.random_seed + rank)     # dropout differs from process to process
+        seeds.seed_generators(data.random_seed + rank)     # dropout differs from process to process
     start = 0
-    if found is not None:
-        resume.restore(found, engine)
-        start = found.step
-    run = Run(
-        engine=engine, schedule=PolySchedule(args.num_steps, args.power, args.warmup_steps), start=start,
-        accumulate=args.accumulate, save_every=args.save_pred_every, val_every=args.val_every,
-        log_every=args.log_every, panel_every=args.panel_every,
-        batches=make_loader(dataset, kind=args.sampling, index=index, seed=args.random_seed, start=start,
-                            stop=args.num_steps, batch_size=args.batch_size, parts=args.accumulate, rank=rank,
-                            world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
-        panel=lambda: draw_panel(engine, config.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
+    if begin.snapshot is not None:
+        resume.restore(begin.snapshot, engine)
+        start = begin.snapshot.step
     if dataset.classes.source == infer.ASSUMED and rank == 0:
-        infer.keep_table(os.path.join(args.snapshot_dir, "classes.csv"), dataset.classes)
-    resume.record(run, args.snapshot_dir, config, keep=args.keep, account=account, track=args.log)
+        infer.keep_table(os.path.join(results.snapshot_dir, "classes.csv"), dataset.classes)
+    log = resume.open_log(results.snapshot_dir, engine, config, num_steps=learning.num_steps, start=start,
+                          account=account, track=results.log)
     if validation is not None:
-        print(f"quick validation every {plural(args.val_every, 'step')}: {validation.describe()}")
-        run.validate = QuickValidation(engine=engine, dataset=validation, normalization=config.normalization,
-                                       ignore_index=IGNORE_INDEX, workers=workers, log=run.log,
-                                       folder=args.snapshot_dir, read=read_snapshot)
-    return run
+        print(f"quick validation every {plural(data.val_every, 'step')}: {validation.describe()}")
+        validation = QuickValidation(engine=engine, dataset=validation, normalization=options.normalization,
+                                     ignore_index=IGNORE_INDEX, workers=workers, log=log,
+                                     highest=best_quick_score(results.snapshot_dir))
+    return Run(
+        engine=engine, schedule=PolySchedule(learning.num_steps, learning.power, learning.warmup_steps), start=start,
+        accumulate=learning.accumulate, save_every=results.save_pred_every, val_every=data.val_every,
+        log_every=results.log_every, panel_every=results.panel_every, log=log, validate=validation,
+        snapshots=resume.SnapshotFolder(results.snapshot_dir, engine, config, results.keep),
+        batches=make_loader(dataset, kind=data.sampling, index=index, seed=data.random_seed, start=start,
+                            stop=learning.num_steps, batch_size=data.batch_size, parts=learning.accumulate, rank=rank,
+                            world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
+        panel=lambda: draw_panel(engine, options.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
 
 
-def make_config(args, dataset, found, weights):
-    """The `Config` of a run, which goes on from `found`, a `Snapshot`, or starts from `weights`, or from nothing.
-
-    Fills in the flags that were left open: for the record, and should the memory run out.
-    """
-    choice = flags.from_flags(NetworkChoice, args)
-    network, normalization = choice.resolve(dataset.classes.num_classes,
-                                            weights if found is None else weights_of(found))
-    args.backbone = network["backbone"]
-    args.input_size = fitting_size(args.input_size, "crops", find_backbone(args.backbone).grid(
-        network.get("backbone_arguments")))
-    heads = choice.find_model().loss_weights
-    if not args.loss_weights:
-        args.loss_weights = heads if found is None else resume.loss_weights(found.config, heads)
-    args.loss_weights = {head: args.loss_weights[head] for head in heads}
-    config = Config(network, normalization, dataset.classes.rows, args.input_size,
-                    arguments=flags.plain_values(vars(args)), samples=dataset.fingerprint())
-    if found is not None:
-        resume.compare(found.path, found.config, config)
-    return config
+def make_config(options, dataset):
+    """The `Config` that snapshots of a run hold."""
+    return Config(options.network | {"num_classes": dataset.classes.num_classes}, options.normalization,
+                  dataset.classes.rows, options.data.input_size, arguments=options.arguments,
+                  samples=dataset.fingerprint())
 
 
-def make_network(args, config, devices, processes, found, weights):
+def make_network(options, config, begin, devices, processes, allow_partial):
     """The network on its device, and the `Account` of the weights it starts from, or None."""
-    network = build_network(**config.network, recompute=args.recompute).to(devices[0],
-                                                                           memory_format=memory_format(args))
+    network = build_network(**config.network, recompute=options.machine.recompute).to(
+        devices[0], memory_format=options.machine.memory_format)
     share_statistics(network, devices, processes)
-    if args.norm == "inplace_abn":
+    if config.network["norm"] == "inplace_abn":
         print(backend.describe())
-    resume.check_room(args.snapshot_dir, network, args.optimizer, args.ema)
-    if weights is not None:
-        account = load_weights(network, weights, allow_partial=args.allow_partial)
+    resume.check_room(options.results.snapshot_dir, network, options.learning.optimizer, options.learning.ema)
+    if begin.weights is not None:
+        account = load_weights(network, begin.weights, allow_partial=allow_partial)
         print(account)
         return network, account
-    if found is None:
+    if begin.snapshot is None:
         print("no --restore-from: the network starts from random weights")
     return network, None
-
-
-def memory_format(args):
-    return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
 def perform(run):

@@ -57,12 +57,19 @@ class NetworkChoice:
         if self.backbone:       # else the file says which
             self._choose_backbone(None)
 
-    def resolve(self, num_classes, followed=None):
-        """(arguments of `build_network`, `Normalization` of its input), and says which.
+    def resolve(self, followed=None):
+        """Decide what is left open, and print it.
 
-        followed: `Weights` whose structure it takes over, or None. Raises `UserError` where they contradict the flags.
+        Args:
+            followed: `Weights` whose structure the network takes over, or None.
+
+        Returns:
+            Arguments of `build_network`, but for the number of classes, and the `Normalization` of its input.
+
+        Raises:
+            UserError: where weights and flags contradict each other.
         """
-        arguments = {"model": self.model, "num_classes": num_classes, "norm": self.norm, "activation": self.activation,
+        arguments = {"model": self.model, "norm": self.norm, "activation": self.activation,
                      "ablations": self.ablations, **({"acf": True} if self.acf else {}),
                      **self._choose_backbone(followed)}
         backbone = find_backbone(arguments["backbone"])

@@ -8,7 +8,6 @@ from utils.common.errors import UserError
 from utils.ops.normalization import CAFFE, Normalization
 
 from ..backbones.names import find_backbone, read_structure
-from ..build import meta_network
 from . import snapshot
 
 PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
@@ -87,7 +86,7 @@ def is_snapshot(content):
 def recognise(content, name):
     """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
     if is_snapshot(content):
-        return weights_of(snapshot.parse(name, with_head(content), meta_network))
+        return weights_of(snapshot.parse(name, with_head(content)))
     state = state_dict_of(content, name)
     prefix = next((key.removesuffix(PROBE) for key in state if key.endswith(PROBE)), None)
     if prefix is None:

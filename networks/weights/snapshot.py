@@ -14,6 +14,8 @@ from utils.ops.normalization import Normalization
 from utils.runs import snapshots
 from utils.training.optimization import OPTIMIZERS
 
+from ..build import meta_network
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # CUDA's kernel that puts the statistics of several processes together knows variances as 1 / sqrt(var + eps) alone. For
 # a channel that is always 0 it finds eps - eps, which rounding may leave below 0 by a few 1e-7 of eps.
@@ -80,12 +82,11 @@ class Snapshot:
         return self.model if raw or self.average is None else self.average
 
 
-def parse(path, content, build, resuming=False):
+def parse(path, content, resuming=False):
     """What `checkpoint.load` gave for one of our own snapshots → `Snapshot`.
 
     Args:
         path: of the file; one that is named after a step must hold that step.
-        build: `build(**arguments)` makes the network on the meta device, or raises ValueError.
         resuming: a run is to go on from it, for which a network alone is not enough.
 
     Raises `UserError` naming the file, the field, what was expected and what was found.
@@ -102,7 +103,7 @@ def parse(path, content, build, resuming=False):
     root["step"].need("num_steps" not in (config.arguments or {}) or step <= config.arguments["num_steps"],
                       "at most the --num-steps of its run")
     try:
-        network = build(**config.network)
+        network = meta_network(**config.network)
     except (ValueError, TypeError) as error:        # TypeError: for an argument that does not exist
         raise UserError(f"{path}: config.network.{error}") from None
     model = root["model"].tensors(network.state_dict())

@@ -4,8 +4,8 @@ import json
 import os
 import re
 import zipfile
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +17,6 @@ from utils.runs import snapshots
 from ..backbones import timm
 from ..backbones.choose import choose_backbone
 from ..backbones.names import BACKBONE, find_backbone
-from ..build import meta_network
 from . import snapshot
 from .card import CONFIG
 from .families import Weights, is_snapshot, recognise, state_dict_of, with_head
@@ -64,11 +63,18 @@ def read_snapshot(path, resuming=False):
     content, exported = files.load(path), Path(path).suffix == ".safetensors"
     if exported and (content := _exported(path, content)) is None:
         raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none such")
-    return snapshot.parse(path, with_head(content), meta_network, resuming)
+    return snapshot.parse(path, with_head(content), resuming)
+
+
+class Start(NamedTuple):
+    """What a run begins with: a `Snapshot` to go on from, `Weights` to start from, or neither."""
+
+    snapshot: snapshot.Snapshot | None = None
+    weights: Weights | None = None
 
 
 def find_start(*, resume_from, folder, restore_from, pretrained, backbone, processes=None):
-    """What a run begins with: (`Snapshot` to go on from, or None; `Weights` to start from, or None).
+    """Read what a run begins with → `Start`.
 
     Args:
         resume_from: file of a snapshot, "newest" of the folder, or None.
@@ -78,17 +84,17 @@ def find_start(*, resume_from, folder, restore_from, pretrained, backbone, proce
         backbone: that flags name, or None.
         processes: that share the run: they may share no disk.
     """
-    found = resume_from and broadcast_from_rank0(processes, lambda: find_snapshot(resume_from, folder, read_snapshot))
+    found = resume_from and broadcast_from_rank0(processes, lambda: find_snapshot(resume_from, folder))
     if found is not None:
         if restore_from or pretrained:
             print(f"--resume: the weights are the snapshot's; --{'restore-from' if restore_from else 'pretrained'} is "
                   "not read")
-        return found, None
+        return Start(snapshot=found)
     if resume_from:
         print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
     if restore_from:
-        return None, read_weights(restore_from, backbone)
-    return None, timm_weights(backbone) if pretrained else None
+        return Start(weights=read_weights(restore_from, backbone))
+    return Start(weights=timm_weights(backbone) if pretrained else None)
 
 
 def _exported(path, tensors):
@@ -160,18 +166,42 @@ def _look(path):
         raise UserError(f"{path}: expected a file of weights, found {found}")
 
 
-def find_snapshot(path, folder, read):
+def newest_snapshot(folder):
+    """The newest `Snapshot` of a folder that is sound; None without any.
+
+    Unreadable ones are skipped with a message.
+
+    Raises:
+        UserError: if there are snapshots, but no sound one.
+    """
+    paths = [path for _, path in reversed(snapshots.list_snapshots(folder))]
+    for path in paths:
+        try:
+            return read_snapshot(path, resuming=True)
+        except UserError as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}; taking the snapshot before it")
+    return None
+
+
+def find_snapshot(path, folder):
     """The `Snapshot` to go on from; None without any.
 
     Args:
         path: of a file, or "newest".
         folder: of the run.
-        read: `networks.pretrained.read_snapshot`.
     """
     if path == "newest":
-        return snapshots.newest(folder, partial(read, resuming=True))
-    found, existing = read(path, resuming=True), snapshots.list_snapshots(folder)
-    if existing and existing[-1][0] > found.step:
-        raise UserError(f"--resume {path}, {plural(found.step, 'step')} done: expected no later snapshot in "
+        return newest_snapshot(folder)
+    chosen, existing = read_snapshot(path, resuming=True), snapshots.list_snapshots(folder)
+    if existing and existing[-1][0] > chosen.step:
+        raise UserError(f"--resume {path}, {plural(chosen.step, 'step')} done: expected no later snapshot in "
                         f"--snapshot-dir {folder}, found {existing[-1][1].name}, which this run would replace")
-    return found
+    return chosen
+
+
+def best_quick_score(folder):
+    """The best result of the quick validation in a folder, a fraction; None without any."""
+    path = Path(folder, snapshots.BEST)
+    return read_snapshot(path).quick_mean_iou if path.exists() else None

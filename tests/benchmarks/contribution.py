@@ -119,9 +119,9 @@ def main(argv=None):
     classes = ClassTable.read(args.data / "classes.csv")
     data, val = (CityscapesDataset(args.data, data_list=args.data / f"{name}.lst", classes=classes)
                  for name in ("train", "val"))
-    runs = {model: [snapshots.newest(run, lambda path: path) for run in sorted(args.folder.glob(f"{model}_seed*"))]
-            for model in ("acfnet", "acfnet_resnet")}
-    paths = [(model, path) for model, found in runs.items() for path in found if path]
+    runs = {model: [path for run in sorted(args.folder.glob(f"{model}_seed*"))
+                    for _, path in snapshots.list_snapshots(run)[-1:]] for model in ("acfnet", "acfnet_resnet")}
+    paths = [(model, path) for model, found in runs.items() for path in found]
     if not paths:
         raise UserError(f"{args.folder}: expected networks with ACF of tests.benchmarks.camvid, found none")
     found = {}

@@ -12,11 +12,14 @@ from PIL import Image, ImageFilter
 import train
 from dataset import check
 from dataset.cityscapes import CityscapesDataset, all_label_maps
+from dataset.folders import data_flag
 from dataset.infer import count_values, infer_classes, keep_table
 from dataset.labels import CITYSCAPES, ClassTable, distinct_color
 from tests.conftest import SMALL
 from tests.dataset.test_folders import BINARY, make, refusal, words
+from utils.common import flags
 from utils.common.errors import UserError
+from utils.training.options import DataOptions
 
 
 def infer(folders, splits=None, lists=None):
@@ -43,7 +46,9 @@ def read_all(folders, table, split="train", **options):
 def samples(words):
     """The samples that train.py learns from with these flags."""
     args, root, _, classes, _ = train.parse_and_check(words)
-    return train.make_data(args, root, classes, None, 0)[0]
+    data = flags.from_flags(DataOptions, vars(args))
+    classes = classes or train.infer_classes(data, root, data_flag(args), 0, "s/classes.csv")
+    return train.make_data(data, root, classes, None, 0)[0]
 
 
 def table_of(message, root, number=0):

@@ -126,9 +126,9 @@ def plain_numbers(values):
     return ",".join(f"{name}={value:g}" for name, value in values.items())
 
 
-def from_flags(kind, args):
-    """A dataclass of that kind whose fields are the flags of the same names."""
-    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+def from_flags(kind, values):
+    """A dataclass of that kind whose fields are the flags of the same names; values: {flag's name: value}."""
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
 def plain_values(flags):

@@ -39,7 +39,7 @@ PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--inpu
 FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags in whose place the first word stands
 # `python -c CHECK PROJECT FLAGS...` asks train.py whether flags can work. sys.path[0] is the user's folder, from which
 # Python would import first; and a process of its own gives back what it takes of a GPU.
-CHECK = "import sys; sys.path[0] = sys.argv.pop(1); import train; train.cli.run(train.parse_and_check)"
+CHECK = "import sys; sys.path[0] = sys.argv.pop(1); import train; train.command.run(train.parse_and_check)"
 
 
 def get_parser():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from ..common.errors import UserError
 from ..common.files import write_atomically
 
 NAME = "CS_scenes_{step}.pth"
@@ -18,22 +17,6 @@ BEST = "best_quick.pth"     # the snapshot with the best result of the quick val
 def save(path, content):
     """Write a dict of tensors and plain Python values, atomically."""
     write_atomically(path, lambda file: torch.save(content, file))
-
-
-def newest(folder, read):
-    """`read(path)` of the newest snapshot in a folder that is sound; None without any.
-
-    Those of which it raises `UserError` are passed over and said. Raises it if there is no sound one among them.
-    """
-    found = [path for _, path in reversed(list_snapshots(folder))]
-    for number, path in enumerate(found):
-        try:
-            return read(path)
-        except UserError as error:
-            if number == len(found) - 1:
-                raise
-            print(f"{error}; taking the snapshot before it")
-    return None
 
 
 def step_of(path):

@@ -7,7 +7,7 @@ from ..common.errors import UserError, plural
 from ..ops.upsampling import round_size
 from ..parallel.processes import gather_from_ranks, rank_and_size
 from ..runs import snapshots
-from ..runs.log import RunLog, about_this_run
+from ..runs.log import NoLog, RunLog, about_this_run
 from . import seeds
 
 # Flags without which a snapshot belongs to another run: the network, how it learns, and the sequence of its samples.
@@ -140,20 +140,28 @@ def compare(path, before, now):
                         "--snapshot-dir starts another run")
 
 
-def record(run, folder, config, *, keep=None, account=None, track=()):
-    """Give a run its log and its snapshots, in a folder.
+def open_log(folder, engine, config, *, num_steps, start=0, account=None, track=()):
+    """Begin the record of a run in its folder, which the first process does.
 
-    account: of the weights it starts from, or None; track: as in `RunLog`.
+    Args:
+        folder: of the run.
+        engine: of the run.
+        config: its `Config`.
+        num_steps, start: steps in all, and done before.
+        account: of the weights it starts from, or None.
+        track: as in `RunLog`.
+
+    Returns:
+        `RunLog`; in all processes but the first `NoLog`.
     """
-    engine, folder = run.engine, Path(folder)
-    run.snapshots = SnapshotFolder(folder, engine, config, keep)
-    if run.snapshots.writes:
-        run.log = RunLog(folder, run.schedule.num_steps, run.start, about_this_run(config.arguments, engine.devices),
-                         track)
+    folder, log = Path(folder), NoLog()
+    if rank_and_size(engine.processes)[0] == 0:
+        log = RunLog(folder, num_steps, start, about_this_run(config.arguments, engine.devices), track)
         if account is not None:
             files.write_json(folder / "weights.json", account.as_json())
         best = folder / snapshots.BEST
-        if run.start == 0 and best.exists():
+        if start == 0 and best.exists():
             print(f"{best} is of an earlier run, kept as {snapshots.set_aside(best)}")
     if engine.processes is not None:
         engine.processes.barrier()      # all must see the same best snapshot
+    return log

@@ -9,7 +9,7 @@ from .optimization import PolySchedule
 from .resume import SnapshotFolder
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """What `train.train` needs.
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,6 @@ from ..metrics.evaluation import score, sum_of_matrices
 from ..ops.upsampling import upsample
 from ..parallel.processes import gather_from_ranks, share_items
 from ..parallel.workers import Loader
-from ..runs import snapshots
 from ..runs.log import METRICS, QUICK, read_lines
 
 
@@ -29,18 +27,16 @@ class QuickValidation:
         ignore_index: label that does not count.
         workers: processes that read images.
         log: `RunLog` or `NoLog`.
-        folder: of the run, where the best result so far is.
-        read: `networks.pretrained.read_snapshot`, for that.
+        highest: the best result so far, a fraction, or None; that of the first process counts.
     """
 
-    def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, folder, read):
+    def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, highest=None):
         self.engine, self.classes, self.log, self.ignore_index = engine, dataset.classes, log, ignore_index
         self.loader = Loader(share_items(dataset, engine.processes), workers=workers)
         # Not the network itself: compiled code would be compiled anew for every size of image.
         self.predictor = SlidingPredictor(engine.scored_network.forward, None, normalization=normalization,
                                           device=engine.devices[0], autocast=engine.precision.autocast)
-        best = Path(folder, snapshots.BEST)
-        self.highest = read(best).quick_mean_iou if best.exists() else -1.0
+        self.highest = -1.0 if highest is None else highest
         if engine.processes is not None:
             self.highest = engine.processes.broadcast(self.highest)     # all must save at the same steps
 

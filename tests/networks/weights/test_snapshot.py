@@ -431,7 +431,7 @@ def test_any_field_replaced_by_any_value_works_or_is_a_sentence(sound, network, 
     content = change(content, place, (lambda before: other) if callable(other) else other)
     for resuming in (False, True):
         try:
-            found = parse("CS_scenes_7.pth", content, meta_network, resuming)
+            found = parse("CS_scenes_7.pth", content, resuming)
         except UserError as error:
             assert str(error).startswith("CS_scenes_7.pth: ") and "\n" not in str(error) and len(str(error)) < 400
             continue

@@ -1,0 +1,89 @@
+"""Options of a training run, resolved: nothing is left open, and nothing changes them."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """From which samples a run learns, and how they are drawn; names are those of the flags.
+
+    Attributes:
+        input_size: (height, width) of the crops in pixels, such that logits fit them.
+        batch_size: images per step, over all devices.
+    """
+
+    split: str
+    data_list: list | None
+    cache: str | None
+    sampling: str
+    random_mirror: bool
+    random_scale: tuple | None
+    jitter: tuple | None
+    input_size: tuple
+    batch_size: int
+    random_seed: int
+    val_every: int
+    val_split: str
+    val_list: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions:
+    """The loss and the steps; names are those of the flags.
+
+    Attributes:
+        loss_weights: {head: factor}.
+        accumulate: parts in which a batch goes through.
+    """
+
+    optimizer: str
+    learning_rate: float
+    head_lr_factor: float
+    momentum: float
+    weight_decay: float
+    power: float
+    warmup_steps: int
+    num_steps: int
+    clip_gradient: float | None
+    ema: float | None
+    freeze: tuple
+    loss_weights: dict
+    class_weights: str | None
+    accumulate: int
+    ohem: int
+    ohem_thres: float
+    ohem_keep: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """How a run computes; names are those of the flags.
+
+    Attributes:
+        amp: mixed precision, one of `utils.devices.precision.CHOICES`.
+        channels_last: whether feature maps have their channels innermost.
+    """
+
+    amp: str
+    opt_level: str
+    channels_last: bool
+    compile: bool
+    recompute: str
+
+    @property
+    def memory_format(self):
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions:
+    """What a run writes, where, and after how many steps; names are those of the flags."""
+
+    snapshot_dir: str
+    save_pred_every: int
+    keep: int | None
+    log_every: int
+    panel_every: int
+    log: list

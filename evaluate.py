@@ -61,6 +61,7 @@ from networks.predictor import AMP, PAPER_SCALES, Protocol, load_network, slidin
 from networks.weights.snapshot import Config
 from utils.common import command, files, flags
 from utils.common.errors import UserError, plural
+from utils.common.messages import logger, show_messages
 from utils.common.progress import FirstImage, progress
 from utils.devices import memory
 from utils.devices.precision import describe_default, exact_float32
@@ -72,7 +73,7 @@ from utils.metrics import charts
 from utils.metrics.evaluation import Evaluation, load_items
 from utils.metrics.report import comparison_table, score_table, write_report
 from utils.parallel.launch import join_processes, leave_processes, start_processes, started_by_torchrun
-from utils.parallel.processes import Processes, gather_from_ranks, rank_and_size, share_items, silence_other_ranks
+from utils.parallel.processes import Processes, gather_from_ranks, rank_and_size, share_items
 from utils.runs.results import ResultsFolder
 
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -259,7 +260,7 @@ class TrainedNetwork(NamedTuple):
             raise UserError(f"--classes {table}: expected the {config.network['num_classes']} classes of {path}, found "
                             f"{classes.num_classes}")
         for remark in classes.remarks:
-            print(remark)
+            logger.info(remark)
         return cls(path, network, config, classes, protocol, device)
 
     def predictor(self, images=None):
@@ -269,12 +270,13 @@ class TrainedNetwork(NamedTuple):
 
 
 def main(argv=None):
+    show_messages()
     args = get_parser().parse_args(argv)
     check(args)
     paths = [Path(name) for name in args.restore_from]
     protocol = protocol_of(args)
     if args.export:
-        print(memory.catch_out_of_memory(lambda: export_snapshot(
+        logger.info(memory.catch_out_of_memory(lambda: export_snapshot(
             paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
             precision=args.export_precision or "fp32", overwrite=args.overwrite), protocol.out_of_memory_error))
         return
@@ -283,11 +285,11 @@ def main(argv=None):
         start_processes(len(devices), argv)
     device = own_device(devices)
     processes = join_processes(device)
-    silence_other_ranks(processes)
+    show_messages(rank_and_size(processes)[0])
     workers, cores = share_cores([device], args.num_workers)
     protocol = replace(protocol, amp=args.amp or shared_precision([device], processes))
     reason = "" if args.amp else f": {describe_default(device)}"
-    print(f"{cores}; --amp {protocol.amp}{reason}")
+    logger.info(f"{cores}; --amp {protocol.amp}{reason}")
     exact_float32(protocol.amp, device)
     machine = Machine(device, workers, processes)
     memory.catch_out_of_memory(lambda: perform(args, paths, protocol, machine), protocol.out_of_memory_error)
@@ -330,7 +332,7 @@ def perform(args, paths, protocol, machine):
         results = [score_snapshot(trained(path), data, machine, kinds=kinds, results=folder)
                    for path, folder in zip(paths, folders, strict=True)]
         if len(results) > 1 and results[0]:
-            print(comparison_table(results))
+            logger.info(comparison_table(results))
     leave_processes()
     if broken:
         sys.exit(1)
@@ -352,7 +354,7 @@ def score_snapshot(trained, data, machine, *, kinds, results):
     classes, folder, processes = trained.classes, results.folder, machine.processes
     dataset = data(classes)
     make_folder(results, [*SCORES, *picture_files(dataset, kinds)], processes)
-    print(f"{trained.path}; {dataset.describe()}")
+    logger.info(f"{trained.path}; {dataset.describe()}")
     predictor = trained.predictor(len(share_items(dataset, processes)))
     with Pictures(folder, kinds, classes) as pictures:
         evaluation = Evaluation(dataset, pictures, trained.protocol.boundary)
@@ -369,13 +371,13 @@ def score_snapshot(trained, data, machine, *, kinds, results):
     heads = {head: matrix.scores(classes.names, classes.categories)["class_iou"]
              for head, matrix in evaluation.headline.items()}
     matrix = np.asarray(evaluation.headline["fine"].matrix)
-    print(score_table(result))
+    logger.info(score_table(result))
     files.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
     charts.confusion_picture(folder / "confusion.png", matrix, classes.names)
     charts.iou_chart(folder / "iou.png", heads, classes.palette)
     write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
                  evaluation.worst.entries())
-    print(describe_results(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
+    logger.info(describe_results(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
     return result
 
 
@@ -396,7 +398,7 @@ def predict(trained, dataset, machine, *, kinds, results, submission=False):
     classes, folder, processes = trained.classes, results.folder, machine.processes
     rank, _ = rank_and_size(processes)
     make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * submission, processes)
-    print(f"{trained.path}; {plural(len(dataset), 'image')}")
+    logger.info(f"{trained.path}; {plural(len(dataset), 'image')}")
     predictor = trained.predictor(len(share_items(dataset, processes)))
     _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
                               Pictures(folder, kinds, classes))
@@ -404,9 +406,10 @@ def predict(trained, dataset, machine, *, kinds, results, submission=False):
     if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
     if rank == 0 and submission:
-        print(write_submission(folder / FOLDERS["labels"], dataset, classes))
+        logger.info(write_submission(folder / FOLDERS["labels"], dataset, classes))
     elif rank == 0:
-        print(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; {describe_results(folder, kinds)}")
+        logger.info(f"{plural(len(dataset) - count, 'image')} predicted, {count} skipped; "
+                    f"{describe_results(folder, kinds)}")
     if rank == 0:
         results.close()
     return count
@@ -428,7 +431,7 @@ def predict_items(predictor, items, pictures):
         for item in items:
             if "error" in item:
                 broken += item.get("frames", 1)
-                print(f"skipped: {item['error']}", file=sys.stderr)
+                logger.warning(f"skipped: {item['error']}")
                 continue
             image = item["image"].permute(1, 2, 0)
             confidence, labels = predictor(image).max(0)
@@ -459,13 +462,13 @@ def predict_videos(trained, videos, machine, *, kinds, results):
     make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.files_of(
         name, kinds, video.last() if "labels" in kinds else 0)], processes)
     own = list(videos.items())[rank::size]
-    print(f"{trained.path}; {plural(len(videos), 'video')}"
-          f"{f', each predicted by one of {size} processes' * (size > 1)}")
+    logger.info(f"{trained.path}; {plural(len(videos), 'video')}"
+                f"{f', each predicted by one of {size} processes' * (size > 1)}")
     predictor = trained.predictor(sum(len(video) for _, video in own) or 1)
     done = broken = 0
     with command.StopRequest() as stop:
         for name, video in own:
-            print(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} a second")
+            logger.info(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} a second")
             items = itertools.takewhile(lambda _: not stop.asked, progress(video, name, "frame"))
             pictures = VideoPictures(folder, kinds, classes, name, video.rate)
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
@@ -474,8 +477,8 @@ def predict_videos(trained, videos, machine, *, kinds, results):
     done, broken = map(sum, zip(*gather_from_ranks(processes, (done, broken)), strict=True))
     if rank == 0:
         results.close()
-        print(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
-              f"{describe_results(folder, kinds)}")
+        logger.info(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
+                    f"{describe_results(folder, kinds)}")
     if stop.asked:
         raise command.Interrupted(stop.number)
     return broken
@@ -502,13 +505,14 @@ def benchmark(trained, source, machine):
         raise UserError("--images: expected one that can be read, found none")
     protocol, predictor = trained.protocol, trained.predictor()
     took = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
-    print(f"{trained.path} on {device_name(machine.device)}, --amp {protocol.amp}: {plural(len(images), 'image')} of "
-          f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
-          f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
-          f"{protocol.batch_size} at a time, scales {' '.join(f'{scale:g}' for scale in protocol.scales)}"
-          f"{', mirrored too' * protocol.flip}")
-    print("{images_per_s:.3g} images/s, {ms:.4g} ms an image (median; spread {spread_ms:.3g}), "
-          "{beyond_the_network:.1%} of it beyond the network; peak memory {peak_gb:.2f} GB".format(**took))
+    logger.info(f"{trained.path} on {device_name(machine.device)}, --amp {protocol.amp}: "
+                f"{plural(len(images), 'image')} of "
+                f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
+                f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
+                f"{protocol.batch_size} at a time, scales "
+                f"{' '.join(f'{scale:g}' for scale in protocol.scales)}{', mirrored too' * protocol.flip}")
+    logger.info("{images_per_s:.3g} images/s, {ms:.4g} ms an image (median; spread {spread_ms:.3g}), "
+                "{beyond_the_network:.1%} of it beyond the network; peak memory {peak_gb:.2f} GB".format(**took))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from networks.weights.start import best_quick_score, find_start
 from utils.common import command, flags
 from utils.common.compat import cpu_computes_in_bf16
 from utils.common.errors import UserError, plural
+from utils.common.messages import logger, show_messages
 from utils.devices import memory
 from utils.devices.precision import CHOICES, OPT_LEVELS, Precision, describe_default
 from utils.devices.select import (
@@ -59,7 +60,7 @@ from utils.imaging.classes import IGNORE_INDEX
 from utils.inference.sliding import fitting_size
 from utils.ops.normalization import NORMALIZATIONS, Normalization
 from utils.parallel.launch import crops_at_once, join_processes, leave_processes, start_processes, started_by_torchrun
-from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size, silence_other_ranks
+from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size
 from utils.runs import snapshots
 from utils.runs.trackers import SERVICES, check_packages
 from utils.training import optimization, resume, seeds
@@ -317,16 +318,17 @@ def resolve(args, root, devices, processes, begin):
 
 
 def main(argv=None):
+    show_messages()
     args, root, devices, classes, crops = parse_and_check(argv)
     if args.parallel == "ddp" and len(devices) > 1:     # before this process takes memory of a GPU
         start_processes(len(devices), argv)
     processes = join_processes(devices[0])
-    silence_other_ranks(processes)
+    show_messages(rank_and_size(processes)[0])
     begin = find_start(
         resume_from=args.resume, folder=args.snapshot_dir, restore_from=args.restore_from and args.restore_from[0],
         pretrained=args.pretrained, backbone=args.backbone, processes=processes)
     workers, cores = share_cores(devices, args.num_workers)
-    print(cores)
+    logger.info(cores)
     options = resolve(args, root, devices, processes, begin)
     if args.norm == "inplace_abn":
         backend.check(options.machine.amp, args.recompute, shared=processes is not None or len(devices) > 1)
@@ -359,10 +361,10 @@ def default_precision(devices, processes, snapshot):
     before = None if snapshot is None else snapshot.config.arguments.get("amp")
     able = gather_from_ranks(processes, before == "off" or before == "bf16" and cpu_computes_in_bf16())
     if devices[0].type == "cpu" and all(able):       # to the bit, however the CPU is timed today
-        print(f"--amp {before}: that of the snapshot")
+        logger.info(f"--amp {before}: that of the snapshot")
         return before
     amp = shared_precision(devices, processes)
-    print(f"--amp {amp}: {describe_default(devices[0])}")
+    logger.info(f"--amp {amp}: {describe_default(devices[0])}")
     return amp
 
 
@@ -396,9 +398,9 @@ def make_data(data, root, classes, processes, workers):
     dataset = CityscapesDataset(
         root, data.split, data.data_list, classes, seed=data.random_seed, cache=data.cache, jitter=data.jitter,
         transform=train_transform(data.input_size, data.random_scale, data.random_mirror))
-    print(dataset.describe())
+    logger.info(dataset.describe())
     for remark in classes.remarks:
-        print(remark)
+        logger.info(remark)
     dataset.check_labels()
     validation = CityscapesDataset(root, data.val_split, data.val_list, classes) if data.val_every else None
     if data.cache:
@@ -453,7 +455,7 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
     log = resume.open_log(results.snapshot_dir, engine, config, num_steps=learning.num_steps, start=start,
                           account=account, track=results.log)
     if validation is not None:
-        print(f"quick validation every {plural(data.val_every, 'step')}: {validation.describe()}")
+        logger.info(f"quick validation every {plural(data.val_every, 'step')}: {validation.describe()}")
         validation = QuickValidation(engine=engine, dataset=validation, normalization=options.normalization,
                                      ignore_index=IGNORE_INDEX, workers=workers, log=log,
                                      highest=best_quick_score(results.snapshot_dir))
@@ -481,14 +483,14 @@ def make_network(options, config, begin, devices, processes, allow_partial):
         devices[0], memory_format=options.machine.memory_format)
     share_statistics(network, devices, processes)
     if config.network["norm"] == "inplace_abn":
-        print(backend.describe())
+        logger.info(backend.describe())
     resume.check_room(options.results.snapshot_dir, network, options.learning.optimizer, options.learning.ema)
     if begin.weights is not None:
         account = load_weights(network, begin.weights, allow_partial=allow_partial)
-        print(account)
+        logger.info(account)
         return network, account
     if begin.snapshot is None:
-        print("no --restore-from: the network starts from random weights")
+        logger.info("no --restore-from: the network starts from random weights")
     return network, None
 
 

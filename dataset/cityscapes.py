@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from utils.common.errors import UserError, plural
 from utils.common.files import check_room, kind_of
+from utils.common.messages import logger
 from utils.common.progress import progress
 from utils.imaging.classes import IGNORE_INDEX
 from utils.imaging.decode import read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
@@ -174,7 +175,7 @@ class CityscapesDataset(Dataset):
         missing, needed = self.cache.missing([file for pair in self.pairs for file in zip(pair, DECODERS, strict=True)])
         if not missing:
             return
-        print(f"--cache {self.cache.folder}: {plural(len(missing), 'file')} to decode, {needed / 1e9:.2f} GB")
+        logger.info(f"--cache {self.cache.folder}: {plural(len(missing), 'file')} to decode, {needed / 1e9:.2f} GB")
         check_room(f"--cache {self.cache.folder}", self.cache.folder, needed, "the decoded images")
         missing = {path for path, _ in missing}
         todo = [index for index, pair in enumerate(self.pairs) if not missing.isdisjoint(pair)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from utils.common.errors import UserError, plural
 from utils.common.files import read_file, write_atomically
+from utils.common.messages import logger
 from utils.common.progress import progress
 from utils.imaging.classes import IGNORE_INDEX, UNKNOWN
 from utils.imaging.decode import read_ids
@@ -73,7 +74,7 @@ def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
         raise UserError(f"{flag}: expected label maps of one kind where --classes is left out, found {named[True].name}"
                         f", which is named as those of Cityscapes, and {named[False].name}")
     if True in named:
-        print("label maps are named as those of Cityscapes, and --classes is left out: its class table is taken")
+        logger.info("label maps are named as those of Cityscapes, and --classes is left out: its class table is taken")
         return ClassTable.read()
     jobs = do_jobs(_count_if_readable if skip_unreadable else count_values, [path for _, path in files], workers)
     maps = [LabelValues(path, split, *counted) for (split, path), counted in zip(
@@ -93,9 +94,9 @@ def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
                 f"say what they mean by {stated.as_advice()}, which have their names from {stated.source}")
         raise TableNeeded(f"{flag}: expected the values 0 and 255, or 0 to N-1 and 255 to ignore, where --classes is "
                           f"left out, found {found}; {remedy}", None if complete else table)
-    print("\n".join(describe(maps, table, target)))
+    logger.info("\n".join(describe(maps, table, target)))
     if complete:
-        print(f"  {stated.source} names these classes: --classes {stated.source}")
+        logger.info(f"  {stated.source} names these classes: --classes {stated.source}")
     return table
 
 

@@ -13,6 +13,7 @@ import torch
 
 from libs.convert import fold_norms
 from utils.common.errors import UserError
+from utils.common.messages import logger
 from utils.devices.precision import AUTOCAST, best_precision, exact_float32
 from utils.devices.select import check_kernels, select_devices
 from utils.imaging.classes import Classes
@@ -166,7 +167,7 @@ def load_network(path, device, raw_weights=False):
 def chosen_weights(found, raw):
     """Those of a `Snapshot` to evaluate with, as `Snapshot.weights`; says which, where there is a choice."""
     if found.average is not None:
-        print(f"{found.path}: {'the weights of the last step' if raw else 'the moving average of the weights'}")
+        logger.info(f"{found.path}: {'the weights of the last step' if raw else 'the moving average of the weights'}")
     return found.weights(raw)
 
 

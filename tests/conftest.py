@@ -14,12 +14,15 @@ import torch
 from dataset.labels import ClassTable
 from dataset.streets import write_dataset
 from networks.build import build_network
+from utils.common.messages import show_messages
 from utils.training import seeds
 
 # Inductor imports setuptools in the middle of a step. Late in this long process that has failed now and then, in
 # setuptools' own replacement of distutils; early it never has. Versions of PyTorch without it need none.
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
+
+show_messages()     # as scripts do: many tests read what is said
 
 # Started by nohup, this process hands down that SIGHUP is ignored, and the runs that tests hang up would go on.
 if hasattr(signal, "SIGHUP"):

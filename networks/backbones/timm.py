@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.common.compat import CheckedConvolutions
+from utils.common.messages import logger
 from utils.ops.normalization import Normalization
 from utils.ops.upsampling import upsample
 
@@ -332,5 +333,5 @@ def share_statistics(network, devices, processes):
 
         network.backbone.body = convert_sync_batchnorm(network.backbone.body)
     else:
-        print(f"{norms} batch norms of the backbone see the share of a device alone: those of timm are synchronised "
-              "among processes on GPUs only; small shares make their statistics noisy")
+        logger.info(f"{norms} batch norms of the backbone see the share of a device alone: those of timm are "
+                    "synchronised among processes on GPUs only; small shares make their statistics noisy")

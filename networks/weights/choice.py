@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils.common.errors import UserError
+from utils.common.messages import logger
 from utils.ops.normalization import NORMALIZATIONS
 
 from ..backbones.choose import choose_backbone
@@ -78,9 +79,9 @@ class NetworkChoice:
             normalization = NORMALIZATIONS[self.normalization]
         else:
             normalization = backbone.normalization() if followed is None else followed.normalization
-        print(f"network: {self.model}{' with ACF' if self.acf else ''}, {backbone.name}, "
-              f"{backbone.describe(arguments)}; input {normalization.order}, mean "
-              f"{', '.join(map(str, normalization.mean))}")
+        logger.info(f"network: {self.model}{' with ACF' if self.acf else ''}, {backbone.name}, "
+                    f"{backbone.describe(arguments)}; input {normalization.order}, mean "
+                    f"{', '.join(map(str, normalization.mean))}")
         return arguments, normalization
 
     def _choose_backbone(self, followed):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.common.errors import UserError
+from utils.common.messages import logger
 from utils.ops.normalization import CAFFE, Normalization
 
 from ..backbones.names import find_backbone, read_structure
@@ -133,7 +134,7 @@ def state_dict_of(content, name):
     if not places:
         raise UserError(f"{name}: expected named tensors (a state dict), found none")
     if len(places) > 1:
-        print(f"{name}: the weights named {places[0] or 'at the top'} are taken, not {', '.join(places[1:])}")
+        logger.info(f"{name}: the weights named {places[0] or 'at the top'} are taken, not {', '.join(places[1:])}")
     field = snapshot.Field(name, "", states[places[0]])
     return {str(key): field[key].tensor() for key, value in field.value.items() if isinstance(value, torch.Tensor)}
 

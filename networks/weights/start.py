@@ -11,6 +11,7 @@ import torch
 
 from utils.common import files
 from utils.common.errors import UserError, plural
+from utils.common.messages import logger
 from utils.parallel.processes import broadcast_from_rank0
 from utils.runs import snapshots
 
@@ -87,11 +88,11 @@ def find_start(*, resume_from, folder, restore_from, pretrained, backbone, proce
     found = resume_from and broadcast_from_rank0(processes, lambda: find_snapshot(resume_from, folder))
     if found is not None:
         if restore_from or pretrained:
-            print(f"--resume: the weights are the snapshot's; --{'restore-from' if restore_from else 'pretrained'} is "
-                  "not read")
+            logger.info("--resume: the weights are the snapshot's; "
+                        f"--{'restore-from' if restore_from else 'pretrained'} is not read")
         return Start(snapshot=found)
     if resume_from:
-        print(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
+        logger.info(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
     if restore_from:
         return Start(weights=read_weights(restore_from, backbone))
     return Start(weights=timm_weights(backbone) if pretrained else None)
@@ -124,7 +125,7 @@ def _fetch(name):
                         "ResNet101_Weights.IMAGENET1K_V2, found neither") from None
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.exists():
-        print(f"{name}: fetching {url} to {path}")
+        logger.info(f"{name}: fetching {url} to {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
@@ -181,7 +182,7 @@ def newest_snapshot(folder):
         except UserError as error:
             if path == paths[-1]:
                 raise
-            print(f"{error}; taking the snapshot before it")
+            logger.info(f"{error}; taking the snapshot before it")
     return None
 
 

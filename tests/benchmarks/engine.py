@@ -19,13 +19,14 @@ from loss.criterion import SegmentationCriterion
 from networks.backbones.names import BACKBONES
 from networks.build import build_network
 from utils.common import flags
+from utils.common.messages import logger, show_messages
 from utils.devices import memory
 from utils.devices.precision import AUTOCAST, Precision
 from utils.devices.select import own_device, select_devices
 from utils.inference.timing import finished, seconds_of
 from utils.ops.normalization import Normalization
 from utils.parallel.launch import join_processes, leave_processes, started_by_torchrun
-from utils.parallel.processes import share_batches, silence_other_ranks
+from utils.parallel.processes import rank_and_size, share_batches
 from utils.training.engine import Engine, NetworkWithLoss, compile_network
 
 VARIANTS = {        # amp, channels last, compile, recompute
@@ -84,7 +85,7 @@ def main():
         devices = [own_device(devices)]
     device = devices[0]
     processes = join_processes(device)
-    silence_other_ranks(processes)
+    show_messages(rank_and_size(processes)[0])
     if device.type == "cpu" and "fp16" in args.variants:
         args.variants.remove("fp16")        # emulated there
     share = args.batch_size // (processes.size if processes else 1)
@@ -113,15 +114,15 @@ def main():
                 if run >= 2:
                     times.setdefault(variant, []).append(seconds)
     products = ", ".join(f"{amp} {rate / 1e12:.2f} TFLOP/s" for amp, rate in rates.items())
-    print(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, {flops / 1e12:.2f} TFLOP; "
-          f"matrix products: {products}")
+    logger.info(f"{args.batch_size} crops of {args.size[0]}×{args.size[1]}, {args.backbone}, {flops / 1e12:.2f} TFLOP; "
+                f"matrix products: {products}")
     base = median(next(iter(times.values())))
     for variant, values in times.items():
         speed = flops / median(values)
         peak = f"  peak {peaks[variant] / 1e9:.1f} GB" if peaks else ""
-        print(f"{variant:<30}{median(values):8.3f} s (spread {max(values) - min(values):.3f})  ratio "
-              f"{median(values) / base:.2f}  {speed / 1e12:.2f} TFLOP/s, {speed / rates[VARIANTS[variant][0]]:.0%} of "
-              f"matrix products{peak}")
+        logger.info(f"{variant:<30}{median(values):8.3f} s (spread {max(values) - min(values):.3f})  ratio "
+                    f"{median(values) / base:.2f}  {speed / 1e12:.2f} TFLOP/s, "
+                    f"{speed / rates[VARIANTS[variant][0]]:.0%} of matrix products{peak}")
     leave_processes()
 
 

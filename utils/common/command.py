@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from .errors import UserError, sentence
 from .limits import MORE_SHARED_MEMORY, shared_memory
+from .messages import show_messages
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("networks", "dataset", "utils", "loss", "libs")
@@ -48,6 +49,7 @@ def run(main):
     others would have to agree to; those that lose it end too, and say so.
     """
     _keep_output_from_failing()
+    show_messages()
     warnings.formatwarning = _own_as_sentences
     if "LOCAL_RANK" in os.environ and hasattr(signal, "setitimer"):
         signal.signal(signal.SIGTERM, _end_after_last_words)

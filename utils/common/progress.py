@@ -7,11 +7,13 @@ import time
 
 from tqdm import tqdm
 
+from .messages import logger
+
 
 @functools.cache
 def print_once(text):
     """Print a line, unless this process has printed it before."""
-    print(text)
+    logger.info(text)
 
 
 def progress(iterable, what, unit, every=10.0, total=None):
@@ -32,7 +34,7 @@ def progress(iterable, what, unit, every=10.0, total=None):
             said = now
             rate = done / max(now - started, 1e-9)
             of, left = (f"/{total}", f", {duration(max(0, total - done) / rate)} left") if total else ("", "")
-            print(f"{what}: {done}{of} {unit}s, {rate:.3g} {unit}s/s{left}", flush=True)
+            logger.info(f"{what}: {done}{of} {unit}s, {rate:.3g} {unit}s/s{left}")
 
 
 class FirstImage:
@@ -55,8 +57,8 @@ class FirstImage:
         elif done < windows and (self.said is None or now - self.said > self.every):
             self.said = now
             image = (now - self.started) / done * windows
-            tqdm.write(f"first image: {done}/{windows} windows; at this rate {duration(image)} an image, "
-                       f"{duration(image * self.images)} for {self.images}")
+            logger.info(f"first image: {done}/{windows} windows; at this rate {duration(image)} an image, "
+                        f"{duration(image * self.images)} for {self.images}")
         return done == windows      # from there on `progress` speaks
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..common.compat import cpu_computes_in_bf16, total_norm
 from ..common.errors import UserError
+from ..common.messages import logger
 from ..ops.autocast import apex_casting
 
 CHOICES = ("off", "bf16", "fp16", "apex")
@@ -167,7 +168,8 @@ def exact_float32(amp, device):
     """Let `--amp off` compute in fp32 on a GPU: PyTorch's convolutions would take TF32 there, and says so."""
     if amp == "off" and device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
-        print("--amp off: fp32, exactly; convolutions do not round to TF32, which is PyTorch's default and faster")
+        logger.info("--amp off: fp32, exactly; convolutions do not round to TF32, which is PyTorch's default and "
+                    "faster")
 
 
 def _import_apex():

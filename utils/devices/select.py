@@ -1,13 +1,13 @@
 """Choose the devices to compute on, and prepare them."""
 
 import os
-import sys
 import warnings
 
 import torch
 
 from ..common.errors import UserError, plural
 from ..common.limits import available_cores
+from ..common.messages import logger
 from ..parallel.launch import launched
 from ..parallel.processes import gather_from_ranks
 from .driver import lacks_kernels, unusable_gpu
@@ -29,7 +29,7 @@ def select_devices(gpu=None):
         if count == 1:          # with several each process asks its own: this one perhaps only starts them
             reason = _missing_kernels(devices[0])
         if reason:
-            print(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}", file=sys.stderr)
+            logger.warning(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}")
         return [torch.device("cpu")] if reason or not devices else devices
     if gpu == "cpu":
         return [torch.device("cpu")]
@@ -78,8 +78,8 @@ def prepare_device(device, channels_last, amp):
     on_gpu = device.type == "cuda"
     if channels_last is None:
         channels_last = on_gpu
-        print("--channels-last: the default on a GPU, whose convolutions are made for it" if on_gpu else
-              "--no-channels-last: the default on a CPU, where it makes no difference")
+        logger.info("--channels-last: the default on a GPU, whose convolutions are made for it" if on_gpu else
+                    "--no-channels-last: the default on a CPU, where it makes no difference")
     if on_gpu:
         torch.cuda.set_device(device)               # for the thread that pins memory, too
         torch.backends.cudnn.benchmark = True       # crops are of one size, for which it finds the fastest kernels

@@ -16,6 +16,7 @@ from ..common import files
 from ..common.compat import opencv_silent
 from ..common.errors import UserError
 from ..common.files import open_file
+from ..common.messages import logger
 from ..common.progress import print_once
 from .decode import read_image
 
@@ -141,7 +142,7 @@ def open_video(path):
         capture = _capture(path)
         rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
         if not 0 < rate <= MOST:
-            print(f"{path}: its frame rate is unknown; {RATE:g} frames/s are assumed")
+            logger.info(f"{path}: its frame rate is unknown; {RATE:g} frames/s are assumed")
             rate = RATE
         video = Video(path, rate, int(count) if 0 < count < 2 ** 31 else 0)
     if not any("image" in item for item in video):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..common.messages import logger
 from ..devices import memory
 from ..ops.normalization import Normalization
 from ..ops.upsampling import GRID, grid_of, round_size, upsample_by_products, upsampling_matrix
@@ -19,8 +20,8 @@ def fitting_size(size, what, grid=GRID):
     """`round_size`, and says so where it changes something; what: crops or windows."""
     rounded = round_size(size, grid)
     if rounded != tuple(size):
-        print(f"{what} of {size[0]}×{size[1]} are rounded up to {rounded[0]}×{rounded[1]}: logits fit the pixels at "
-              f"{grid[0]}k{' + 1' * grid[1]} only")
+        logger.info(f"{what} of {size[0]}×{size[1]} are rounded up to {rounded[0]}×{rounded[1]}: logits fit the "
+                    f"pixels at {grid[0]}k{' + 1' * grid[1]} only")
     return rounded
 
 

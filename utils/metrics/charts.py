@@ -9,6 +9,7 @@ import sys
 import numpy as np
 
 from ..common.errors import UserError, first_words
+from ..common.messages import logger
 from ..imaging.draw import write_picture
 
 COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3aa6a0", "#8a8a8a")     # of lines
@@ -44,8 +45,8 @@ def chart(draw):
         except UserError:
             raise
         except Exception as error:
-            print(f"{draw.__name__.replace('_', ' ')}: expected to draw it, found: {first_words(error)}; it is missing",
-                  file=sys.stderr, flush=True)
+            logger.warning(f"{draw.__name__.replace('_', ' ')}: expected to draw it, found: {first_words(error)}; it "
+                           "is missing")
     return wrapper
 
 

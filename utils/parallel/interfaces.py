@@ -9,6 +9,8 @@ import struct
 import sys
 from pathlib import Path
 
+from ..common.messages import logger
+
 
 def choose_interface(place, store):
     """Let gloo use the interface that routes to MASTER_ADDR where the processes span hosts, unless the user chose one.
@@ -29,7 +31,7 @@ def choose_interface(place, store):
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     if place.local_rank == 0:
-        print("GLOO_SOCKET_IFNAME: not set; " + (
+        logger.info("GLOO_SOCKET_IFNAME: not set; " + (
             f"gloo uses {interface}, which leads to the other hosts from {address}" if interface is not None else
             "which interface leads to the other hosts could not be found out, so gloo uses the address of this host's "
             "own name, by which the others may not reach it"))

@@ -12,6 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..common.command import debounce_signals, give_up_after
 from ..common.errors import UserError, first_words
+from ..common.messages import logger
 from .interfaces import choose_interface, local_address
 from .processes import Processes
 
@@ -44,9 +45,9 @@ def _warn_of_tasks():
     """Say so where srun started this command several times, which alone does not make the tasks share their work."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
     if tasks != "1":
-        print(f"warning: SLURM_STEP_NUM_TASKS {tasks}: srun started this command as {tasks} tasks; each of them runs "
-              "alone and shares no work with the others, for which srun must start one torchrun per node (README.md)",
-              file=sys.stderr)
+        logger.warning(f"warning: SLURM_STEP_NUM_TASKS {tasks}: srun started this command as {tasks} tasks; each of "
+                       "them runs alone and shares no work with the others, for which srun must start one torchrun "
+                       "per node (README.md)")
 
 
 def _variable(name, least, most):
@@ -90,9 +91,9 @@ def start_processes(count, argv=None):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if _is_interactive():
-        print(f"error: --gpu: expected one GPU in a notebook or an interactive session, where there is no script to "
-              f"start a process for each, found {count}; --gpu 0 takes one, and !python train.py (or evaluate.py) with "
-              "the same flags takes all", file=sys.stderr)
+        logger.warning("error: --gpu: expected one GPU in a notebook or an interactive session, where there is no "
+                       f"script to start a process for each, found {count}; --gpu 0 takes one, and !python train.py "
+                       "(or evaluate.py) with the same flags takes all")
         sys.exit(2)
     _warn_of_tasks()
     words = sys.argv[1:] if argv is None else argv

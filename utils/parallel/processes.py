@@ -1,7 +1,5 @@
 """Processes that share a batch: who they are, what they exchange, and which part of the work is whose."""
 
-import os
-import sys
 import warnings
 
 import torch
@@ -10,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from ..common.compat import keeping_buffers
+from ..common.messages import logger
 from .replicas import DataParallel, Replicas, current_replica
 
 
@@ -82,14 +81,14 @@ def gather_from_ranks(processes, value):
 def share_batches(module, devices, processes):
     """Wrap a module so that processes, or several devices of this one, share each batch."""
     if processes is not None:
-        print(f"{processes.size} processes share each batch, and the statistics of its norms")
+        logger.info(f"{processes.size} processes share each batch, and the statistics of its norms")
         # Of a channels-last input the gradient of a weight of one pixel, or of one input channel, has other strides
         # than the weight, but the same order in memory: what PyTorch warns of costs nothing.
         warnings.filterwarnings("ignore", r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, "
                                 r"(\d+, 1, 1|1, \d+, \d+)\]", UserWarning)
         return DistributedDataParallel(module, **keeping_buffers())
     if len(devices) > 1:
-        print(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
+        logger.info(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
         return DataParallel(module, device_ids=devices)
     return module
 
@@ -98,9 +97,3 @@ def share_items(dataset, processes):
     """This process's part of a data set, without padding: every item is in exactly one part."""
     rank, size = rank_and_size(processes)
     return Subset(dataset, range(rank, len(dataset), size))
-
-
-def silence_other_ranks(processes):
-    """Silence the standard output of all processes but the first."""
-    if processes is not None and processes.rank:
-        sys.stdout = open(os.devnull, "w")      # noqa: SIM115, for as long as the process lives

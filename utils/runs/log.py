@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..common import files
 from ..common.errors import UserError
+from ..common.messages import logger
 from ..common.progress import duration
 from ..devices.select import device_name
 from . import snapshots
@@ -90,8 +91,8 @@ class RunLog:
         if self.bar.disable:
             done = step - self.first
             left = (time.monotonic() - self.started) / done * (self.num_steps - step)
-            print(f"step {step}/{self.num_steps}  {terms}  lr {values['lr']:.2e}  {speed}  "
-                  f"{duration(left)} left", flush=True)
+            logger.info(f"step {step}/{self.num_steps}  {terms}  lr {values['lr']:.2e}  {speed}  "
+                        f"{duration(left)} left")
         else:
             self.bar.set_postfix_str(f"{terms}  lr {values['lr']:.2e}  {speed}")
 
@@ -116,7 +117,7 @@ class RunLog:
 
     def say(self, text):
         """A line that stays, above the bar."""
-        tqdm.write(text) if not self.bar.disable else print(text, flush=True)
+        logger.info(text)
 
     def _numbers(self, values, step):
         """Points of curves; values: {name: number, or None where there is none}."""
@@ -149,8 +150,8 @@ class Lines:
             with contextlib.suppress(OSError):
                 self.file.truncate(end)     # half an entry would spoil the next one
             if not self.failed:
-                print(f"{self.path}: expected to write there, found: {error}; training goes on, and what does not fit "
-                      "is missing in this file", file=sys.stderr, flush=True)
+                logger.warning(f"{self.path}: expected to write there, found: {error}; training goes on, and what "
+                               "does not fit is missing in this file")
             self.failed = True
 
     def close(self):
@@ -236,7 +237,7 @@ def _continued(path, step):
         found = read_lines(path)
         strange = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()) - len(found)
         if strange > 1:     # a killed run leaves one that is cut off
-            print(f"{path}: {strange} lines without a step are left out")
+            logger.info(f"{path}: {strange} lines without a step are left out")
         kept = "".join(json.dumps(line) + "\n" for line in found if line["step"] <= step)
         files.write_atomically(path, lambda file: file.write(kept.encode()))
     return Lines(path)

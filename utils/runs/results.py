@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ..common.errors import UserError, plural
 from ..common.files import write_json
+from ..common.messages import logger
 
 RECORD = "written.json"
 
@@ -73,8 +74,8 @@ class ResultsFolder:
         others = [f"{name}/{file}" for name in folders if os.path.isdir(self.folder / name)
                   for file in os.listdir(self.folder / name)]
         if others:
-            print(f"{self.what}: {plural(len(others), 'file')} left there, which no run is recorded to have written, "
-                  f"such as {min(others)}")
+            logger.info(f"{self.what}: {plural(len(others), 'file')} left there, which no run is recorded to have "
+                        f"written, such as {min(others)}")
 
     def close(self):
         """Strike from the record what was not written after all."""

@@ -8,7 +8,6 @@ import json
 import os
 import queue
 import re
-import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from pathlib import Path
 from ..common import files
 from ..common.errors import UserError, first_words
 from ..common.files import read_file
+from ..common.messages import logger
 
 PROJECT = "acfnet"      # of runs for which the environment names none
 IDS = "trackers.json"   # in the folder of a run: its name at each service, by which --resume goes on there
@@ -128,8 +128,8 @@ class Tracker:
     def _say(self, found):
         if not self.missed:
             self.missed = True
-            print(f"--log {self.name}: expected a service that takes what it is told, found: {found}; training goes "
-                  "on, and what is missing there is in metrics.jsonl and TensorBoard", file=sys.stderr, flush=True)
+            logger.warning(f"--log {self.name}: expected a service that takes what it is told, found: {found}; "
+                           "training goes on, and what is missing there is in metrics.jsonl and TensorBoard")
 
 
 def check_packages(names):
@@ -149,7 +149,7 @@ def start_trackers(names, folder, resumed, about):
     known = _read_ids(path) if resumed and names else {}
     for name in dict.fromkeys(names):
         if resumed and name not in known:
-            print(f"--log {name}: {path} knows no earlier run there, so a new one begins")
+            logger.info(f"--log {name}: {path} knows no earlier run there, so a new one begins")
         try:
             service = SERVICES[name](Path(folder), known.get(name), about)
         except Exception as error:  # noqa: BLE001, services raise kinds of their own

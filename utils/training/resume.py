@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..common import files, flags
 from ..common.errors import UserError, plural
+from ..common.messages import logger
 from ..ops.upsampling import round_size
 from ..parallel.processes import gather_from_ranks, rank_and_size
 from ..runs import snapshots
@@ -78,8 +79,8 @@ def restore(found, engine):
         engine.average_updates = found.average_updates
         if engine.average_updates is None:
             engine.average_updates = found.step
-            print(f"--ema: {found.path} does not say how often the average was updated, as earlier versions had no "
-                  f"warm-up of its decay; it goes on as after {plural(found.step, 'update')}")
+            logger.info(f"--ema: {found.path} does not say how often the average was updated, as earlier versions "
+                        f"had no warm-up of its decay; it goes on as after {plural(found.step, 'update')}")
     # The flags of this run, and the momentum of the other.
     engine.optimizer.load_state_dict(engine.optimizer.state_dict() | {"state": found.optimizer})
     engine.precision.load_state_dict(found.scaler)
@@ -87,9 +88,9 @@ def restore(found, engine):
     if len(rng) == world and len(rng[rank]["cuda"]) == sum(device.type == "cuda" for device in engine.devices):
         seeds.set_random_state(rng[rank], engine.devices)
     else:
-        print("random generators start anew: the snapshot has those of another number of devices. "
-              "Dropout draws other channels than an undisturbed run; samples are the same")
-    print(f"resumed {found.path}, {plural(found.step, 'step')} done")
+        logger.info("random generators start anew: the snapshot has those of another number of devices. "
+                    "Dropout draws other channels than an undisturbed run; samples are the same")
+    logger.info(f"resumed {found.path}, {plural(found.step, 'step')} done")
 
 
 def loss_weights(config, heads):
@@ -119,8 +120,8 @@ def compare(path, before, now):
     old, new = BEFORE_THE_FLAG | before.arguments, now.arguments
     old["loss_weights"] = flags.plain_numbers(loss_weights(before, flags.named_numbers(new["loss_weights"])))
     if before.input_size != now.input_size == round_size(before.input_size):
-        print(f"--resume: from here on crops are {new['input_size']}, before they were {list(before.input_size)}, "
-              "which earlier versions did not round")
+        logger.info(f"--resume: from here on crops are {new['input_size']}, before they were "
+                    f"{list(before.input_size)}, which earlier versions did not round")
         old["input_size"] = new["input_size"]
     # Older snapshots know the lists' names, but not what was in them.
     for name in (*SAME_RUN, *["data_list"] * (before.samples is None), *NEW_COURSE):
@@ -131,7 +132,7 @@ def compare(path, before, now):
             differ = (f"without {flag}, found one with {old.get(name)}" if new[name] is None else
                       f"with {flag} {new[name]}, found {old.get(name)}")
             raise UserError(f"--resume {path}: expected a run {differ}; another --snapshot-dir starts another run")
-        print(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
+        logger.info(f"--resume: from here on {flag} {new[name]}, before it was {old.get(name)}")
     if before.samples not in (None, now.samples):
         samples_flag = "--data-list" if new["data_list"] else "--images-dir" if new.get("images_dir") else "--data-dir"
         raise UserError(f"--resume {path}: expected a run on the {now.samples['count']} pairs of image and label of "
@@ -161,7 +162,7 @@ def open_log(folder, engine, config, *, num_steps, start=0, account=None, track=
             files.write_json(folder / "weights.json", account.as_json())
         best = folder / snapshots.BEST
         if start == 0 and best.exists():
-            print(f"{best} is of an earlier run, kept as {snapshots.set_aside(best)}")
+            logger.info(f"{best} is of an earlier run, kept as {snapshots.set_aside(best)}")
     if engine.processes is not None:
         engine.processes.barrier()      # all must see the same best snapshot
     return log

@@ -6,6 +6,7 @@ import itertools
 import torch
 
 from ..common.errors import UserError
+from ..common.messages import logger
 from ..common.progress import progress
 from ..imaging import draw
 from ..inference.sliding import SlidingPredictor
@@ -100,4 +101,4 @@ def draw_curves(folder):
         if metrics:
             charts.training_curves(folder / "curves.png", metrics, quick)
     except (OSError, UserError) as error:
-        print(f"curves.png is missing: {error}")
+        logger.info(f"curves.png is missing: {error}")

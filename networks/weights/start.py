@@ -21,6 +21,7 @@ from ..backbones.names import BACKBONE, find_backbone
 from . import snapshot
 from .card import CONFIG
 from .families import Weights, is_snapshot, recognise, state_dict_of, with_head
+from .snapshot import Snapshot
 
 
 def read_weights(path, backbone=None):
@@ -70,7 +71,7 @@ def read_snapshot(path, resuming=False):
 class Start(NamedTuple):
     """What a run begins with: a `Snapshot` to go on from, `Weights` to start from, or neither."""
 
-    snapshot: snapshot.Snapshot | None = None
+    snapshot: Snapshot | None = None
     weights: Weights | None = None
 
 

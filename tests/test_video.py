@@ -255,6 +255,7 @@ def test_browsers_play_the_videos_or_the_way_to_convert_them_is_said(tmp_path, m
     for number, (codecs, expected, said) in enumerate(((video.CODECS, ("vp09", "VP90"), 0),
                                                        (("yyyy", "mp4v"), ("mp4v", "FMP4"), 1))):
         monkeypatch.setattr(video, "CODECS", codecs)
+        cli.print_once.cache_clear()
         writer = video.VideoWriter(tmp_path / f"{number}.mp4", 25)
         writer.write(drawn_frames()[0])
         writer.close()

@@ -338,12 +338,13 @@ def main():
     for remark in classes.remarks:
         print(remark)
     make_folder(folder)
-    if classes.source == ASSUMED:
+    assumed = classes.as_csv() if classes.source == ASSUMED else None
+    if assumed:
         keep_table(folder / "classes.csv", classes, _earlier_table(folder / "check.json"))
     report, facts = check(splits, classes, args.fast, args.num_workers)
     print(table(report))
     checkpoint.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
-                                                   "classes": classes.as_csv() if classes.source == ASSUMED else None})
+                                                   "classes": assumed})
     draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
     print(f"{plural(wrong, 'problem')}; check.json and pictures of what is sound in {folder}")

@@ -325,7 +325,7 @@ def keep_table(path, classes, earlier=None):
     present = read_file(path, "a class table (CSV)") if os.path.lexists(path) else None
     if present == content:
         return
-    if present is None or earlier is not None and present == earlier.encode(errors="replace"):
+    if present in (None, earlier and earlier.encode(errors="replace")):
         checkpoint.write_atomically(path, lambda file: file.write(content))
     else:
         raise UserError(f"{path}: expected the class table that the label maps make, or no file, found another one; "

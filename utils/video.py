@@ -23,8 +23,8 @@ NUMBER = re.compile(r"%0?\d*d")                 # in "frames/%05d.png", as FFmpe
 RATE = 25.0             # frames/s of numbered images, as FFmpeg takes them
 MOST = 1000.0           # frames/s; more is an error in the file's header, and cannot be written
 CODECS = ("vp09", "mp4v")       # VP9, which browsers play; MPEG-4, which every OpenCV can write
-ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk, nor with less for each pixel of a
-ROOM_OF_PIXEL = 10      # frame: VP9 keeps 25 frames back until the file is closed, of each of three videos
+ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk than these, and
+ROOM_OF_PIXEL = 10      # bytes per pixel of a frame: VP9 keeps 25 frames back until a file is closed, of three videos
 ATTEMPTS = 250          # frames in succession that cannot be read, after which none is expected any more
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # FFmpeg's own words: what is wrong is said in a sentence
 

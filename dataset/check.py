@@ -297,10 +297,10 @@ def label_maps(splits):
 
 
 def _earlier_table(path):
-    """The class table, as CSV, in the check.json of an earlier check, or None."""
+    """The class table, as CSV, that an earlier check assumed and wrote, by its check.json; or None."""
     try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        report = json.loads(read_file(path))
+    except (UserError, ValueError, RecursionError):     # none, or somebody else's
         return None
     table = report.get("classes") if isinstance(report, dict) else None
     return table if isinstance(table, str) else None
@@ -342,12 +342,13 @@ def main():
     for remark in classes.remarks:
         print(remark)
     make_folder(folder)
-    if classes.source == ASSUMED:
+    assumed = classes.as_csv() if classes.source == ASSUMED else None
+    if assumed:
         keep_table(folder / "classes.csv", classes, _earlier_table(folder / "check.json"))
     report, facts = check(splits, classes, args.fast, args.num_workers)
     print(table(report))
     files.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
-                                                   "classes": classes.as_csv()})
+                                             "classes": assumed})
     draw(folder, report, facts, classes)
     wrong = sum(len(found["problems"]) for found in report.values())
     print(f"{plural(wrong, 'problem')}; check.json and pictures of what is sound in {folder}")

@@ -266,16 +266,21 @@ def as_stored(name):
 
 def refuse_dead_link(path):
     """Raise `UserError` where a path is a link that leads nowhere; circles of links are no files, and are left out."""
+    if _is_dead_link(path):
+        path = Path(path)
+        dead = sum(map(_is_dead_link, (other for other in path.parent.iterdir() if other.suffix == path.suffix)))
+        raise UserError(f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist"
+                        + f", one of {dead} such links in {path.parent}" * (dead > 1))
+
+
+def _is_dead_link(path):
     try:
         os.stat(path)
     except FileNotFoundError:
-        if os.path.islink(path):
-            folder = os.path.dirname(path) or os.curdir
-            dead = sum(entry.is_symlink() and not os.path.exists(entry.path) for entry in os.scandir(folder))
-            raise UserError(f"{path}: expected a file, found a link to {os.readlink(path)}, which does not exist"
-                            + f", one of {dead} such links in {folder}" * (dead > 1)) from None
+        return os.path.islink(path)
     except OSError:
         pass
+    return False
 
 
 def name_left_out(place, paths, why="not images that can be read"):

@@ -315,9 +315,11 @@ def keep_table(path, classes, earlier=None):
     """
     content = classes.as_csv().encode()
     present = read_file(path, "a class table (CSV)") if os.path.lexists(path) else None
-    if present is None or earlier is not None and present == earlier.encode():
+    if present == content:
+        return
+    if present in (None, earlier and earlier.encode(errors="replace")):
         write_atomically(path, lambda file: file.write(content))
-    elif present != content:
+    else:
         raise UserError(f"{path}: expected the class table that the label maps make, or no file, found another one; "
                         f"--classes {path} takes it as it is, and without that file a new one is written")
 

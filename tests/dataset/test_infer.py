@@ -314,10 +314,17 @@ def test_a_second_check_replaces_the_table_of_the_first_but_not_the_users(tmp_pa
     assert path.read_text() != first and "class 2" in path.read_text()
     path.write_text(first.replace("class 1", "ship"))
     assert "and without that file a new one is written" in refusal(check.main) and "ship" in path.read_text()
+    with monkeypatch.context() as patch:        # what the refusal advises makes it no table of the program's
+        patch.setattr("sys.argv", ["check", *words(folders, "--num-workers", 0, "--output-dir", tmp_path / "c"),
+                                   "--classes", str(path)])
+        path.write_text(path.read_text().replace("ignored,", "class 2,2,2,0,128,0\nignored,"))
+        check.main()
+    assert "a new one is written" in refusal(check.main) and "ship" in path.read_text()
     path.unlink()
     check.main()
     assert "class 2" in path.read_text() and "ship" not in path.read_text()
-    (tmp_path / "c/check.json").write_text("[]")
     (tmp_path / "labels/b.png").unlink()
     (tmp_path / "images/b.png").unlink()
-    assert str(path) in refusal(check.main)
+    for text in ("[]", "[" * 200_000, '{"classes": "\\ud800"}', '{"classes": 1}', "\0"):
+        (tmp_path / "c/check.json").write_text(text)
+        assert str(path) in refusal(check.main)

@@ -26,7 +26,8 @@ NUMBER = re.compile(r"%0?\d*d")                 # in "frames/%05d.png", as FFmpe
 RATE = 25.0             # frames/s of numbered images, as FFmpeg takes them
 MOST = 1000.0           # frames/s; more is an error in the file's header, and cannot be written
 CODECS = ("vp09", "mp4v")       # VP9, which browsers play; MPEG-4, which every OpenCV can write
-ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk
+ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk than these, and
+ROOM_OF_PIXEL = 10      # bytes per pixel of a frame: VP9 keeps 25 frames back until a file is closed, of three videos
 ATTEMPTS = 250          # frames in succession that cannot be read, after which none is expected any more
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # FFmpeg's own words: what is wrong is said in a sentence
 
@@ -181,7 +182,8 @@ class VideoWriter:
         height, width, _ = picture.shape
         picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
         # OpenCV says nothing of a full disk, and without the table that comes last all frames would be lost.
-        files.check_room(self.path, self.path.parent, ROOM, "the frames that follow")
+        files.check_room(self.path, self.path.parent, ROOM + ROOM_OF_PIXEL * height * width,
+                         "the frames that follow")
         if self.file is None:
             self._open(picture.shape[1::-1])
         self.file.write(np.ascontiguousarray(picture[..., ::-1]))
@@ -200,8 +202,8 @@ class VideoWriter:
                 raise UserError(f"{self.path}: expected OpenCV to write {' or '.join(CODECS)} video of "
                                 f"{size[0]}×{size[1]} pixels at {self.rate:g} frames/s there, found that it cannot")
             if codec != CODECS[0]:
-                print_once("this OpenCV writes no VP9, so videos are MPEG-4, which browsers do not play; ffmpeg -i "
-                           f"{self.path.name} -c:v libx264 OTHER.mp4 converts one")
+                print_once("videos are MPEG-4, since this OpenCV cannot write them as VP9; browsers do not play them; "
+                           "ffmpeg -i VIDEO.mp4 -c:v libx264 OTHER.mp4 converts one")
             self.file, self.open = file, stack.pop_all()
 
     def close(self):

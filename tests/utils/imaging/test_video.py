@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
-from utils.common import command
+from utils.common import command, progress
 from utils.common.errors import UserError
 from utils.imaging import video
 from utils.inference.sliding import SlidingPredictor
@@ -257,7 +257,7 @@ def test_browsers_play_the_videos_or_the_way_to_convert_them_is_said(tmp_path, m
     for number, (codecs, expected, advices) in enumerate(((video.CODECS, ("vp09", "VP90"), 0),
                                                           (("yyyy", "mp4v"), ("mp4v", "FMP4"), 1))):
         monkeypatch.setattr(video, "CODECS", codecs)
-        cli.print_once.cache_clear()
+        progress.print_once.cache_clear()
         writer = video.VideoWriter(tmp_path / f"{number}.mp4", 25)
         writer.write(drawn_frames()[0])
         writer.close()

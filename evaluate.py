@@ -133,8 +133,8 @@ def get_parser():
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
                      "or the file of --export, and nothing else")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image: label ids, "
-                     "colours, colours over the image (these three), and the probability of the class that was chosen, "
-                     "in grey, 255 for certain; of videos the default leaves out label ids, which codecs would change: "
+                     "colors, colors over the image (these three), and the probability of the class that was chosen, "
+                     "in gray, 255 for certain; of videos the default leaves out label ids, which codecs would change: "
                      "they are a PNG for each frame")
     return parser
 
@@ -143,7 +143,7 @@ def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
     """Flags that say how images are predicted, with these defaults; window: name of the flag for its size."""
     group.add_argument(window, type=flags.size, metavar="H,W",
                        help="window, rounded up to 8k + 1, and no larger than the image; default: the training crop")
-    group.add_argument("--overlap", type=flags.probability, default=1 / 3, help="of neighbouring windows (1/3)")
+    group.add_argument("--overlap", type=flags.probability, default=1 / 3, help="of neighboring windows (1/3)")
     group.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
     group.add_argument("--scales", type=flags.scale, nargs="+", default=scales, help=f"({' '.join(map(str, scales))})")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=flip,
@@ -362,7 +362,7 @@ def score_snapshot(trained, data, machine, *, kinds, results):
     if processes is not None:
         processes.barrier()        # results are told when all have written their pictures
     if not evaluation.headline["fine"].matrix.any():
-        raise UserError(f"{dataset.pairs[0][1]} and {plural(len(dataset) - 1, 'other label map')}: expected labelled "
+        raise UserError(f"{dataset.pairs[0][1]} and {plural(len(dataset) - 1, 'other label map')}: expected labeled "
                         "pixels to score, found none; predictions for the Cityscapes server are made by --submission "
                         "FOLDER")
     if rank_and_size(processes)[0]:
@@ -511,7 +511,7 @@ def benchmark(trained, source, machine):
                 f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
                 f"{protocol.batch_size} at a time, scales "
                 f"{' '.join(f'{scale:g}' for scale in protocol.scales)}{', mirrored too' * protocol.flip}")
-    logger.info("{images_per_s:.3g} images/s, {ms:.4g} ms an image (median; spread {spread_ms:.3g}), "
+    logger.info("{images_per_s:.3g} images/s, {ms:.4g} ms per image (median; spread {spread_ms:.3g}), "
                 "{beyond_the_network:.1%} of it beyond the network; peak memory {peak_gb:.2f} GB".format(**took))
 
 

@@ -99,7 +99,7 @@ def add_data(parser):
                       "saturation by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
     data.add_argument("--input-size", type=flags.size, default=(769, 769), metavar="H,W",
                       help="crop, pixels, rounded up to 8k + 1, or to what fits a backbone of timm (769,769)")
-    data.add_argument("--batch-size", type=flags.batch_size, default=8, help="images a step, over all devices (8)")
+    data.add_argument("--batch-size", type=flags.batch_size, default=8, help="images per step, over all devices (8)")
     data.add_argument("--num-workers", type=flags.num_workers,
                       help="processes that read samples, for each that trains; default: by the number of cores")
     data.add_argument("--random-seed", type=flags.random_seed, default=1234, help="of everything random (1234)")
@@ -141,7 +141,7 @@ def add_network(parser):
     net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
                      "come from --restore-from")
 
-    optim = parser.add_argument_group("optimisation")
+    optim = parser.add_argument_group("optimization")
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(sgd)")
     optim.add_argument("--learning-rate", type=flags.positive(float), default=1e-2,
                        help="at the beginning, after a warmup if any; of the backbone (1e-2)")

@@ -157,7 +157,7 @@ def duplicates(facts):
     return problems
 
 
-def summarise(split, entries, problems, classes, listed):
+def summarize(split, entries, problems, classes, listed):
     """What check.json holds of a split.
 
     entries: what `inspect` says of its pairs; problems: [(kind, sentence)]; listed: number of pairs in the split.
@@ -230,13 +230,13 @@ def check(splits, classes, fast, workers):
         elif sentence:
             entries[0]["remarks"].append(("palettes differ", sentence))
         # The label maps of the official test split hold ignored ids only: its truth is not published.
-        labelled = sum(sum(entry["classes"][:classes.num_classes]) for entry in entries if "classes" in entry)
-        if entries and not labelled and split != "test":
-            problems.append(("nothing labelled", f"{split}: expected pixels of the {classes.num_classes} classes, "
+        labeled = sum(sum(entry["classes"][:classes.num_classes]) for entry in entries if "classes" in entry)
+        if entries and not labeled and split != "test":
+            problems.append(("nothing labeled", f"{split}: expected pixels of the {classes.num_classes} classes, "
                              "found only ignored ones"))
-        report[split] = summarise(split, entries, problems, classes, len(pairs))
+        report[split] = summarize(split, entries, problems, classes, len(pairs))
         absent = [name for name, pixels in report[split]["pixels"].items() if not pixels]
-        if absent and labelled and len(entries) == len(pairs):
+        if absent and labeled and len(entries) == len(pairs):
             report[split]["remarks"].append({"kind": "classes without pixels", "text": f"{split}: no pixels of "
                                              + ", ".join(absent)})
     return report, facts

@@ -215,20 +215,20 @@ class CityscapesDataset(Dataset):
         self.look_at_first()
         self._check_palettes(count)
         chosen = sorted({len(self) * k // count for k in range(count)})
-        labelled = False
+        labeled = False
         for index in chosen:
             image, path = self.pairs[index]
             try:
                 ids = read_ids(path)
                 if sentence := unclear_turn(image, path):
                     warn_once("turned by EXIF", sentence)
-                labelled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
+                labeled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
             except UserError as error:
                 raise self._with_line(index, error) from None
             if ids.ndim == 2 and self.classes.looks_like_train_ids(ids):
                 warnings.warn(f"{path}: its values look like train ids, but are read as ids ({self.classes.source}); "
                               "as ids the map is mostly void", stacklevel=2)
-        if not labelled:
+        if not labeled:
             raise UserError(f"{self.pairs[chosen[0]][1]} and {plural(len(chosen) - 1, 'other label map')}: "
                             f"expected pixels of the {plural(self.classes.num_classes, 'class')} of "
                             f"{self.classes.source}, found only ignored ones")
@@ -309,7 +309,7 @@ def compare_palettes(palettes):
     palettes: (path, {index: color}) of label maps, as `read_palette` finds them.
     """
     indices, colors, sentence = {}, {}, ""
-    remedy = "save ids as grey PNG, or red, green and blue with a color for each class in --classes"
+    remedy = "save ids as gray PNG, or red, green and blue with a color for each class in --classes"
     for path, palette in palettes:
         for index, color in palette.items():
             other, first = indices.setdefault(color, (index, path))

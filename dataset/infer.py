@@ -36,8 +36,8 @@ class LabelValues:
     Attributes:
         path: of the file.
         split: its split, or its list.
-        pixels: {value: number of pixels}; values are ids or, of a map of colours, (red, green, blue).
-        remedy: what helps where its colours seem to be ids, else "".
+        pixels: {value: number of pixels}; values are ids or, of a map of colors, (red, green, blue).
+        remedy: what helps where its colors seem to be ids, else "".
     """
 
     path: Path
@@ -101,19 +101,19 @@ def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
 
 
 def count_values(path):
-    """({value: pixels}, remedy) of a label map, as in `LabelValues`; black and white in colours are 0 and 255. Raises
+    """({value: pixels}, remedy) of a label map, as in `LabelValues`; black and white in colors are 0 and 255. Raises
     `UserError`."""
     ids, remedy = read_ids(path), ""
     if ids.ndim == 3:
-        grey = ids[..., 0]
-        if (ids != grey[..., None]).any() or ((grey != 0) & (grey != 255)).any():
+        gray = ids[..., 0]
+        if (ids != gray[..., None]).any() or ((gray != 0) & (gray != 255)).any():
             remedy = ids_in_channels(ids)
             packed = ids.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)      # (H, W)
             colors, counts = np.unique(packed, return_counts=True)
             most = np.argsort(-counts, kind="stable")[:UNKNOWN + 1]     # one more than a table can tell apart
             return {(int(color) >> 16, int(color) >> 8 & 255, int(color) & 255): int(count)
                     for color, count in zip(colors[most], counts[most], strict=True)}, remedy
-        ids = grey
+        ids = gray
     if ids.dtype == np.uint8:
         counts = np.bincount(ids.ravel())
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}, remedy
@@ -147,15 +147,15 @@ def _read_values(maps, values):
                     value in values and value != IGNORE_INDEX]
         table = _table([_row(f"class {value}", value, place, distinct_color(value)) for place, value in enumerate(
             classes)] + ignored)
-    doubt = (_doubt_greys(maps, values, table) or _doubt_gaps(maps, values, table)
+    doubt = (_doubt_grays(maps, values, table) or _doubt_gaps(maps, values, table)
              or _doubt_cityscapes(classes, table))
     if not doubt and (masks := _doubt_masks(maps, values)):
         return None, *masks     # a table to begin with would hold one of the readings
     return table, *(doubt or ("", ""))
 
 
-def _doubt_greys(maps, values, table):
-    """(found, remedy) where the values look like greys, as soft edges make them of masks; else None."""
+def _doubt_grays(maps, values, table):
+    """(found, remedy) where the values look like grays, as soft edges make them of masks; else None."""
     pixels = _count(maps)
     between = [value for value in values if 0 < value < values[-1]]
     share = sum(pixels[value] for value in between) / pixels.total()
@@ -166,7 +166,7 @@ def _doubt_greys(maps, values, table):
         return None
     why = (f"the {len(between)} values between are {100 * share:.2g} % of pixels, as soft edges, scaling or JPEG make "
            f"them of masks" if soft else
-           f"{len(most.pixels)} values in {most.path} look like greys of soft edges or of a picture, not like classes")
+           f"{len(most.pixels)} values in {most.path} look like grays of soft edges or of a picture, not like classes")
     otherwise = f"; if they are classes, say so by {table.as_advice()}" if table is not None else ""
     return f"{_shown(values)} ({between[-1]} in {_holding(maps, between[-1])})", (
         f"{why}: make masks black and white, in Python by PIL.Image.open(FILE).convert('L').point(lambda value: 255 * "
@@ -229,12 +229,12 @@ def _ignoring(values):
 
 
 def _doubt_colors(maps, values):
-    """As `_read_values`, for label maps of which some hold colours."""
+    """As `_read_values`, for label maps of which some hold colors."""
     colored = next(one for one in maps if any(isinstance(value, tuple) for value in one.pixels))
     plain = next((one for one in maps if one.pixels.keys() - {0, 255} and not any(
         isinstance(value, tuple) for value in one.pixels)), None)
     colors = sorted({value if isinstance(value, tuple) else (value, value, value) for value in values})
-    found = f"a label map of colours, such as {colors[-1]} in {_holding(maps, colors[-1])}"
+    found = f"a label map of colors, such as {colors[-1]} in {_holding(maps, colors[-1])}"
     if plain is not None:
         return None, f"{found}, beside ids in {plain.path}", "make all of them maps of ids"
     remedies = {one.remedy for one in maps if any(isinstance(value, tuple) for value in one.pixels)}
@@ -244,7 +244,7 @@ def _doubt_colors(maps, values):
         return None, found, "a network learns to tell at least two classes apart"
     if len(colors) > UNKNOWN:
         return None, f"{found}, and more than {UNKNOWN} others", (
-            "save label maps without soft edges, which mix the colours of classes")
+            "save label maps without soft edges, which mix the colors of classes")
     table = _table([_row(f"class {place}", place, place, color) for place, color in enumerate(colors)])
     return table, found, f"say what they mean by {table.as_advice()}"
 
@@ -296,7 +296,7 @@ def describe(maps, table, target):
             lines.append(f"  {name}: {100 * pixels[value] / pixels.total():.3g} % of pixels in {files[value]} of "
                          f"{plural(len(maps), 'file')}{', none in ' * bool(without)}{', '.join(without)}")
     if table.num_classes > 2:
-        lines.append("  A value that means \"no data\" or \"unlabelled\", often 0 or the last, is learnt like any "
+        lines.append("  A value that means \"no data\" or \"unlabeled\", often 0 or the last, is learnt like any "
                      f"other. To ignore one, copy {target}, set its train_id to 255 in the copy, empty all other "
                      "train_ids that are not 255, and give the copy to --classes")
     return lines

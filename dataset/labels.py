@@ -43,7 +43,7 @@ class ClassTable(Classes):
     Attributes, beside those of `Classes`:
         lookup: (65536,) id → train id, `IGNORE_INDEX` or `UNKNOWN`; uint8.
         negative: {negative id: train id or `IGNORE_INDEX`}.
-        color_lookup: {red · 65536 + green · 256 + blue: the rows of that colour}.
+        color_lookup: {red · 65536 + green · 256 + blue: the rows of that color}.
         remarks: sentences about the table that are due before it is used.
     """
 
@@ -104,7 +104,7 @@ class ClassTable(Classes):
                             f"{remedy}")
 
     def encode(self, ids, name="label map"):
-        """Ids (H, W), any integer dtype, or colours (H, W, 3) uint8 → train ids (H, W) uint8.
+        """Ids (H, W), any integer dtype, or colors (H, W, 3) uint8 → train ids (H, W) uint8.
 
         Raises `UserError` naming `name` where the table does not know a value.
         """
@@ -140,23 +140,23 @@ class ClassTable(Classes):
             shown = f"({', '.join(map(str, values))})"
             if not found:
                 remedy = ids_in_channels(colors) or self._row_remedy("ID", values)
-                raise UserError(f"{name}: expected the colours of {self.source}, found {shown}; {remedy}")
+                raise UserError(f"{name}: expected the colors of {self.source}, found {shown}; {remedy}")
             train_ids[packed == color] = self._class_of(found, shown, name)
         return train_ids
 
     def _class_of(self, rows, shown, name):
-        """The train id, or `IGNORE_INDEX`, of a colour that these rows of the table share."""
+        """The train id, or `IGNORE_INDEX`, of a color that these rows of the table share."""
         meant = {int(self.lookup[row["id"]]): row for row in rows}
         if len(meant) == 1:
             return next(iter(meant))
         scored = sorted(meant.keys() - {IGNORE_INDEX})
         names = ", ".join(f"{row['name']} (train id {row['train_id']})" for row in rows)
-        # Cityscapes gives pole and polegroup, which is ignored, one colour. They are of one category, and polegroup is
+        # Cityscapes gives pole and polegroup, which is ignored, one color. They are of one category, and polegroup is
         # rare: such pixels count as pole. Anything more ambiguous is an error.
         if len(scored) > 1 or len({row["category"] for row in rows}) > 1 or not rows[0]["category"]:
-            raise UserError(f"{name}: expected a colour for each class, found {shown}, which {self.source} gives to "
+            raise UserError(f"{name}: expected a color for each class, found {shown}, which {self.source} gives to "
                             f"{names}; use a map of ids")
-        warnings.warn(f"{self.source} gives the colour {shown} to {names}: all its pixels are learned and scored as "
+        warnings.warn(f"{self.source} gives the color {shown} to {names}: all its pixels are learned and scored as "
                       f"{meant[scored[0]]['name']}; only maps of ids tell them apart", stacklevel=4)
         return scored[0]
 
@@ -220,18 +220,18 @@ class ClassTable(Classes):
         return Path(self.source).parent == CITYSCAPES.parent or self.names == ClassTable.read().names
 
     def _remark_colors(self):
-        """[a sentence about classes that share a colour], or none."""
+        """[a sentence about classes that share a color], or none."""
         alike = {}
         for name, color in zip(self.names, self.palette.tolist(), strict=False):
             alike.setdefault(tuple(color), []).append(name)
         color, names = max(alike.items(), key=lambda item: len(item[1]))
         shown = ", ".join(names[:4]) + " ..." * (len(names) > 4)
-        return [f"{self.source} gives {shown} the same colour {color}, so that pictures do not tell them apart: give "
-                "each row a colour of its own"] * (len(names) > 1)
+        return [f"{self.source} gives {shown} the same color {color}, so that pictures do not tell them apart: give "
+                "each row a color of its own"] * (len(names) > 1)
 
 
 def ids_in_channels(colors):
-    """What helps where a label map of colours (H, W, 3) seems to hold ids in one or all of its channels, else ""."""
+    """What helps where a label map of colors (H, W, 3) seems to hold ids in one or all of its channels, else ""."""
     if (colors == colors[..., :1]).all():
         where, which = "red, green and blue are equal, as if ids were saved in three channels", "one"
     elif not colors[..., 1:].any():

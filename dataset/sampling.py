@@ -141,7 +141,7 @@ def make_loader(dataset: Dataset, *, start: int, stop: int, batch_size: int, par
     """The batches of the steps from `start` to `stop` - 1, or their parts.
 
     Args:
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         parts: in which a batch is taken, one after the other.
         rank, world: this process, and their number.
         workers: processes that read samples.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# The colour outside the image: the mean of ImageNet, which normalisation takes to about zero.
+# The color outside the image: the mean of ImageNet, which normalization takes to about zero.
 PADDING_COLOR = (124, 116, 104)
 
 
@@ -48,7 +48,7 @@ class Window:
         return self._fill_outside(pixels, image.shape, PADDING_COLOR)
 
     def label(self, label):
-        """label (H, W[, C]), any dtype → its values in the window, nearest neighbour, of `size`.
+        """label (H, W[, C]), any dtype → its values in the window, nearest neighbor, of `size`.
 
         Outside the source the values at its edge are repeated; `ignore_outside` overwrites them.
         """
@@ -80,7 +80,7 @@ class Window:
 class TrainTransform:
     """Random scale s, random window, random mirroring.
 
-    Coordinates are measured from the image's edge (pixel centres at 0.5, 1.5, ...): x in the source becomes s · x.
+    Coordinates are measured from the image's edge (pixel centers at 0.5, 1.5, ...): x in the source becomes s · x.
 
     Args:
         input_size: (height, width) of the window, pixels.

@@ -1,4 +1,4 @@
-"""Activated batch normalisation: the layers of the `inplace_abn` package 1.1.0 in PyTorch alone.
+"""Activated batch normalization: the layers of the `inplace_abn` package 1.1.0 in PyTorch alone.
 
 Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
 CVPR 2018. A layer is a batch norm and the activation after it. In a network of your own:
@@ -21,7 +21,7 @@ from utils.ops.autocast import without_autocast
 from utils.parallel.replicas import Replicas
 
 from . import backend, functions, kernels, recompute
-from .synchronise import combine, find_exchange
+from .synchronize import combine, find_exchange
 
 HALF = (torch.float16, torch.bfloat16)
 # Rounding y to half precision shifts the recovered x̂ by about ε · sqrt(x̂² + r²), r = |bias| / (|weight| + eps);
@@ -33,7 +33,7 @@ ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity")
 
 
 class ABN(nn.Module):
-    """Batch normalisation followed by an activation: y = act(x̂ · weight + bias).
+    """Batch normalization followed by an activation: y = act(x̂ · weight + bias).
 
     Args:
         num_features: channels C of the input.
@@ -112,7 +112,7 @@ class ABN(nn.Module):
         return self.training or self.running_mean is None
 
     def _exchange(self, x):
-        """How to reach the other parts of the batch (`libs.synchronise`); None: there are none."""
+        """How to reach the other parts of the batch (`libs.synchronize`); None: there are none."""
         return None
 
     def _run(self, x, settings):
@@ -123,7 +123,7 @@ class ABN(nn.Module):
             mean, invstd, count = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt(), None
             exchange = None     # nothing to share
         if not isinstance(exchange, Replicas):
-            return functions.Normalise.apply(x, self.weight, self.bias, mean, invstd, count, settings, exchange)
+            return functions.Normalize.apply(x, self.weight, self.bias, mean, invstd, count, settings, exchange)
         kept = x if settings.keep_input else None
         y, token = functions.NormaliseReplica.apply(x, self.weight, self.bias, mean, invstd, count, settings)
         if not recompute.replaying():
@@ -132,7 +132,7 @@ class ABN(nn.Module):
 
     @torch.no_grad()
     def _batch_statistics(self, x):
-        """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values a channel, and with whom it is shared.
+        """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values per channel, and with whom it is shared.
 
         The values are a number, or on a GPU those of each part (P,). Updates the running statistics.
         """
@@ -160,7 +160,10 @@ class ABN(nn.Module):
         return [self.running_mean, self.running_var, self._momentum_and_training()[0]]
 
     def _gather_statistics(self, x, own, exchange):
-        """Values a channel, mean and variance (C,) of all parts of the batch; `own`: values a channel of this part."""
+        """Count, mean and variance (C,) of all parts of the batch.
+
+        own: values per channel of this part.
+        """
         mean, var = functions.local_statistics(x)
         count = torch.full((1,), own, dtype=torch.double, device=mean.device)       # torch.tensor would wait
         parts = torch.stack(exchange.gather(torch.cat([count, mean.double(), (var * own).double()])))   # (P, 1 + 2C)
@@ -170,7 +173,7 @@ class ABN(nn.Module):
 
     def _check_count(self, count, x):
         if not isinstance(count, torch.Tensor) and count <= 1:      # tensors stay on the GPU
-            raise ValueError(f"{type(self).__name__}: expected more than one value a channel in training, found an "
+            raise ValueError(f"{type(self).__name__}: expected more than one value per channel in training, found an "
                              f"input of shape {tuple(x.shape)}")
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
@@ -206,7 +209,7 @@ class InPlaceABN(ABN):
         self._choice = SimpleNamespace(keeps_input=False, passes_left=0)
 
     def forward(self, x):
-        """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value a channel.
+        """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value per channel.
 
         Compiled, and alone, it is written in operations that the compiler knows, so that the graph stays whole: what
         is kept for the backward pass is then the compiler's to choose, and x is not overwritten.
@@ -269,7 +272,7 @@ class InPlaceABN(ABN):
         self._choice.passes_left = 0
 
 
-class _Synchronised:
+class _Synchronized:
     """Mixed into a norm: the statistics of the whole batch, over all processes or replicas that share it.
 
     Alone the norm is what it is without. Raises RuntimeError where parts of a batch cannot reach each other.
@@ -281,21 +284,21 @@ class _Synchronised:
         self.group = group
 
     def set_group(self, group):
-        """Synchronise with another process group from now on; not between forward and backward."""
+        """Synchronize with another process group from now on; not between forward and backward."""
         self.group = group
 
     def _exchange(self, x):
         return find_exchange(x, self.group, getattr(self, "_is_replica", False))
 
 
-class InPlaceABNSync(_Synchronised, InPlaceABN):
+class InPlaceABNSync(_Synchronized, InPlaceABN):
     """`InPlaceABN` with the statistics of the whole batch.
 
     Args as there; group: process group, None for the default one, looked up in each forward pass.
     """
 
 
-class ABNSync(_Synchronised, ABN):
+class ABNSync(_Synchronized, ABN):
     """`ABN` with the statistics of the whole batch. Args as in `InPlaceABNSync`."""
 
 

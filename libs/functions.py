@@ -123,7 +123,7 @@ def affine(x, mean, invstd, gamma, beta, out):
     return torch.mul(x, along(scale, x), out=out if x.dtype == invstd.dtype else None).add_(shift)
 
 
-def normalise(x, mean, invstd, gamma, beta, settings):
+def normalize(x, mean, invstd, gamma, beta, settings):
     """y (B, C, ...): in the storage of x unless the input is to be kept."""
     out = torch.empty_like(x) if settings.keep_input else x
     z = activate_(affine(x, mean, invstd, gamma, beta, out), settings)
@@ -198,10 +198,10 @@ def gradients_alone(found, factor, count, eps):
     return dx, (sum_dz, sum_normal_dz)
 
 
-def normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
-    """`normalise`, and in ctx what the backward pass needs: one large buffer, x or y."""
+def normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
+    """`normalize`, and in ctx what the backward pass needs: one large buffer, x or y."""
     gamma, beta = factors(weight, bias, settings, invstd)
-    y = normalise(x, mean, invstd, gamma, beta, settings)
+    y = normalize(x, mean, invstd, gamma, beta, settings)
     ctx.count, ctx.settings = count, settings
     if not settings.keep_input:
         ctx.mark_dirty(x)
@@ -209,13 +209,13 @@ def normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
     return y
 
 
-class Normalise(torch.autograd.Function):
+class Normalize(torch.autograd.Function):
     """The layer alone, or one of several processes: backward sums over them with `processes.total`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, invstd, count, settings, processes):
         ctx.processes = processes
-        return normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
+        return normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
 
     @staticmethod
     @once_differentiable
@@ -244,7 +244,7 @@ class NormaliseReplica(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, invstd, count, settings):
-        y = normalise_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
+        y = normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
         return y, torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
 
     @staticmethod

@@ -23,7 +23,7 @@ def statistics(x, eps):
 
 
 def combined_statistics(means, invstds, counts, running_mean, running_var, momentum, eps):
-    """Those of P parts of a batch, (P, C) each, of so many values a channel (P,) → of the batch, (C,), by one kernel.
+    """Those of P parts of a batch, (P, C) each, of so many values per channel (P,) → of the batch, (C,), by one kernel.
 
     Updates running statistics, unless they are None.
     """

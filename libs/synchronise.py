@@ -1,6 +1,6 @@
 """Statistics of the whole batch, whoever holds its parts.
 
-Each part gives its count, mean and centred second moment; Chan, Golub, LeVeque, "Updating formulae and a
+Each part gives its count, mean and centered second moment; Chan, Golub, LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances", 1979, combines them. There are two settings: processes of
 torch.distributed, and threads of `utils.replicas.run_replicas`.
 """
@@ -12,7 +12,7 @@ from utils.parallel.replicas import current_replica
 
 
 def combine(counts, means, moments):
-    """counts (P,), means and centred second moments (P, C) of P parts → count (), mean (C,), moment (C,)."""
+    """counts (P,), means and centered second moments (P, C) of P parts → count (), mean (C,), moment (C,)."""
     count = counts.sum()
     shares = (counts / count)[:, None]                                                     # (P, 1)
     mean = (shares * means).sum(0)
@@ -30,7 +30,7 @@ def find_exchange(x, group=None, is_replica=False):
         group: process group; None for the default one, looked up now.
         is_replica: the layer is a copy that `nn.DataParallel` made.
 
-    Raises RuntimeError where synchronisation is asked for and cannot be had.
+    Raises RuntimeError where synchronization is asked for and cannot be had.
     """
     if current_replica() is None:
         if is_replica:
@@ -38,7 +38,7 @@ def find_exchange(x, group=None, is_replica=False):
                                "nn.DataParallel, whose replicas cannot exchange statistics")
         ready = dist.is_available() and dist.is_initialized()
         if group is not None and not ready:
-            raise RuntimeError("InPlaceABNSync: expected torch.distributed to be initialised for the given group, "
+            raise RuntimeError("InPlaceABNSync: expected torch.distributed to be initialized for the given group, "
                                "found that it is not")
         if ready and dist.get_backend(group) == "nccl" and x.device.type != "cuda":
             raise RuntimeError(f"InPlaceABNSync: expected tensors on a GPU for the backend nccl, found {x.device}")

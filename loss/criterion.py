@@ -1,4 +1,4 @@
-"""The training loss: a weighted sum of the cross-entropies of a network's heads over the labelled pixels."""
+"""The training loss: a weighted sum of the cross-entropies of a network's heads over the labeled pixels."""
 
 import torch
 from torch import nn
@@ -39,11 +39,11 @@ class SegmentationCriterion(nn.Module):
                              torch.as_tensor(class_weights, dtype=torch.float32), persistent=False)
 
     def counts_hardest_only(self, name):
-        """Whether OHEM decides which of the labelled pixels count in a term."""
+        """Whether OHEM decides which of the labeled pixels count in a term."""
         return self.ohem and name == "fine"
 
-    def labelled(self, labels):
-        """What all labelled pixels of labels (B, H, W) count for: their number, or the sum of their weights; scalar."""
+    def labeled(self, labels):
+        """What all labeled pixels of labels (B, H, W) count for: their number, or the sum of their weights; scalar."""
         return pixel_weights(labels.long(), labels != self.ignore_index, self.class_weights).sum()
 
     def sums(self, outputs, labels):
@@ -63,7 +63,7 @@ class SegmentationCriterion(nn.Module):
                 for name in self.weights if name in outputs}
 
     def forward(self, outputs, labels):
-        """Logits by name, labels (B, H, W) → {name: scalar loss}, before weighting; 0 with nothing labelled."""
+        """Logits by name, labels (B, H, W) → {name: scalar loss}, before weighting; 0 with nothing labeled."""
         return {name: total / count.where(count > 0, 1) for name, (total, count) in self.sums(outputs, labels).items()}
 
     def total(self, losses):

@@ -28,7 +28,7 @@ from .layers import DROPOUT, classifier
 
 
 class ClassCenterBlock(nn.Module):
-    """CCB: one feature vector a class (section 3.2).
+    """CCB: one feature vector per class (section 3.2).
 
     Args:
         in_channels, key_channels: C and C'.

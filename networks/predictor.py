@@ -80,7 +80,7 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
         window: (height, width) in pixels, rounded up to 8k + 1, and no larger than the image; None for the crops of
             the training.
         whole: the whole image at once, no windows.
-        overlap: of neighbouring windows, as a share.
+        overlap: of neighboring windows, as a share.
         scales, flip: passes over an image; evaluate.py takes 0.75 to 2.0 by 0.25, each mirrored too.
         batch_size: windows at a time.
         raw_weights: those of the last step, also where the snapshot has a moving average.
@@ -104,7 +104,7 @@ class Predictor:
 
     Attributes:
         names: N class names, by train id.
-        palette: (N, 3) uint8 RGB, the colours of the classes.
+        palette: (N, 3) uint8 RGB, the colors of the classes.
         sliding: the `SlidingPredictor`: image → probabilities on the device.
     """
 
@@ -116,7 +116,7 @@ class Predictor:
         """Predict one image → `Prediction`.
 
         image: path of a file, which is turned upright by its EXIF orientation; `PIL.Image` of any mode; or uint8 array
-            or tensor of 0 to 255: RGB (H, W, 3), grey (H, W), or RGBA, whose transparency is left out.
+            or tensor of 0 to 255: RGB (H, W, 3), gray (H, W), or RGBA, whose transparency is left out.
 
         Raises ValueError for any other array, `UserError` for a file that cannot be read, and `MemoryError` where the
         device has too little memory.
@@ -127,7 +127,7 @@ class Predictor:
 class Prediction:
     """What a network makes of an image, at the image's size, as NumPy arrays.
 
-    Of many images keep `labels` alone: this object holds the probabilities, 4N bytes a pixel, on the device.
+    Of many images keep `labels` alone: this object holds the probabilities, 4N bytes per pixel, on the device.
 
     Attributes:
         labels: (H, W) uint8, the train id of the most probable class.
@@ -145,7 +145,7 @@ class Prediction:
 
     @property
     def colors(self):
-        """(H, W, 3) uint8 RGB, the colours of the classes."""
+        """(H, W, 3) uint8 RGB, the colors of the classes."""
         return self._classes.color(self.labels)
 
     @property

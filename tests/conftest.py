@@ -30,7 +30,7 @@ if hasattr(signal, "SIGHUP"):
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-# A network and crops small enough for many steps a second.
+# A network and crops small enough for many steps per second.
 SMALL = ["--gpu", "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "33,33", "--num-workers",
          "0", "--log-every", "1", "--amp", "off", "--panel-every", "1000"]
 
@@ -117,7 +117,7 @@ def camvid():
 
 
 @torch.no_grad()
-def randomise(module):
+def randomize(module):
     """Give every parameter and buffer a random value, so that no tensor can be swapped or left out unseen."""
     for name, tensor in module.state_dict().items():
         if name.endswith("running_var"):
@@ -137,7 +137,7 @@ def snapshot_content(step=7, classes=None, **shape):
              "leaky_relu", "ablations": [], "backbone": "eca_resnet18", "stem": "7x7", "average_downsample": False,
              "eca_kernels": [3, 5, 7, 7]} | shape
     network = build_network(**shape)
-    randomise(network)
+    randomize(network)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=1e-4)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter) / 1000

@@ -204,7 +204,7 @@ class FakeDevice(TorchDispatchMode):
         return torch.empty_like(x)
 
     def take(self, x, *vectors):
-        """A map and vectors of one value a channel, float32, on its device."""
+        """A map and vectors of one value per channel, float32, on its device."""
         for vector in vectors:
             need(vector.dtype == torch.float32 and vector.shape == (x.shape[1],) and vector.device == x.device
                  and vector.is_contiguous(), f"expected float32 ({x.shape[1]},) on {x.device}, found {vector.dtype} "

@@ -114,7 +114,7 @@ def test_one_run_reports_single_and_multi_scale(streets, snapshot, tmp_path):
                                                               "written.json"}
 
 
-def test_pictures_have_the_size_and_the_colours(streets, snapshot, tmp_path):
+def test_pictures_have_the_size_and_the_colors(streets, snapshot, tmp_path):
     run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip", "--whole")
     classes = ClassTable.read()
     for path in (tmp_path / "r/labelIds").iterdir():
@@ -360,7 +360,7 @@ def test_a_split_without_truth_is_a_sentence(streets, snapshot, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((128, 256), np.uint8)).save(target)
     (tmp_path / "leftImg8bit").symlink_to(streets / "leftImg8bit")
-    with pytest.raises(UserError, match="labelIds.png and 2 other label maps: expected labelled pixels.* --submission"):
+    with pytest.raises(UserError, match="labelIds.png and 2 other label maps: expected labeled pixels.* --submission"):
         run(tmp_path, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip")
 
 

@@ -130,7 +130,7 @@ def test_resume_needs_no_weights_but_the_snapshot(streets, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "average downsampling; input BGR" in shown and "--restore-from is not read" in shown
     assert resumed["config"]["network"]["average_downsample"] and resumed["step"] == 2
-    for more, message in ((["--normalization", "rgb"], "--resume .*: expected an input normalised by .*RGB"),
+    for more, message in ((["--normalization", "rgb"], "--resume .*: expected an input normalized by .*RGB"),
                           (["--downsample", "strided"], "--downsample strided: expected that of .*CS_scenes_2.pth")):
         with pytest.raises(UserError, match=message):
             run(streets, tmp_path / "s", "--resume", *more, steps=3)
@@ -177,7 +177,7 @@ def test_weights_go_from_one_run_into_another(streets, tmp_path, capsys):
     key = "backbone.layer3.0.conv1.weight"
     assert torch.equal(first["model"][key], second["model"][key])
     shown = capsys.readouterr().out
-    assert "ours: loaded" in shown and "(100.0% of the backbone's values)" in shown and "initialised" not in shown
+    assert "ours: loaded" in shown and "(100.0% of the backbone's values)" in shown and "initialized" not in shown
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="other.pth: expected weights of a residual network, found 1 tensors"):
         run(streets, tmp_path / "c", "--restore-from", str(tmp_path / "other.pth"))
@@ -374,7 +374,7 @@ def test_weights_that_a_step_has_ruined_are_not_called_the_state_before(streets,
 
 
 def finite_losses_then(monkeypatch, losses, last):
-    """Let the engine report these losses instead of its own, one a step, and then raise."""
+    """Let the engine report these losses instead of its own, one per step, and then raise."""
     step, given = Engine.step, iter(losses)
 
     def reporting(self, *args, **named):

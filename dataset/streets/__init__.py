@@ -1,9 +1,9 @@
-"""Draw labelled street scenes, laid out and named like Cityscapes, for a machine without the real data.
+"""Draw labeled street scenes, laid out and named like Cityscapes, for a machine without the real data.
 
     python -m dataset.streets OUT --train 200 --val 50 --size 256,512 --seed 0
 
 A camera stands on a road and looks along it. Ground and house fronts are planes; everything else is polygons in
-metres, drawn from far to near. Colours are drawn at random within each class, so that shape, place and texture have
+meters, drawn from far to near. Colors are drawn at random within each class, so that shape, place and texture have
 to tell what something is. The same seed gives the same files, byte for byte.
 
     camera.py       projection, and drawing into image and label maps
@@ -64,7 +64,7 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 
 def main():
     parser = flags.Parser(prog="python -m dataset.streets",
-                        description="Draw labelled street scenes in the layout of Cityscapes.")
+                        description="Draw labeled street scenes in the layout of Cityscapes.")
     parser.add_argument("out", type=flags.path, help="folder to make")
     parser.add_argument("--train", type=flags.not_negative(int, 999999), default=200, help="training scenes (200)")
     parser.add_argument("--val", type=flags.not_negative(int, 999999), default=50, help="validation scenes (50)")

@@ -1,4 +1,4 @@
-"""The camera: what turns polygons in metres into pixels, label ids and instance ids.
+"""The camera: what turns polygons in meters into pixels, label ids and instance ids.
 
 `Scene` holds the picture under construction and draws into it. `finish` makes a photograph of it: light, blur,
 sensor noise.
@@ -9,17 +9,17 @@ import numpy as np
 
 from ..labels import ClassTable
 
-CAMERA_HEIGHT = 1.6     # metres above the road
-FAR = 150.0             # metres; nothing is drawn beyond
+CAMERA_HEIGHT = 1.6     # meters above the road
+FAR = 150.0             # meters; nothing is drawn beyond
 IDS = {row["name"]: row["id"] for row in ClassTable.read().rows}
 INSTANCE_CLASSES = ("person", "rider", "car", "truck", "bus", "caravan", "trailer", "train", "motorcycle",
                     "bicycle")
 
 
 class Scene:
-    """A picture under construction: colours, label ids and instance ids, drawn through one pinhole camera.
+    """A picture under construction: colors, label ids and instance ids, drawn through one pinhole camera.
 
-    Points are (x, y, z) in metres: right of the camera, up from the road, ahead of the camera. There is no depth
+    Points are (x, y, z) in meters: right of the camera, up from the road, ahead of the camera. There is no depth
     buffer: what is drawn later covers what was drawn before.
 
     Args:
@@ -43,7 +43,7 @@ class Scene:
         self.instances = np.zeros((height, width), np.uint16)
         self.counts = dict.fromkeys(INSTANCE_CLASSES, 0)
         self.haze = np.array([205, 212, 220.0]) * rng.uniform(0.85, 1.05)
-        self.haze_range = rng.uniform(120, 500)     # metres after which 1/e of a colour is left
+        self.haze_range = rng.uniform(120, 500)     # meters after which 1/e of a color is left
         self.noise = periodic_noise(rng, 512)
 
     def project(self, points):
@@ -58,7 +58,7 @@ class Scene:
         return np.round(np.clip(self.project(points), -3e4, 3e4) * 16).astype(np.int32)
 
     def in_haze(self, color, z):
-        """Colours (..., 3) as seen over z metres."""
+        """Colors (..., 3) as seen over z meters."""
         clear = np.exp(-np.asarray(z, float) / self.haze_range)[..., None]
         return np.asarray(color, float) * clear + self.haze * (1 - clear)
 
@@ -80,20 +80,20 @@ class Scene:
             cv2.fillPoly(self.instances, [fixed], IDS[name] if instance is None else instance, shift=4)
 
     def upright(self, x, z, outline, color, name=None, instance=None):
-        """Fill an outline (n, 2) of (right, up) metres that stands at (x, z) and faces the camera."""
+        """Fill an outline (n, 2) of (right, up) meters that stands at (x, z) and faces the camera."""
         outline = np.asarray(outline, float).reshape(-1, 2)
         points = np.stack([x + outline[:, 0], outline[:, 1], np.full(len(outline), z)], axis=1)
         self.polygon(points, color, name, instance)
 
     def bar(self, x, z, start, end, width, color, name=None, instance=None):
-        """A straight bar between two (right, up) points of the plane that stands at (x, z); width in metres."""
+        """A straight bar between two (right, up) points of the plane that stands at (x, z); width in meters."""
         start, end = np.asarray(start, float), np.asarray(end, float)
         along = (end - start) / max(np.linalg.norm(end - start), 1e-6)
         side = np.array([-along[1], along[0]]) * width / 2
         self.upright(x, z, [start + side, end + side, end - side, start - side], color, name, instance)
 
     def shadow(self, x, z, half_width, half_length, strength=0.55):
-        """Darken an ellipse of the ground, centre (x, z), half axes in metres; strength: what is left of the light."""
+        """Darken an ellipse of the ground, center (x, z), half axes in meters; strength: what is left of the light."""
         angle = np.linspace(0, 2 * np.pi, 24)
         points = np.stack([x + half_width * np.cos(angle), 0 * angle,
                            np.maximum(z + half_length * np.sin(angle), 1)], axis=1)
@@ -103,13 +103,13 @@ class Scene:
         self.image[mask] = (self.image[mask] * strength).astype(np.uint8)
 
     def fill(self, mask, colors, name):
-        """Paint the pixels of a mask (H, W) in colours (n, 3) and label them."""
+        """Paint the pixels of a mask (H, W) in colors (n, 3) and label them."""
         self.image[mask] = np.clip(colors, 0, 255)
         self.ids[mask] = IDS[name]
         self.instances[mask] = IDS[name]
 
     def grain(self, u, v, scale):
-        """Smooth noise in -1 to 1 at surface coordinates u, v (metres); it repeats after `scale` metres."""
+        """Smooth noise in -1 to 1 at surface coordinates u, v (meters); it repeats after `scale` meters."""
         u, v = ((np.asarray(a, float) / scale * 512).astype(np.int64) % 512 for a in (u, v))
         return self.noise[v, u]
 
@@ -118,9 +118,9 @@ class Scene:
         return choices[self.rng.integers(len(choices))]
 
     def color(self, low=40, high=220, saturation=1.0):
-        """A random RGB colour (3,) with values from low to high; saturation 0 is grey."""
-        grey = self.rng.uniform(low, high)
-        return np.clip(grey + (self.rng.uniform(low, high, 3) - grey) * saturation, 0, 255)
+        """A random RGB color (3,) with values from low to high; saturation 0 is gray."""
+        gray = self.rng.uniform(low, high)
+        return np.clip(gray + (self.rng.uniform(low, high, 3) - gray) * saturation, 0, 255)
 
 
 def periodic_noise(rng, size):

@@ -1,8 +1,8 @@
 """Objects that stand on the ground: vehicles, people and two-wheelers, plants, street furniture.
 
-Every `draw_*(scene, x, z, ...)` draws one of them at x metres to the right and z metres ahead (its near end). Names
-that they share: `half` is half of a width, `top` a height, both in metres; `away` says whether a vehicle drives away
-from the camera or towards it, `ridden` whether somebody sits on a two-wheeler.
+Every `draw_*(scene, x, z, ...)` draws one of them at x meters to the right and z meters ahead (its near end). Names
+that they share: `half` is half of a width, `top` a height, both in meters; `away` says whether a vehicle drives away
+from the camera or toward it, `ridden` whether somebody sits on a two-wheeler.
 """
 
 import cv2
@@ -15,7 +15,7 @@ from .camera import IDS
 def loft(scene, x, z, length, section, name, instance):
     """Draw a solid of the given length by its cross-sections, from far to near.
 
-    section: function of t, from 0 (near end) to 1, that gives [(outline, colour)]. Sections behind the first are
+    section: function of t, from 0 (near end) to 1, that gives [(outline, color)]. Sections behind the first are
     darker: their edges make up the visible side.
     """
     pixels = scene.focal * max(abs(x), 1.0) * (1 / max(z, 1) - 1 / (z + length))
@@ -71,7 +71,7 @@ def draw_car(scene, x, z, away):
 
 
 def _draw_near_end(scene, x, z, half, belt, away, paint):
-    """Lights, plate, bumper and tyres of the end that faces the camera."""
+    """Lights, plate, bumper and tires of the end that faces the camera."""
     lamp = (200, 30, 25) if away else (250, 248, 225)
     for side in (-1, 1):
         scene.upright(x + side * half * 0.76, z, box(half * 0.17, belt * 0.70, belt * 0.84), lamp)
@@ -186,7 +186,7 @@ def draw_person(scene, x, z):
 
 
 def _draw_upper_body(scene, x, z, hip, scale, name, instance, lean, reach):
-    """Trunk, arms and head above the hips; lean and reach of the hands sideways, in metres at scale 1."""
+    """Trunk, arms and head above the hips; lean and reach of the hands sideways, in meters at scale 1."""
     coat, skin = scene.color(30, 235, 1.0), np.array(scene.choice(*SKIN))
     shoulder = hip + 0.58 * scale
     top = lean * scale
@@ -204,8 +204,8 @@ def _draw_upper_body(scene, x, z, hip, scale, name, instance, lean, reach):
     scene.upright(x, z, hair, scene.color(15, 120, 0.4), name, instance)
 
 
-def _draw_wheel(scene, x, z, middle, radius, name, instance, tyre):
-    """A wheel seen from the side: the whole disc is labelled, only tyre and spokes are painted."""
+def _draw_wheel(scene, x, z, middle, radius, name, instance, tire):
+    """A wheel seen from the side: the whole disc is labeled, only tire and spokes are painted."""
     angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     fixed = scene.fixed_point([(x + middle + p[0] * radius, radius + p[1] * radius, z) for p in ring])
@@ -213,7 +213,7 @@ def _draw_wheel(scene, x, z, middle, radius, name, instance, tyre):
     cv2.fillPoly(scene.instances, [fixed], instance, shift=4)
     for a, b in zip(ring, np.roll(ring, -1, axis=0), strict=True):
         scene.bar(x, z, (middle + a[0] * radius, radius + a[1] * radius),
-                  (middle + b[0] * radius, radius + b[1] * radius), tyre, (25, 25, 27))
+                  (middle + b[0] * radius, radius + b[1] * radius), tire, (25, 25, 27))
     for k in range(0, 28, 4):
         scene.bar(x, z, (middle, radius), (middle + ring[k, 0] * radius, radius + ring[k, 1] * radius), 0.012,
                   (150, 150, 155))
@@ -261,7 +261,7 @@ def draw_motorcycle(scene, x, z, ridden):
 
 
 def _draw_rider(scene, x, z, seat, hip, facing):
-    """A person on a two-wheeler. seat: metres right of x; hip: metres above the road; facing: -1 left, 1 right."""
+    """A person on a two-wheeler. seat: meters right of x; hip: meters above the road; facing: -1 left, 1 right."""
     instance = scene.new_instance("rider")
     legs = scene.color(25, 150, 0.5)
     knee, foot = (seat + 0.36 * facing, hip - 0.15), (seat + 0.22 * facing, 0.34)
@@ -273,7 +273,7 @@ def _draw_rider(scene, x, z, seat, hip, facing):
 # ---- street furniture and plants ----
 
 def draw_foliage(scene, x, z, height, half, spread, trunk=0.0):
-    """A crown of overlapping clumps of leaves, about `height - spread / 2` to `height + spread / 2` metres high.
+    """A crown of overlapping clumps of leaves, about `height - spread / 2` to `height + spread / 2` meters high.
 
     half: half of its width; trunk: height below which there are no leaves.
     """
@@ -307,7 +307,7 @@ def draw_bush(scene, x, z):
 
 
 def draw_pole(scene, x, z, top=None):
-    """A pole of `top` metres, or of a random height. Returns its colour."""
+    """A pole of `top` meters, or of a random height. Returns its color."""
     color = scene.color(50, 160, 0.1)
     top = top or scene.rng.uniform(4.5, 7)
     scene.upright(x, z, box(0.11, 0, top, 0.08), color, "pole")
@@ -356,7 +356,7 @@ def draw_traffic_sign(scene, x, z):
 
 
 def draw_void(scene, x, z):
-    """A bin, box or bench, labelled static or dynamic: void, classes that are not scored."""
+    """A bin, box or bench, labeled static or dynamic: void, classes that are not scored."""
     color, half, top = scene.color(40, 170, 0.5), scene.rng.uniform(0.3, 0.6), scene.rng.uniform(0.7, 1.2)
     name = scene.choice("static", "dynamic")
     scene.shadow(x, z, half + 0.1, 0.3, 0.7)

@@ -25,12 +25,12 @@ from .surfaces import draw_front, draw_ground, draw_sky, draw_skyline
 # Chance alone would leave these out of small data sets. Each scene must hold two of them, in turn, so that every class
 # is in every split.
 RARE_CLASSES = ("train", "truck", "bus", "motorcycle", "rider", "wall", "fence", "traffic light", "traffic sign")
-# Metres of road that a vehicle keeps free of others; objects without an entry may stand anywhere.
+# Meters of road that a vehicle keeps free of others; objects without an entry may stand anywhere.
 LENGTHS = {draw_car: 5.2, draw_truck: 9.5, draw_bus: 12.5, draw_train: 30.5}
 
 
 def choose_layout(rng):
-    """Widths and details of one street: a dict, lengths in metres.
+    """Widths and details of one street: a dict, lengths in meters.
 
     left, right: x of the road's edges; lane: x of the middle of the camera's lane; sidewalk_left, sidewalk_right:
     widths; rails: x of a tram's track, or None; phase: shift of the dashes in the middle; edge_lines: whether there
@@ -46,11 +46,11 @@ def choose_layout(rng):
 
 
 def front_segments(scene, names, probabilities, heights):
-    """A row of house fronts, walls, fences or hedges from near to far: dicts, lengths in metres.
+    """A row of house fronts, walls, fences or hedges from near to far: dicts, lengths in meters.
 
     names: classes to choose from, None for a gap; probabilities: of each; heights: {class: (lowest, highest)}.
 
-    Each dict holds name, start and end (z), height, style (0 to 2, a variant of its kind), colours (color, trim,
+    Each dict holds name, start and end (z), height, style (0 to 2, a variant of its kind), colors (color, trim,
     accent), light (brightness), and for buildings floor (height of one), bay (distance of windows), wide (half of a
     window's width, in bays), shop (whether there are shops), door (its place) and seed (of the windows' brightness).
     """
@@ -127,7 +127,7 @@ def place_objects(scene, layout, required):
             add(z, draw, lane, z, away)
             z += rng.uniform(14, 30)
     z = rng.uniform(5, 12)
-    while z < 55:       # parked at the kerb
+    while z < 55:       # parked at the curb
         if rng.uniform() < 0.55:
             add(z, draw_car, right - 1.0, z, rng.uniform() < 0.7)
         z += rng.uniform(5.5, 9)

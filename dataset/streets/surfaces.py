@@ -1,7 +1,7 @@
 """Surfaces: sky, skyline, ground with road markings, and the rows of fronts beside the street.
 
 Ground and fronts are planes. The point of the plane that a pixel shows is found by intersecting the pixel's ray with
-it, and is coloured by its coordinates in metres.
+it, and is colored by its coordinates in meters.
 """
 
 import numpy as np
@@ -97,7 +97,7 @@ def _markings(x, z, layout):
 def draw_front(scene, side, distance, segments):
     """One row of house fronts, walls, fences or hedges, on the plane x = side · distance.
 
-    side: -1 left, 1 right; distance: metres; segments: dicts of `scene.front_segments`.
+    side: -1 left, 1 right; distance: meters; segments: dicts of `scene.front_segments`.
     """
     for segment in segments:
         if segment["name"] == "building":       # the gable end that faces the camera
@@ -121,8 +121,8 @@ def draw_front(scene, side, distance, segments):
         scene.fill(whole, colors[solid], segment["name"])
 
 
-# Painters colour n points of a front: `along` and `up` (n,) are their places on it in metres, `behind` (n, 3) the
-# colours drawn so far. They return colours (n, 3) and a mask (n,) of the points that belong to the front.
+# Painters color n points of a front: `along` and `up` (n,) are their places on it in meters, `behind` (n, 3) the
+# colors drawn so far. They return colors (n, 3) and a mask (n,) of the points that belong to the front.
 
 def paint_building(scene, segment, along, up, behind):
     """Windows in rows, a ground floor with a door and perhaps shops, a cornice."""
@@ -163,7 +163,7 @@ def paint_wall(scene, segment, along, up, behind):
 
 
 def paint_fence(scene, segment, along, up, behind):
-    """Pickets, mesh or railing; what lies behind shows between the bars but is labelled fence."""
+    """Pickets, mesh or railing; what lies behind shows between the bars but is labeled fence."""
     pitch = (0.25, 0.14, 0.5)[segment["style"]]
     bars = along % pitch < pitch * (0.55, 0.22, 0.16)[segment["style"]]
     rails = (np.abs(up - 0.25) < 0.05) | (np.abs(up - segment["height"] + 0.12) < 0.06)

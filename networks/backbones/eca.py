@@ -55,7 +55,7 @@ class ECA(nn.Module):
     """Scale each channel by ω = σ(Conv1D_k(y)), y the spatial mean of every channel (equation 9).
 
     Args:
-        kernel_size: k, the odd number of neighbouring channels that decide one weight.
+        kernel_size: k, the odd number of neighboring channels that decide one weight.
     """
 
     def __init__(self, kernel_size):

@@ -179,7 +179,7 @@ class ResNet(nn.Module):
                 in_channels = out_channels
                 blocks[-1].light = recompute == "light"
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, images):
         """images (B, 3, H, W) → [stage 1, 2, 3, 4], each (B, channels[i], h, w).
@@ -226,7 +226,7 @@ def _downsample(in_channels, out_channels, stride, norm, average, unstrided):
                          norm(out_channels, activation="identity"))
 
 
-def _initialise(network):
+def _initialize(network):
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -80,7 +80,7 @@ class TimmBackbone(nn.Module):
     authors do for segmentation (Wang et al., TPAMI 2020, HRNetV2). Plain transformers give the map after the last block
     and the one after two thirds of them.
 
-    Sides that a network cannot take are padded with zeros, the mean colour, on the right and below. Logits are
+    Sides that a network cannot take are padded with zeros, the mean color, on the right and below. Logits are
     upsampled with aligned corners everywhere: exact for a network whose maps lie on the pixels 0, r, 2r, ...; of one
     that cuts the image into patches the outermost places stand for the middle of a patch, and land on the border, up
     to half a patch away.
@@ -303,7 +303,7 @@ def _classifiers(backbone):
 def _record_loading():
     """Inside, what `load_state_dict` does is noted: (the module's tensors by name, those given, what it returned).
 
-    timm loads into the whole network, says what was missing only in its log, and cuts the network down afterwards.
+    timm loads into the whole network, says what was missing only in its log, and cuts the network down afterward.
     """
     loads, load = [], nn.Module.load_state_dict
 
@@ -328,10 +328,10 @@ def share_statistics(network, devices, processes):
     norms = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.backbone.modules())
     if not norms or processes is None and len(devices) == 1:
         return
-    if processes is not None and devices[0].type == "cuda":     # PyTorch synchronises on GPUs alone, one a process
+    if processes is not None and devices[0].type == "cuda":     # PyTorch synchronizes on GPUs alone, one per process
         from timm.layers import convert_sync_batchnorm
 
         network.backbone.body = convert_sync_batchnorm(network.backbone.body)
     else:
         logger.info(f"{norms} batch norms of the backbone see the share of a device alone: those of timm are "
-                    "synchronised among processes on GPUs only; small shares make their statistics noisy")
+                    "synchronized among processes on GPUs only; small shares make their statistics noisy")

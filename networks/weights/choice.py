@@ -45,7 +45,8 @@ class NetworkChoice:
             raise UserError(f"--activation relu: expected --norm bn with it, found --norm {self.norm}")
         if batch_size // accumulate < model.least_crops:
             raise UserError(f"--batch-size {batch_size}: expected at least two crops in each part with --model "
-                            f"{self.model}, found one, of which its norms after pooling would see one value a channel")
+                            f"{self.model}, found one, of which its norms after pooling would see one value per "
+                            "channel")
         if self.ablations and model.head != "acf":
             raise UserError(f"--ablations {' '.join(self.ablations)}: expected a --model with ACF, found {self.model}")
         if loss_weights and loss_weights.keys() != model.loss_weights.keys():

@@ -84,7 +84,7 @@ def is_snapshot(content):
     return "rng" in content or isinstance(config, dict) and "network" in config
 
 
-def recognise(content, name):
+def recognize(content, name):
     """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
     if is_snapshot(content):
         return weights_of(snapshot.parse(name, with_head(content)))

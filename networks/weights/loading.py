@@ -1,6 +1,6 @@
 """Weights from files into a network, with an account of every tensor.
 
-Families are recognised from the files themselves:
+Families are recognized from the files themselves:
 
     ours         snapshots of train.py, or a network's or backbone's state dict
     ECANet       eca_resnet{18,34,50,101,152}_k????.pth.tar: 7×7 stem, `layerN.M.eca.conv.weight`
@@ -9,7 +9,7 @@ Families are recognised from the files themselves:
     torchvision  resnet{18,34,50,101,152}, as files or by torchvision's name for them
     CSAIL        resnet{18,50,101}-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
 
-and so is the input normalisation they expect. With a backbone `timm:NAME` timm itself reads its files.
+and so is the input normalization they expect. With a backbone `timm:NAME` timm itself reads its files.
 """
 
 import re
@@ -20,7 +20,7 @@ import torch
 from libs.convert import norm_kind, norms_and_convolutions, to_in_place, to_plain
 from utils.common.errors import UserError
 
-from .families import Weights, recognise
+from .families import Weights, recognize
 
 
 @dataclass
@@ -33,19 +33,19 @@ class Account:
     name: str
     family: str
     loaded: list = field(default_factory=list)
-    initialised: dict = field(default_factory=dict)
+    initialized: dict = field(default_factory=dict)
     ignored: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
     share: float = 0.0
 
     def as_json(self):
         return {"file": self.name, "family": self.family, "backbone_loaded": self.share, "loaded": self.loaded,
-                "initialised": self.initialised, "ignored": self.ignored, "notes": self.notes}
+                "initialized": self.initialized, "ignored": self.ignored, "notes": self.notes}
 
     def __str__(self):
         lines = [f"{self.name}, {self.family}: loaded {len(self.loaded)} tensors ({self.share:.1%} of the backbone's "
                  "values)"]
-        for title, found in (("initialised", self.initialised), ("ignored", self.ignored)):
+        for title, found in (("initialized", self.initialized), ("ignored", self.ignored)):
             reasons = {}
             for key, reason in found.items():
                 reasons.setdefault(reason, []).append(key)
@@ -70,7 +70,7 @@ def load_weights(network, weights, name="", allow_partial=False):
         `Account`. Raises `UserError` when a convolution of a stage has no counterpart, nothing fits, or too little.
     """
     if not isinstance(weights, Weights):
-        weights = recognise(weights, name)
+        weights = recognize(weights, name)
     target, account = network.state_dict(), Account(weights.name, weights.family)
     fitting = {}
     for key, value in weights.state.items():
@@ -97,10 +97,10 @@ def load_weights(network, weights, name="", allow_partial=False):
     account.loaded = [key for key in fitting if key not in neutral or ".eca." not in key]
     for key in counted:
         if key not in fitting:
-            account.initialised[key] = ("another number of classes" if key in account.ignored
+            account.initialized[key] = ("another number of classes" if key in account.ignored
                                         else "no counterpart in the file")
         elif key in neutral and ".eca." in key:
-            account.initialised[key] = "no attention in the file: 0, and the norm before it doubled, so nothing changes"
+            account.initialized[key] = "no attention in the file: 0, and the norm before it doubled, so nothing changes"
     fitting, note = _convert_norms(network, fitting, weights.norm)
     account.notes += [note] * bool(note)
     network.load_state_dict(fitting, strict=False)

@@ -58,7 +58,7 @@ class Snapshot:
         path: of the file, for messages.
         model: names → tensors; names, shapes and kinds are those of the network that `config` describes.
         step: steps done.
-        optimizer: {number of the parameter: {name: tensor}}, its state, or None without an optimiser.
+        optimizer: {number of the parameter: {name: tensor}}, its state, or None without an optimizer.
         scaler: state of the loss scale; empty without one.
         rng: states of the random generators (`checkpoint.random_state`) of every process, or None.
         quick_mean_iou: result of the quick validation, in the best snapshot alone.
@@ -213,7 +213,7 @@ def shown(value):
 
 def _kind(tensor):
     if tensor.is_nested or tensor.is_quantized:
-        return "nested" if tensor.is_nested else "quantised"
+        return "nested" if tensor.is_nested else "quantized"
     return "without values" if tensor.device.type == "meta" else str(tensor.layout).removeprefix("torch.")
 
 
@@ -255,7 +255,7 @@ def _config(field, resuming):
 
 
 def _optimizer(field, network, config):
-    """{number of the parameter: {name: tensor}}, of the state of PyTorch's optimisers."""
+    """{number of the parameter: {name: tensor}}, of the state of PyTorch's optimizers."""
     field.table()
     parameters, arguments = list(network.parameters()), config.arguments or {}
     groups = field["param_groups"].fields()

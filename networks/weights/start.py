@@ -20,12 +20,12 @@ from ..backbones.choose import choose_backbone
 from ..backbones.names import BACKBONE, find_backbone
 from . import snapshot
 from .card import CONFIG
-from .families import Weights, is_snapshot, recognise, state_dict_of, with_head
+from .families import Weights, is_snapshot, recognize, state_dict_of, with_head
 from .snapshot import Snapshot
 
 
 def read_weights(path, backbone=None):
-    """Read and recognise a file → `Weights`. Raises `UserError` that says what the file looks like.
+    """Read and recognize a file → `Weights`. Raises `UserError` that says what the file looks like.
 
     path: of a file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2; backbone: that the
     flags name, for which timm reads the file if it is one of its own.
@@ -38,7 +38,7 @@ def read_weights(path, backbone=None):
     content = _exported(path, content) or content
     if find_backbone(backbone or BACKBONE).weights_by_timm and not is_snapshot(content):
         return timm_weights(backbone, state_dict_of(content, str(path)), str(path))
-    return recognise(content, str(path))
+    return recognize(content, str(path))
 
 
 def timm_weights(backbone, state=None, name="--pretrained"):
@@ -136,7 +136,7 @@ def _fetch(name):
 
 
 def _look(path):
-    """Recognise what is no file of weights from its first bytes, before the rest is read."""
+    """Recognize what is no file of weights from its first bytes, before the rest is read."""
     if os.path.isdir(path):
         names = {file.name for file in path.iterdir()}
         if "latest" in names or any("zero_pp_rank" in name or "mp_rank" in name for name in names):

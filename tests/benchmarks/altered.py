@@ -108,7 +108,7 @@ class PredictorWithTruth(SlidingPredictor):
 
 
 def score_with_truth(predicting, items, num_classes):
-    """`score`, whose predictor sees the truth, which images do not show afterwards."""
+    """`score`, whose predictor sees the truth, which images do not show afterward."""
     for image in score(predicting, map(add_truth, items), num_classes):
         yield image._replace(item=hide_truth(image.item))
 

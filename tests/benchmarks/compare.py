@@ -265,7 +265,7 @@ def find_costs(comparison, device):
 
 
 def cost(comparison, path, image, device):
-    """Parameters, MACs, kept bytes a pixel and milliseconds for an image (H, W, 3), of a snapshot's network."""
+    """Parameters, MACs, kept bytes per pixel and milliseconds for an image (H, W, 3), of a snapshot's network."""
     scoring = evaluate.get_parser().parse_args([*comparison.protocol, "--restore-from", str(path)])
     args, amp = comparison.args, comparison.amp or best_precision(device)
     exact_float32(amp, device)
@@ -342,7 +342,8 @@ def as_text(rows, comparison):
                f"fine − {comparison.base}": [score(row, "difference") for row in rows]}
     for title, name, unit in (("parameters, M", "parameters", 1e6), ("MACs, G", "macs", 1e9),
                               ("training, images/s", "images_per_second", 1),
-                              ("kept, KB a pixel", "kept_bytes_a_pixel", 1e3), ("evaluation, ms", "evaluation_ms", 1)):
+                              ("kept, KB per pixel", "kept_bytes_a_pixel", 1e3),
+                              ("evaluation, ms", "evaluation_ms", 1)):
         columns[title] = [number(row[name], unit) for row in rows]
     lines = ["" for _ in range(len(rows) + 1)]
     for title, cells in columns.items():

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.inference [--runs 5]              beyond the network, against the earlier public code
     python -m tests.benchmarks.inference --network [--runs 3]    forward pass against torchvision's deeplabv3_resnet101,
                                                                  and what preparing it for evaluation brings
-    python -m tests.benchmarks.inference --images                images a second at 1024×2048, for a GPU
+    python -m tests.benchmarks.inference --images                images per second at 1024×2048, for a GPU
 
 Beyond the network: an image of 1024×2048, windows of 769×769, a stand-in that returns ready logits; from the uint8
 image to labels. The earlier public code's way, written out below, upsamples every window's logits, adds them up and

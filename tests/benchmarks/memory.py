@@ -62,7 +62,7 @@ def write():
                 parts, _ = kept_bytes(network, images, dtype)
             key = table_key(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
             counted[key] = round(sum(parts.values()) / images[:, 0].numel())
-            print(f"{key}: {counted[key]} bytes a pixel", flush=True)
+            print(f"{key}: {counted[key]} bytes per pixel", flush=True)
     files.write_json(TABLE, counted)
 
 
@@ -82,14 +82,14 @@ def main():
     if not args.all:
         parts, pixels = measure(args.backbone, AMP[args.amp], args.recompute, args.size, args.norm)
         for part, size in parts.items():
-            print(f"{part:<20}{size / pixels:>10.0f} bytes a pixel")
-        print(f"{'all':<20}{sum(parts.values()) / pixels:>10.0f} bytes a pixel")
+            print(f"{part:<20}{size / pixels:>10.0f} bytes per pixel")
+        print(f"{'all':<20}{sum(parts.values()) / pixels:>10.0f} bytes per pixel")
         return
     for amp in AMP:
         for norm, recompute in (("bn", "none"), *(("inplace_abn", c) for c in RECOMPUTE)):
             parts, pixels = measure(args.backbone, AMP[amp], recompute, args.size, norm)
             print(f"amp {amp:<5} norm {norm:<12} recompute {recompute:<6}"
-                  f"{sum(parts.values()) / pixels / 1000:>8.2f} KB a pixel", flush=True)
+                  f"{sum(parts.values()) / pixels / 1000:>8.2f} KB per pixel", flush=True)
 
 
 def kept_bytes(network, images, autocast=None):

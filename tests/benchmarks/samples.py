@@ -3,7 +3,7 @@
     python -m tests.benchmarks.samples [--images 8] [--runs 5]
 
 Streets are drawn at full size first, with the noise of a sensor over them: it compresses as badly as a photograph's,
-to 2 bytes a pixel and more, and decoding takes as long. Compared, in turns: decoding the two files by OpenCV alone,
+to 2 bytes per pixel and more, and decoding takes as long. Compared, in turns: decoding the two files by OpenCV alone,
 and by Pillow; as the data set does, with all checks; the sample; the sample from --cache; the plain order (scale
 everything, map all labels, then crop), as the earlier public code has it. Medians over all images and runs; ratios to
 OpenCV alone. Also the sizes of cached arrays, plain and compressed, and what reading compressed ones takes.
@@ -32,7 +32,7 @@ SIZE = (769, 769)
 
 
 def plain_order(path, label_path, classes, rng):
-    """Scale the whole image and label, normalise, then crop and mirror."""
+    """Scale the whole image and label, normalize, then crop and mirror."""
     image, label = read_image(path), classes.encode(read_ids(label_path))
     scale = rng.uniform(0.5, 2.0)
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
@@ -76,7 +76,7 @@ def main():
         write_dataset(Path(folder), train=args.images, val=1, size=(1024, 2048), seed=0, workers=2)
         dataset = CityscapesDataset(folder, classes=classes, transform=transform)
         sizes = [add_noise(path, args.noise, seed) for seed, (path, _) in enumerate(dataset.pairs)]
-        print(f"{len(sizes)} images of {median(sizes):.2f} bytes a pixel")
+        print(f"{len(sizes)} images of {median(sizes):.2f} bytes per pixel")
         cached = CityscapesDataset(folder, classes=classes, transform=transform, cache=Path(folder) / "cache")
         cached.fill_cache(2)
         ways = {"OpenCV alone": lambda i, entry: by_opencv(*dataset.pairs[i]),

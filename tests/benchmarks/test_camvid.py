@@ -14,7 +14,7 @@ from networks.build import build_network
 from networks.predictor import load_network
 from tests.benchmarks import altered, compare, contribution
 from tests.benchmarks import camvid as comparison
-from tests.conftest import randomise
+from tests.conftest import randomize
 from utils.common.errors import UserError
 
 
@@ -72,7 +72,7 @@ def test_true_centers_see_the_truth_and_only_that():
     """The mean feature of each class's pixels, written out; without the truth it is the network it was made of."""
     shape = {"model": "acfnet_resnet", "num_classes": 3, "backbone": "resnet18", "norm": "bn", "activation": "relu"}
     network = altered.with_true_centers(**shape).eval()
-    randomise(network)
+    randomize(network)
     plain = build_network(**shape).eval()
     plain.load_state_dict(network.state_dict())
     images, truth = torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33)
@@ -99,7 +99,7 @@ def test_a_folder_of_something_else_is_a_sentence(tmp_path):
 
 def test_the_term_by_its_matrix_is_the_networks():
     network = build_network("acfnet_resnet", 11, "resnet18", norm="bn", activation="relu").eval()
-    randomise(network)
+    randomize(network)
     images = torch.randint(0, 256, (2, 3, 33, 41), dtype=torch.uint8)
     _, coarse, alone, matrix = contribution.look(network, images, torch.device("cpu"), None)
     with torch.inference_mode():

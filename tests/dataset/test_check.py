@@ -21,7 +21,7 @@ def check(*words):
 
 @pytest.fixture
 def bad(streets, tmp_path):
-    """Streets with one of each: missing, orphaned, unreadable, another size, train ids, colours, a leak."""
+    """Streets with one of each: missing, orphaned, unreadable, another size, train ids, colors, a leak."""
     shutil.copytree(streets, tmp_path / "bad")
     images, labels = (sorted((tmp_path / "bad" / kind).glob(f"train/drawn/*{suffix}.png"))
                       for kind, suffix in (("leftImg8bit", ""), ("gtFine", "labelIds")))
@@ -91,7 +91,7 @@ def test_the_account_is_given_where_every_label_map_is_wrong(tmp_path, monkeypat
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "r/check.json").read_text())["splits"][str(tmp_path / "l.txt")]
     assert caught.value.code == 1 and found["pairs"] == 2 and "2 pairs; sizes 8×6 (2)" in out
-    assert any(problem["kind"] == "nothing labelled" for problem in found["problems"])
+    assert any(problem["kind"] == "nothing labeled" for problem in found["problems"])
     assert "; check.json and pictures of what" in out
 
 

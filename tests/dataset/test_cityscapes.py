@@ -192,7 +192,7 @@ def spoil(own, what):
         Image.fromarray(np.full((6, 7), 2, np.uint8)).save(own / "b_label.png")
     elif what == "unknown id":
         Image.fromarray(np.full((6, 8), 9, np.uint8)).save(own / "b_label.png")
-    elif what == "colours":
+    elif what == "colors":
         Image.fromarray(np.full((6, 8, 3), 2, np.uint8)).save(own / "b_label.png")
 
 
@@ -205,7 +205,7 @@ def spoil(own, what):
     ("truncated", r"b.png: expected an image, found one that cannot be read"),
     ("other size", r"list.txt, line 3: .*b_label.png: expected the size of .*b.png, 8×6, found 7×6"),
     ("unknown id", r"b_label.png: expected ids that .*classes.csv knows, found 9; add a row"),
-    ("colours", r"expected the colours of .*classes.csv, found .2, 2, 2.; red, green and blue are equal, as if ids"),
+    ("colors", r"expected the colors of .*classes.csv, found .2, 2, 2.; red, green and blue are equal, as if ids"),
 ])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_file_is_one_sentence_also_from_a_worker(own, what, message, workers):

@@ -31,7 +31,7 @@ def zoo(tmp_path):
     (folder / "inner folder").mkdir(parents=True)
     rgb = Image.fromarray(picture())
     rgb.save(folder / "plain.png")
-    rgb.convert("L").save(folder / "grey.png")
+    rgb.convert("L").save(folder / "gray.png")
     rgb.convert("RGBA").save(folder / "transparent.png")
     rgb.quantize(16).save(folder / "palette.png")
     rgb.save(folder / "inner folder" / "plain.png")
@@ -57,15 +57,15 @@ def test_any_images_are_predicted_and_broken_ones_are_named(zoo, snapshot, tmp_p
         assert sum(name in line for line in shown.err.splitlines() if line.startswith("skipped: ")) == 1
     written = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "r/labelIds").iterdir()}
     plain = next(name for name in written if name.endswith("plain") and "inner" not in name)
-    assert {name.split("_")[-1] for name in written} == {"plain", "grey", "transparent", "palette", "deep", "turned",
+    assert {name.split("_")[-1] for name in written} == {"plain", "gray", "transparent", "palette", "deep", "turned",
                                                          "ünïcode"}
     assert len(written) == 8 and set(np.unique(written[plain])) <= set(ClassTable.read().ids)
     turned = next(values for name, values in written.items() if name.endswith("turned"))
     assert turned.shape == (70, 40) and written[plain].shape == (40, 70)
     same = [values for name, values in written.items() if name.split("_")[-1] in ("plain", "transparent", "ünïcode")]
     assert len(same) == 4 and all(np.array_equal(values, same[0]) for values in same)
-    grey, deep = (next(v for n, v in written.items() if n.endswith(kind)) for kind in ("grey", "deep"))
-    assert np.array_equal(grey, deep)
+    gray, deep = (next(v for n, v in written.items() if n.endswith(kind)) for kind in ("gray", "deep"))
+    assert np.array_equal(gray, deep)
     assert len(list((tmp_path / "r/overlay").iterdir())) == 8 and not (tmp_path / "r/color").exists()
 
 

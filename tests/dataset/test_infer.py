@@ -182,7 +182,7 @@ def test_soft_edges_are_no_classes(tmp_path, kind):
 
 
 @pytest.mark.parametrize("channels, message", [((0, 1, 2), "three channels"), ((0,), "in the red channel")])
-def test_ids_in_channels_of_colours_are_said(tmp_path, channels, message):
+def test_ids_in_channels_of_colors_are_said(tmp_path, channels, message):
     """Saved by cv2.imwrite in three channels, or by CARLA in red: with a table and without."""
     ids = np.kron(np.arange(3), np.ones((4, 4))).astype(np.uint8)
     colors = np.zeros((*ids.shape, 3), np.uint8)
@@ -194,11 +194,11 @@ def test_ids_in_channels_of_colours_are_said(tmp_path, channels, message):
     assert infer(folders).num_classes == 3
 
 
-def test_colours_have_a_line_each(tmp_path):
+def test_colors_have_a_line_each(tmp_path):
     palette = np.array([[0, 0, 0], [128, 64, 0], [3, 200, 5]], np.uint8)
     folders = draw(tmp_path, a=palette[np.array([[0, 1, 2, 2]])], b=palette[np.array([[0, 0, 0, 1]])])
     message = refusal(infer, folders)
-    assert "found a label map of colours" in message
+    assert "found a label map of colors" in message
     assert [one.tolist() for one in read_all(folders, table_of(message, tmp_path))] == [[[0, 2, 1, 1]], [[0, 0, 0, 2]]]
 
 
@@ -210,7 +210,7 @@ def test_black_and_white_are_ids(tmp_path):
 
 
 def test_a_table_beside_them_is_not_passed_over(tmp_path, capsys):
-    """CamVid's eleventh value is unlabelled, as the classes.csv beside it says."""
+    """CamVid's eleventh value is unlabeled, as the classes.csv beside it says."""
     folders = make(tmp_path, "a", "b", values=range(3))
     table = "name,id,train_id,red,green,blue\nsky,0,0,1,1,1\nroad,1,1,2,2,2\nvoid,2,255,0,0,0\n"
     (tmp_path / "classes.csv").write_text(table)
@@ -288,7 +288,7 @@ def test_minus_one_of_16_bits_is_ignored(tmp_path, capsys):
     assert "  ignored too (65535): 50 % of pixels in 1 of 2 files" in capsys.readouterr().out
 
 
-def test_colours_are_those_of_pascal_voc():
+def test_colors_are_those_of_pascal_voc():
     assert [distinct_color(one) for one in (0, 1, 2, 3, 8, 15, 20, 255)] == [
         (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (64, 0, 0), (192, 128, 128), (0, 64, 128), (224, 224, 192)]
 

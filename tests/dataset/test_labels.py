@@ -138,13 +138,13 @@ def test_one_class_is_none_to_tell_apart(table, tmp_path, rows, remedy):
     table("name,id,train_id,red,green,blue\n" + better).check_several()
 
 
-def test_colours_that_are_alike_are_said(table):
+def test_colors_that_are_alike_are_said(table):
     classes = table("name,id,train_id,red,green,blue\na,0,0,0,0,0\nb,1,1,0,0,0\nc,2,2,7,7,7\nd,3,255,7,7,7\n")
-    assert ["gives a, b the same colour (0, 0, 0)" in one for one in classes.remarks] == [True]
+    assert ["gives a, b the same color (0, 0, 0)" in one for one in classes.remarks] == [True]
     assert not ClassTable.read().remarks and not ClassTable.read(CITYSCAPES.with_name("categories.csv")).remarks
 
 
-def test_colours_of_cityscapes_are_read_with_the_table(streets):
+def test_colors_of_cityscapes_are_read_with_the_table(streets):
     """Pole and polegroup share (153, 153, 153); the drawn streets have poles."""
     for kind in ("train", "val"):
         for path in sorted((streets / "gtFine" / kind).glob("*/*_color.png")):
@@ -162,22 +162,22 @@ def test_colours_of_cityscapes_are_read_with_the_table(streets):
     ("a,1,0,5,5,6,x\nb,2,255,5,5,6,void\n", r"a \(train id 0\), b \(train id 255\)"),
     ("a,1,0,5,5,6,\nb,2,255,5,5,6,\n", r"a \(train id 0\), b \(train id 255\)")])
 @pytest.mark.filterwarnings("ignore:.*learned and scored as a")
-def test_a_colour_of_several_rows(table, rows, found):
+def test_a_color_of_several_rows(table, rows, found):
     classes = table("name,id,train_id,red,green,blue,category\n" + rows)
     colors = np.full((1, 1, 3), (5, 5, 6), np.uint8)
     if isinstance(found, int):
         assert classes.encode(colors).tolist() == [[found]]
     else:
-        with pytest.raises(UserError, match=r"m\.png: expected a colour for each class, found \(5, 5, 6\), .*" + found):
+        with pytest.raises(UserError, match=r"m\.png: expected a color for each class, found \(5, 5, 6\), .*" + found):
             classes.encode(colors, "m.png")
 
 
-def test_train_ids_in_place_of_ids_are_recognised():
+def test_train_ids_in_place_of_ids_are_recognized():
     with pytest.raises(UserError, match="look like train ids"):
         ClassTable.read().encode(np.array([[0, 1, 13, 255]], np.uint8))
 
 
-def test_ids_in_place_of_train_ids_are_recognised(table):
+def test_ids_in_place_of_train_ids_are_recognized(table):
     rows = "".join(f"c{i},{i},{i},0,0,{i}\n" for i in range(19))
     classes = table("name,id,train_id,red,green,blue\n" + rows + "void,255,255,0,0,0\n")
     assert classes.is_identity

@@ -196,7 +196,7 @@ def test_too_little_room_for_the_cache_is_said_first(streets, tmp_path, monkeypa
 
 
 def test_labels_of_all_kinds(tmp_path):
-    """16 bits, ids above 255, palettes, two values, colours through the table: the same map of classes."""
+    """16 bits, ids above 255, palettes, two values, colors through the table: the same map of classes."""
     table = tmp_path / "classes.csv"
     table.write_text("name,id,train_id,red,green,blue\nroad,7,0,128,64,128\ncar,300,1,0,0,142\nvoid,0,255,0,0,0\n")
     ids = np.array([[7, 300, 0], [300, 300, 7]])
@@ -207,10 +207,10 @@ def test_labels_of_all_kinds(tmp_path):
     rgb = np.array([[colors[i] for i in row] for row in ids.tolist()], np.uint8)
     Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(ids.astype(np.int32)).save(tmp_path / "int.tif")
-    Image.fromarray(rgb).save(tmp_path / "colour.png")
+    Image.fromarray(rgb).save(tmp_path / "color.png")
     Image.fromarray(np.dstack([rgb, np.full((2, 3, 1), 255, np.uint8)])).save(tmp_path / "rgba.png")
     Image.fromarray(rgb).save(tmp_path / "lossless.webp", lossless=True)
-    for name in ("deep.png", "int.tif", "colour.png", "rgba.png", "lossless.webp"):
+    for name in ("deep.png", "int.tif", "color.png", "rgba.png", "lossless.webp"):
         (tmp_path / "l.txt").write_text(f"# a comment\ni.png {name}\n")
         dataset = CityscapesDataset(tmp_path, data_list=tmp_path / "l.txt", classes=table)
         assert dataset[0]["label"].tolist() == expected, name

@@ -16,7 +16,7 @@ def coordinates(height, width):
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_image_and_label_move_together(rng, mirror):
-    """The colours of a pixel say where it came from; the label must be the one of that place."""
+    """The colors of a pixel say where it came from; the label must be the one of that place."""
     image, label = coordinates(120, 128)
     transform = train_transform((90, 70), mirror=mirror)
     mirrored = 0

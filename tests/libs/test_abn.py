@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import abn, backend, functions, kernels, recompute
 from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, count_input_keeping_norms
-from libs.synchronise import combine
+from libs.synchronize import combine
 from networks.build import build_network
 from tests.conftest import SHARED
 from utils.parallel.replicas import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
@@ -21,7 +21,7 @@ CLASSES = [InPlaceABN, InPlaceABNSync]
 SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 7), (2, 3, 4, 5, 3)]
 
 
-def randomised(layer):
+def randomized(layer):
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():
             if name == "running_var":
@@ -64,7 +64,7 @@ def reference(layer, x):
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_the_package(dtype, tolerance, shape, activation, param, training):
     package = pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
-    theirs = randomised(package.InPlaceABN(3, activation=activation, activation_param=param).to(dtype)).train(training)
+    theirs = randomized(package.InPlaceABN(3, activation=activation, activation_param=param).to(dtype)).train(training)
     x, dy = torch.randn(shape, dtype=dtype) * 2 + 1, torch.randn(shape, dtype=dtype)
     for kind in CLASSES:
         ours = kind(3, activation=activation, activation_param=param).to(dtype).train(training)
@@ -98,7 +98,7 @@ def test_options_equal_the_package(options, kind):
 
 def test_files_of_the_package_load_also_those_that_count_no_batches():
     package = pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
-    state = randomised(package.InPlaceABN(3)).state_dict()
+    state = randomized(package.InPlaceABN(3)).state_dict()
     assert InPlaceABNSync(3).load_state_dict(state) is not None
     old = {key: value for key, value in state.items() if key != "num_batches_tracked"}
     InPlaceABN(3).load_state_dict(old)      # version 1: plain dicts carry no version
@@ -107,7 +107,7 @@ def test_files_of_the_package_load_also_those_that_count_no_batches():
 def test_the_package_is_a_backend(monkeypatch):
     """The same layer on the package's kernels; what they cannot do is refused, and auto leaves it to PyTorch."""
     pytest.importorskip("inplace_abn", reason="the inplace_abn package is not installed")
-    layer = randomised(InPlaceABNSync(5))
+    layer = randomized(InPlaceABNSync(5))
     x, dy = torch.randn(4, 5, 6, 7), torch.randn(4, 5, 6, 7)
     expected = gradients(copy.deepcopy(layer), x, dy)
     monkeypatch.setattr(backend, "_choice", "package")
@@ -141,7 +141,7 @@ def test_a_missing_package_is_said(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_ordinary_operations(activation, param, training, shape):
-    layer = randomised(InPlaceABN(3, activation=activation, activation_param=param).double()).train(training)
+    layer = randomized(InPlaceABN(3, activation=activation, activation_param=param).double()).train(training)
     x, dy = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     found = gradients(copy.deepcopy(layer), x, dy)
     x = x.requires_grad_()
@@ -155,7 +155,7 @@ def test_equals_ordinary_operations(activation, param, training, shape):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_gradients_of_any_layout(activation, memory_format):
     """One value for all (from a plain sum), and a permuted one: what reaches the backward pass need not be dense."""
-    layer = randomised(InPlaceABN(5, activation=activation, activation_param=0.3).double())
+    layer = randomized(InPlaceABN(5, activation=activation, activation_param=0.3).double())
     for weight in (torch.ones(()).double(), torch.randn(3, 6, 4, 5).double().permute(0, 3, 2, 1)):
         x = torch.randn(3, 5, 4, 6).double().to(memory_format=memory_format).requires_grad_()
         found = torch.autograd.grad((layer(x * 1) * weight).sum(), [x, layer.weight, layer.bias])
@@ -168,7 +168,7 @@ def test_gradients_of_any_layout(activation, memory_format):
                                               (ABNSync, "relu")])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(kind, activation, training):
-    layer = randomised(kind(3, activation=activation, activation_param=0.2, momentum=0.0).double()).train(training)
+    layer = randomized(kind(3, activation=activation, activation_param=0.2, momentum=0.0).double()).train(training)
     x = torch.randn(4, 3, 2, 3, dtype=torch.float64, requires_grad=True)
 
     def function(x, weight, bias):
@@ -204,7 +204,7 @@ def test_one_buffer_is_kept():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_parameters_in_float32(dtype):
     """Statistics, x̂ and sums are formed in float32: only input, output and gradient are rounded."""
-    layer = randomised(InPlaceABN(8))
+    layer = randomized(InPlaceABN(8))
     layer.bias.data.clamp_(-0.5, 0.5)
     layer.weight.data.abs_().clamp_(min=0.5)
     x, dy = (torch.randn(4, 8, 9, 9) + 3).to(dtype), torch.randn(4, 8, 9, 9).to(dtype)
@@ -385,7 +385,7 @@ def test_the_path_of_cuda(cuda_kernels, monkeypatch, kind, activation, layout, d
     """Alone, as one of several processes and of several threads, against nn.BatchNorm2d in float64; half precision is
     never raised to float32."""
     slope = 1.0 if activation == "elu" else 0.01
-    layer = randomised((InPlaceABNSync if kind == "kept" else kind)(5, activation=activation, activation_param=slope))
+    layer = randomized((InPlaceABNSync if kind == "kept" else kind)(5, activation=activation, activation_param=slope))
     with torch.no_grad():
         layer.weight.copy_(layer.weight.sign() * layer.weight.abs().clamp(min=0.3))
     if kind == "kept":
@@ -431,9 +431,9 @@ def test_running_statistics_in_half_precision_are_updated(cuda_kernels):
 
 def parts_network():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), randomised(InPlaceABNSync(5)),
-                         nn.Conv2d(5, 4, 1, bias=False), randomised(InPlaceABNSync(4, activation="identity")),
-                         nn.Conv2d(4, 4, 1, bias=False), randomised(ABNSync(4, activation="relu"))).double()
+    return nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), randomized(InPlaceABNSync(5)),
+                         nn.Conv2d(5, 4, 1, bias=False), randomized(InPlaceABNSync(4, activation="identity")),
+                         nn.Conv2d(4, 4, 1, bias=False), randomized(ABNSync(4, activation="relu"))).double()
 
 
 def whole_batch(network, x, dy):
@@ -561,7 +561,7 @@ def test_plain_data_parallel_is_refused():
 
 
 def test_a_group_without_processes_is_refused():
-    with pytest.raises(RuntimeError, match="expected torch.distributed to be initialised"):
+    with pytest.raises(RuntimeError, match="expected torch.distributed to be initialized"):
         InPlaceABNSync(3, group="some group")(torch.randn(2, 3, 4, 4))
 
 

@@ -6,7 +6,7 @@ import torch
 from libs.abn import ABN
 from libs.convert import fold_norms, norms_and_convolutions, to_in_place, to_plain
 from networks.build import build_network
-from tests.conftest import randomise
+from tests.conftest import randomize
 
 BACKBONES = {"eca_resnet18": {}, "resnet50": {"stem": "64-64-128", "average_downsample": True}}
 
@@ -14,7 +14,7 @@ BACKBONES = {"eca_resnet18": {}, "resnet50": {"stem": "64-64-128", "average_down
 def networks(backbone):
     options = {"num_classes": 4, "backbone": backbone, **BACKBONES[backbone]}
     pair = [build_network(norm=norm, **options).double().eval() for norm in ("bn", "inplace_abn")]
-    randomise(pair[0])
+    randomize(pair[0])
     with torch.no_grad():       # half of the scales negative, as trained ones may be
         for name, p in pair[0].named_parameters():
             if p.ndim == 1 and name.endswith("weight") and "eca" not in name:
@@ -53,7 +53,7 @@ def test_plain_weights_in_an_in_place_network_compute_the_same(backbone):
 
 def test_in_place_weights_in_a_plain_network_compute_the_same():
     plain, in_place = networks("eca_resnet18")
-    randomise(in_place)
+    randomize(in_place)
     with torch.no_grad():
         for name, p in in_place.named_parameters():
             if p.ndim == 1 and name.endswith("weight"):
@@ -79,7 +79,7 @@ def test_scales_too_small_are_counted():
 @pytest.mark.parametrize("model, backbone", [("acfnet", "eca_resnet50"), ("base", "resnet18")])
 def test_folded_norms_change_no_logit(norm, activation, model, backbone):
     network = build_network(model, 5, backbone, norm, activation)
-    randomise(network)
+    randomize(network)
     network.double().eval()
     images = torch.randn(2, 3, 65, 81)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_folded_norms_change_no_logit(norm, activation, model, backbone):
 @pytest.mark.parametrize("ablations", [("norms",), ("norms", "fusion")])
 def test_folded_norms_of_the_ablations(ablations):
     network = build_network("acfnet_resnet", 5, "resnet18", ablations=ablations)
-    randomise(network)
+    randomize(network)
     network.double().eval()
     images = torch.randn(2, 3, 65, 81, dtype=torch.float64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Synchronised norms over gloo processes with unequal parts, against nn.BatchNorm2d on the whole batch.
+"""Synchronized norms over gloo processes with unequal parts, against nn.BatchNorm2d on the whole batch.
 
 This module is imported before any process group exists, as users do.
 """
@@ -17,7 +17,7 @@ SPLITS = {2: (5, 2), 3: (1, 4, 2)}
 
 
 def layers(kind, activation):
-    """Two synchronised norms in a row, with convolutions, and the same of torch's own parts."""
+    """Two synchronized norms in a row, with convolutions, and the same of torch's own parts."""
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Conv2d(3, 5, 3), kind(5, activation=activation), nn.Conv2d(5, 4, 1), kind(4))
     act = {"leaky_relu": nn.LeakyReLU(0.01), "elu": nn.ELU(0.01), "identity": nn.Identity(), "relu": nn.ReLU()}

@@ -108,7 +108,7 @@ def test_criterion_terms_are_cross_entropies_at_label_size():
 
 
 def test_sums_of_parts_make_the_whole():
-    """What several devices hand out adds up, whatever the number of labelled pixels in each part."""
+    """What several devices hand out adds up, whatever the number of labeled pixels in each part."""
     outputs = {name: torch.randn(4, 5, 9, 9, dtype=torch.float64) for name in ("fine", "coarse", "aux")}
     labels = torch.randint(5, (4, 33, 33))
     labels[0] = 255

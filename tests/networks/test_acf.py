@@ -10,7 +10,7 @@ from libs.abn import InPlaceABN
 from loss.criterion import WEIGHTS
 from networks.acf import ACFHead, ACFModule
 from networks.build import MODELS, build_network
-from tests.conftest import randomise
+from tests.conftest import randomize
 
 
 def conv(layer, vector):
@@ -189,7 +189,7 @@ def drawn_with_norms(head, features, coarse):
 @pytest.mark.parametrize("ablations", [("norms",), ("fusion",), ("norms", "fusion")])
 def test_ablations_compute_what_they_are_named_after(ablations):
     network = build_network("acfnet_resnet", 4, "resnet18", ablations=ablations)
-    randomise(network)
+    randomize(network)
     network.double().eval()
     head, norms = network.head, {"norms": 0, "fusion": 0}
     for block in (head.acf.ccb.norm, head.acf.cab.norm):

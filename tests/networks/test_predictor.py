@@ -22,7 +22,7 @@ from utils.runs import snapshots
 
 PLAIN = {"device": "cpu", "amp": "off"}
 RGB = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)
-GREY = RGB[..., 0]
+GRAY = RGB[..., 0]
 
 
 def python_blocks(text):
@@ -117,11 +117,11 @@ def pil(mode):
     return Image.fromarray(RGB).convert(mode)
 
 
-TAKEN = {"RGB": (RGB, RGB), "grey": (GREY, np.stack([GREY] * 3, 2)), "one channel": (RGB[..., :1], RGB[..., [0] * 3]),
-         "RGBA": (np.dstack([RGB, GREY]), RGB), "not contiguous": (RGB[::-1, ::-1], RGB[::-1, ::-1]),
+TAKEN = {"RGB": (RGB, RGB), "gray": (GRAY, np.stack([GRAY] * 3, 2)), "one channel": (RGB[..., :1], RGB[..., [0] * 3]),
+         "RGBA": (np.dstack([RGB, GRAY]), RGB), "not contiguous": (RGB[::-1, ::-1], RGB[::-1, ::-1]),
          **{f"PIL {mode}": (pil(mode), np.asarray(pil(mode).convert("RGB"))) for mode in (
              "RGB", "L", "P", "LA", "RGBA", "CMYK", "1", "YCbCr", "HSV")},
-         "PIL I;16": (Image.fromarray(GREY.astype(np.uint16) * 257), np.stack([GREY] * 3, 2))}
+         "PIL I;16": (Image.fromarray(GRAY.astype(np.uint16) * 257), np.stack([GRAY] * 3, 2))}
 REFUSED = {"0 to 1": (RGB / 255, r"float64 \(40, 70, 3\); of values from 0 to 1, take 255 times"),
            "16 bits": (RGB.astype(np.uint16), "found uint16"), "int64": (RGB.astype(int), "found int64"),
            "channels first": (RGB.transpose(2, 0, 1), r"\(3, 40, 70\); channels come last: image.transpose\(1, 2, 0\)"),

@@ -71,7 +71,7 @@ def cpu_computes_in_bf16(cpuinfo="/proc/cpuinfo"):
 @contextlib.contextmanager
 def plain_classes(classes):
     """Inside, `torch.load(weights_only=True)` also reads objects of these {"module.name": class}. PyTorch 2.4 goes on
-    to do so afterwards, and 2.5 still takes classes by their own names alone."""
+    to do so afterward, and 2.5 still takes classes by their own names alone."""
     entries = list(classes.values()) if torch_version() < (2, 6) else [(kind, name) for name, kind in classes.items()]
     if torch_version() < (2, 5):
         torch.serialization.add_safe_globals(entries)

@@ -22,7 +22,7 @@ TABLE = Path(__file__).with_name("memory.json")     # written by `python -m test
 
 
 def table_key(*, model, backbone, norm, recompute, amp):
-    """Under which `TABLE` has a network's bytes a pixel."""
+    """Under which `TABLE` has a network's bytes per pixel."""
     return f"{model} {backbone} {norm} {recompute} {'bf16' if amp == 'fp16' else amp}"
 
 
@@ -117,7 +117,7 @@ def free_bytes(device):
 
 @torch.inference_mode()
 def passing_bytes(network, device, autocast=None):
-    """What a forward pass in evaluation holds at once, at the least: (bytes a pixel of its input, maps of logits).
+    """What a forward pass in evaluation holds at once, at the least: (bytes per pixel of its input, maps of logits).
 
     Found by one small pass: the largest input and output of a module. Maps are counted over all heads.
     """

@@ -1,4 +1,4 @@
-"""What the channels of a network's output stand for: names, label ids and colours."""
+"""What the channels of a network's output stand for: names, label ids and colors."""
 
 import numpy as np
 

@@ -55,7 +55,7 @@ def _ignore(kind, sentence):
 
 
 def read_image(path, remark=warn_once):
-    """Read an image file as RGB (H, W, 3) uint8, upright: grey, palettes, 16 bits and transparency become RGB.
+    """Read an image file as RGB (H, W, 3) uint8, upright: gray, palettes, 16 bits and transparency become RGB.
 
     remark: called with (kind, sentence) where bands are left out, or where an image of 16 bits becomes nearly black.
 
@@ -97,7 +97,7 @@ def _largest_of_16_bits(image, data, pixels):
 
 
 def pixels_of(image):
-    """The path of a file, a `PIL.Image`, or a uint8 array or tensor (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), grey,
+    """The path of a file, a `PIL.Image`, or a uint8 array or tensor (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), gray,
     RGB or RGBA of 0 to 255 → RGB (H, W, 3) uint8, an array or a tensor.
 
     Raises `UserError` for a file that cannot be read, and ValueError for anything else: 0 to 1 would pass for a dark
@@ -124,7 +124,7 @@ def pixels_of(image):
         hint = "; of values from 0 to 1, take 255 times as much, rounded to uint8"
     elif "int" in kind and kind != "uint8":
         hint = "; of 16 bits, take image // 257 as uint8"
-    raise ValueError(f"image: expected uint8 (H, W, 3) RGB, (H, W) grey or (H, W, 4) RGBA, found {kind} {shape}{hint}")
+    raise ValueError(f"image: expected uint8 (H, W, 3) RGB, (H, W) gray or (H, W, 4) RGBA, found {kind} {shape}{hint}")
 
 
 def _upright_rgb(path, image):
@@ -156,10 +156,10 @@ def _tiff_bits(image):
 
 
 def read_ids(path):
-    """Read a label map, upright: ids (H, W) of any integer dtype, or colours (H, W, 3) uint8.
+    """Read a label map, upright: ids (H, W) of any integer dtype, or colors (H, W, 3) uint8.
 
     Ids are the values as they are stored, of any number of bits, also where 0 is shown as white; with a palette the
-    indices; of two values 0 and 1. Colours are looked up in the class table later (`ClassTable.encode`). Raises
+    indices; of two values 0 and 1. Colors are looked up in the class table later (`ClassTable.encode`). Raises
     `UserError`.
     """
     data = read_file(path)
@@ -177,11 +177,11 @@ def read_ids(path):
     if values.ndim == 2 and samples == 1:
         return turn_upright(_stored_ids(path, values, image, data), image)
     if image.mode == "LA" or (image.mode == "RGBA" and (values[..., 3] != 255).any()):
-        raise UserError(f"{path}: expected a label map of ids or colours, found one with transparency; save it "
+        raise UserError(f"{path}: expected a label map of ids or colors, found one with transparency; save it "
                         f"without, in Python by PIL.Image.open(FILE).convert('{image.mode[:-1]}').save(COPY)")
     if image.mode not in ("RGB", "RGBA") or samples > 4:
         bands = f"{samples} bands" if samples > 1 else f"mode {image.mode}"
-        raise UserError(f"{path}: expected a label map of ids or colours, found {bands}")
+        raise UserError(f"{path}: expected a label map of ids or colors, found {bands}")
     return turn_upright(np.ascontiguousarray(values[..., :3]), image)
 
 
@@ -201,7 +201,7 @@ def _stored_ids(path, values, image, data):
         values = (1 if image.mode == "1" else 255) - values
     if image.mode == "L" and bits == 8 and tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
         return values.view(np.int8)
-    if image.format == "PNG" and data[25] == 0:       # grey
+    if image.format == "PNG" and data[25] == 0:       # gray
         bits = data[24]
     if image.mode == "L" and bits in (2, 4):
         return values // (255 // ((1 << bits) - 1))
@@ -369,7 +369,7 @@ def _turn_and_size(path):
 
 
 def _plain_png(image, data, kinds):
-    """Whether OpenCV may decode a file: a whole PNG of one of these kinds (bits, colour type), with harmless chunks.
+    """Whether OpenCV may decode a file: a whole PNG of one of these kinds (bits, color type), with harmless chunks.
 
     OpenCV is faster than Pillow, but accepts files that are cut short or damaged: so the checksum of every chunk is
     compared here.
@@ -389,7 +389,7 @@ def _plain_png(image, data, kinds):
 
 
 def _plain_jpeg(image, data):
-    """Whether OpenCV may decode a file: a JPEG of one scan that ends where the file does, grey or of three channels."""
+    """Whether OpenCV may decode a file: a JPEG of one scan that ends where the file does, gray or of three channels."""
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return False
     place = 2

@@ -20,7 +20,7 @@ def panel(pictures):
 
 def difference(truth, coarse, fine, ignore_index=255):
     """Where two label maps (H, W) differ → (H, W, 3) uint8: green where the fine one alone is right, red where the
-    coarse one alone is, yellow where both are wrong in different ways, dark grey where the truth is unknown."""
+    coarse one alone is, yellow where both are wrong in different ways, dark gray where the truth is unknown."""
     picture = np.full((*truth.shape, 3), 235, np.uint8)
     picture[truth == ignore_index] = 60
     differ = (coarse != fine) & (truth != ignore_index)
@@ -31,11 +31,11 @@ def difference(truth, coarse, fine, ignore_index=255):
 
 
 def error_map(image, truth, predicted, ignored):
-    """The image in grey, wrong pixels red, ignored ones dark: (H, W, 3) uint8. All maps (H, W), ignored bool."""
-    grey = np.repeat(image.mean(2, keepdims=True) * 0.6 + 90, 3, 2).astype(np.uint8)
-    grey[(predicted != truth) & ~ignored] = (200, 40, 40)
-    grey[ignored] = (60, 60, 60)
-    return grey
+    """The image in gray, wrong pixels red, ignored ones dark: (H, W, 3) uint8. All maps (H, W), ignored bool."""
+    gray = np.repeat(image.mean(2, keepdims=True) * 0.6 + 90, 3, 2).astype(np.uint8)
+    gray[(predicted != truth) & ~ignored] = (200, 40, 40)
+    gray[ignored] = (60, 60, 60)
+    return gray
 
 
 def save_png(path, array):

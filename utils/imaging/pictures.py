@@ -1,4 +1,4 @@
-"""Pictures of predictions: label ids, colours, overlays, confidence; of images as PNGs, of videos as videos."""
+"""Pictures of predictions: label ids, colors, overlays, confidence; of images as PNGs, of videos as videos."""
 
 import contextlib
 from collections import deque
@@ -41,13 +41,13 @@ class Pictures:
             return
         while len(self.waiting) >= WAITING:
             self.waiting.popleft().result()
-        grey = (255 * confidence).round().to(torch.uint8).cpu().numpy() if "confidence" in self.kinds else None
+        gray = (255 * confidence).round().to(torch.uint8).cpu().numpy() if "confidence" in self.kinds else None
         self.waiting.append(self.writers.submit(self._write, name, image.numpy(), labels.to(torch.uint8).cpu().numpy(),
-                                                grey))
+                                                gray))
 
-    def _write(self, name, image, labels, grey):
+    def _write(self, name, image, labels, gray):
         draw = {"labels": lambda: self.classes.decode(labels), "color": lambda: self.classes.color(labels),
-                "overlay": lambda: overlay(image, self.classes.color(labels)), "confidence": lambda: grey}
+                "overlay": lambda: overlay(image, self.classes.color(labels)), "confidence": lambda: gray}
         for kind in self.kinds:
             self._save(kind, name, draw[kind]())
 

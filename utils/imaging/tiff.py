@@ -69,7 +69,7 @@ def remark_bands(path, samples, photometric, extra, remark):
     extra = extra if isinstance(extra, tuple) else (extra,)
     left_out = samples - taken - any(kind in ALPHA for kind in extra)
     if left_out > 0:
-        what = "the first is taken as grey" if taken == 1 else f"the first {taken} are taken as the picture's colors"
+        what = "the first is taken as gray" if taken == 1 else f"the first {taken} are taken as the picture's colors"
         remark("bands", f"{path}: of its {samples} bands {what}, and {plural(left_out, 'band')} left out")
 
 

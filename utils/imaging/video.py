@@ -176,7 +176,7 @@ class VideoWriter:
         self.file, self.frames, self.open = None, 0, contextlib.ExitStack()     # which ends what is open
 
     def write(self, picture):
-        """picture (H, W, 3) RGB or (H, W) grey, uint8. Raises `UserError` where no such video can be written."""
+        """picture (H, W, 3) RGB or (H, W) gray, uint8. Raises `UserError` where no such video can be written."""
         if picture.ndim == 2:
             picture = picture[..., None].repeat(3, 2)
         height, width, _ = picture.shape

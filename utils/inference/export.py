@@ -39,7 +39,7 @@ class ImagesToLogits(nn.Module):
         """images (B, 3, H, W) float32 RGB, 0 to 255 → fine logits (B, N, H, W), and coarse ones if there are; float32.
         """
         height, width = images.shape[-2:]
-        # As in inference: the mean colour, which is zero here, up to the sizes where logits lie on pixels.
+        # As in inference: the mean color, which is zero here, up to the sizes where logits lie on pixels.
         below, right = size = round_size((height, width), grid_of(self.network))
         pixels = F.pad(self.normalization(images), (0, right - width, 0, below - height))
         outputs = self.network(pixels.to(self.dtype))

@@ -46,8 +46,8 @@ class SlidingPredictor:
         window: (height, width) in pixels, rounded up to these; None for the whole (scaled) image at once. A side that
             is longer than the (scaled) image's is that of the image, rounded up: features and class centers then see
             as little padding as possible.
-        overlap: of neighbouring windows, as a share of the window.
-        scales: factors by which the image is resized (bilinear, half-pixel centres).
+        overlap: of neighboring windows, as a share of the window.
+        scales: factors by which the image is resized (bilinear, half-pixel centers).
         flip: run each scale mirrored too.
         batch_size: windows a forward pass, of any scale and side.
         normalization: of the network's input.
@@ -207,7 +207,7 @@ class _Pass:
         scale, mirrored: of this pass.
         size: (height, width) of the image.
         window: (height, width) at most; None for the whole scaled image.
-        overlap: of neighbouring windows.
+        overlap: of neighboring windows.
         device: of the probabilities.
         grid: of the network.
     """
@@ -228,12 +228,12 @@ class _Pass:
         self.totals = {}
 
     def crops(self, pixels):
-        """Normalised pixels (1, 3, H, W) → ((top, left), (1, 3, h, w)) of each window."""
+        """Normalized pixels (1, 3, H, W) → ((top, left), (1, 3, h, w)) of each window."""
         if self.scaled != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(pixels, size=self.scaled, mode="bilinear", align_corners=False)
         if self.mirrored:
             pixels = pixels.flip(-1)
-        # The padding is the mean colour, which normalisation takes to zero. It never enters a score.
+        # The padding is the mean color, which normalization takes to zero. It never enters a score.
         pixels = F.pad(pixels, (0, self.padded[1] - self.scaled[1], 0, self.padded[0] - self.scaled[0]))
         height, width = self.window
         for top, left in itertools.product(*self.starts):

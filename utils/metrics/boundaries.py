@@ -5,17 +5,17 @@ import numpy as np
 
 from .iou import mean_of_scores
 
-NEIGHBOURS = ((0, 1), (1, 0), (1, 1))       # (rows down, columns right)
+NEIGHBORS = ((0, 1), (1, 0), (1, 1))       # (rows down, columns right)
 
 
 class BoundaryF:
     """Boundary F-score of each class, after Csurka, Larlus and Perronnin, What is a good evaluation measure for
     semantic segmentation?, BMVC 2013.
 
-    A pixel lies on the boundary of a class where one of it and its right, lower or lower right neighbour is of the
+    A pixel lies on the boundary of a class where one of it and its right, lower or lower right neighbor is of the
     class and the other is not: outlines one pixel wide that are connected over corners, as seg2bmap of the Berkeley
     benchmark and of DAVIS draws them. The edge of the image is no boundary. Pixels whose truth is ignored are left out
-    of the truth and of the prediction: they lie on no boundary, and as neighbours they make none.
+    of the truth and of the prediction: they lie on no boundary, and as neighbors they make none.
 
     Precision is the share of a prediction's boundary pixels from which one of the truth is at most `tolerance` pixels
     away (the Euclidean distance between their middles), recall the same the other way round, and F = 2PR / (P + R).
@@ -78,7 +78,7 @@ class BoundaryF:
 def outlines(labels, ignored):
     """Train ids (H, W), ignored pixels (H, W) bool → {class: rows and columns (2, n) of its boundary pixels}."""
     classes, places = [], []
-    for down, right in NEIGHBOURS:
+    for down, right in NEIGHBORS:
         height, width = (length - step for length, step in zip(labels.shape, (down, right), strict=True))
         here, there = np.s_[:height, :width], np.s_[down:, right:]
         pairs = np.nonzero((labels[here] != labels[there]) & ~ignored[here] & ~ignored[there])

@@ -18,7 +18,7 @@ COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3a
 @contextlib.contextmanager
 def _default_settings():
     """Draw as matplotlib does by itself, whatever the user's files and variables say of backends, LaTeX and styles.
-    Afterwards they hold again."""
+    Afterward they hold again."""
     # matplotlib cannot be imported where this names a backend of another environment, such as a notebook's.
     fresh, backend = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", None)
     try:
@@ -81,7 +81,7 @@ def confusion_picture(path, matrix, names):
 def iou_chart(path, class_iou, palette):
     """Bars of every head's IoU by class → PNG at `path`.
 
-    class_iou: {head: {class name: fraction or None}}; palette (N, 3) uint8 RGB colours the class names' marks.
+    class_iou: {head: {class name: fraction or None}}; palette (N, 3) uint8 RGB colors the class names' marks.
     """
     heads = list(class_iou)
     names = list(class_iou[heads[0]])
@@ -146,7 +146,7 @@ def reliability_chart(calibration):
 def frequency_chart(path, pixels, palette):
     """Share of each class in each split, on a logarithmic scale → PNG at `path`.
 
-    pixels: {split: {class name: pixels}}; palette (N, 3) uint8 RGB colours the class names' marks.
+    pixels: {split: {class name: pixels}}; palette (N, 3) uint8 RGB colors the class names' marks.
     """
     splits = {name: values for name, values in pixels.items() if sum(values.values())}
     names = list(next(iter(pixels.values())))
@@ -164,7 +164,7 @@ def frequency_chart(path, pixels, palette):
     axes.tick_params(axis="y", pad=16, length=0)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("share of the labelled pixels, %")
+    axes.set_xlabel("share of the labeled pixels, %")
     if splits:
         axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

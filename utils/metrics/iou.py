@@ -86,7 +86,7 @@ class ConfusionMatrix(Counts):
         return dict(zip(names, self._iou(member).tolist(), strict=True))
 
     def pixel_accuracy(self):
-        """Share of the labelled pixels that are right; NaN without any."""
+        """Share of the labeled pixels that are right; NaN without any."""
         total = int(self.matrix.sum())
         return int(self.matrix.diagonal().sum()) / total if total else float("nan")
 

@@ -200,7 +200,7 @@ def _badness(entry):
 
 
 def _encode(array, kind="PNG"):
-    """A picture as a data URL, at most `WIDTH` wide; label colours are not mixed."""
+    """A picture as a data URL, at most `WIDTH` wide; label colors are not mixed."""
     picture = Image.fromarray(array)
     if picture.width > WIDTH:
         size = (WIDTH, max(1, round(picture.height * WIDTH / picture.width)))

@@ -1,4 +1,4 @@
-"""Colour jitter: random changes of brightness, contrast, saturation and hue.
+"""Color jitter: random changes of brightness, contrast, saturation and hue.
 
 The factors of an image are drawn where its sample is made (`draw_jitter`) and travel with it; the training step applies
 them to the batch on its device (`apply_jitter`), so that the processes that read samples have less to do.
@@ -12,7 +12,7 @@ def draw_jitter(amounts, rng):
 
     Args:
         amounts: the largest changes: of brightness, contrast and saturation, each from 0 (none) to 1; and of hue, in
-            turns of the colour circle, from 0 to 0.5.
+            turns of the color circle, from 0 to 0.5.
         rng: NumPy Generator.
 
     Returns:

@@ -152,7 +152,7 @@ def _connect(place, store, device):
                 f"met there, to reach each other within {seconds:.0f} s, found: ")
     gloo, nccl = (os.environ.get(name) or "not set" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
     remedy = (f"; set GLOO_SOCKET_IFNAME (now {gloo}) and, for GPUs, NCCL_SOCKET_IFNAME (now {nccl}) on each host to "
-              "its interface towards the others, where no firewall may keep them apart")
+              "its interface toward the others, where no firewall may keep them apart")
     with give_up_after(seconds, f"{expected}no answer to process {place.rank}{remedy}"):
         try:
             # Tensors on a GPU go by NCCL; plain objects stay in the memory of the host.

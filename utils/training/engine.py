@@ -83,7 +83,7 @@ class NetworkWithLoss(nn.Module):
                 torch.stack([count for _, count in sums.values()])[None])
 
 
-def step_loss(module, criterion, images, labels, processes=None, labelled=None, parts=1):
+def step_loss(module, criterion, images, labels, processes=None, labeled=None, parts=1):
     """Run the module on this process's images and labels.
 
     Each term is divided by the pixels of the whole batch. If that goes through in several parts, one after the
@@ -93,7 +93,7 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
     Args:
         module: `NetworkWithLoss`, perhaps wrapped. The criterion has a weight for each head, and no other.
         processes: those that share the batch, or None.
-        labelled: what all labelled pixels of the whole batch, all parts and processes, count for; needed with several
+        labeled: what all labeled pixels of the whole batch, all parts and processes, count for; needed with several
             parts.
         parts: their number.
 
@@ -105,7 +105,7 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
     if processes is not None:
         counts, world = processes.all_reduce(counts), processes.size
     if parts > 1:
-        counts = torch.stack([count * parts if criterion.counts_hardest_only(name) else labelled
+        counts = torch.stack([count * parts if criterion.counts_hardest_only(name) else labeled
                               for name, count in zip(criterion.weights, counts, strict=True)])
     terms = sums / counts.where(counts > 0, 1)
     # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
@@ -115,7 +115,7 @@ def step_loss(module, criterion, images, labels, processes=None, labelled=None, 
 
 @contextmanager
 def _enough_values(images):
-    """Makes a `UserError` of what norms, ours and PyTorch's, say of one value a channel. images: (B, 3, H, W)."""
+    """Makes a `UserError` of what norms, ours and PyTorch's, say of one value per channel. images: (B, 3, H, W)."""
     try:
         yield
     except (ValueError, RuntimeError) as error:         # the latter of a compiled network
@@ -123,7 +123,7 @@ def _enough_values(images):
             raise
         count, _, height, width = images.shape
         raise UserError("--batch-size, --input-size: expected more or larger crops at a time, as a norm of this "
-                        f"network sees one value a channel, which has no variance, found {count} of {height}×{width}"
+                        f"network sees one value per channel, which has no variance, found {count} of {height}×{width}"
                         ) from None
 
 
@@ -140,7 +140,7 @@ class NotFinite(ArithmeticError):
 
 
 class Engine:
-    """Takes optimisation steps.
+    """Takes optimization steps.
 
     Args:
         module: `NetworkWithLoss` as it is called: alone, in `DataParallel` or `DistributedDataParallel`.
@@ -198,7 +198,7 @@ class Engine:
         Returns:
             ({name: float} of the terms and `gradient_norm`, None if it overflowed in half precision; whether any
             process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
-            before the step; `UserError` where a norm sees one value a channel.
+            before the step; `UserError` where a norm sees one value per channel.
         """
         for decide, layers in self._looking_ahead.items():      # together, for the host waits each time
             decide(layers, len(batches) * len(self.devices))
@@ -206,13 +206,13 @@ class Engine:
             torch._foreach_copy_(kept, buffers)
         generators = random_state(self.devices)
         parts = [self._place(batch) for batch in batches]
-        labelled = self._labelled([labels for _, labels in parts]) if len(parts) > 1 else None
+        labeled = self._labeled([labels for _, labels in parts]) if len(parts) > 1 else None
         self.optimizer.zero_grad()
         terms = 0.0
         for number, (images, labels) in enumerate(parts, 1):
             last = number == len(parts)
             with self._exchange_gradients(last), _enough_values(images):
-                loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labelled,
+                loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labeled,
                                         len(parts))
                 self.precision.backward(loss, self.optimizer, last)
             terms = terms + added
@@ -260,9 +260,9 @@ class Engine:
         return (images.contiguous(memory_format=self.memory_format),
                 batch["label"].to(self.devices[0], non_blocking=True))
 
-    def _labelled(self, labels):
-        """What the labelled pixels of all parts, and processes, count for: scalar tensor."""
-        count = sum(self.criterion.labelled(part) for part in labels)
+    def _labeled(self, labels):
+        """What the labeled pixels of all parts, and processes, count for: scalar tensor."""
+        count = sum(self.criterion.labeled(part) for part in labels)
         return count if self.processes is None else self.processes.all_reduce(count)
 
     def _exchange_gradients(self, last):

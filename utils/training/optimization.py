@@ -24,7 +24,7 @@ def check(*, kind, momentum, ema, warmup_steps, num_steps):
 
 def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate: float = 1e-2, momentum: float = 0.9,
                    weight_decay: float = 1e-4, head_lr_factor: float = 1.0) -> torch.optim.Optimizer:
-    """The optimiser of a network, in two groups: its backbone, and all that comes after.
+    """The optimizer of a network, in two groups: its backbone, and all that comes after.
 
     Parameters are numbered in the network's own order, which snapshots rely on; those that do not learn are among
     them, and stay as they are.
@@ -38,7 +38,7 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
     Raises ValueError for another kind.
     """
     if kind not in OPTIMIZERS:
-        raise ValueError(f"kind of optimiser: expected one of {', '.join(OPTIMIZERS)}, found {kind!r}")
+        raise ValueError(f"kind of optimizer: expected one of {', '.join(OPTIMIZERS)}, found {kind!r}")
     backbone = list(network.backbone.parameters())
     others = list(network.parameters())[len(backbone):]
     groups = [{"params": backbone, "lr": learning_rate}, {"params": others, "lr": learning_rate * head_lr_factor}]

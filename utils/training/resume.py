@@ -64,7 +64,7 @@ class SnapshotFolder:
 
 def check_room(folder, network, optimizer, ema):
     """Raise `UserError` where the disk has no room for a snapshot; arguments as of the flags of these names."""
-    # The weights, what the optimiser keeps of each, and their average; all else is small.
+    # The weights, what the optimizer keeps of each, and their average; all else is small.
     copies = 2 + (optimizer == "adamw") + (ema is not None)
     files.check_room(f"--snapshot-dir {folder}", folder,
                           4 * copies * sum(parameter.numel() for parameter in network.parameters()), "a snapshot")
@@ -110,7 +110,7 @@ def compare(path, before, now):
             raise UserError(f"--resume {path}: expected a network with {name} {value}, found {found}; the same "
                             "flags go on with that run")
     if before.normalization != now.normalization:
-        raise UserError(f"--resume {path}: expected an input normalised by {now.normalization.as_config()}, found "
+        raise UserError(f"--resume {path}: expected an input normalized by {now.normalization.as_config()}, found "
                         f"{before.normalization.as_config()}; without --normalization the run goes on")
     if before.classes != now.classes:
         names = [row["name"] for row in before.classes]

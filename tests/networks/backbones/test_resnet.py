@@ -7,7 +7,7 @@ import torchvision
 from networks.backbones.names import BACKBONES, build_backbone
 from networks.build import build_network
 from networks.contexts.aspp import ASPP
-from tests.conftest import randomise
+from tests.conftest import randomize
 
 
 @pytest.mark.parametrize("depth", [50, 101])
@@ -15,7 +15,7 @@ def test_dilated_resnet_equals_torchvision(depth):
     ours = build_backbone(f"resnet{depth}", norm="bn", activation="relu").double()
     theirs = getattr(torchvision.models, f"resnet{depth}")(
         replace_stride_with_dilation=[False, True, True]).double()
-    randomise(theirs)
+    randomize(theirs)
     loaded = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert loaded.missing_keys == [] and loaded.unexpected_keys == ["fc.weight", "fc.bias"]
     images = torch.randn(1, 3, 65, 49, dtype=torch.float64)

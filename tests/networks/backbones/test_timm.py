@@ -16,7 +16,7 @@ from networks.backbones.timm import _find_plan, find_plan, input_normalization, 
 from networks.build import build_network, meta_network
 from networks.weights.loading import load_weights
 from networks.weights.start import read_snapshot, read_weights
-from tests.conftest import randomise
+from tests.conftest import randomize
 from utils.common.compat import torch_version
 from utils.common.errors import UserError
 from utils.devices.memory import passing_bytes
@@ -207,7 +207,7 @@ FILES = ("resnet10t", "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4
 def test_files_of_timm_load_as_timm_loads_them(name, tmp_path):
     kind = ".safetensors" if name in ("resnet10t", "vit_tiny_patch16_224") else ".pth"
     whole = timm.create_model(name)
-    randomise(whole)
+    randomize(whole)
     path = tmp_path / f"weights{kind}"
     if kind == ".pth":
         torch.save(whole.state_dict(), path)
@@ -216,7 +216,7 @@ def test_files_of_timm_load_as_timm_loads_them(name, tmp_path):
             {key: value.contiguous() for key, value in whole.state_dict().items()}, path)
     network = build_network("acfnet_resnet", 5, f"timm:{name}")
     account = load_weights(network, read_weights(path, f"timm:{name}"))
-    assert account.share == 1 and not any(key.startswith("backbone.") for key in account.initialised)
+    assert account.share == 1 and not any(key.startswith("backbone.") for key in account.initialized)
     assert account.ignored and account.notes == []          # the classifier
     file = {"file": str(path), "custom_load": False}        # not by what reads the .npz of some families
     theirs = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=file,
@@ -233,7 +233,7 @@ def test_a_file_without_some_tensors_says_so(tmp_path):
     torch.save({key: value for key, value in state.items() if key not in absent}, tmp_path / "part.pth")
     account = load_weights(build_network("acfnet_resnet", 5, "timm:resnet10t"),
                            read_weights(tmp_path / "part.pth", "timm:resnet10t"))
-    assert [f"backbone.body.{key}" for key in absent] == [key for key in account.initialised if "backbone" in key]
+    assert [f"backbone.body.{key}" for key in absent] == [key for key in account.initialized if "backbone" in key]
     assert set(account.ignored) == {"backbone.fc.weight", "backbone.fc.bias"}
 
 
@@ -265,7 +265,7 @@ def test_snapshots_go_round_without_flags(pair, tmp_path, capsys):
         start(pair, tmp_path / "third", "--restore-from", str(first), "--backbone", "timm:resnet10t")
 
 
-def test_the_input_is_normalised_as_timm_did_unless_said(pair, tmp_path):
+def test_the_input_is_normalized_as_timm_did_unless_said(pair, tmp_path):
     assert input_normalization("timm:vit_tiny_patch16_224") == Normalization("RGB", (127.5,) * 3,
                                                                                          (127.5,) * 3)
     assert input_normalization("timm:resnet10t") == Normalization()
@@ -321,7 +321,7 @@ def test_folding_norms_leaves_timm_alone_and_memory_is_probed_at_its_stride():
     assert 12 < a_pixel < 10000 and maps == 10
 
 
-def test_norms_are_synchronised_on_gpus_and_else_it_is_said(capsys):
+def test_norms_are_synchronized_on_gpus_and_else_it_is_said(capsys):
     network = build_network("acfnet_resnet", 5, "timm:mobilenetv3_small_050", "bn")
     names, count = list(network.state_dict()), len(list(network.parameters()))
     share_statistics(network, [torch.device("cpu")], None)

@@ -15,7 +15,7 @@ from networks.contexts.object_context import BaseObjectContext, ObjectContext, P
 from networks.contexts.psp import PyramidPooling
 from networks.ocr import OCRHead
 from tests.benchmarks.memory import kept_bytes
-from tests.conftest import randomise
+from tests.conftest import randomize
 from tests.networks.test_acf import assert_same_gradients, conv
 
 SIZES = [(5, 3), (1, 4), (4, 1), (1, 1), (7, 6)]
@@ -24,7 +24,7 @@ SIZES = [(5, 3), (1, 4), (4, 1), (1, 1), (7, 6)]
 def prepared(module, dtype=torch.float64):
     """With weights of any kind, gammas among them, and norms that use their statistics."""
     torch.manual_seed(0)
-    randomise(module)
+    randomize(module)
     for name, parameter in module.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.7)

@@ -17,10 +17,10 @@ from torch import nn
 import train
 from networks.backbones.names import BACKBONES, build_backbone
 from networks.build import build_network
-from networks.weights.families import recognise
+from networks.weights.families import recognize
 from networks.weights.loading import load_weights
 from networks.weights.start import read_weights
-from tests.conftest import SHARED, SMALL, randomise, snapshot_content
+from tests.conftest import SHARED, SMALL, randomize, snapshot_content
 from utils.common import files
 from utils.common.errors import UserError
 from utils.ops.normalization import CAFFE, Normalization
@@ -30,7 +30,7 @@ def reference(name, stride):
     """timm's network, every tensor random: it starts the last norm of each block at zero, which would hide much."""
     network = timm.create_model(name, pretrained=False, features_only=True, output_stride=stride,
                                 out_indices=(0, 1, 2, 3, 4))
-    randomise(network)
+    randomize(network)
     return network.double().eval()
 
 
@@ -83,7 +83,7 @@ def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])
 def test_torchvision_networks_compute_the_same(name, tmp_path):
     theirs = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, True, True])
-    randomise(theirs)
+    randomize(theirs)
     torch.save({"state_dict": {f"module.{key}": value for key, value in theirs.state_dict().items()}},
                tmp_path / f"{name}.pth")
     weights = read_weights(tmp_path / f"{name}.pth")
@@ -122,7 +122,7 @@ def test_an_ecanet_file_with_every_key_accounted_for(tmp_path):
     assert set(account.ignored.values()) == {"the classifier of the file"}
     assert len(account.loaded) == len(state) - 2
     heads = {key for key in network.state_dict() if not key.startswith("backbone.") and "num_batches" not in key}
-    assert set(account.initialised) == heads and set(account.initialised.values()) == {"no counterpart in the file"}
+    assert set(account.initialized) == heads and set(account.initialized.values()) == {"no counterpart in the file"}
     key = "layer3.7.eca.conv.weight"
     assert torch.equal(network.backbone.state_dict()[key], state[key])
 
@@ -167,18 +167,18 @@ def test_the_input_is_told_from_what_the_first_norm_has_seen(stem, normalization
     for image in (data.chelsea(), data.coffee(), data.rocket()) * 8:
         pixels = torch.from_numpy(image[::3, ::3].copy()).permute(2, 0, 1)[None]
         network(normalization(pixels))
-    assert recognise(network.state_dict(), "w.pth").normalization == normalization
+    assert recognize(network.state_dict(), "w.pth").normalization == normalization
 
 
 @pytest.mark.parametrize("norm", ["bn", "inplace_abn"])
 @pytest.mark.parametrize("depth", [18, 50])
 def test_attention_that_the_file_lacks_changes_nothing(norm, depth):
     theirs = getattr(torchvision.models, f"resnet{depth}")()
-    randomise(theirs)
+    randomize(theirs)
     plain, attentive = (build_network("base", 3, f"{kind}resnet{depth}", norm=norm) for kind in ("", "eca_"))
     load_weights(plain, theirs.state_dict(), "r.pth")
     account = load_weights(attentive, theirs.state_dict(), "r.pth")
-    missing = [key for key, reason in account.initialised.items() if "so nothing changes" in reason]
+    missing = [key for key, reason in account.initialized.items() if "so nothing changes" in reason]
     assert len(missing) == sum(".eca." in key for key in attentive.state_dict())
     images = torch.randn(1, 3, 65, 65)
     for a, b in zip(stages(plain.backbone.eval(), images), stages(attentive.backbone.eval(), images), strict=True):
@@ -189,7 +189,7 @@ def test_attention_that_the_file_lacks_changes_nothing(norm, depth):
 def test_a_torchvision_file_goes_through_in_place_norms(wrapped):
     """Negative scales move into the convolutions."""
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
-    randomise(theirs)
+    randomize(theirs)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "bn" in name and name.endswith("weight"):
@@ -265,7 +265,7 @@ def test_a_snapshot_of_the_other_norm_computes_the_same():
         content = snapshot_content(1, model="acfnet", norm=source)
         first.load_state_dict(content["model"])
         account = load_weights(second, content, "CS_scenes_1.pth")
-        assert account.family == "ours" and not account.initialised and not account.ignored
+        assert account.family == "ours" and not account.initialized and not account.ignored
         assert "in-place norms" in str(account)
         first.eval(), second.eval()
         images = torch.randn(1, 3, 65, 49)
@@ -280,14 +280,14 @@ def test_another_class_count_keeps_all_but_the_classifiers():
     fresh = [key for key, value in second.state_dict().items() if value.shape != first.state_dict()[key].shape]
     assert sorted(fresh) == ["aux.3.bias", "aux.3.weight", "head.coarse.bias", "head.coarse.weight",
                              "head.fine.bias", "head.fine.weight"]
-    assert account.initialised == dict.fromkeys(fresh, "another number of classes") == account.ignored
+    assert account.initialized == dict.fromkeys(fresh, "another number of classes") == account.ignored
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.backbone.", "_orig_mod.", "encoder."])
 def test_our_backbone_alone_under_any_prefix(prefix):
     backbone = build_backbone("eca_resnet18", stem="64-64-128", average_downsample=True)
-    randomise(backbone)
-    weights = recognise({f"{prefix}{key}": value for key, value in backbone.state_dict().items()}, "b.pth")
+    randomize(backbone)
+    weights = recognize({f"{prefix}{key}": value for key, value in backbone.state_dict().items()}, "b.pth")
     assert weights.structure == {"backbone": "eca_resnet18", "stem": "64-64-128", "average_downsample": True,
                                  "eca_kernels": [3, 5, 7, 7]}
     network = build_network("base", 3, "eca_resnet18", stem="64-64-128", average_downsample=True, norm="bn")
@@ -303,7 +303,7 @@ def test_weights_are_found_under_any_key(place, prefix):
     for key in filter(None, reversed(place.split("."))):
         content = {"epoch": 3, key: content, "best": torch.tensor(0.5) if not place else 0.5, "optimizer_state_dict": {
             "state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": []}}
-    weights = recognise(content, "w.pth")
+    weights = recognize(content, "w.pth")
     assert torch.equal(weights.state["backbone.layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
 
 
@@ -312,7 +312,7 @@ def test_weights_are_found_under_any_key(place, prefix):
 def test_of_several_weights_those_that_are_taken_are_said(keys, taken, capsys):
     state = torchvision.models.resnet18().state_dict()
     content = {key: {name: value + (key == taken) for name, value in state.items()} for key in keys}
-    weights = recognise(content, "w.pth")
+    weights = recognize(content, "w.pth")
     assert torch.equal(weights.state["backbone.bn1.weight"], state["bn1.weight"] + 1)
     other, = set(keys) - {taken}
     assert capsys.readouterr().out == f"w.pth: the weights named {taken} are taken, not {other}\n"
@@ -383,7 +383,7 @@ def test_zero_tensors_are_refused_whatever_is_allowed():
     state = {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}
     assert load_weights(network, state, "f.pth", allow_partial=True).loaded == ["backbone.layer1.0.conv1.weight"]
     with pytest.raises(UserError, match="expected the backbone of this network"):
-        load_weights(nn.Sequential(nn.Linear(1, 1)), recognise(state, "f.pth"), allow_partial=True)
+        load_weights(nn.Sequential(nn.Linear(1, 1)), recognize(state, "f.pth"), allow_partial=True)
 
 
 def run(streets, folder, *words):
@@ -392,7 +392,7 @@ def run(streets, folder, *words):
 
 
 def test_training_follows_the_file(streets, tmp_path, capsys):
-    """Stem, downsampling, kernels, depth, attention and normalisation, into snapshot and evaluation."""
+    """Stem, downsampling, kernels, depth, attention and normalization, into snapshot and evaluation."""
     backbone = build_backbone("eca_resnet18", "bn", "relu", "32-32-64", True, (5, 5, 5, 7))
     torch.save(backbone.state_dict(), tmp_path / "w.pth")
     words = [word for word in SMALL if word not in ("--backbone", "resnet18")]
@@ -405,7 +405,7 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     assert Normalization.from_config(config["normalization"]) == CAFFE
     account = json.loads((tmp_path / "s/weights.json").read_text())
     assert account["backbone_loaded"] == 1 and account["family"] == "ours"
-    assert "head.fine.weight" in account["initialised"]
+    assert "head.fine.weight" in account["initialized"]
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
     assert files.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"

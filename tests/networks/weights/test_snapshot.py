@@ -66,7 +66,7 @@ def filled(number):
     return fill
 
 
-def quantised(tensor):
+def quantized(tensor):
     return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
 
 
@@ -101,7 +101,7 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "class without a name": ("config.classes", lambda rows: [{k: v for k, v in row.items() if k != "name"}
                                                              for row in rows], r"text as config.classes.0.name"),
     "class id": ("config.classes", first_row(id=10 ** 6), r"config.classes.0.id, found 1000000"),
-    "class colour": ("config.classes", first_row(red=-3), "config.classes.0.red, found -3"),
+    "class color": ("config.classes", first_row(red=-3), "config.classes.0.red, found -3"),
     "class train id": ("config.classes", first_row(train_id=NAN), "config.classes.0.train_id, found nan"),
     "class missing": ("config.classes", lambda rows: [row for row in rows if row["train_id"] != 2], "num_classes"),
     "classes of one name": ("config.classes", lambda rows: [row | {"name": "road"} for row in rows], "another name"),
@@ -119,7 +119,7 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "tensor whole": ((*MODEL, WEIGHT), lambda t: t.long(), "expected a tensor of float32"),
     "tensor complex": ((*MODEL, WEIGHT), lambda t: t.to(torch.complex64), "expected a tensor of real numbers"),
     "tensor sparse": ((*MODEL, WEIGHT), lambda t: t.to_sparse(), "expected a dense tensor .* sparse"),
-    "tensor quantised": ((*MODEL, WEIGHT), quantised, "expected a dense tensor .* quantised"),
+    "tensor quantized": ((*MODEL, WEIGHT), quantized, "expected a dense tensor .* quantized"),
     "tensor without values": ((*MODEL, WEIGHT), lambda t: t.to("meta"), "expected a dense tensor .* without values"),
     "tensor a number": ((*MODEL, WEIGHT), 3.0, "expected a tensor as model"),
     "tensor of one value": ((*MODEL, WEIGHT), lambda t: torch.zeros(1, 1, 1, 1).expand_as(t), "values share theirs"),
@@ -252,7 +252,7 @@ def test_a_snapshot_from_before_there_was_a_head_loads(sound, tmp_path):
     for number in range(len(names)):
         assert torch.equal(found.optimizer[number]["momentum_buffer"], momenta[number]["momentum_buffer"])
     account = load_weights(build_network("acfnet_resnet", 3, "eca_resnet18"), read_weights(path))
-    assert account.share == 1 and not account.ignored and not account.initialised
+    assert account.share == 1 and not account.ignored and not account.initialized
 
 
 def test_the_average_goes_on_by_its_updates_or_by_the_steps_of_an_older_snapshot(sound, tmp_path, capsys):
@@ -271,7 +271,7 @@ def test_the_average_goes_on_by_its_updates_or_by_the_steps_of_an_older_snapshot
 
 
 def resumed(found, network):
-    """`resume.restore` into a network and a new optimiser; returns the state of its first parameter."""
+    """`resume.restore` into a network and a new optimizer; returns the state of its first parameter."""
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.5)
     engine = SimpleNamespace(network=network, optimizer=optimizer, precision=Precision("off", torch.device("cpu")),
                              devices=[torch.device("cpu")], processes=None, average=None)
@@ -327,7 +327,7 @@ def test_files_whose_writer_left_out_the_sums_load(tmp_path):
 
 @pytest.mark.parametrize("key, value, message", [
     ("layer1.0.conv1.weight", lambda t: t.to_sparse(), "expected a dense tensor"),
-    ("layer1.0.conv1.weight", quantised, "expected a dense tensor"),
+    ("layer1.0.conv1.weight", quantized, "expected a dense tensor"),
     ("layer1.0.conv1.weight", filled(NAN), "expected finite values as layer1.0.conv1.weight"),
     ("bn1.running_var", filled(-1.0), "expected no value below 0 as bn1.running_var"),
     ("layer1.0.eca.conv.weight", lambda t: t[..., :0], "expected kernels of odd sizes"),
@@ -408,7 +408,7 @@ VALUES = st.one_of(
         lambda values: values if len(values) % 2 else tuple(values)),
     st.dictionaries(st.text(max_size=3) | st.integers(0, 3), st.integers(0, 3) | st.none(), max_size=3),
     st.sampled_from([torch.ones(()), torch.ones(0), torch.ones(3).to_sparse(), torch.ones(2, dtype=torch.complex64),
-                     quantised(torch.ones(3)), torch.ones(3, device="meta"), torch.zeros(1).expand(10 ** 9), DELETE,
+                     quantized(torch.ones(3)), torch.ones(3, device="meta"), torch.zeros(1).expand(10 ** 9), DELETE,
                      torch.full((64,), NAN), torch.ones(64, dtype=torch.float16), torch.ones(64, dtype=torch.bool),
                      torch.ones(64, requires_grad=True), torch.Size([3]), 10 ** 30, "RGB", [65, 65], 1e300]))
 

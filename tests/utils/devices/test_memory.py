@@ -97,7 +97,7 @@ def test_light_costs_at_most_8_per_cent_more_multiplications():
     "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"])
-def test_every_way_of_running_out_is_recognised(error):
+def test_every_way_of_running_out_is_recognized(error):
     assert ran_out(error) and not ran_out("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
 
 

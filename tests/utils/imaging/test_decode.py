@@ -36,13 +36,13 @@ def by_pillow(data, mode="RGB"):
     return np.asarray(Image.open(io.BytesIO(data)).convert(mode))
 
 
-PLAIN = {"PNG": (encoded(SMOOTH, "PNG"), 0), "grey PNG": (encoded(SMOOTH, "PNG", "L"), 0),
+PLAIN = {"PNG": (encoded(SMOOTH, "PNG"), 0), "gray PNG": (encoded(SMOOTH, "PNG", "L"), 0),
          "PNG with density": (encoded(SMOOTH, "PNG", dpi=(72, 72)), 0),
-         "grey JPEG": (encoded(SMOOTH, "JPEG", "L"), 1),
+         "gray JPEG": (encoded(SMOOTH, "JPEG", "L"), 1),
          **{f"JPEG {quality} {sampling}": (encoded(SMOOTH, "JPEG", quality=quality, subsampling=sampling), 1)
             for quality in (20, 75, 98) for sampling in (0, 1, 2)}}
 SPECIAL = {"palette": encoded(SMOOTH, "PNG", "P"), "transparent": encoded(SMOOTH, "PNG", "RGBA"),
-           "one colour transparent": encoded(SMOOTH, "PNG", transparency=(3, 4, 5)),
+           "one color transparent": encoded(SMOOTH, "PNG", transparency=(3, 4, 5)),
            "progressive": encoded(SMOOTH, "JPEG", progressive=True), "CMYK": encoded(SMOOTH, "JPEG", "CMYK"),
            "two values": encoded(SMOOTH, "PNG", "1"), "TIFF": encoded(SMOOTH, "TIFF"), "BMP": encoded(SMOOTH, "BMP")}
 

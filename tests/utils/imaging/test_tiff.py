@@ -135,12 +135,12 @@ def test_images_of_other_numbers_are_refused_by_what_they_are(tmp_path, dtype):
                                              (255, "save it as 8 bits"), (16384, None), (65535, None), (0, None)])
 def test_16_bits_that_hold_fewer_are_said(tmp_path, largest, remedy):
     ramp = np.linspace(0, largest, 24 * 36).reshape(24, 36).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "grey.png")
-    tifffile.imwrite(tmp_path / "grey.tif", ramp)
+    Image.fromarray(ramp).save(tmp_path / "gray.png")
+    tifffile.imwrite(tmp_path / "gray.tif", ramp)
     tifffile.imwrite(tmp_path / "rgb.tif", ramp[..., None].repeat(3, 2), photometric="rgb")
     tifffile.imwrite(tmp_path / "five.tif", ramp[..., None].repeat(5, 2), photometric="rgb")
     write_png(tmp_path / "rgb.png", ramp[..., None].repeat(3, 2), 16, 2)
-    for name in ("grey.png", "grey.tif", "rgb.tif", "five.tif", "rgb.png"):
+    for name in ("gray.png", "gray.tif", "rgb.tif", "five.tif", "rgb.png"):
         _, remarks = remarks_of(tmp_path / name)
         said = [text for kind, text in remarks if kind == "dark"]
         assert len(said) == (remedy is not None), name
@@ -161,7 +161,7 @@ def test_12_bits_are_scaled_as_they_say(tmp_path):
 
 
 def write_png(path, values, bits, color):
-    """A PNG of any number of bits; color: 0 grey, 2 RGB."""
+    """A PNG of any number of bits; color: 0 gray, 2 RGB."""
     height = values.shape[0]
     if bits == 16:
         rows = values.astype(">u2").reshape(height, -1).view(np.uint8)
@@ -212,7 +212,7 @@ def test_ids_are_not_taken_from_one_band_of_several(tmp_path, number, dtype, pla
     values = LABEL[..., None].repeat(number, 2).astype(dtype)
     tifffile.imwrite(tmp_path / "a.tif", np.ascontiguousarray(values.transpose(2, 0, 1)) if planar == "separate" else
                      values, photometric="minisblack", planarconfig=planar)
-    with pytest.raises(UserError, match=f"expected a label map of ids or colours, found {number} bands"):
+    with pytest.raises(UserError, match=f"expected a label map of ids or colors, found {number} bands"):
         read_ids(tmp_path / "a.tif")
 
 
@@ -225,7 +225,7 @@ def test_fractions_and_bands_are_no_ids(tmp_path):
         read_ids(tmp_path / "b.tif")
     tifffile.imwrite(tmp_path / "c.tif", RNG.integers(9, size=(24, 36, 5)).astype(np.uint8), photometric="rgb",
                      extrasamples=["unspecified"] * 2)
-    with pytest.raises(UserError, match="expected a label map of ids or colours, found 5 bands"):
+    with pytest.raises(UserError, match="expected a label map of ids or colors, found 5 bands"):
         read_ids(tmp_path / "c.tif")
 
 

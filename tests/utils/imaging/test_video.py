@@ -26,7 +26,7 @@ SIZE = (48, 64)
 
 
 def drawn_frames(number=FRAMES, size=SIZE):
-    """A coloured pattern that moves, RGB."""
+    """A colored pattern that moves, RGB."""
     pattern = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     wide = cv2.resize(pattern, (size[1] + 3 * number, size[0]), interpolation=cv2.INTER_CUBIC)
     return [np.ascontiguousarray(wide[:, 3 * i:3 * i + size[1]]) for i in range(number)]
@@ -73,7 +73,7 @@ def predict(snapshot, folder, *places, save=("color",)):  # noqa: F811
 
 
 def test_a_video_gets_the_pictures_of_its_frames(snapshot, tmp_path, capsys):  # noqa: F811
-    """Rate, number and, as far as the codec goes, colours: those that the frames get as still pictures."""
+    """Rate, number and, as far as the codec goes, colors: those that the frames get as still pictures."""
     source = write(tmp_path / "drive.avi", drawn_frames(), codec="FFV1")
     (tmp_path / "stills").mkdir()
     for number, frame in enumerate(read(source)[0], 1):
@@ -92,7 +92,7 @@ def test_a_video_gets_the_pictures_of_its_frames(snapshot, tmp_path, capsys):  #
         for k, frame in enumerate(frames):
             distances = [np.abs(frame.astype(float) - still).mean() for still in stills]
             assert frame.shape == (*SIZE, 3) and distances[k] < 8, (kind, k, distances)
-        # The colours of the classes, not some others: of pixels whose neighbours are of the same class.
+        # The colors of the classes, not some others: of pixels whose neighbors are of the same class.
         if kind == "color":
             palette = ClassTable.read().palette.astype(float)
             nearest = palette[((frames[-1][:, :, None] - palette) ** 2).sum(3).argmin(2)]

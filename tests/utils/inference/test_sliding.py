@@ -182,7 +182,7 @@ def test_windows_of_cityscapes_are_all_of_full_size(scale):
     assert one.window == (769, 769) and one.padded == (max(769, 1024 * scale), 2048 * scale)
 
 
-def test_normalisation_is_the_documented_one(rng):
+def test_normalization_is_the_documented_one(rng):
     image = torch.from_numpy(rng.integers(256, size=(1, 3, 4, 5)).astype(np.uint8))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (image / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)

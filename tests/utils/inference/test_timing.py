@@ -16,7 +16,7 @@ from utils.inference import timing
 from utils.inference.sliding import SlidingPredictor
 
 CPU = torch.device("cpu")
-LINE = re.compile(r"(\S+) images/s, (\S+) ms an image \(median; spread \S+\), (\S+)% of it beyond the network; "
+LINE = re.compile(r"(\S+) images/s, (\S+) ms per image \(median; spread \S+\), (\S+)% of it beyond the network; "
                   r"peak memory (\S+) GB\n$")
 
 

@@ -99,10 +99,10 @@ def test_scoring_tells_calibration(streets, snapshot, tmp_path, capsys):  # noqa
             if head == "fine":
                 with Image.open(tmp_path / "r/confidence" / path.name) as picture:
                     assert picture.mode == "L"
-                    grey = np.asarray(picture).astype(int)
+                    gray = np.asarray(picture).astype(int)
                 expected = 255 * probabilities.amax(0).numpy()
-                assert grey.shape == label.shape and np.abs(grey - expected).max() < 0.51
-                assert grey.max() - grey.min() > 9
+                assert gray.shape == label.shape and np.abs(gray - expected).max() < 0.51
+                assert gray.max() - gray.min() > 9
     for head, values in maps.items():
         found, expected = result["calibration"][head], by_loops(*map(np.concatenate, zip(*values, strict=True)))
         assert found["expected_calibration_error"] == pytest.approx(expected["expected_calibration_error"], abs=1e-4)

@@ -37,7 +37,7 @@ STEPS = 10
 
 
 def batch():
-    """Six images of one colour a class, so that there is something to learn; the parts differ in labelled pixels."""
+    """Six images of one color a class, so that there is something to learn; the parts differ in labeled pixels."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.randint(4, (6, 5, 5), generator=generator).repeat_interleave(7, 1).repeat_interleave(7, 2)
     colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200], [120, 120, 120]])

@@ -39,8 +39,8 @@ def make_engine(kind="sgd", criterion=None, head_lr_factor=1.0, **options):
     return engine
 
 
-def test_another_optimiser_is_not_silently_sgd():
-    with pytest.raises(ValueError, match="kind of optimiser: expected one of sgd, adamw, found 'rmsprop'"):
+def test_another_optimizer_is_not_silently_sgd():
+    with pytest.raises(ValueError, match="kind of optimizer: expected one of sgd, adamw, found 'rmsprop'"):
         make_optimizer(build_network("acfnet_resnet", 3, "eca_resnet18"), kind="rmsprop")
 
 

@@ -83,7 +83,7 @@ def check_norms(gpu, network, amp, layout):
 def test_a_norm_in_place_starts_few_operations(gpu, shared, most_forward, most_backward, monkeypatch):
     """An H100 computed faster than Python could ask for 36 of them in each norm."""
     if shared:
-        monkeypatch.setattr("libs.synchronise.find_peers", lambda group=None: FourAlike())
+        monkeypatch.setattr("libs.synchronize.find_peers", lambda group=None: FourAlike())
     with torch.device(GPU):
         norm = InPlaceABNSync(8).train()
         x = torch.zeros(2, 8, 9, 9, dtype=torch.bfloat16, requires_grad=True)
@@ -160,7 +160,7 @@ class FourAlike(Processes):
 @pytest.mark.parametrize("options", [{}, {"norm": "bn"}, {"amp": "off"}, {"amp": "fp16"}, {"ohem": True},
                                      {"recompute": "full"}], ids=str)
 def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
-    for module in ("libs.synchronise", "loss.criterion"):
+    for module in ("libs.synchronize", "loss.criterion"):
         monkeypatch.setattr(f"{module}.find_peers", lambda group=None: FourAlike())
     network = take_steps(gpu, layout=layout, processes=FourAlike(), **options)
     check_norms(gpu, network, options.get("amp", "bf16"), layout)

@@ -241,10 +241,8 @@ def check(args, devices, classes):
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
                         f"go on, found {existing[-1][1]}")
     Precision(args.amp or "off", devices[0], args.opt_level)
-    try:
-        backend.choose(args.abn_backend)
-    except RuntimeError as error:
-        raise UserError(f"--abn-backend: {error}") from None
+    if args.norm == "inplace_abn":
+        backend.check(args.abn_backend, amp=args.amp, recompute=args.recompute, shared=len(devices) > 1)
 
 
 def parse_and_check(argv=None):
@@ -331,7 +329,8 @@ def main(argv=None):
     logger.info(cores)
     options = resolve(args, root, devices, processes, begin)
     if args.norm == "inplace_abn":
-        backend.check(options.machine.amp, args.recompute, shared=processes is not None or len(devices) > 1)
+        backend.check(args.abn_backend, amp=options.machine.amp, recompute=args.recompute,
+                      shared=processes is not None or len(devices) > 1)
     seeds.seed_generators(args.random_seed)
     if classes is None:     # the label maps tell
         table = os.path.join(args.snapshot_dir, "classes.csv")
@@ -483,7 +482,8 @@ def make_network(options, config, begin, devices, processes, allow_partial):
         devices[0], memory_format=options.machine.memory_format)
     share_statistics(network, devices, processes)
     if config.network["norm"] == "inplace_abn":
-        logger.info(backend.describe())
+        backend.set_backend(network, options.machine.abn_backend)
+        logger.info(backend.describe(options.machine.abn_backend))
     resume.check_room(options.results.snapshot_dir, network, options.learning.optimizer, options.learning.ema)
     if begin.weights is not None:
         account = load_weights(network, begin.weights, allow_partial=allow_partial)

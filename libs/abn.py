@@ -205,6 +205,7 @@ class InPlaceABN(ABN):
         if activation == "relu" or (activation in ("leaky_relu", "elu") and activation_param <= 0):
             raise ValueError("InPlaceABN: expected an activation that can be undone (identity, leaky_relu or elu with "
                              f"a parameter above zero), found {activation} with {activation_param}")
+        self.backend = "auto"       # `libs.backend.set_backend` chooses another
         # Replicas, which `nn.DataParallel` makes anew for each pass, share this object with the layer they copy.
         self._choice = SimpleNamespace(keeps_input=False, passes_left=0)
 
@@ -230,7 +231,7 @@ class InPlaceABN(ABN):
             settings = self._settings(x)
             recomputed = recompute.active()
             shared = settings.training and not recomputed and self._exchange(x) is not None
-            if backend.takes_package(x, settings, shared, recomputed):
+            if backend.uses_package(self.backend, x, settings, shared, recomputed):
                 return self._run_package(x)
             return self._run(x, settings)
 

@@ -14,7 +14,6 @@ import evaluate
 import train
 from dataset.labels import CITYSCAPES
 from dataset.streets import write_dataset
-from libs import backend
 from tests.conftest import snapshot_content
 from utils.common.errors import UserError
 from utils.inference.sliding import SlidingPredictor
@@ -126,7 +125,8 @@ def outcome(words, monkeypatch):
     network = run.engine.network
     return [*found, network._compiled_call_impl is not None, network.head.fine.weight.stride(),
             run.engine.network.backbone.conv1.weight.stride() if hasattr(network.backbone.conv1, "weight") else "",
-            [name for name, parameter in network.named_parameters() if parameter.requires_grad], backend.describe()]
+            [name for name, parameter in network.named_parameters() if parameter.requires_grad],
+            {norm.backend for norm in network.modules() if hasattr(norm, "backend")}]
 
 
 def test_every_flag_of_training_changes_something(streets, tmp_path, monkeypatch):

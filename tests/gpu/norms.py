@@ -61,6 +61,7 @@ def compare(device, kind, dtype, layout, activation, training, parts, shape=(8, 
              for offset in (1, 0))
     norm = make_norm(kind, shape[1], activation, device).train(training)
     expected = in_float64(norm, x, dy, activation, training)
+    backend.set_backend(norm, "package" if parts == "package" else "torch")
     if parts == "process":
         norm._exchange = lambda x: Processes()
     x.requires_grad_()
@@ -84,10 +85,8 @@ def section(rows, device, shape=(8, 32, 33, 31)):
         for parts, kind, dtype in itertools.product(sharing, KINDS, TOLERANCES):
             if parts == "package" and (kind != "in place" or dtype == torch.bfloat16):
                 continue        # what the package does not do
-            backend.choose("package" if parts == "package" else "torch")
             rows.check(f"{kind}, {str(dtype).removeprefix('torch.')}, {parts}", every_way, device, kind, dtype, parts,
                        shape)
-    backend.choose("auto")
 
 
 def every_way(device, kind, dtype, parts, shape):

@@ -66,9 +66,10 @@ def kind_of(kernel):
 
 
 def build(device, tf32, abn_backend, **options):
-    backend.choose(abn_backend)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    return make_engine(device, dropout=True, **options)
+    engine = make_engine(device, dropout=True, **options)
+    backend.set_backend(engine.network, abn_backend)
+    return engine
 
 
 def shares(engine, batch, device):

@@ -110,28 +110,27 @@ def test_the_package_is_a_backend(monkeypatch):
     layer = randomized(InPlaceABNSync(5))
     x, dy = torch.randn(4, 5, 6, 7), torch.randn(4, 5, 6, 7)
     expected = gradients(copy.deepcopy(layer), x, dy)
-    monkeypatch.setattr(backend, "_choice", "package")
+    backend.set_backend(layer, "package")
     calls = []
     package = backend.package()
-    monkeypatch.setattr(backend, "_package", lambda *args: calls.append(1) or package(*args))
+    monkeypatch.setattr(backend, "package", lambda: lambda *args: calls.append(1) or package(*args))
     for a, b in zip(gradients(layer, x, dy), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert calls == [1]
     with pytest.raises(RuntimeError, match="found torch.bfloat16 on cpu; the backend torch does this"):
         layer(x.bfloat16())
-    monkeypatch.setattr(backend, "_choice", "auto")
+    backend.set_backend(layer, "auto")
     gradients(layer, x, dy)
     assert calls == [1]
 
 
 def test_a_missing_package_is_said(monkeypatch):
-    monkeypatch.setattr(backend, "_package", False)
-    monkeypatch.setattr(backend, "_choice", "auto")
-    assert "not installed; not needed" in backend.describe()
+    monkeypatch.setattr(backend, "package", lambda: None)
+    assert "not installed; not needed" in backend.describe("auto")
     with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found none that imports"):
-        backend.choose("package")
+        backend.set_backend(InPlaceABN(3), "package")
     with pytest.raises(ValueError, match="expected one of auto, torch, package"):
-        backend.choose("other")
+        backend.set_backend(InPlaceABN(3), "other")
 
 
 # ---- on its own ----

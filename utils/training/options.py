@@ -62,10 +62,12 @@ class MachineOptions:
     """How a run computes; names are those of the flags.
 
     Attributes:
+        abn_backend: one of `libs.backend.CHOICES`.
         amp: mixed precision, one of `utils.devices.precision.CHOICES`.
         channels_last: whether feature maps have their channels innermost.
     """
 
+    abn_backend: str
     amp: str
     opt_level: str
     channels_last: bool

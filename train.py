@@ -526,7 +526,7 @@ def train(run):
 
             factor = run.schedule.factor(step - 1)
             try:
-                terms, stopping = engine.step(parts, factor, asked=stop.asked)
+                terms, stopping = engine.step(parts, factor, stop=stop.asked)
             except NotFinite as error:
                 raise history.make_error(error, run, step, factor, parts) from None
             losses = {name: terms[name] for name in engine.criterion.weights}

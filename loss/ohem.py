@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from utils.ops.autocast import at_least_float32
+from utils.parallel.processes import find_peers
+
+from .cross_entropy import CrossEntropy
 
 
 def keep_hardest(pixel_losses, valid, thres, min_kept, peers=None):
@@ -18,8 +18,8 @@ def keep_hardest(pixel_losses, valid, thres, min_kept, peers=None):
         valid: (P,) bool, False where the label is to be ignored.
         thres: probability.
         min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
-        peers: `utils.distributed.Processes` or `utils.replicas.Replicas` with as many pixels of the batch
-            each, among all of which the k-th smallest is found; None if these are all.
+        peers: `utils.parallel.processes.Processes` or `utils.parallel.replicas.Replicas`, each with as many pixels of
+            the batch, among all of which the k-th smallest is taken; None if these are all.
 
     Returns:
         (P,) bool.
@@ -44,60 +44,35 @@ def kth_smallest(values, k):
     return values.topk(len(values) - k + 1, sorted=False).values.min()      # kthvalue uses one block of a GPU
 
 
-class OhemCrossEntropy(nn.Module):
-    """Mean cross-entropy over the hardest pixels of a call. Runs on the device, without a host copy.
+class OhemCrossEntropy(CrossEntropy):
+    """Mean cross-entropy over the hardest pixels. Runs on the device, without a host copy.
 
     Args:
         thres: pixels whose true class has at most this probability always count.
-        min_kept: never fewer than this many pixels of this call (or all that are valid).
+        min_kept: never fewer than this many pixels of a call (or all that are valid).
         ignore_index: label of pixels that do not count.
+        class_weights: as in `CrossEntropy`; which pixels are the hardest does not depend on them.
     """
 
-    def __init__(self, thres=0.7, min_kept=100000, ignore_index=255):
-        super().__init__()
+    def __init__(self, thres=0.7, min_kept=100000, ignore_index=255, class_weights=None):
+        super().__init__(ignore_index, class_weights)
         self.thres = thres
         self.min_kept = min_kept
-        self.ignore_index = ignore_index
 
-    def sums(self, logits, labels):
-        """logits (B, N, H, W), labels (B, H, W) → (sum of the kept losses, number of kept pixels)."""
-        return masked_cross_entropy(
-            logits, labels, self.ignore_index,
-            lambda losses, valid: keep_hardest(losses, valid, self.thres, self.min_kept))
+    def select(self, losses, valid, images):
+        return keep_hardest(losses, valid, self.thres, self.min_kept)
 
-    def forward(self, logits, labels):
-        """logits (B, N, H, W), labels (B, H, W) of any integer dtype → scalar; 0 if every pixel is ignored."""
-        total, count = self.sums(logits, labels)
-        return total / count.clamp(min=1)
+    def divisor(self, labels):
+        return None     # the logits decide
 
 
-def pixel_weights(labels, counted, class_weights=None):
-    """What each pixel counts for: labels int64 and counted bool of one shape → the weight of its class, 0 where it does
-    not count; without weights (N,), whether it counts."""
-    return counted if class_weights is None else class_weights[labels.where(counted, 0)].where(counted, 0)
+class BatchOhemCrossEntropy(OhemCrossEntropy):
+    """`OhemCrossEntropy` over a batch that processes or replicas share: they agree on its hardest pixels.
 
-
-def masked_cross_entropy(logits, labels, ignore_index, select=None, class_weights=None):
-    """Sum of the pixels' cross-entropies and the number of pixels in it; or, with weights of the classes, the weighted
-    sum and the sum of the weights, as `torch.nn.CrossEntropyLoss` does.
-
-    Args:
-        logits: (B, N, H, W).
-        labels: (B, H, W), any integer dtype.
-        ignore_index: label that does not count.
-        select: (losses (P,) without weights, valid (P,)) → (P,) bool, the pixels to count; None for every valid one.
-        class_weights: (N,) float, or None.
-
-    Returns:
-        (scalar of the logits' dtype, at least float32; scalar int64, or float with weights), both on the device of the
-        logits.
+    Args as there, but min_kept: pixels for every two images of the batch.
     """
-    labels = labels.long()
-    losses = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none").flatten()
-    valid = (labels != ignore_index).flatten()
-    kept = valid if select is None else select(losses, valid)
-    weights = pixel_weights(labels.flatten(), kept, class_weights)
-    if class_weights is not None:
-        losses = losses * weights.where(kept, 1)
-    # where, not a product: 0 · inf would be nan.
-    return torch.where(kept, losses, 0).sum(), weights.sum()
+
+    def select(self, losses, valid, images):
+        peers = find_peers()
+        images *= 1 if peers is None else peers.size
+        return keep_hardest(losses, valid, self.thres, self.min_kept * images // 2, peers)

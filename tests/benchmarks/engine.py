@@ -54,7 +54,8 @@ def make(variant, args, devices, processes):
     module = share_batches(NetworkWithLoss(network.train(), criterion, Normalization(), precision.autocast),
                                  devices, processes)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-    return Engine(module, network, criterion, optimizer, precision, devices, processes, memory_format)
+    return Engine(module, network, criterion, optimizer, precision, devices, processes=processes,
+                  memory_format=memory_format)
 
 
 def matmul_rate(device, dtype, size):

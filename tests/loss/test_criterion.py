@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loss import criterion
+from loss import ohem
 from loss.criterion import SegmentationCriterion
 from loss.ohem import OhemCrossEntropy, keep_hardest, kth_smallest
 
@@ -117,8 +117,10 @@ def test_sums_of_parts_make_the_whole():
     whole = criterion(outputs, labels)
     parts = [criterion.sums({n: o[i:i + 1] for n, o in outputs.items()}, labels[i:i + 1]) for i in range(4)]
     for name, loss in whole.items():
-        total, count = (sum(part[name][k] for part in parts) for k in (0, 1))
-        torch.testing.assert_close(total / count, loss)
+        torch.testing.assert_close(criterion.combine({name: sum(part[name] for part in parts)})[name], loss)
+        divisors = criterion.divisors(labels)
+        shares = [criterion.combine({name: part[name]}, divisors, parts=4)[name] for part in parts]
+        torch.testing.assert_close(sum(shares), loss)
 
 
 def test_ohem_keep_counts_for_every_two_images():
@@ -181,6 +183,6 @@ def test_shared_ohem_takes_one_exchange(monkeypatch):
     assert found.tolist() == expected[0].tolist() and 0 < found.sum() < 23 and parts.exchanges == 1
 
     parts = _Parts([])
-    monkeypatch.setattr(criterion, "find_peers", lambda: parts)
+    monkeypatch.setattr(ohem, "find_peers", lambda: parts)
     SegmentationCriterion(ohem=True).sums({"fine": torch.randn(2, 3, 5, 5)}, torch.zeros(2, 9, 9))
     assert parts.exchanges == 1

@@ -58,9 +58,9 @@ def check_compile(*, devices, parallel, recompute, amp):
 
 
 class NetworkWithLoss(nn.Module):
-    """The part of a step that runs on every device: uint8 images and labels in, sums and counts out.
+    """The part of a step that runs on every device: from uint8 images and labels to the sums of the loss terms.
 
-    Its outputs are a row per device, so `nn.DataParallel` gathers scalars and no logits.
+    Its outputs are a row per device, so that `nn.DataParallel` gathers a few numbers and no logits.
 
     Args:
         network, criterion, normalization: of the input, as in `make_engine`.
@@ -74,43 +74,42 @@ class NetworkWithLoss(nn.Module):
         self.normalization, self.autocast, self.apex = normalization, autocast, apex
 
     def forward(self, images, labels):
-        """images (B, 3, H, W) uint8, labels (B, H, W) → sums (1, T) float, counts (1, T) of T terms."""
+        """images (B, 3, H, W) uint8, labels (B, H, W) → {name: sums (1, K)} of the loss terms."""
         with (apex_casts() if self.apex else
               torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)):
             outputs = self.network(self.normalization(images))
-        sums = self.criterion.sums(outputs, labels)
-        return (torch.stack([total for total, _ in sums.values()])[None],
-                torch.stack([count for _, count in sums.values()])[None])
+        return {name: sums[None] for name, sums in self.criterion.sums(outputs, labels).items()}
 
 
-def step_loss(module, criterion, images, labels, processes=None, labeled=None, parts=1):
+def step_loss(module, criterion, images, labels, processes=None, divisors=None, parts=1):
     """Run the module on this process's images and labels.
-
-    Each term is divided by the pixels of the whole batch. If that goes through in several parts, one after the
-    other, this is the share of one of them: the terms of all parts add up to those of the batch. Which pixels OHEM
-    keeps elsewhere is not known yet, so its term is then the mean over the parts.
 
     Args:
         module: `NetworkWithLoss`, perhaps wrapped. The criterion has a weight for each head, and no other.
-        processes: those that share the batch, or None.
-        labeled: what all labeled pixels of the whole batch, all parts and processes, count for; needed with several
-            parts.
-        parts: their number.
+        criterion: of `loss.criterion`.
+        images, labels: of this process, those of one part of the batch.
+        processes: `Processes` that share the batch, or None.
+        divisors: with several parts, those of all labels of the batch, in all processes, as in `criterion.combine`.
+        parts: number of parts in which the batch goes through, one after the other.
 
     Returns:
-        (loss, added): the loss to differentiate, and what these images add to each term, (T,).
+        (loss, terms): the loss to differentiate, and each term of the loss, (T,), over all processes; of several parts
+        they add up to those of the batch.
     """
-    sums, counts = (rows.sum(0) for rows in module(images, labels))                 # (T,), (T,)
+    sums = {name: rows.sum(0) for name, rows in module(images, labels).items()}     # (K,) each
     world = 1
     if processes is not None:
-        counts, world = processes.all_reduce(counts), processes.size
-    if parts > 1:
-        counts = torch.stack([count * parts if criterion.counts_hardest_only(name) else labeled
-                              for name, count in zip(criterion.weights, counts, strict=True)])
-    terms = sums / counts.where(counts > 0, 1)
+        sums, world = _add_up(sums, processes), processes.size
+    terms = criterion.combine(sums, divisors, parts)
     # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
-    loss = criterion.total(dict(zip(criterion.weights, terms, strict=True))) * world
-    return loss, terms.detach()
+    return criterion.total(terms) * world, torch.stack([terms[name].detach() for name in criterion.weights])
+
+
+def _add_up(sums, processes):
+    """{name: (K,)} of this process → those of all processes, with the gradient of this process's part."""
+    totals = processes.all_reduce(torch.cat([values.detach() for values in sums.values()]))
+    totals = totals.split([len(values) for values in sums.values()])
+    return {name: values - values.detach() + total for (name, values), total in zip(sums.items(), totals, strict=True)}
 
 
 @contextmanager
@@ -158,7 +157,7 @@ class Engine:
     updates of the moving average since the run began.
     """
 
-    def __init__(self, module, network, criterion, optimizer, precision, devices, processes=None,
+    def __init__(self, module, network, criterion, optimizer, precision, devices, *, processes=None,
                  memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, ema=None):
         self.module, self.network, self.criterion = module, network, criterion
         self.optimizer, self.precision = optimizer, precision
@@ -186,14 +185,14 @@ class Engine:
         """The network whose results count: with the average of the weights, where there is one."""
         return self.network if self.average is None else self.average
 
-    def step(self, batches, factor=1.0, asked=False):
+    def step(self, batches, factor=1.0, stop=False):
         """Learn from one batch. The host waits for the device once, when everything but the update is queued.
 
         Args:
             batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of this
                 process.
             factor: by which the rate of each parameter group is multiplied.
-            asked: whether this process was asked to stop.
+            stop: whether this process was asked to stop.
 
         Returns:
             ({name: float} of the terms and `gradient_norm`, None if it overflowed in half precision; whether any
@@ -206,17 +205,17 @@ class Engine:
             torch._foreach_copy_(kept, buffers)
         generators = random_state(self.devices)
         parts = [self._place(batch) for batch in batches]
-        labeled = self._labeled([labels for _, labels in parts]) if len(parts) > 1 else None
+        divisors = self._divisors([labels for _, labels in parts]) if len(parts) > 1 else None
         self.optimizer.zero_grad()
         terms = 0.0
         for number, (images, labels) in enumerate(parts, 1):
             last = number == len(parts)
             with self._exchange_gradients(last), _enough_values(images):
-                loss, added = step_loss(self.module, self.criterion, images, labels, self.processes, labeled,
-                                        len(parts))
+                loss, added = step_loss(self.module, self.criterion, images, labels, processes=self.processes,
+                                        divisors=divisors, parts=len(parts))
                 self.precision.backward(loss, self.optimizer, last)
             terms = terms + added
-        terms, asked = self._read(terms, asked)
+        terms, stop = self._read(terms, stop)
         if not all(map(math.isfinite, terms.values())):
             error = NotFinite(terms)
             if error.what == "loss" or not self.precision.skips_overflow():
@@ -232,25 +231,26 @@ class Engine:
         if self.average is not None and terms["gradient_norm"] is not None:
             update_average(self.average, self.network, self.ema, self.average_updates)
             self.average_updates += 1
-        return terms, asked
+        return terms, stop
 
     def weight_norm(self):
         """The Euclidean norm of all weights: float."""
         return float(total_norm([weight.detach() for weight in self.network.parameters()]))
 
-    def _read(self, terms, asked):
-        """Everything the host wants to know of a step, over all processes, in one exchange and one copy.
+    def _read(self, terms, stop):
+        """Everything the host needs to know of a step, over all processes, in one exchange and one copy.
 
-        terms (T,), what this process adds → ({name: float} with `gradient_norm`, whether any was asked to stop).
+        terms (T,), equal in all processes → ({name: float} with `gradient_norm`, whether any was asked to stop).
         """
         norm = self.precision.gradient_norm(self.optimizer)
-        values = torch.cat([terms.double(), norm.double()[None], torch.full_like(norm[None], asked).double()])
+        values = torch.cat([terms.double(), norm.double()[None], torch.full_like(norm[None], stop).double()])
         world = 1
         if self.processes is not None:
             values, world = self.processes.all_reduce(values), self.processes.size
-        *terms, norm, asked = values.tolist()
-        # The gradients, and so their norm, are the same in all processes; the sum keeps what is not finite anywhere.
-        return dict(zip(self.criterion.weights, terms, strict=True)) | {"gradient_norm": norm / world}, asked > 0
+        *terms, norm, stop = values.tolist()
+        # Terms and norm are the same in all processes; their sum is not finite if it is not finite in one of them.
+        named = dict(zip([*self.criterion.weights, "gradient_norm"], [*terms, norm], strict=True))
+        return {name: value / world for name, value in named.items()}, stop > 0
 
     def _place(self, batch):
         """A batch's images and labels, on the first device."""
@@ -260,10 +260,14 @@ class Engine:
         return (images.contiguous(memory_format=self.memory_format),
                 batch["label"].to(self.devices[0], non_blocking=True))
 
-    def _labeled(self, labels):
-        """What the labeled pixels of all parts, and processes, count for: scalar tensor."""
-        count = sum(self.criterion.labeled(part) for part in labels)
-        return count if self.processes is None else self.processes.all_reduce(count)
+    def _divisors(self, parts):
+        """`criterion.divisors` of the labels of all parts and processes."""
+        each = [self.criterion.divisors(labels) for labels in parts]
+        divisors = {name: None if value is None else sum(part[name] for part in each)
+                    for name, value in each[0].items()}
+        if self.processes is None:
+            return divisors
+        return {name: value if value is None else self.processes.all_reduce(value) for name, value in divisors.items()}
 
     def _exchange_gradients(self, last):
         """Processes add up their gradients in the last part only."""
@@ -297,4 +301,4 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
         compile_network(network)
     module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast, precision.casts)
     return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
-                  processes, memory_format, frozen, clip_gradient, ema)
+                  processes=processes, memory_format=memory_format, frozen=frozen, clip_gradient=clip_gradient, ema=ema)

@@ -62,7 +62,7 @@ def train(share, dtype, ohem, rank=0, world=1):
     losses = []
     for _ in range(STEPS):
         loss, terms = step_loss(module, criterion, images, labels, processes)
-        terms = dict(zip(criterion.weights, terms if processes is None else processes.all_reduce(terms), strict=True))
+        terms = dict(zip(criterion.weights, terms, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -32,7 +32,7 @@ def make_engine(amp="off", processes=None, ema=None, **network):
     if processes is not None:
         module = DistributedDataParallel(module, **keeping_buffers())
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-    return Engine(module, network, criterion, optimizer, precision, [CPU], processes, ema=ema)
+    return Engine(module, network, criterion, optimizer, precision, [CPU], processes=processes, ema=ema)
 
 
 def make_batch(seed=0):
@@ -85,7 +85,7 @@ def work(rank, folder):
     check_nothing_is_learnt(make_engine(processes=Processes()), "gradient", 1, mine=rank == 1)
     check_nothing_is_learnt(make_engine(processes=Processes()), "loss", 2, mine=rank == 1)
     engine = make_engine(processes=Processes())
-    assert [engine.step([make_batch(rank)], asked=asked and rank == 0)[1] for asked in (False, True)] == \
+    assert [engine.step([make_batch(rank)], stop=stop and rank == 0)[1] for stop in (False, True)] == \
         [False, True]
     dist.destroy_process_group()
 

@@ -61,7 +61,8 @@ def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, pro
     optimizer = make_optimizer(network, kind=kind)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
     module = module if wrap is None else wrap(module)
-    engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes, layout, **learning or {})
+    engine = Engine(module, network, criterion, optimizer, precision, [GPU], processes=processes,
+                    memory_format=layout, **learning or {})
     for _ in range(2):
         gpu.clear()
         engine.step([make_batch() for _ in range(parts)])

@@ -4,25 +4,25 @@ The paper's protocol (sliding window, scales 0.75 to 2.0 by 0.25, mirror):
 
     python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --gpu 0
 
-The quick answer:
+A quick score:
 
     python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --scales 1.0 --no-flip
 
 Several snapshots, as one table: --restore-from snapshots/CS_scenes_*.pth
 Several GPUs share the images: --gpu 0,1,2,3, or torchrun --nproc_per_node 4 in place of python
-Any images, without truth:
+Images without labels:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images holiday/ 'more/*.jpg'
 
-Videos, and numbered images as one, frame by frame into color/drive.mp4 and overlay/drive.mp4:
+Videos, also as numbered images; results are color/drive.mp4 and overlay/drive.mp4:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images drive.mp4 'frames/%05d.png'
 
-How fast that is, by any protocol; nothing is written:
+Measure how fast that is; nothing is written:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images drive.mp4 --whole --benchmark
 
-What the Cityscapes server takes:
+Predictions for the Cityscapes server:
 
     python evaluate.py --data-dir CITYSCAPES --restore-from snapshots/CS_scenes_60000.pth --split test \
         --submission FOLDER
@@ -79,7 +79,7 @@ from utils.runs.results import ResultsFolder
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
 SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
-IGNORED_FLAGS = {       # task → what it expects, and flags that would do nothing there
+IGNORED_FLAGS = {       # {task: (what it expects, flags that would have no effect)}
     "benchmark": ("a protocol and images, of which nothing is written",
                   ("submission", "export", "boundary", "save", "output_dir", "overwrite")),
     "export": ("the snapshot's classes, and --export-size for a fixed size", ("classes", "input_size")),
@@ -93,86 +93,103 @@ def get_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=flags.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    add_data_flags(data, "the one the snapshot was trained with")
-    data.add_argument("--split", type=flags.split, default="val", help="split to scan (val)")
+    add_data_flags(data, "that of the snapshot")
+    data.add_argument("--split", type=flags.split, default="val", help="split to score (default: val)")
     data.add_argument("--num-workers", type=flags.num_workers,
-                      help="processes that read images, for each that predicts; default: by the number of cores")
+                      help="processes that read images, per predicting process (default: depends on the number of "
+                      "cores)")
 
-    tasks = parser.add_argument_group("instead of scoring")
+    tasks = parser.add_argument_group("tasks other than scoring")
     tasks.add_argument("--images", type=flags.path, nargs="+", metavar="PATH",
-                       help="predict images: files, folders, patterns; or videos, at their rate and without sound: "
-                       f"files, or the names of numbered images, such as 'frames/%%05d.png' ({RATE:g} frames/s)")
+                       help="predict images: files, folders or patterns; or videos: files, or patterns of numbered "
+                       f"images such as 'frames/%%05d.png', which are taken at {RATE:g} frames/s; results have the "
+                       "rate of the video and no sound")
     tasks.add_argument("--submission", type=flags.path, metavar="FOLDER",
-                       help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and, to upload, "
-                       f"FOLDER/{SUBMISSION}")
+                       help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and the archive "
+                       f"to upload, FOLDER/{SUBMISSION}")
     tasks.add_argument("--export", type=flags.path, metavar="FILE",
-                       help="write the network for whole images, without windows: FILE.onnx, FILE.pt2 (torch.export); "
-                       "or its weights, with config.json and a model card beside them: FILE.safetensors")
+                       help="write the network for whole images, without windows: FILE.onnx or FILE.pt2 "
+                       "(torch.export); or only its weights, with config.json and a model card: FILE.safetensors")
     tasks.add_argument("--export-size", type=flags.size, metavar="H,W",
-                       help="of the images that .onnx and .pt2 take, one at a time; default: any size and number")
+                       help="fixed size of the images that .onnx and .pt2 take, one per call (default: any size and "
+                       "number)")
     tasks.add_argument("--export-precision", choices=("fp32", "fp16"),
-                       help="of weights and arithmetic (fp32); images and logits are float32 in any case")
-    tasks.add_argument("--benchmark", action="store_true", help="time the prediction of some of the images, from "
-                       "pixels to labels, and write nothing")
+                       help="precision of weights and arithmetic; images and logits are always float32 (default: fp32)")
+    tasks.add_argument("--benchmark", action="store_true",
+                       help="measure how fast some of the images are predicted, from pixels to labels; write nothing")
 
     protocol = parser.add_argument_group("protocol")
     add_protocol(protocol)
-    protocol.add_argument("--boundary", type=flags.positive(float, 1000), metavar="PIXELS", help="also score how well "
-                          "outlines are met: boundary F-score of each class, with so many pixels of tolerance (off)")
+    protocol.add_argument("--boundary", type=flags.positive(float, 1000), metavar="PIXELS", help="also compute the "
+                          "boundary F-score of each class with this tolerance (default: not computed)")
 
     run = parser.add_argument_group("machine")
-    run.add_argument("--gpu", help="ids such as 0,1, which share the images, and videos whole, or cpu; default: all "
-                     "visible GPUs, else the CPU")
-    run.add_argument("--batch-size", type=flags.batch_size, default=4, help="windows at a time (4)")
-    run.add_argument("--amp", choices=AMP, help="mixed precision; default: bf16 on a GPU that has "
-                     "instructions for it, else fp16; on a CPU bf16 where that is measured to be faster, else off")
+    run.add_argument("--gpu", help="ids of GPUs such as 0,1, or cpu; several GPUs share the images, and each predicts "
+                     "whole videos (default: all visible GPUs, else the CPU)")
+    run.add_argument("--batch-size", type=flags.batch_size, default=4, help="windows per forward pass (default: 4)")
+    run.add_argument("--amp", choices=AMP, help="mixed precision (default: on a GPU bf16 if it has instructions for "
+                     "it, else fp16; on a CPU bf16 if a measurement shows that it is faster, else off)")
 
     out = parser.add_argument_group("results")
-    out.add_argument("--output-dir", type=flags.path,
-                     help="default: a folder named after the snapshot and the split, beside it")
-    out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there, "
+    out.add_argument("--output-dir", type=flags.path, help="folder of the results (default: beside the snapshot, named "
+                     "after the snapshot and the split)")
+    out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder, "
                      "or the file of --export, and nothing else")
-    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image: label ids, "
-                     "colors, colors over the image (these three), and the probability of the class that was chosen, "
-                     "in gray, 255 for certain; of videos the default leaves out label ids, which codecs would change: "
-                     "they are a PNG for each frame")
+    out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image; labels: label ids; "
+                     "color: class colors; overlay: class colors over the image; confidence: probability of the "
+                     "predicted class in gray, 255 for 1 (default: labels color overlay; of videos color overlay, "
+                     "because video codecs would change label ids, which are written as a PNG per frame)")
     return parser
 
 
 def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
-    """Flags that say how images are predicted, with these defaults; window: name of the flag for its size."""
-    group.add_argument(window, type=flags.size, metavar="H,W",
-                       help="window, rounded up to 8k + 1, and no larger than the image; default: the training crop")
-    group.add_argument("--overlap", type=flags.probability, default=1 / 3, help="of neighboring windows (1/3)")
-    group.add_argument("--whole", action="store_true", help="the whole image at once, no windows")
-    group.add_argument("--scales", type=flags.scale, nargs="+", default=scales, help=f"({' '.join(map(str, scales))})")
+    """Add the flags of the protocol by which images are predicted.
+
+    Args:
+        group: of an argument parser.
+        window: name of the flag for the size of windows.
+        scales, flip: defaults.
+    """
+    group.add_argument(window, type=flags.size, metavar="H,W", help="size of the windows, rounded up to 8k + 1; never "
+                       "larger than the image (default: the training crop)")
+    group.add_argument("--overlap", type=flags.probability, default=1 / 3,
+                       help="overlap of neighboring windows, as a share of their size (default: 1/3)")
+    group.add_argument("--whole", action="store_true", help="predict whole images, without windows")
+    group.add_argument("--scales", type=flags.scale, nargs="+", default=scales,
+                       help=f"(default: {' '.join(map(str, scales))})")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=flip,
-                       help=f"run mirrored too ({'yes' if flip else 'no'})")
-    group.add_argument("--raw-weights", action="store_true", help="the weights of the last step, also of a run with "
-                       "--ema, whose moving average is scored otherwise")
+                       help=f"also predict the mirrored image (default: {'yes' if flip else 'no'})")
+    group.add_argument("--raw-weights", action="store_true", help="use the weights of the last step of a run with "
+                       "--ema, instead of their moving average")
 
 
 def results_folder(path, what, output_dir=None, several=False):
-    """Where the results for a snapshot go: beside it, named after it and what was predicted, or where it is said; of
-    several snapshots into a folder each."""
+    """The folder for the results of a snapshot.
+
+    Args:
+        path: of the snapshot.
+        what: name of what is predicted.
+        output_dir: the user's choice; None for a folder beside the snapshot, named after it and `what`.
+        several: whether the results of other snapshots go to `output_dir` too, each into a folder of its own.
+    """
     if output_dir is None:
         return path.with_name(f"{path.stem}_{what}")
     return Path(output_dir) / path.stem if several else Path(output_dir)
 
 
 def picture_files(dataset, kinds):
-    """The files of a data set's pictures, relative to the folder of results."""
+    """Names of the pictures of a data set, relative to the results folder."""
     return [f"{FOLDERS[kind]}/{name}.png" for kind in kinds for name in dataset.names]
 
 
 def describe_results(folder, kinds, files=()):
-    """A sentence about a folder with these files and kinds of pictures."""
+    """A sentence that lists the files and kinds of pictures in a results folder."""
     names = [*files, *(f"{FOLDERS[kind]}/" for kind in kinds)]
     return f"results in {folder}{': ' * bool(names)}{', '.join(names)}"
 
 
 def make_folder(results, files, processes):
-    """Make room for results; the first process does, and the others wait for it."""
+    """Prepare a results folder in the first process, while the others wait."""
     rank, _ = rank_and_size(processes)
     if rank == 0:
         results.prepare(files, FOLDERS.values())
@@ -181,7 +198,7 @@ def make_folder(results, files, processes):
 
 
 def check(args):
-    """Refuse what cannot work, before anything is read."""
+    """Raise `UserError` for flags that contradict each other, before anything is read."""
     if args.overlap >= 1:
         raise UserError("--overlap: expected a share below 1, found 1")
     if not args.export and (args.export_size or args.export_precision):
@@ -195,10 +212,10 @@ def check(args):
         raise UserError(f"--boundary: expected a data set to score, which has truth, found {tasks[0]}")
     if tasks and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one snapshot with {tasks[0]}, found {len(args.restore_from)}")
-    names, most = Counter(Path(name).stem for name in args.restore_from).most_common(1)[0]
-    if most > 1 and args.output_dir:
-        raise UserError(f"--restore-from: expected snapshots of different names with --output-dir, found {names} "
-                        f"{most} times")
+    stem, count = Counter(Path(name).stem for name in args.restore_from).most_common(1)[0]
+    if count > 1 and args.output_dir:
+        raise UserError(f"--restore-from: expected snapshots of different names with --output-dir, found {stem} "
+                        f"{count} times")
     if not args.images and not args.export:
         data_root(args.data_dir, args.images_dir, args.labels_dir)
     if args.submission and (args.data_list or args.images_dir):
@@ -211,14 +228,20 @@ def check(args):
 
 
 def protocol_of(args):
-    """The `Protocol` that flags say; without --amp in float32."""
+    """Flags → `Protocol`; without --amp in float32."""
     return Protocol(window=args.input_size, whole=args.whole, overlap=args.overlap, scales=tuple(args.scales),
                     flip=args.flip, batch_size=args.batch_size, amp=args.amp or "off", raw_weights=args.raw_weights,
                     boundary=args.boundary)
 
 
 class Machine(NamedTuple):
-    """Where this process computes, with so many processes that read images, and with whom it shares them."""
+    """What this process computes with.
+
+    Attributes:
+        device: `torch.device`.
+        workers: number of processes that read images.
+        processes: `Processes` that share the images, or None.
+    """
 
     device: torch.device
     workers: int
@@ -226,7 +249,7 @@ class Machine(NamedTuple):
 
 
 class TrainedNetwork(NamedTuple):
-    """A network from a snapshot, and how it is to predict.
+    """A network from a snapshot, and the protocol by which it predicts.
 
     Attributes:
         path: of the snapshot.
@@ -264,7 +287,7 @@ class TrainedNetwork(NamedTuple):
         return cls(path, network, config, classes, protocol, device)
 
     def predictor(self, images=None):
-        """The `SlidingPredictor`; images: their number, of which the first one's progress is shown."""
+        """The `SlidingPredictor`. images: their number, to show the progress of the first one; None to show nothing."""
         return sliding_predictor(self.network, self.config, self.device, self.protocol,
                                  watch=None if images is None else FirstImage(images))
 
@@ -296,12 +319,12 @@ def main(argv=None):
 
 
 def perform(args, paths, protocol, machine):
-    """The task that the flags name. Nothing below knows flags."""
-    found = find_images(args.images) if args.images else {}
-    videos = open_videos(found)
+    """Carry out the task that the flags name. No function below knows the flags."""
+    images = find_images(args.images) if args.images else {}
+    videos = open_videos(images)
     kinds = tuple(dict.fromkeys(args.save or (VIDEO_PICTURES if videos else PICTURES)))
     kinds = () if "none" in kinds else kinds
-    root = None if found or args.submission else data_root(args.data_dir, args.images_dir, args.labels_dir)
+    root = None if images or args.submission else data_root(args.data_dir, args.images_dir, args.labels_dir)
 
     def trained(path):
         return TrainedNetwork.open(path, protocol, machine.device, args.classes)
@@ -312,15 +335,15 @@ def perform(args, paths, protocol, machine):
     broken = 0
     if args.benchmark:
         for path in paths:
-            benchmark(trained(path), videos or (ImageFiles(found) if found else data), machine)
+            benchmark(trained(path), videos or (ImageFiles(images) if images else data), machine)
     elif args.submission:
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
         broken = predict(trained(paths[0]), dataset, machine, kinds=("labels",), submission=True,
                          results=ResultsFolder("--submission", Path(args.submission), args.overwrite))
     elif args.images:
         folder = results_folder(paths[0], "images", args.output_dir)
-        work, what = (predict_videos, videos) if videos else (predict, ImageFiles(found))
-        broken = work(trained(paths[0]), what, machine, kinds=kinds,
+        work, source = (predict_videos, videos) if videos else (predict, ImageFiles(images))
+        broken = work(trained(paths[0]), source, machine, kinds=kinds,
                       results=ResultsFolder("--output-dir", folder, args.overwrite))
     else:
         folders = [ResultsFolder("--output-dir", results_folder(path, f"{args.split}{'_raw' * args.raw_weights}",
@@ -360,11 +383,11 @@ def score_snapshot(trained, data, machine, *, kinds, results):
         evaluation = Evaluation(dataset, pictures, trained.protocol.boundary)
         evaluation.run(predictor, machine.workers, processes)
     if processes is not None:
-        processes.barrier()        # results are told when all have written their pictures
+        processes.barrier()        # results are shown when all have written their pictures
     if not evaluation.headline["fine"].matrix.any():
         raise UserError(f"{dataset.pairs[0][1]} and {plural(len(dataset) - 1, 'other label map')}: expected labeled "
-                        "pixels to score, found none; predictions for the Cityscapes server are made by --submission "
-                        "FOLDER")
+                        "pixels to score, found none; --submission FOLDER makes predictions for the Cityscapes "
+                        "server")
     if rank_and_size(processes)[0]:
         return None
     result = evaluation.result(trained.path, trained.protocol.as_json(predictor.window, dataset.source, trained.config))
@@ -390,7 +413,7 @@ def predict(trained, dataset, machine, *, kinds, results, submission=False):
         machine: `Machine`.
         kinds: pictures to write, of `FOLDERS`.
         results: `ResultsFolder`.
-        submission: whether the Cityscapes server is to take the results.
+        submission: whether the results are for the Cityscapes server.
 
     Returns:
         The number of images that could not be read.
@@ -416,15 +439,15 @@ def predict(trained, dataset, machine, *, kinds, results, submission=False):
 
 
 def predict_items(predictor, items, pictures):
-    """Predict images; what cannot be read is named and skipped.
+    """Predict images. Those that cannot be read are skipped with a warning.
 
     Args:
         predictor: `SlidingPredictor`.
-        items: {"image": uint8 (3, H, W), "name"}, or {"error": sentence, and "frames" where it is about several}.
+        items: {"image": uint8 (3, H, W), "name"}; or {"error": sentence[, "frames": number of frames]}.
         pictures: `Pictures`.
 
     Returns:
-        How many were predicted, and how many skipped.
+        (number of predicted images, number of skipped images).
     """
     done = broken = 0
     with pictures:
@@ -441,8 +464,7 @@ def predict_items(predictor, items, pictures):
 
 
 def predict_videos(trained, videos, machine, *, kinds, results):
-    """Predict videos, each as a whole in one process. A run that is told to stop finishes the videos with the frames
-    that are done.
+    """Predict videos, each in one process. A run that is stopped completes the videos with the frames done so far.
 
     Args:
         trained: `TrainedNetwork`.
@@ -468,7 +490,7 @@ def predict_videos(trained, videos, machine, *, kinds, results):
     done = broken = 0
     with command.StopRequest() as stop:
         for name, video in own:
-            logger.info(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} a second")
+            logger.info(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} frames/s")
             items = itertools.takewhile(lambda _: not stop.asked, progress(video, name, "frame"))
             pictures = VideoPictures(folder, kinds, classes, name, video.rate)
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
@@ -485,11 +507,11 @@ def predict_videos(trained, videos, machine, *, kinds, results):
 
 
 def benchmark(trained, source, machine):
-    """Time predictions by a snapshot and print what they take.
+    """Measure how fast a snapshot predicts, and print the result.
 
     Args:
         trained: `TrainedNetwork`.
-        source: {name: `Video`}, `ImageFiles`, or (class table) → a data set; its first images are taken.
+        source: {name: `Video`}, `ImageFiles`, or (class table) → data set; the first images are used.
         machine: `Machine`.
     """
     if machine.processes is not None:
@@ -502,17 +524,17 @@ def benchmark(trained, source, machine):
     images = [item["image"].permute(1, 2, 0) for item in itertools.islice(
         (item for item in items if "image" in item), timing.TURNS)]
     if not images:
-        raise UserError("--images: expected one that can be read, found none")
+        raise UserError("--images: expected an image that can be read, found none")
     protocol, predictor = trained.protocol, trained.predictor()
-    took = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
+    times = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
     logger.info(f"{trained.path} on {device_name(machine.device)}, --amp {protocol.amp}: "
                 f"{plural(len(images), 'image')} of "
                 f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "
                 f"{'whole' if predictor.window is None else 'windows of {}×{}'.format(*predictor.window)}, "
                 f"{protocol.batch_size} at a time, scales "
-                f"{' '.join(f'{scale:g}' for scale in protocol.scales)}{', mirrored too' * protocol.flip}")
+                f"{' '.join(f'{scale:g}' for scale in protocol.scales)}{', also mirrored' * protocol.flip}")
     logger.info("{images_per_s:.3g} images/s, {ms:.4g} ms per image (median; spread {spread_ms:.3g}), "
-                "{beyond_the_network:.1%} of it beyond the network; peak memory {peak_gb:.2f} GB".format(**took))
+                "{beyond_the_network:.1%} of it beyond the network; peak memory {peak_gb:.2f} GB".format(**times))
 
 
 if __name__ == "__main__":

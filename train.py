@@ -6,11 +6,11 @@ The paper's setting, four GPUs:
         --gpu 0,1,2,3 --learning-rate 1e-2 --input-size 769,769 --weight-decay 1e-4 --batch-size 8 \
         --num-steps 60000
 
-With OHEM add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
-Go on after an interruption: the same command and --resume. Ctrl-C, SIGTERM and a closed terminal finish the step and
-save; the exit status is then 130, 143 or 129
+With OHEM, add: --ohem 1 --ohem-thres 0.7 --ohem-keep 100000
+To continue after an interruption, repeat the command with --resume. Ctrl-C, SIGTERM and a closed terminal end the run
+after the current step, with a snapshot; the exit status is then 130, 143 or 129.
 Several hosts: torchrun --nproc_per_node 4 ... train.py in place of python train.py
-A batch too large for the memory: --accumulate 4 takes it in four parts
+A batch that does not fit into memory: --accumulate 4 processes it in four parts
 """
 
 import argparse
@@ -81,96 +81,114 @@ def get_parser():
 
 
 def add_data(parser):
-    """Flags that say from which samples."""
+    """Flags of the training samples."""
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=flags.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     folders.add_data_flags(data, folders.DEFAULT_TABLE)
-    data.add_argument("--split", type=flags.split, default="train", help="split to scan, or several with weights if "
-                      "wanted: train+val, train:2+train_extra:1 (train)")
-    data.add_argument("--cache", type=flags.path, metavar="DIR", help="decode images once, into arrays in this folder")
-    data.add_argument("--sampling", choices=("uniform", "class"), default="uniform", help="class: each crop holds a "
-                      "pixel of a class drawn uniformly, so that rare ones are seen (uniform)")
-    data.add_argument("--num-classes", type=flags.positive(int), help="checked against the class table")
-    data.add_argument("--random-mirror", action="store_true", help="mirror every second sample")
+    data.add_argument("--split", type=flags.split, default="train", help="split to train on; several splits, weighted "
+                      "if a factor follows: train+val, train:2+train_extra:1 (default: train)")
+    data.add_argument("--cache", type=flags.path, metavar="DIR",
+                      help="decode each image once and keep it as an array in this folder (default: no cache)")
+    data.add_argument("--sampling", choices=("uniform", "class"), default="uniform", help="uniform: crops anywhere in "
+                      "the image; class: each crop contains a pixel of a class that is drawn uniformly, so that rare "
+                      "classes are seen more often (default: uniform)")
+    data.add_argument("--num-classes", type=flags.positive(int),
+                      help="expected number of classes, checked against the class table (default: not checked)")
+    data.add_argument("--random-mirror", action="store_true", help="mirror half of the samples")
     data.add_argument("--random-scale", type=flags.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
-                      help="scale samples by factors of this range; without numbers 0.5,2.0")
+                      help="scale samples by random factors of this range; 0.5,2.0 if no range follows "
+                      "(default: no scaling)")
     data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="change brightness, contrast and "
-                      "saturation by factors up to 1 ± these, and the hue by up to this turn, such as 0.4,0.4,0.4,0.05")
+                      "saturation by random factors between 1 - x and 1 + x, and the hue by at most H turns, such as "
+                      "0.4,0.4,0.4,0.05 (default: no jitter)")
     data.add_argument("--input-size", type=flags.size, default=(769, 769), metavar="H,W",
-                      help="crop, pixels, rounded up to 8k + 1, or to what fits a backbone of timm (769,769)")
-    data.add_argument("--batch-size", type=flags.batch_size, default=8, help="images per step, over all devices (8)")
-    data.add_argument("--num-workers", type=flags.num_workers,
-                      help="processes that read samples, for each that trains; default: by the number of cores")
-    data.add_argument("--random-seed", type=flags.random_seed, default=1234, help="of everything random (1234)")
+                      help="crop size in pixels, rounded up to 8k + 1, or to a size that a timm backbone accepts "
+                      "(default: 769,769)")
+    data.add_argument("--batch-size", type=flags.batch_size, default=8,
+                      help="images per step, over all devices (default: 8)")
+    data.add_argument("--num-workers", type=flags.num_workers, help="processes that read samples, per training process "
+                      "(default: depends on the number of cores)")
+    data.add_argument("--random-seed", type=flags.random_seed, default=1234,
+                      help="seed of all random numbers (default: 1234)")
 
 
 def add_network(parser):
-    """Flags that say what is learnt, and by which steps."""
+    """Flags of the network, the loss and the optimizer."""
     net = parser.add_argument_group("network")
     net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: ACF on ASPP; acfnet_resnet: ACF on a "
-                     "3×3 convolution; base: ASPP alone; or one of the others it is compared with (acfnet)")
-    net.add_argument("--acf", action="store_true", help="put the ACF head on a --model with one feature map")
+                     "3×3 convolution; base: ASPP without ACF; the others are models to compare with "
+                     "(default: acfnet)")
+    net.add_argument("--acf", action="store_true", help="add the ACF head to a --model with a single classifier")
     net.add_argument("--backbone", type=backbone_name, metavar="NAME", help=f"{', '.join(BACKBONES)}, or {PREFIX}NAME "
-                     f"for a network of timm, such as {PREFIX}convnext_tiny; default: that of --restore-from, else "
-                     f"{BACKBONE}")
-    net.add_argument("--stem", choices=STEMS, help="first convolutions; default: that of --restore-from, else 7x7")
-    net.add_argument("--downsample", choices=("strided", "average"), help="how shortcuts shrink: by a strided "
-                     "convolution or average pooling; default: that of --restore-from, else strided")
-    net.add_argument("--eca-kernels", type=flags.kernels, metavar="K,K,K,K", help="of stages 1 to 4; default: those of "
-                     "--restore-from, else as ECANet released them")
-    net.add_argument("--normalization", choices=NORMALIZATIONS, help="of the input: rgb, ImageNet's mean and "
-                     "deviation; bgr, Caffe's mean; default: that of --restore-from, or of timm's weights, else rgb")
-    net.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=[], help="norms after the ACF "
-                     "module's convolutions, a fusion convolution before the classifier: not in the paper (none)")
-    net.add_argument("--norm", choices=NORMS, default="inplace_abn", help="(inplace_abn)")
+                     f"for a network of timm, such as {PREFIX}convnext_tiny (default: that of --restore-from, else "
+                     f"{BACKBONE})")
+    net.add_argument("--stem", choices=STEMS,
+                     help="first convolutions of a residual network (default: those of --restore-from, else 7x7)")
+    net.add_argument("--downsample", choices=("strided", "average"), help="downsampling in the shortcuts of a residual "
+                     "network: strided convolution or average pooling (default: that of --restore-from, else strided)")
+    net.add_argument("--eca-kernels", type=flags.kernels, metavar="K,K,K,K", help="kernel sizes of ECA in stages 1 to "
+                     "4 (default: those of --restore-from, else of the released ECANet)")
+    net.add_argument("--normalization", choices=NORMALIZATIONS, help="normalization of the input; rgb: ImageNet's mean "
+                     "and standard deviation; bgr: Caffe's mean (default: that of --restore-from or of timm's weights, "
+                     "else rgb)")
+    net.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=[], help="parts that the paper's ACF module "
+                     "does not have; norms: a norm after each of its convolutions; fusion: a convolution before the "
+                     "classifier (default: none)")
+    net.add_argument("--norm", choices=NORMS, default="inplace_abn",
+                     help="batch norm, synchronized over all devices (default: inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
-                     help="relu needs --norm bn (leaky_relu)")
+                     help="activation after each norm; relu requires --norm bn (default: leaky_relu)")
     net.add_argument("--abn-backend", choices=backend.CHOICES, default="auto",
-                     help="kernels of the in-place norms: PyTorch's, the package's, or whichever fits (auto)")
+                     help="kernels of in-place norms: torch for PyTorch's, package for those of inplace_abn, auto for "
+                     "the package on a GPU where it can be used (default: auto)")
     net.add_argument("--recompute", "--checkpoint", choices=RECOMPUTE, default="none",
-                     help="memory for time: light recomputes the expansion of each bottleneck (from 50 layers on), "
-                     "full groups of blocks, both the ACF module too (none)")
-    net.add_argument("--freeze", type=flags.words, default=(), metavar="STAGES", help="stages of the backbone that do "
-                     "not learn, and whose norms keep their statistics, from the first one on: stem or stem,1,2 (none)")
-    net.add_argument("--restore-from", type=flags.path, nargs="+", metavar="FILE", help="weights to start from, of "
-                     "ECANet, timm, torchvision (also by name: ResNet101_Weights.IMAGENET1K_V2), CSAIL or a snapshot; "
-                     "without it, random ones")
-    net.add_argument("--pretrained", action="store_true", help=f"with --backbone {PREFIX}NAME: start from the weights "
-                     "that timm has for it, of its cache or the network")
-    net.add_argument("--allow-partial", action="store_true", help="also when less than half of the backbone's values "
-                     "come from --restore-from")
+                     help="compute activations again in the backward pass to save memory; light: those of the "
+                     "expansion in each bottleneck (50 layers and more); full: those of groups of blocks; both also "
+                     "those of the ACF module (default: none)")
+    net.add_argument("--freeze", type=flags.words, default=(), metavar="STAGES", help="freeze the first stages of the "
+                     "backbone, weights and norm statistics: stem or stem,1,2 (default: none)")
+    net.add_argument("--restore-from", type=flags.path, nargs="+", metavar="FILE", help="initial weights: a file of "
+                     "ECANet, timm, torchvision or CSAIL, a snapshot, or a name of torchvision such as "
+                     "ResNet101_Weights.IMAGENET1K_V2 (default: random weights)")
+    net.add_argument("--pretrained", action="store_true", help=f"with --backbone {PREFIX}NAME: start from timm's "
+                     "weights of that name, from its cache or the network")
+    net.add_argument("--allow-partial", action="store_true", help="accept a --restore-from that initializes less than "
+                     "half of the backbone's values")
 
-    optim = parser.add_argument_group("optimization")
-    optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(sgd)")
+    optim = parser.add_argument_group("loss and optimization")
+    optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(default: sgd)")
     optim.add_argument("--learning-rate", type=flags.positive(float), default=1e-2,
-                       help="at the beginning, after a warmup if any; of the backbone (1e-2)")
+                       help="initial learning rate, of the backbone; after the warmup, if any (default: 1e-2)")
     optim.add_argument("--head-lr-factor", type=flags.positive(float), default=1.0, metavar="FACTOR",
-                       help="the rate of all but the backbone, as a multiple of --learning-rate (1)")
-    optim.add_argument("--momentum", type=flags.probability, default=0.9, help="of SGD; of adamw, beta 1 (0.9)")
-    optim.add_argument("--weight-decay", type=flags.not_negative(float), default=1e-4, help="(1e-4)")
-    optim.add_argument("--power", type=flags.not_negative(float), default=0.9, help="of the poly rate (0.9)")
+                       help="learning rate of all other layers, as a multiple of --learning-rate (default: 1)")
+    optim.add_argument("--momentum", type=flags.probability, default=0.9,
+                       help="momentum of sgd, beta 1 of adamw (default: 0.9)")
+    optim.add_argument("--weight-decay", type=flags.not_negative(float), default=1e-4, help="(default: 1e-4)")
+    optim.add_argument("--power", type=flags.not_negative(float), default=0.9,
+                       help="exponent of the poly schedule (default: 0.9)")
     optim.add_argument("--warmup-steps", type=flags.not_negative(int), default=0, metavar="STEPS",
-                       help="over which the rate grows from 0, in proportion (0)")
-    optim.add_argument("--num-steps", type=flags.positive(int), default=60000, help="(60000)")
+                       help="steps over which the learning rate grows linearly from 0 (default: 0)")
+    optim.add_argument("--num-steps", type=flags.positive(int), default=60000,
+                       help="training steps (default: 60000)")
     optim.add_argument("--clip-gradient", type=flags.positive(float), metavar="NORM",
-                       help="scale gradients down to this norm where it is larger (no)")
-    optim.add_argument("--ema", type=flags.probability, metavar="DECAY", help="also keep an exponential moving average "
-                       "of the weights, which is then what is scored; its decay after t updates is the smaller of "
-                       "DECAY, such as 0.999, and (1 + t) / (10 + t) (no)")
-    optim.add_argument("--loss-weights", type=flags.named_numbers, metavar="HEAD=W,...", help="factor of each head's "
-                       "loss; default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4")
-    optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="of the pixels in the loss: "
-                       "cityscapes, the published list; balanced, 1 / log of each class's pixels, with mean 1; or a "
-                       "CSV file with the columns name and weight (all 1)")
+                       help="maximum norm of the gradient; a larger gradient is scaled down (default: no clipping)")
+    optim.add_argument("--ema", type=flags.probability, metavar="DECAY", help="score an exponential moving average of "
+                       "the weights instead of the weights; its decay after t updates is the smaller of DECAY, such as "
+                       "0.999, and (1 + t) / (10 + t) (default: no average)")
+    optim.add_argument("--loss-weights", type=flags.named_numbers, metavar="HEAD=W,...", help="factor of the loss of "
+                       "each head (default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4)")
+    optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="weights of the classes in the loss; "
+                       "cityscapes: the published list; balanced: 1 / log of the number of pixels of each class, with "
+                       "mean 1; or a CSV file with columns name and weight (default: 1 for all)")
     optim.add_argument("--accumulate", type=flags.positive(int), default=1, metavar="PARTS",
-                       help="take each batch in so many parts, one after the other, in the memory of one (1)")
+                       help="process each batch in this many parts, one after the other, to save memory (default: 1)")
     optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
-                       help="1: only hard pixels count in the fine loss (0)")
+                       help="1: count only hard pixels in the fine loss (default: 0)")
     optim.add_argument("--ohem-thres", type=flags.probability, default=0.7,
-                       help="a pixel whose class has at most this probability is hard (0.7)")
+                       help="a pixel is hard if the probability of its class is at most this (default: 0.7)")
     optim.add_argument("--ohem-keep", type=flags.positive(int), default=100000,
-                       help="pixels kept at least, for every two images of the batch (100000)")
+                       help="minimum number of pixels that count, per two images of the batch (default: 100000)")
 
 
 def backbone_name(text):
@@ -182,47 +200,52 @@ def backbone_name(text):
 
 
 def add_run(parser):
-    """Flags that say on which machine, watched by what, and kept where."""
+    """Flags of the machine, the quick validation and the results."""
     run = parser.add_argument_group("machine")
-    run.add_argument("--gpu", help="ids such as 0,1,2,3, or cpu; default: all visible GPUs, else the CPU")
+    run.add_argument("--gpu", help="ids of GPUs such as 0,1,2,3, or cpu (default: all visible GPUs, else the CPU)")
     run.add_argument("--parallel", choices=("ddp", "dp", "none"), default="ddp",
-                     help="ddp: a process for each GPU, which torchrun starts too; dp: threads of this process share "
-                     "the GPUs, slower because they take turns to run Python; none: the first GPU only (ddp)")
-    run.add_argument("--amp", choices=CHOICES, help="mixed precision: autocast to bf16, or fp16 with a gradient "
-                     "scaler; apex: NVIDIA's apex.amp of tag 25.04 or older; default: bf16 on a GPU that has "
-                     "instructions for it, else fp16; on a CPU bf16 where that is measured to be faster, else off; off "
-                     "is fp32 without TF32")
-    run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1", help="of apex: O1, or O0 for fp32 (O1)")
+                     help="how several GPUs are used; ddp: a process per GPU, as torchrun starts them; dp: threads of "
+                     "one process, which is slower because only one thread at a time can run Python; none: only the "
+                     "first GPU (default: ddp)")
+    run.add_argument("--amp", choices=CHOICES, help="mixed precision; bf16: autocast; fp16: autocast with a gradient "
+                     "scaler; apex: NVIDIA's apex.amp, tag 25.04 or older; off: float32 without TF32 (default: on a "
+                     "GPU bf16 if it has instructions for it, else fp16; on a CPU bf16 if a measurement shows that it "
+                     "is faster, else off)")
+    run.add_argument("--opt-level", choices=OPT_LEVELS, default="O1",
+                     help="optimization level of apex: O1, or O0 for float32 (default: O1)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
-                     help="keep feature maps with channels innermost; default: on a GPU yes, on the CPU no")
-    run.add_argument("--compile", action="store_true", help="torch.compile the network, among several processes all "
-                     "but its norms; not with dp over several GPUs")
+                     help="keep feature maps in channels-last memory format (default: on a GPU yes, on a CPU no)")
+    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile, with several "
+                     "processes all but its norms; not possible with --parallel dp over several GPUs")
 
-    val = parser.add_argument_group("quick validation, whole images at scale 1; the official number is evaluate.py's")
+    val = parser.add_argument_group("quick validation on whole images at scale 1; evaluate.py computes the official "
+                                    "scores")
     val.add_argument("--val-every", type=flags.not_negative(int), default=0, metavar="STEPS",
-                     help="steps between quick validations; 0: none (0)")
-    val.add_argument("--val-split", type=flags.split, default="val", help="split to scan (val)")
+                     help="steps between quick validations, 0 for none (default: 0)")
+    val.add_argument("--val-split", type=flags.split, default="val", help="split to validate on (default: val)")
     val.add_argument("--val-list", type=flags.path, metavar="FILE",
-                     help="file of \"image label\" lines, instead of a split")
+                     help="file of \"image label\" lines to validate on, instead of a split")
 
     out = parser.add_argument_group("results")
-    out.add_argument("--snapshot-dir", type=flags.path, default="snapshots", help="(snapshots)")
-    out.add_argument("--save-pred-every", type=flags.positive(int), default=5000, help="steps between snapshots (5000)")
-    out.add_argument("--keep", type=flags.positive(int), metavar="N", help="remove all snapshots but "
-                     "the newest N, and never the newest from which training went on normally; default: none")
-    out.add_argument("--log-every", type=flags.positive(int), default=10, help="steps between log lines (10)")
+    out.add_argument("--snapshot-dir", type=flags.path, default="snapshots",
+                     help="folder of snapshots and logs (default: snapshots)")
+    out.add_argument("--save-pred-every", type=flags.positive(int), default=5000,
+                     help="steps between snapshots (default: 5000)")
+    out.add_argument("--keep", type=flags.positive(int), metavar="N", help="keep only the newest N snapshots, and "
+                     "always the newest one from which training can go on normally (default: all)")
+    out.add_argument("--log-every", type=flags.positive(int), default=10, help="steps between log lines (default: 10)")
     out.add_argument("--panel-every", type=flags.positive(int), default=500,
-                     help="steps between TensorBoard pictures (500)")
+                     help="steps between pictures in TensorBoard (default: 500)")
     out.add_argument("--resume", type=flags.path, nargs="?", const="newest", metavar="FILE",
-                     help="go on from a snapshot: of this file, or the newest in --snapshot-dir")
-    out.add_argument("--log", "--track", choices=SERVICES, nargs="+", default=[], help="send metrics and pictures "
-                     "there too, where the package is installed; --track behind torchrun, which takes --log for its "
-                     "own (nowhere)")
+                     help="continue from this snapshot; without FILE, from the newest one in --snapshot-dir")
+    out.add_argument("--log", "--track", choices=SERVICES, nargs="+", default=[], help="experiment trackers that also "
+                     "receive metrics and pictures, if their packages are installed; use --track with torchrun, which "
+                     "has a --log flag of its own (default: none)")
 
 
 def check(args, devices, classes):
-    """Refuse what cannot work, before anything is read or written."""
-    if classes is not None:     # else the label maps will tell
+    """Raise `UserError` for flags that cannot work, before anything is read or written."""
+    if classes is not None:     # else they are inferred from the label maps later
         classes.check_count(args.num_classes)
     if args.compile:
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
@@ -246,9 +269,15 @@ def check(args, devices, classes):
 
 
 def parse_and_check(argv=None):
-    """A command line that can work → its flags, `data_root`, the devices of this process, the `ClassTable` (None where
-    the label maps will tell) and the crops that each device takes at once. Raises `UserError` for others, before any
-    data are looked at."""
+    """Parse the command line and check it, before any data are read.
+
+    Returns:
+        Flags, `folders.data_root`, the devices of this process, the `ClassTable` (None if it is to be inferred from the
+        label maps), and the number of crops that each device processes at once.
+
+    Raises:
+        UserError: flags that cannot work.
+    """
     args = get_parser().parse_args(argv)
     check_packages(args.log)
     root = folders.data_root(args.data_dir, args.images_dir, args.labels_dir)
@@ -268,14 +297,14 @@ def parse_and_check(argv=None):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A run as its flags, the files it begins with, and its devices make it.
+    """The resolved options of a run: flags, completed by the files it starts from and the device.
 
     Attributes:
         root: of `folders.data_root`.
         data, learning, machine, results: groups of flags.
-        network: arguments of `build_network`, but for the number of classes.
+        network: arguments of `build_network`, without the number of classes.
         normalization: `Normalization` of the input.
-        arguments: {flag's name: plain value}, for the record.
+        arguments: {name of flag: plain value}, which snapshots record.
     """
 
     root: str | tuple
@@ -289,7 +318,7 @@ class Options:
 
 
 def resolve(args, root, devices, processes, begin):
-    """Flags → `Options`.
+    """Resolve flags into `Options`.
 
     Args:
         args: flags of `parse_and_check`.
@@ -332,7 +361,7 @@ def main(argv=None):
         backend.check(args.abn_backend, amp=options.machine.amp, recompute=args.recompute,
                       shared=processes is not None or len(devices) > 1)
     seeds.seed_generators(args.random_seed)
-    if classes is None:     # the label maps tell
+    if classes is None:
         table = os.path.join(args.snapshot_dir, "classes.csv")
         classes = broadcast_from_rank0(processes, lambda: infer_classes(
             options.data, root, folders.data_flag(args), workers, table))
@@ -343,56 +372,56 @@ def main(argv=None):
         nonlocal begin
         run = assemble(options, begin, dataset, validation, devices=devices, processes=processes, workers=workers,
                        allow_partial=args.allow_partial)
-        begin = None        # so that its memory is free for training
+        begin = None        # frees its memory for training
         return perform(run)
 
-    stopped = memory.catch_out_of_memory(work, lambda found: memory.out_of_memory_error(
-        found, crops=crops, input_size=options.data.input_size, accumulate=args.accumulate, recompute=args.recompute,
+    stopped = memory.catch_out_of_memory(work, lambda error: memory.out_of_memory_error(
+        error, crops=crops, input_size=options.data.input_size, accumulate=args.accumulate, recompute=args.recompute,
         amp=options.machine.amp, model=args.model + "+acf" * args.acf, backbone=options.network["backbone"],
         norm=args.norm, recompute_choices=find_backbone(options.network["backbone"]).recompute_choices()))
     leave_processes()
-    if stopped:     # last of all: by the exit status the training is not finished
+    if stopped:     # the exit status says that the training is not finished
         raise command.Interrupted(stopped)
 
 
 def default_precision(devices, processes, snapshot):
-    """The --amp of a run that leaves it open. snapshot: from which it goes on, or None."""
-    before = None if snapshot is None else snapshot.config.arguments.get("amp")
-    able = gather_from_ranks(processes, before == "off" or before == "bf16" and cpu_computes_in_bf16())
-    if devices[0].type == "cpu" and all(able):       # to the bit, however the CPU is timed today
-        logger.info(f"--amp {before}: that of the snapshot")
-        return before
+    """Choose --amp if the user did not. snapshot: the one to continue from, or None."""
+    previous = None if snapshot is None else snapshot.config.arguments.get("amp")
+    usable = gather_from_ranks(processes, previous == "off" or previous == "bf16" and cpu_computes_in_bf16())
+    if devices[0].type == "cpu" and all(usable):       # exact resumption, whatever a new measurement would choose
+        logger.info(f"--amp {previous}: that of the snapshot")
+        return previous
     amp = shared_precision(devices, processes)
     logger.info(f"--amp {amp}: {describe_default(devices[0])}")
     return amp
 
 
 def infer_classes(data, root, flag, workers, path):
-    """The `ClassTable` by the values of the label maps of every split or list.
+    """Infer the `ClassTable` from the values of the label maps of every split or list.
 
     Args:
         data: `DataOptions`.
         root: of `folders.data_root`.
-        flag: that names the label maps, for messages.
-        workers: processes that read.
-        path: where the table would be written, for messages.
+        flag: the flag of the label maps, used in messages.
+        workers: number of processes that read.
+        path: file the table would be written to, used in messages.
     """
     sets = [(data.split, data.data_list)] + [(data.val_split, data.val_list)] * bool(data.val_every)
-    for split, lists in sets:        # what is wrong with them comes first
+    for split, lists in sets:        # raises for missing or damaged files before all label maps are read
         CityscapesDataset(root, split, lists)
     lists = data.data_list and [*data.data_list, *([data.val_list] if data.val_list else [])]
     return infer.infer_classes(all_label_maps(root, lists), root, flag, workers, path)
 
 
 def make_data(data, root, classes, processes, workers):
-    """The samples to learn from, and the images of the quick validation or None.
+    """Training samples, and the images of the quick validation or None.
 
     Args:
         data: `DataOptions`.
         root: of `folders.data_root`.
         classes: `ClassTable`.
         processes: `Processes` that share the run, or None.
-        workers: processes that read and fill the cache.
+        workers: number of processes that fill the cache.
     """
     dataset = CityscapesDataset(
         root, data.split, data.data_list, classes, seed=data.random_seed, cache=data.cache, jitter=data.jitter,
@@ -411,16 +440,16 @@ def make_data(data, root, classes, processes, workers):
 
 
 def assemble(options, begin, dataset, validation, *, devices, processes, workers, allow_partial=False):
-    """The `Run` that options describe.
+    """Make the `Run` of resolved options.
 
     Args:
         options: `Options`.
-        begin: `Start`: what the run goes on from, or starts from.
-        dataset: samples to learn from.
+        begin: `Start`: the snapshot to continue from, or the weights to start from.
+        dataset: training samples.
         validation: images of the quick validation, or None.
         devices: of this process.
         processes: `Processes` that share the run, or None.
-        workers: processes that read samples.
+        workers: number of processes that read samples.
         allow_partial: as in `load_weights`.
     """
     data, learning, machine, results = options.data, options.learning, options.machine, options.results
@@ -470,7 +499,7 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
 
 
 def make_config(options, dataset):
-    """The `Config` that snapshots of a run hold."""
+    """The `Config` that the snapshots of a run contain."""
     return Config(options.network | {"num_classes": dataset.classes.num_classes}, options.normalization,
                   dataset.classes.rows, options.data.input_size, arguments=options.arguments,
                   samples=dataset.fingerprint())
@@ -495,11 +524,11 @@ def make_network(options, config, begin, devices, processes, allow_partial):
 
 
 def perform(run):
-    """Train, and draw the curves. Returns the signal that stopped it early, else 0."""
+    """Train and draw the curves. Returns the number of the signal that stopped the training early, else 0."""
     with run.log:
         stopped = train(run)
         if run.engine.skipped:
-            run.log.say(f"{plural(run.engine.skipped, 'step')} left out, because gradients overflowed in half "
+            run.log.say(f"{plural(run.engine.skipped, 'step')} skipped, because gradients overflowed in half "
                         "precision")
     if run.snapshots.writes:
         draw_curves(run.snapshots.folder)
@@ -507,7 +536,7 @@ def perform(run):
 
 
 def train(run):
-    """The loop. Steps count from 1; the snapshot of step t holds what t steps made.
+    """The training loop. Steps count from 1; the snapshot of step t contains the result of t steps.
 
     Returns the number of the signal that stopped it early, else 0.
     """
@@ -520,9 +549,9 @@ def train(run):
     batches = iter(run.batches)
     with command.StopRequest() as stop:
         for step in range(run.start + 1, num_steps + 1):
-            asked = time.monotonic()
+            before = time.monotonic()
             parts = [next(batches) for _ in range(run.accumulate)]
-            waited += time.monotonic() - asked
+            waited += time.monotonic() - before
 
             factor = run.schedule.factor(step - 1)
             try:
@@ -537,7 +566,7 @@ def train(run):
 
             last, logged = step == num_steps, step % run.log_every == 0 or step == num_steps
             if step == run.start + 1:
-                memory.reset_peak(engine.devices[0])      # cuDNN tried algorithms that take several times as much
+                memory.reset_peak(engine.devices[0])      # the first step, in which cuDNN tries algorithms, needs several times as much
                 keeping, norms = count_input_keeping_norms(engine.network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")

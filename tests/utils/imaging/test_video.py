@@ -81,7 +81,7 @@ def test_a_video_gets_the_pictures_of_its_frames(snapshot, tmp_path, capsys):  #
     kinds = ["color", "overlay", "confidence", "labels"]
     predict(snapshot, tmp_path / "v", source, save=kinds)
     shown = capsys.readouterr().out
-    assert "8 frames, 12.5 a second" in shown and "8 frames predicted, 0 skipped" in shown
+    assert "8 frames, 12.5 frames/s" in shown and "8 frames predicted, 0 skipped" in shown
     assert "drive: 8/8 frames, " in shown and " frames/s, 0:00 left" in shown
     predict(snapshot, tmp_path / "s", tmp_path / "stills", save=kinds)
     for kind in ("color", "overlay", "confidence"):

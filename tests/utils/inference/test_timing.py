@@ -55,7 +55,7 @@ def test_a_benchmark_of_the_protocol_at_hand(kind, streets, snapshot, tmp_path, 
     evaluate.main([*words, "--whole", "--scales", "0.5", "1", "--batch-size", "3", "--amp", "off"])
     shown = capsys.readouterr().out
     size, images = "128×256" if kind == "data" else "48×64", "1 image" if kind == "images" else "2 images"
-    assert f"--amp off: {images} of {size}; whole, 3 at a time, scales 0.5 1, mirrored too\n" in shown
+    assert f"--amp off: {images} of {size}; whole, 3 at a time, scales 0.5 1, also mirrored\n" in shown
     rate, ms, share, peak = map(float, LINE.search(shown).groups())
     assert rate == pytest.approx(1e3 / ms, rel=0.01) and share > 0 and 0.1 < peak < 20
     assert before == (sorted(tmp_path.iterdir()), sorted(snapshot.parent.iterdir()))

@@ -566,7 +566,8 @@ def train(run):
 
             last, logged = step == num_steps, step % run.log_every == 0 or step == num_steps
             if step == run.start + 1:
-                memory.reset_peak(engine.devices[0])      # the first step, in which cuDNN tries algorithms, needs several times as much
+                # The first step, in which cuDNN tries algorithms, needs several times as much.
+                memory.reset_peak(engine.devices[0])
                 keeping, norms = count_input_keeping_norms(engine.network)
                 if keeping:
                     log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")

@@ -45,11 +45,11 @@ from .folders import (
     check_folder,
     data_flag,
     data_root,
-    match,
-    name_loose_files,
+    match_stems,
     pair_folders,
     read_table,
-    splits_of,
+    report_loose_files,
+    shared_splits,
 )
 from .infer import ASSUMED, infer_classes, keep_table
 from .labels import TableNeeded
@@ -110,7 +110,7 @@ def find_pairs(root, split):
 
 def find_partners(folders):
     """The same of two folders, of images and of label maps."""
-    pairs, images, labels = match(folders)
+    pairs, images, labels = match_stems(folders)
     return pairs, [*(("label map missing", f"{path}: expected its label map in {folders[1]}, found none") for path in
                      images),
                    *(("image missing", f"{path}: expected its image in {folders[0]}, found none") for path in labels)]
@@ -124,9 +124,9 @@ def find_splits(root, lists):
                  read.items()}
         expected = next((text for _, problems in found.values() for _, text in problems), None)
     elif isinstance(root, tuple):
-        splits = splits_of(root)
+        splits = shared_splits(root)
         if splits:
-            name_loose_files(root, splits)
+            report_loose_files(root, splits)
         places = [tuple(os.path.join(folder, name) for folder in root) for name in splits] or [root]
         found = {folders[0]: find_partners(folders) for folders in places}
         if not any(pairs for pairs, _ in found.values()):

@@ -17,7 +17,7 @@ from utils.imaging.video import NUMBER, is_numbered, is_video, numbered_images, 
 from utils.runs.results import RECORD, recorded
 
 from .cityscapes import OFFICIAL_COUNTS, as_tensor, images_in, relative_paths, unique_names
-from .folders import is_image, name_left_out
+from .folders import is_image, report_left_out
 
 SUBMISSION = "submission.zip"
 
@@ -113,8 +113,8 @@ def _search(top):
                 of_results.append(path)
             else:
                 (found if is_image(path) else left_out).append(path)
-    name_left_out(f"--images {top}", left_out)
-    name_left_out(f"--images {top}", of_results, "results of an earlier run")
+    report_left_out(f"--images {top}", left_out)
+    report_left_out(f"--images {top}", of_results, "results of an earlier run")
     return sorted(found)
 
 

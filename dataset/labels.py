@@ -94,7 +94,7 @@ class ClassTable(Classes):
         if expected not in (None, self.num_classes):
             raise UserError(f"--num-classes {expected}: expected the {self.num_classes} classes of {self.source}")
 
-    def check_several(self):
+    def check_at_least_two(self):
         """Raise `UserError` where there is but one class, of which a network would learn nothing."""
         if self.num_classes < 2:
             ignored = [row["name"] for row in self.rows if row["train_id"] in (-1, IGNORE_INDEX)]

@@ -312,7 +312,7 @@ def begin_table(path, error):
     if error.table is not None and not os.path.lexists(path):
         make_folder(path.parent)
         keep_table(path, error.table)
-        raise UserError(f"{error}; {path} is such a table to begin with") from None
+        raise UserError(f"{error}; such a table was written to {path}, to be edited") from None
 
 
 def main():

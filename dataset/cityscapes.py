@@ -264,7 +264,7 @@ class CityscapesDataset(Dataset):
             raise self._with_line(0, error) from None
 
     def fingerprint(self):
-        """Return {"count", "sha256"} of the pairs' relative paths in order, which do not change if the data are moved."""
+        """Return {"count", "sha256"} of the pairs' relative paths, which stay the same if the data move."""
         names = hashlib.sha256()
         for index, pair in enumerate(self.pairs):
             folders = self.folders if self.scanned else [*self.folders, self.list_folders[index]]
@@ -307,7 +307,8 @@ def parse_split(text):
                             f"found {part!r}")
     if None in weights:
         if set(weights) != {None}:
-            raise UserError(f"--split {text}: expected a weight for every split or for no split, found weights for some")
+            raise UserError(f"--split {text}: expected a weight for every split or for no split, found weights for "
+                            "some splits")
         return names, None
     return names, weights
 

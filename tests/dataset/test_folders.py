@@ -262,7 +262,7 @@ def test_validation_ids_count_for_the_table(tmp_path):
     ([], lambda root: Image.new("L", (48, 40), 3).save(f"{root}/labels/b.png"), "found 0, 3, 255 (3 in "),
     (["--num-classes", "3"], None, "--num-classes 3: expected the 2 classes of the assumed class table"),
     ([], lambda root: Path(root, "s").mkdir() or Path(root, "s/classes.csv").write_text("mine"),
-     "s/classes.csv: expected the class table that the label maps make, or no file, found another one"),
+     "s/classes.csv: expected the class table inferred from the label maps, or no file, found another one"),
     (["--val-every", "1"], None, "--val-every: expected --val-list with --images-dir, found none"),
     (["--val-every", "1", "--data-list", "{root}/one.txt", "--val-list", "{root}/gone.txt", "--classes",
       "{root}/classes.csv"], None, "gone.txt: expected a text file, found no such file"),

@@ -1,4 +1,4 @@
-"""Data set of images with label maps: Cityscapes, lists of files, or two folders; and how its files are found."""
+"""Data set of images with label maps: Cityscapes, lists of files, or two folders; and the search for its files."""
 
 import contextlib
 import hashlib

@@ -30,7 +30,7 @@ from .text import read_text
 FLAGS = ("--images-dir", "--labels-dir")
 OTHER_LAYOUTS = ("--images-dir DIR --labels-dir DIR read two folders of files of the same stems, --data-list FILE of "
                  "\"image label\" lines any other layout")
-DEFAULT_TABLE = "that of Cityscapes for its folders and file names, else inferred from the values of the label maps"
+DEFAULT_TABLE = "for folders and file names of Cityscapes its table, else inferred from the values of the label maps"
 DEFAULT_SPLITS = ("train", "val")       # defaults of --split and --val-split; the user has named any other split
 
 

@@ -1,4 +1,4 @@
-"""Infer the class table of a data set from the values of its label maps, if there is no --classes.
+"""Infer the class table of a data set from the values of its label maps, if --classes is omitted.
 
 If the values allow only one interpretation, the class table is inferred, and a summary of the values is logged.
 Otherwise, the error message names example files and the class table to write.

@@ -216,9 +216,9 @@ class ClassTable(Classes):
         """Whether the id of every scored class equals its train id."""
         return np.array_equal(self.ids, np.arange(self.num_classes))
 
-    def _raise_unknown(self, ids, wrong, name):
-        """Raise `UserError` for ids (H, W) that are not in the table where the mask `wrong` (H, W) is true."""
-        unknown = np.unique(ids[wrong])
+    def _raise_unknown(self, ids, mask, name):
+        """Raise `UserError` for ids (H, W) that are not in the table where the mask (H, W) is true."""
+        unknown = np.unique(ids[mask])
         train_ids = [*range(self.num_classes), IGNORE_INDEX]
         if self._is_cityscapes and not self.is_identity and np.isin(ids, train_ids).all():
             remedy = "these look like train ids: give the map of ids (*_labelIds.png)"

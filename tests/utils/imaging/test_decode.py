@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dataset.check import inspect
+from dataset.check import inspect_pair
 from dataset.labels import ClassTable
 from dataset.reading import DecodedCache
 from utils.common import files
@@ -144,7 +144,7 @@ def test_a_label_map_that_may_lack_the_turn_is_said(tmp_path, turn, shape, named
         exif[0x0112] = orientation or 1
         stored = shape if orientation else upright
         Image.fromarray(np.zeros(stored, np.uint8)).save(tmp_path / "a.png", **{"exif": exif} if orientation else {})
-        facts = inspect((tmp_path / "a.jpg", tmp_path / "a.png", TABLE))
+        facts = inspect_pair((tmp_path / "a.jpg", tmp_path / "a.png", TABLE))
         assert not facts["problems"]
         assert [kind for kind, _ in facts["remarks"]] == ["turned by EXIF"] * expected
 

@@ -256,8 +256,11 @@ class CityscapesDataset(Dataset):
             warnings.warn(sentence, stacklevel=3)
 
     def read_first_image(self):
-        """Read the first image in this process, so that warnings about its kind appear here, once, instead of in every
-        worker. Raises `UserError` if it cannot be read."""
+        """Read the first image, so that warnings about its kind appear once, in this process, not in every worker.
+
+        Raises:
+            UserError: if the image cannot be read.
+        """
         try:
             read_image(self.pairs[0][0])
         except UserError as error:

@@ -40,8 +40,7 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def read_first_image(self):
-        """Read the first image in this process, so that warnings about its kind appear here, once, instead of in every
-        worker."""
+        """Read the first image, so that warnings about its kind appear once, in this process, not in every worker."""
         with contextlib.suppress(UserError):        # the item of this image has the error
             read_image(self.paths[0])
 

@@ -1,4 +1,4 @@
-"""Data sets of two folders, and the class table that goes without saying."""
+"""Data sets of two folders, and the class table inferred for them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Class tables that nobody stated, and whether the advice of each refusal helps when it is followed."""
+"""Inferred class tables, and whether the advice in each error message helps when it is followed."""
 
 import re
 import shutil

@@ -1,14 +1,14 @@
-"""Check a data set before a long training: `python -m dataset.check DATA`.
+"""Check a data set before training on it: `python -m dataset.check DATA`.
 
     python -m dataset.check CITYSCAPES
     python -m dataset.check DATA --data-list DATA/train.lst DATA/val.lst --classes DATA/classes.csv
     python -m dataset.check --images-dir DATA/images --labels-dir DATA/labels
-    python -m dataset.check CITYSCAPES --fast        a few files of each split
+    python -m dataset.check CITYSCAPES --fast        only a few files of each split
 
-Decodes every image and label map, on all cores. Looks for files that are missing, unreadable or twice there, label maps
-of another size than their image, and values that the class table does not know. Prints a summary of each split; writes
-check.json, a chart of the class frequencies and contact sheets (images under their label maps). Exit status 1 when
-something is wrong.
+Decodes every image and label map, on all cores. Finds missing, unreadable and duplicate files, label maps that differ
+in size from their image, and values that are not in the class table. Prints a summary of each split; writes check.json,
+a chart of the class frequencies, and contact sheets (images with their label maps as overlays). The exit status is 1 if
+there are problems.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import math
 import os
 from pathlib import Path
 
-if __name__ == "__main__":      # before anything is imported that may be missing
+if __name__ == "__main__":      # before any import of a package that may be missing
     from utils import environment
     environment.check_packages()
 
@@ -45,29 +45,33 @@ from .folders import (
     check_folder,
     data_flag,
     data_root,
-    match,
-    name_loose_files,
+    match_stems,
     pair_folders,
     read_table,
-    splits_of,
+    report_loose_files,
+    shared_splits,
 )
 from .infer import ASSUMED, infer_classes, keep_table
 from .labels import TableNeeded
 
-FAST = 16           # pairs of each split that --fast looks into
-SHEET = 12          # pairs on a contact sheet
-WIDTH = 320         # of each of its pictures, pixels
-SHOWN = 5           # problems of one kind that are printed; check.json holds all
+FAST_PAIRS = 16         # pairs of each split that --fast checks
+SHEET_PAIRS = 12        # pairs on a contact sheet
+SHEET_WIDTH = 320       # width of each picture on it, pixels
+MAX_PROBLEMS = 5        # printed problems of one kind; check.json has all
 SPLITS = ("train", "val", "test", COARSE)
 
 
-def inspect(job):
-    """What can be said of one image and its label map: a dict of plain values, also for files that cannot be read.
+def inspect_pair(job):
+    """Check one image and its label map, and collect statistics.
 
-    job: (image path, label path, `ClassTable`). The dict holds image, label (paths), problems [(kind, sentence)] and
-    remarks of the same form about what is read, but not as the file has it;
-    of a readable image size (H, W), hash, sum and squares (of the values of each channel); of a readable label map
-    classes (256 counts of pixels by train id) and palette.
+    Args:
+        job: (image path, label path, `ClassTable`).
+
+    Returns:
+        A dict of plain values: image and label (paths), problems [(kind, sentence)], and remarks [(kind, sentence)]
+        about files that are readable, but only in part or after a change. For a readable image also size [H, W], hash
+        (SHA-256 of the file), sum and squares (sums of values and of squared values of each channel); for a readable
+        label map also classes (256 pixel counts by train id) and palette.
     """
     image_path, label_path, classes = job
     facts = {"image": str(image_path), "label": str(label_path), "problems": [], "remarks": []}
@@ -99,7 +103,11 @@ def inspect(job):
 
 
 def find_pairs(root, split):
-    """The [(image, label map)] of a split, and problems [(kind, sentence)]: files that lack their partner."""
+    """Pair the files of a Cityscapes split.
+
+    Returns:
+        [(image, label map)], and problems [(kind, sentence)]: files without a partner.
+    """
     images, labels, truth = split_files(root, split)
     problems = [("label map missing", f"{images[key]}: expected its label map in {truth}/{split}, found none")
                 for key in sorted(images.keys() - labels.keys()) if split != "test"]
@@ -108,41 +116,60 @@ def find_pairs(root, split):
     return [(images[key], labels[key]) for key in images if key in labels], problems
 
 
-def find_partners(folders):
-    """The same of two folders, of images and of label maps."""
-    pairs, images, labels = match(folders)
-    return pairs, [*(("label map missing", f"{path}: expected its label map in {folders[1]}, found none") for path in
-                     images),
-                   *(("image missing", f"{path}: expected its image in {folders[0]}, found none") for path in labels)]
+def find_pairs_of_folders(folders):
+    """Pair the files of an image folder and a label map folder; returns the same as `find_pairs`."""
+    pairs, images, labels = match_stems(folders)
+    problems = [("label map missing", f"{path}: expected its label map in {folders[1]}, found none") for path in images]
+    problems += [("image missing", f"{path}: expected its image in {folders[0]}, found none") for path in labels]
+    return pairs, problems
 
 
 def find_splits(root, lists):
-    """{name of split or list: (pairs, problems)}. Raises `UserError` where there is nothing."""
+    """Find the pairs of all splits or lists.
+
+    Args:
+        root: from `data_root`.
+        lists: paths of lists, or None.
+
+    Returns:
+        {name of split or list: (pairs, problems)}, as from `find_pairs`; a split of two folders is named by the path of
+        its images.
+
+    Raises:
+        UserError: if there are no pairs at all.
+    """
     if lists:
-        read = {str(path): read_pairs(root, path) for path in lists}
-        found = {path: (pairs, [("line of a list", text) for text in wrong]) for path, (pairs, _, wrong) in
-                 read.items()}
-        expected = next((text for _, problems in found.values() for _, text in problems), None)
+        contents = {str(path): read_pairs(root, path) for path in lists}
+        splits = {path: (pairs, [("line of a list", text) for text in errors])
+                  for path, (pairs, _, errors) in contents.items()}
+        message = next((text for _, problems in splits.values() for _, text in problems), None)
     elif isinstance(root, tuple):
-        splits = splits_of(root)
-        if splits:
-            name_loose_files(root, splits)
-        places = [tuple(os.path.join(folder, name) for folder in root) for name in splits] or [root]
-        found = {folders[0]: find_partners(folders) for folders in places}
-        if not any(pairs for pairs, _ in found.values()):
-            pair_folders(root, splits or DEFAULT_SPLITS[:1])        # raises, with what helps
+        names = shared_splits(root)
+        if names:
+            report_loose_files(root, names)
+        folder_pairs = [tuple(os.path.join(folder, name) for folder in root) for name in names] or [root]
+        splits = {folders[0]: find_pairs_of_folders(folders) for folders in folder_pairs}
+        if not any(pairs for pairs, _ in splits.values()):
+            pair_folders(root, names or DEFAULT_SPLITS[:1])     # raises an error with a remedy
     else:
         check_folder(root)
-        found = {split: find_pairs(Path(root), split) for split in SPLITS if Path(root, "leftImg8bit", split).is_dir()}
-        expected = (f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, found "
-                    f"none; {OTHER_LAYOUTS}")
-    if not any(pairs for pairs, _ in found.values()):
-        raise UserError(expected)
-    return found
+        splits = {split: find_pairs(Path(root), split) for split in SPLITS if Path(root, "leftImg8bit", split).is_dir()}
+        message = (f"{root}: expected leftImg8bit/<split>/<city>/*_leftImg8bit.png with label maps in gtFine, found "
+                   f"none; {OTHER_LAYOUTS}")
+    if not any(pairs for pairs, _ in splits.values()):
+        raise UserError(message)
+    return splits
 
 
-def duplicates(facts):
-    """Problems [(kind, sentence)]: images whose files are equal. facts: {split: [what `inspect` says]}."""
+def find_duplicates(facts):
+    """Find images with identical files.
+
+    Args:
+        facts: {split: [dict of `inspect_pair`]}.
+
+    Returns:
+        Problems [(kind, sentence)].
+    """
     places = {}
     for split, entries in facts.items():
         for entry in entries:
@@ -157,10 +184,15 @@ def duplicates(facts):
     return problems
 
 
-def summarize(split, entries, problems, classes, listed):
-    """What check.json holds of a split.
+def summarize(split, entries, problems, classes, num_pairs):
+    """Make the entry of a split in check.json.
 
-    entries: what `inspect` says of its pairs; problems: [(kind, sentence)]; listed: number of pairs in the split.
+    Args:
+        split: its name.
+        entries: dicts of `inspect_pair`.
+        problems: [(kind, sentence)].
+        classes: `ClassTable`.
+        num_pairs: number of pairs in the split, checked or not.
     """
     sums, squares = (np.sum([entry[key] for entry in entries if key in entry] or [[0, 0, 0]], axis=0, dtype=float)
                      for key in ("sum", "squares"))
@@ -175,7 +207,7 @@ def summarize(split, entries, problems, classes, listed):
         if "size" in entry:
             key = f"{entry['size'][1]}×{entry['size'][0]}"
             sizes[key] = sizes.get(key, 0) + 1
-    return {"pairs": listed, "looked_into": len(entries), "official": OFFICIAL_COUNTS.get(split), "sizes": sizes,
+    return {"pairs": num_pairs, "looked_into": len(entries), "official": OFFICIAL_COUNTS.get(split), "sizes": sizes,
             "mean": mean.round(3).tolist(), "std": np.sqrt(np.maximum(squares / max(pixels, 1) - mean ** 2, 0))
             .round(3).tolist(), "pixels": dict(zip(classes.names, counts[:n].tolist(), strict=True)),
             "images_with": dict(zip(classes.names, with_class[:n].tolist(), strict=True)),
@@ -184,23 +216,23 @@ def summarize(split, entries, problems, classes, listed):
             "remarks": [{"kind": kind, "text": text} for entry in entries for kind, text in entry["remarks"]]}
 
 
-def evenly(items, count):
-    """Up to `count` items of a list, spread evenly over it."""
+def choose_evenly(items, count):
+    """Choose up to `count` items, spread evenly over a list."""
     count = min(count, len(items))
     return [items[len(items) * k // count] for k in range(count)]
 
 
 def contact_sheet(path, entries, classes):
-    """Write pairs, spread evenly over a split: each image, and beside it the same under its label map."""
-    good = [entry for entry in entries if not entry["problems"]]
-    if not good:
+    """Write a picture of some pairs of a split: each image, and beside it the image with its label map as overlay."""
+    valid = [entry for entry in entries if not entry["problems"]]
+    if not valid:
         return
     tiles = []
-    for entry in evenly(good, SHEET):
+    for entry in choose_evenly(valid, SHEET_PAIRS):
         image, labels = read_image(entry["image"]), classes.encode(read_ids(entry["label"]), entry["label"])
         pair = panel([image, overlay(image, classes.color(labels))])
-        height = max(1, round(image.shape[0] * WIDTH / image.shape[1]))
-        tiles.append(np.asarray(Image.fromarray(pair).resize((2 * WIDTH, height))))
+        height = max(1, round(image.shape[0] * SHEET_WIDTH / image.shape[1]))
+        tiles.append(np.asarray(Image.fromarray(pair).resize((2 * SHEET_WIDTH, height))))
     tallest = max(tile.shape[0] for tile in tiles)
     tiles = [np.pad(tile, ((0, tallest - tile.shape[0]), (0, 0), (0, 0))) for tile in tiles]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 2)
@@ -209,27 +241,34 @@ def contact_sheet(path, entries, classes):
 
 
 def check(splits, classes, fast, workers):
-    """Inspect the pairs of all splits, or with `fast` some of each, in `workers` processes, as in `do_jobs`.
+    """Inspect the pairs of all splits.
 
-    Returns {split: what check.json holds of it}, {split: [what `inspect` says]}.
+    Args:
+        splits: from `find_splits`.
+        classes: `ClassTable`.
+        fast: whether to inspect only some pairs of each split.
+        workers: number of processes, as in `do_jobs`.
+
+    Returns:
+        {split: its entry in check.json}, {split: [dict of `inspect_pair`]}.
     """
     facts, report = {}, {}
-    chosen = {split: evenly(pairs, FAST) if fast else pairs for split, (pairs, _) in splits.items()}
-    done = iter(do_jobs(inspect, [(*pair, classes) for pair in itertools.chain(*chosen.values())], workers))
+    chosen = {split: choose_evenly(pairs, FAST_PAIRS) if fast else pairs for split, (pairs, _) in splits.items()}
+    inspected = iter(do_jobs(inspect_pair, [(*pair, classes) for pair in itertools.chain(*chosen.values())], workers))
     for split, pairs in chosen.items():
-        facts[split] = list(progress(itertools.islice(done, len(pairs)), f"checking {split}", "image",
+        facts[split] = list(progress(itertools.islice(inspected, len(pairs)), f"checking {split}", "image",
                                      total=len(pairs)))
-    leaks = duplicates(facts)
+    copies = find_duplicates(facts)
     for split, (pairs, problems) in splits.items():
         entries = facts[split]
         problems = [*problems, *(problem for entry in entries for problem in entry["problems"]),
-                    *(leak for leak in leaks if f"({split})" in leak[1])]
+                    *(problem for problem in copies if f"({split})" in problem[1])]
         contradiction, sentence = compare_palettes((entry["label"], entry.get("palette", {})) for entry in entries)
         if contradiction:
             problems.append(("palettes differ", sentence))
         elif sentence:
             entries[0]["remarks"].append(("palettes differ", sentence))
-        # The label maps of the official test split hold ignored ids only: its truth is not published.
+        # The label maps of the official test split have only ignored ids, since its ground truth is not published.
         labeled = sum(sum(entry["classes"][:classes.num_classes]) for entry in entries if "classes" in entry)
         if entries and not labeled and split != "test":
             problems.append(("nothing labeled", f"{split}: expected pixels of the {classes.num_classes} classes, "
@@ -242,48 +281,49 @@ def check(splits, classes, fast, workers):
     return report, facts
 
 
-def draw(folder, report, facts, classes):
-    """Write contact sheets and the chart of class frequencies, of what could be read."""
+def draw_pictures(folder, report, facts, classes):
+    """Write the contact sheets and the chart of class frequencies, of all files that could be read."""
     for split, entries in facts.items():
         contact_sheet(folder / f"sheet_{Path(split).stem[:60]}.png", entries, classes)
-    pixels = {split: found["pixels"] for split, found in report.items() if any(found["pixels"].values())}
+    pixels = {split: summary["pixels"] for split, summary in report.items() if any(summary["pixels"].values())}
     if pixels:
         charts.frequency_chart(folder / "classes.png", pixels, classes.palette)
 
 
-def table(report):
-    """The findings as text, a paragraph for each split."""
+def format_report(report):
+    """Format the entries of check.json as text, with a paragraph for each split."""
     lines = []
-    for split, found in report.items():
-        official = f" (official: {found['official']})" if found["official"] else ""
-        looked = "" if found["looked_into"] == found["pairs"] else f", {found['looked_into']} looked into"
-        lines.append(f"{split}: {plural(found['pairs'], 'pair')}{official}{looked}; sizes "
-                     + ", ".join(f"{size} ({count})" for size, count in sorted(found["sizes"].items())[:4])
-                     + (" ..." if len(found["sizes"]) > 4 else ""))
-        lines.append(f"  mean {found['mean']}, std {found['std']} (RGB, 0 to 255)")
-        total = sum(found["pixels"].values()) + found["ignored_pixels"]
-        for name, pixels in found["pixels"].items():
+    for split, summary in report.items():
+        official = f" (official: {summary['official']})" if summary["official"] else ""
+        looked = "" if summary["looked_into"] == summary["pairs"] else f", {summary['looked_into']} looked into"
+        lines.append(f"{split}: {plural(summary['pairs'], 'pair')}{official}{looked}; sizes "
+                     + ", ".join(f"{size} ({count})" for size, count in sorted(summary["sizes"].items())[:4])
+                     + (" ..." if len(summary["sizes"]) > 4 else ""))
+        lines.append(f"  mean {summary['mean']}, std {summary['std']} (RGB, 0 to 255)")
+        total = sum(summary["pixels"].values()) + summary["ignored_pixels"]
+        for name, pixels in summary["pixels"].items():
             lines.append(f"  {name:<24}{100 * pixels / max(total, 1):7.3f} % of pixels, in "
-                         f"{plural(found['images_with'][name], 'image')}")
-        lines.append(f"  {'ignored':<24}{100 * found['ignored_pixels'] / max(total, 1):7.3f} %")
-        lines += listed("WRONG", found["problems"], SHOWN) + listed("NOTE", found["remarks"], 1)
+                         f"{plural(summary['images_with'][name], 'image')}")
+        lines.append(f"  {'ignored':<24}{100 * summary['ignored_pixels'] / max(total, 1):7.3f} %")
+        lines += format_entries("WRONG", summary["problems"], MAX_PROBLEMS)
+        lines += format_entries("NOTE", summary["remarks"], 1)
     return "\n".join(lines)
 
 
-def listed(title, entries, shown):
-    """Lines for problems or remarks [{"kind", "text"}]: a heading for each kind, and the first texts of it."""
+def format_entries(title, entries, limit):
+    """Format problems or remarks [{"kind", "text"}] as lines: a heading for each kind, and its first `limit` texts."""
     lines, kinds = [], {}
     for entry in entries:
         kinds.setdefault(entry["kind"], []).append(entry["text"])
     for kind, texts in kinds.items():
-        lines += [f"  {title}, {kind}: {len(texts)}", *(f"    {text}" for text in texts[:shown])]
-        if len(texts) > shown:
+        lines += [f"  {title}, {kind}: {len(texts)}", *(f"    {text}" for text in texts[:limit])]
+        if len(texts) > limit:
             lines.append("    ... (all in check.json)")
     return lines
 
 
 def make_folder(folder):
-    """Make the folder of results. Raises `UserError`."""
+    """Create the folder of the results. Raises `UserError` if this fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -291,28 +331,33 @@ def make_folder(folder):
 
 
 def label_maps(splits):
-    """{split or list: paths of its label maps}. splits: of `find_splits`, which names two folders by their paths."""
+    """List {split or list: paths of its label maps} for `splits` from `find_splits`.
+
+    Splits of two folders, which are named by paths there, are named by their last folder here.
+    """
     return {os.path.basename(name) if os.path.isdir(name) else name: [label for _, label in pairs]
             for name, (pairs, _) in splits.items()}
 
 
 def _earlier_table(path):
-    """The class table, as CSV, that an earlier check assumed and wrote, by its check.json; or None."""
+    """Read from check.json the class table, as CSV text, that an earlier check inferred and wrote; or None."""
     try:
         report = json.loads(read_file(path))
-    except (UserError, ValueError, RecursionError):     # none, or somebody else's
+    except (UserError, ValueError, RecursionError):     # no file, or a file of another program
         return None
     table = report.get("classes") if isinstance(report, dict) else None
     return table if isinstance(table, str) else None
 
 
-def begin_table(path, error):
-    """Write the table of a `TableNeeded`, unless it has none or a file is there, and raise a `UserError` with its
-    path."""
+def write_draft_table(path, error):
+    """Write the table of a `TableNeeded` error for the user to edit, and raise a `UserError` that names the file.
+
+    Does nothing if the error has no table, or the file exists.
+    """
     if error.table is not None and not os.path.lexists(path):
         make_folder(path.parent)
         keep_table(path, error.table)
-        raise UserError(f"{error}; {path} is such a table to begin with") from None
+        raise UserError(f"{error}; such a table was written to {path}, to be edited") from None
 
 
 def main():
@@ -320,16 +365,16 @@ def main():
                         epilog=__doc__)
     parser.add_argument("folder", metavar="data_dir", type=flags.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
-    parser.add_argument("--data-dir", type=flags.path, help="the same, as train.py and evaluate.py take it")
+    parser.add_argument("--data-dir", type=flags.path, help="the same folder, given by a flag as in train.py")
     add_data_flags(parser, DEFAULT_TABLE)
     parser.add_argument("--output-dir", type=flags.path, help="default: runs/check_<name of the folder>")
-    parser.add_argument("--fast", action="store_true", help=f"look into {FAST} pairs of each split only")
-    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; "
-                        f"default: one per core, at most {MOST_WORKERS}")
+    parser.add_argument("--fast", action="store_true", help=f"check only {FAST_PAIRS} pairs of each split")
+    parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this "
+                        f"process (default: one per core, at most {MOST_WORKERS})")
     args = parser.parse_args()
     root = data_root(args.data_dir or args.folder, args.images_dir, args.labels_dir)
-    place = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
-    folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(place)}")
+    data = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
+    folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(data)}")
     try:
         classes = read_table(args.classes, args.images_dir, args.data_list)
         splits = find_splits(root, args.data_list)
@@ -337,7 +382,7 @@ def main():
             classes = infer_classes(label_maps(splits), root, data_flag(args), args.num_workers, folder / "classes.csv",
                                     skip_unreadable=True)
     except TableNeeded as error:
-        begin_table(folder / "classes.csv", error)
+        write_draft_table(folder / "classes.csv", error)
         raise
     for remark in classes.remarks:
         print(remark)
@@ -346,13 +391,13 @@ def main():
     if assumed:
         keep_table(folder / "classes.csv", classes, _earlier_table(folder / "check.json"))
     report, facts = check(splits, classes, args.fast, args.num_workers)
-    print(table(report))
+    print(format_report(report))
     files.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
                                              "classes": assumed})
-    draw(folder, report, facts, classes)
-    wrong = sum(len(found["problems"]) for found in report.values())
-    print(f"{plural(wrong, 'problem')}; check.json and pictures of what is sound in {folder}")
-    if wrong:
+    draw_pictures(folder, report, facts, classes)
+    problems = sum(len(summary["problems"]) for summary in report.values())
+    print(f"{plural(problems, 'problem')}; check.json and pictures of valid pairs are in {folder}")
+    if problems:
         raise SystemExit(1)
 
 

@@ -1,7 +1,7 @@
-"""Class tables that nobody stated: what the values in the label maps of a data set can mean.
+"""Infer the class table of a data set from the values of its label maps, if --classes is omitted.
 
-Where the values allow only one reading, the class table is inferred, and an account of them is printed. Elsewhere the
-error names files of each kind and the class table to write.
+If the values allow only one interpretation, the class table is inferred, and a summary of the values is logged.
+Otherwise, the error message names example files and the class table to write.
 """
 
 import os
@@ -20,24 +20,24 @@ from utils.imaging.classes import IGNORE_INDEX, UNKNOWN
 from utils.imaging.decode import read_ids
 from utils.parallel.workers import do_jobs
 
-from .labels import CITYSCAPES, COLUMNS, SHOWN, ClassTable, TableNeeded, distinct_color, ids_in_channels
+from .labels import CITYSCAPES, COLUMNS, MAX_SHOWN, ClassTable, TableNeeded, distinct_color, single_channel_remedy
 
 ASSUMED = "the assumed class table"
-IGNORED = (-1, IGNORE_INDEX, 65535)     # values that mean "ignore" where nothing else is said; the last: -1 in 16 bits
+IGNORED = (-1, IGNORE_INDEX, 65535)     # values that mean "ignore" by default; 65535 is -1 in 16 bits
 CITYSCAPES_NAME = re.compile(r"(_labelIds|_labelTrainIds|_gtFine_color|_gtCoarse_color)\.png$")
-TABLES = ("classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")     # names that class tables often have
-MANY = 100          # values of one label map: no picture shows so many classes, but soft edges and photographs do
+TABLE_NAMES = ("classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")    # usual file names of class tables
+MANY_VALUES = 100   # in one label map: more than the classes of any scene; soft edges and photographs have as many
 
 
 @dataclass
 class LabelValues:
-    """What a label map holds.
+    """The values of a label map.
 
     Attributes:
         path: of the file.
-        split: its split, or its list.
-        pixels: {value: number of pixels}; values are ids or, of a map of colors, (red, green, blue).
-        remedy: what helps where its colors seem to be ids, else "".
+        split: name of its split or list.
+        pixels: {value: number of pixels}; a value is an id or, in a map of colors, (red, green, blue).
+        remedy: for error messages, if its colors seem to be ids, else "".
     """
 
     path: Path
@@ -47,70 +47,78 @@ class LabelValues:
 
     @property
     def is_mask(self):
+        """Whether it is black and white: the values are 0 and 255."""
         return self.pixels.keys() == {0, IGNORE_INDEX}
 
 
 def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
-    """Infer the class table from the values of the label maps, and print what they hold.
+    """Infer the class table from the values of the label maps, and log a summary of the values.
 
     Args:
-        splits: {split or list: paths of its label maps}, of every split there is.
-        root: as of `dataset.folders.data_root`.
-        flag: with which the label maps were given, and its value; for messages.
+        splits: {split or list: paths of its label maps}, of all splits of the data set.
+        root: from `dataset.folders.data_root`.
+        flag: that names the label maps, and its value, for messages.
         workers: processes that read label maps.
         target: path that the table will be written to, for messages.
-        skip_unreadable: whether to go on without label maps that cannot be read, unless all of them are such.
+        skip_unreadable: whether to skip label maps that cannot be read, unless this applies to all of them.
 
     Returns:
-        That of Cityscapes if all files are named as its label maps, else one whose source is `ASSUMED`.
+        The `ClassTable` of Cityscapes if all files are named as its label maps, else one whose source is `ASSUMED`.
 
     Raises:
-        TableNeeded: if the values allow several readings, or a class table beside them says otherwise.
-        UserError: if a label map cannot be read, or some but not all are named as those of Cityscapes.
+        TableNeeded: if the values allow several interpretations, or contradict a class table in the same folder.
+        UserError: if a label map cannot be read, or some but not all files are named as label maps of Cityscapes.
     """
     files = [(split, Path(path)) for split, paths in splits.items() for path in paths]
     named = {bool(CITYSCAPES_NAME.search(path.name)): path for _, path in files}
     if len(named) > 1:
-        raise UserError(f"{flag}: expected label maps of one kind where --classes is left out, found {named[True].name}"
-                        f", which is named as those of Cityscapes, and {named[False].name}")
+        raise UserError(f"{flag}: expected label maps of one kind where --classes is omitted, found "
+                        f"{named[True].name}, which is named as a label map of Cityscapes, and {named[False].name}")
     if True in named:
-        logger.info("label maps are named as those of Cityscapes, and --classes is left out: its class table is taken")
+        logger.info("--classes is omitted and the label maps are named as those of Cityscapes: using its class table")
         return ClassTable.read()
     jobs = do_jobs(_count_if_readable if skip_unreadable else count_values, [path for _, path in files], workers)
     maps = [LabelValues(path, split, *counted) for (split, path), counted in zip(
         files, progress(jobs, "reading ids", "label map"), strict=True)]
-    maps = [one for one in maps if one.pixels] or [LabelValues(path, split, *count_values(path)) for split, path in
-                                                   files[:1]]
-    values = sorted(set().union(*(one.pixels for one in maps)), key=_by_value)
-    table, found, remedy = _read_values(maps, values)
-    stated, complete = _table_beside(root, maps, values)
-    if stated is not None and not found and any(stated.lookup[value] != table.lookup[value] for value in values
-                                                if value >= 0):
-        found = f"{_shown(values)}, but {stated.source} beside them, which says otherwise"
-    if found:
-        if stated is not None:
-            table = stated
-            remedy = f"--classes {stated.source} knows all of them" if complete else (
-                f"say what they mean by {stated.as_advice()}, which have their names from {stated.source}")
+    # If no label map can be read, reading the first one again raises the error.
+    maps = [label_map for label_map in maps if label_map.pixels] or [
+        LabelValues(path, split, *count_values(path)) for split, path in files[:1]]
+    values = sorted(set().union(*(label_map.pixels for label_map in maps)), key=_sort_key)
+    table, finding, remedy = _interpret_values(maps, values)
+    existing, complete = _find_table(root, maps, values)
+    if existing is not None and not finding and any(existing.lookup[value] != table.lookup[value] for value in values
+                                                    if value >= 0):
+        finding = f"{_format_values(values)}, with other meanings in {existing.source}"
+    if finding:
+        if existing is not None:
+            table = existing
+            remedy = f"use --classes {existing.source}, which contains all of them" if complete else (
+                f"state their meaning by {existing.as_advice()}; the names are those in {existing.source}")
         raise TableNeeded(f"{flag}: expected the values 0 and 255, or 0 to N-1 and 255 to ignore, where --classes is "
-                          f"left out, found {found}; {remedy}", None if complete else table)
+                          f"omitted, found {finding}; {remedy}", None if complete else table)
     logger.info("\n".join(describe(maps, table, target)))
     if complete:
-        logger.info(f"  {stated.source} names these classes: --classes {stated.source}")
+        logger.info(f"  {existing.source} has names for these classes: --classes {existing.source}")
     return table
 
 
 def count_values(path):
-    """({value: pixels}, remedy) of a label map, as in `LabelValues`; black and white in colors are 0 and 255. Raises
-    `UserError`."""
+    """Count the pixels of each value in a label map. Colors that are only black and white count as ids 0 and 255.
+
+    Returns:
+        {value: number of pixels} and remedy, as in `LabelValues`.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     ids, remedy = read_ids(path), ""
     if ids.ndim == 3:
         gray = ids[..., 0]
         if (ids != gray[..., None]).any() or ((gray != 0) & (gray != 255)).any():
-            remedy = ids_in_channels(ids)
+            remedy = single_channel_remedy(ids)
             packed = ids.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)      # (H, W)
             colors, counts = np.unique(packed, return_counts=True)
-            most = np.argsort(-counts, kind="stable")[:UNKNOWN + 1]     # one more than a table can tell apart
+            most = np.argsort(-counts, kind="stable")[:UNKNOWN + 1]     # one more than a table can have
             return {(int(color) >> 16, int(color) >> 8 & 255, int(color) & 255): int(count)
                     for color, count in zip(colors[most], counts[most], strict=True)}, remedy
         ids = gray
@@ -121,23 +129,32 @@ def count_values(path):
 
 
 def _count_if_readable(path):
-    """As `count_values`, with no pixels for a file that cannot be read."""
+    """Count values as `count_values` does; a file that cannot be read has no pixels."""
     try:
         return count_values(path)
     except UserError:
         return {}, ""
 
 
-def _read_values(maps, values):
-    """What the values of label maps mean: (class table or None, what was found if that is not clear, what helps)."""
+def _interpret_values(maps, values):
+    """Interpret the values of label maps.
+
+    Args:
+        maps: list of `LabelValues`.
+        values: all their values, sorted.
+
+    Returns:
+        (class table or None, finding, remedy). If the interpretation is not certain, finding and remedy are the parts
+        "found ..." and "...; remedy" of the error message, else "".
+    """
     if any(isinstance(value, tuple) for value in values):
-        return _doubt_colors(maps, values)
+        return _interpret_colors(maps, values)
     classes = [value for value in values if value not in IGNORED]
     if values == [0, IGNORE_INDEX]:
         return _table([_row("background", 0, 0, (0, 0, 0)), _row("foreground", 255, 1, (255, 255, 255))]), "", ""
     if len(classes) < 2:
-        return None, f"{_shown(values)} ({values[-1]} in {_holding(maps, values[-1])})", (
-            "a network learns to tell at least two classes apart")
+        return None, f"{_format_values(values)} ({values[-1]} in {_path_with(maps, values[-1])})", (
+            "at least two classes are needed to train a network")
     table = None
     if len(classes) <= UNKNOWN and classes[0] >= 0 and classes[-1] <= 65535:
         inferred = classes == list(range(len(classes)))
@@ -145,173 +162,183 @@ def _read_values(maps, values):
             inferred or IGNORE_INDEX in values)
         ignored += [_row("ignored too", value, IGNORE_INDEX, distinct_color(IGNORE_INDEX)) for value in IGNORED if
                     value in values and value != IGNORE_INDEX]
-        table = _table([_row(f"class {value}", value, place, distinct_color(value)) for place, value in enumerate(
+        table = _table([_row(f"class {value}", value, train_id, distinct_color(value)) for train_id, value in enumerate(
             classes)] + ignored)
     doubt = (_doubt_grays(maps, values, table) or _doubt_gaps(maps, values, table)
              or _doubt_cityscapes(classes, table))
     if not doubt and (masks := _doubt_masks(maps, values)):
-        return None, *masks     # a table to begin with would hold one of the readings
+        return None, *masks     # no table, since it would be only one of two interpretations
     return table, *(doubt or ("", ""))
 
 
+# The functions `_doubt_*` return (finding, remedy), as `_interpret_values`, or None if they have no doubt.
+
 def _doubt_grays(maps, values, table):
-    """(found, remedy) where the values look like grays, as soft edges make them of masks; else None."""
+    """Doubt values that look like grays, as in masks with soft edges."""
     pixels = _count(maps)
     between = [value for value in values if 0 < value < values[-1]]
     share = sum(pixels[value] for value in between) / pixels.total()
     spread = all(any(low <= value <= high for value in between) for low, high in ((1, 85), (86, 170), (171, 254)))
     soft = values[0] == 0 and 200 <= values[-1] <= 255 and len(between) > 2 and spread and share < 0.5
-    most = max(maps, key=lambda one: len(one.pixels))
-    if not soft and len(most.pixels) < MANY:
+    richest = max(maps, key=lambda label_map: len(label_map.pixels))
+    if not soft and len(richest.pixels) < MANY_VALUES:
         return None
-    why = (f"the {len(between)} values between are {100 * share:.2g} % of pixels, as soft edges, scaling or JPEG make "
-           f"them of masks" if soft else
-           f"{len(most.pixels)} values in {most.path} look like grays of soft edges or of a picture, not like classes")
-    otherwise = f"; if they are classes, say so by {table.as_advice()}" if table is not None else ""
-    return f"{_shown(values)} ({between[-1]} in {_holding(maps, between[-1])})", (
-        f"{why}: make masks black and white, in Python by PIL.Image.open(FILE).convert('L').point(lambda value: 255 * "
-        f"(value > 127)).save(COPY){otherwise}")
+    reason = (f"the {len(between)} values between are {100 * share:.2g} % of pixels, as in masks with soft edges or "
+              f"after scaling or JPEG compression" if soft else
+              f"{len(richest.pixels)} values in {richest.path} look like grays of soft edges or of a picture, not like "
+              f"classes")
+    otherwise = f"; if they are classes, state this by {table.as_advice()}" if table is not None else ""
+    return f"{_format_values(values)} ({between[-1]} in {_path_with(maps, between[-1])})", (
+        f"{reason}: make masks black and white, in Python by PIL.Image.open(FILE).convert('L').point(lambda value: 255 "
+        f"* (value > 127)).save(COPY){otherwise}")
 
 
 def _doubt_gaps(maps, values, table):
-    """(found, remedy) where the values are not 0 to N-1; else None."""
-    odd = [value for place, value in enumerate(value for value in values if value not in IGNORED) if place != value]
+    """Doubt values that are not 0 to N-1."""
+    odd = [value for index, value in enumerate(value for value in values if value not in IGNORED) if index != value]
     if not odd:
         return None
-    found = f"{_shown(values)} ({odd[0]} in {_holding(maps, odd[0])}"
-    plain = next((one for one in maps if one.pixels.keys().isdisjoint(odd)), None)
+    finding = f"{_format_values(values)} ({odd[0]} in {_path_with(maps, odd[0])}"
+    plain = next((label_map for label_map in maps if label_map.pixels.keys().isdisjoint(odd)), None)
     if plain is not None:
-        found += f", but only {_shown(sorted(plain.pixels))} in {plain.path}"
+        finding += f", but only {_format_values(sorted(plain.pixels))} in {plain.path}"
     if table is None:
-        return f"{found})", f"save at most {UNKNOWN} ids of 0 to 65535"
-    remedy = f"say what they mean by {table.as_advice()}"
+        return f"{finding})", f"save at most {UNKNOWN} ids of 0 to 65535"
+    remedy = f"state their meaning by {table.as_advice()}"
     cityscapes = ClassTable.read()
     known = cityscapes.lookup[[value for value in values if value not in IGNORED]] != UNKNOWN
     if known.all() and len(known) > cityscapes.num_classes // 2:
-        remedy += f"; if they are ids of Cityscapes, --classes {CITYSCAPES} takes them"
+        remedy += f"; if they are ids of Cityscapes, use --classes {CITYSCAPES}"
     for value in IGNORED:
         remedy += f"; {value} is ignored there: if it is a class, give it a train_id of its own" * (value in values)
-    return f"{found})", remedy
+    return f"{finding})", remedy
 
 
 def _doubt_cityscapes(classes, table):
-    """(what was found, what helps) where the values are all ids of Cityscapes and no others; else None. classes: sorted
-    values."""
+    """Doubt sorted values that are exactly the ids of Cityscapes."""
     if classes != sorted(row["id"] for row in ClassTable.read().rows if row["id"] >= 0):
         return None
-    return f"{_shown(classes)}, all ids of Cityscapes", (
-        f"--classes {CITYSCAPES} takes them as such; if they are {len(classes)} classes, say so by {table.as_advice()}")
+    return f"{_format_values(classes)}, all ids of Cityscapes", (
+        f"if they are such ids, use --classes {CITYSCAPES}; if they are {len(classes)} classes, state this by "
+        f"{table.as_advice()}")
 
 
 def _doubt_masks(maps, values):
-    """(found, remedy) where 255 is the foreground of some label maps and seems to be ignored in others; else None."""
-    others = [one for one in maps if any(value not in (0, *IGNORED) for value in one.pixels)]
+    """Doubt 255 if it is the foreground of some label maps and seems to be ignored in others."""
+    others = [label_map for label_map in maps if any(value not in (0, *IGNORED) for value in label_map.pixels)]
     in_splits = {}
-    for one in maps:
-        in_splits.setdefault(one.split, set()).update(one.pixels)
-    masks = [one for one in maps if one.is_mask and (in_splits[one.split] == {0, IGNORE_INDEX} or not any(
-        IGNORE_INDEX in other.pixels for other in others))]
+    for label_map in maps:
+        in_splits.setdefault(label_map.split, set()).update(label_map.pixels)
+    masks = [label_map for label_map in maps if label_map.is_mask and (
+        in_splits[label_map.split] == {0, IGNORE_INDEX} or not any(IGNORE_INDEX in other.pixels for other in others))]
     if not masks:
         return None
-    remedy = f"if 255 is to be ignored, say so by {_table(_ignoring(values)).as_advice()}"
+    remedy = f"if 255 means ignore, state this by {_table(_rows_ignoring_255(values)).as_advice()}"
     if set(values) == {0, 1, IGNORE_INDEX}:
         remedy += "; if 1 and 255 are the same, by " + _table([
             _row("background", 0, 0, (0, 0, 0)), _row("foreground", 1, 1, (255, 255, 255)),
             _row("foreground as 255", 255, 1, (255, 255, 255))]).as_advice()
-    return (f"two kinds: {_shown(sorted(masks[0].pixels))} in {masks[0].path} and {len(masks) - 1} more, "
-            f"{_shown(sorted(others[0].pixels))} in {others[0].path} and {len(others) - 1} more"), remedy
+    return (f"two kinds: {_format_values(sorted(masks[0].pixels))} in {masks[0].path} and {len(masks) - 1} more, "
+            f"{_format_values(sorted(others[0].pixels))} in {others[0].path} and {len(others) - 1} more"), remedy
 
 
-def _ignoring(values):
-    """Rows for the classes among values, and for 255 as ignored."""
+def _rows_ignoring_255(values):
+    """Make rows for the classes among the values, and for 255 as ignored."""
     return [_row(f"class {value}", value, value, distinct_color(value)) for value in values if value not in IGNORED] + [
         _row("ignored", IGNORE_INDEX, IGNORE_INDEX, distinct_color(IGNORE_INDEX))]
 
 
-def _doubt_colors(maps, values):
-    """As `_read_values`, for label maps of which some hold colors."""
-    colored = next(one for one in maps if any(isinstance(value, tuple) for value in one.pixels))
-    plain = next((one for one in maps if one.pixels.keys() - {0, 255} and not any(
-        isinstance(value, tuple) for value in one.pixels)), None)
+def _interpret_colors(maps, values):
+    """Interpret label maps as `_interpret_values` does, if at least one of them has colors."""
+    colored = [label_map for label_map in maps if any(isinstance(value, tuple) for value in label_map.pixels)]
+    plain = next((label_map for label_map in maps if label_map.pixels.keys() - {0, 255} and not any(
+        isinstance(value, tuple) for value in label_map.pixels)), None)
     colors = sorted({value if isinstance(value, tuple) else (value, value, value) for value in values})
-    found = f"a label map of colors, such as {colors[-1]} in {_holding(maps, colors[-1])}"
+    finding = f"a label map of colors, such as {colors[-1]} in {_path_with(maps, colors[-1])}"
     if plain is not None:
-        return None, f"{found}, beside ids in {plain.path}", "make all of them maps of ids"
-    remedies = {one.remedy for one in maps if any(isinstance(value, tuple) for value in one.pixels)}
-    if len(remedies) == 1 and colored.remedy:
-        return None, found, colored.remedy
+        return None, f"{finding}, beside ids in {plain.path}", "make all of them maps of ids"
+    remedies = {label_map.remedy for label_map in colored}
+    if len(remedies) == 1 and colored[0].remedy:
+        return None, finding, colored[0].remedy
     if len(colors) == 1:
-        return None, found, "a network learns to tell at least two classes apart"
+        return None, finding, "at least two classes are needed to train a network"
     if len(colors) > UNKNOWN:
-        return None, f"{found}, and more than {UNKNOWN} others", (
+        return None, f"{finding}, and more than {UNKNOWN} others", (
             "save label maps without soft edges, which mix the colors of classes")
-    table = _table([_row(f"class {place}", place, place, color) for place, color in enumerate(colors)])
-    return table, found, f"say what they mean by {table.as_advice()}"
+    table = _table([_row(f"class {number}", number, number, color) for number, color in enumerate(colors)])
+    return table, finding, f"state their meaning by {table.as_advice()}"
 
 
-def _table_beside(root, maps, values):
-    """The `ClassTable` of a file of a usual name beside the label maps that knows all of their values, and whether
-    --classes takes it as it is; or (None, False)."""
+def _find_table(root, maps, values):
+    """Find a class table of a usual name in the folders of the data set, with all values of the label maps.
+
+    Returns:
+        (`ClassTable`, whether --classes accepts the file), or (None, False).
+    """
     roots = [*root, *map(os.path.dirname, map(os.path.abspath, root))] if isinstance(root, tuple) else [root]
-    for folder in dict.fromkeys([*map(Path, roots), *(one.path.parent for one in maps)]):
-        for name in TABLES:
+    for folder in dict.fromkeys([*map(Path, roots), *(label_map.path.parent for label_map in maps)]):
+        for name in TABLE_NAMES:
             if os.path.isfile(folder / name):
                 try:
                     table, complete = ClassTable.read(folder / name), True
-                except TableNeeded as error:        # of another tool
+                except TableNeeded as error:        # a table of another tool
                     table, complete = error.table, False
-                except UserError:       # something else
+                except UserError:       # not a class table
                     continue
-                if all(_known(table, value) for value in values):
+                if all(_is_in_table(table, value) for value in values):
                     return table, complete
     return None, False
 
 
-def _known(table, value):
+def _is_in_table(table, value):
+    """Whether a class table has a row for an id or a color."""
     if isinstance(value, tuple):
         return (value[0] << 16 | value[1] << 8 | value[2]) in table.color_lookup
     return value == -1 or 0 <= value < len(table.lookup) and table.lookup[value] != UNKNOWN
 
 
 def describe(maps, table, target):
-    """Lines about the values of label maps: how many pixels and files hold them, and how to ignore one.
+    """Summarize the values of label maps: how many pixels and files have them, and how to ignore one.
 
     Args:
         maps: list of `LabelValues`.
         table: their `ClassTable`.
         target: path that it will be written to.
+
+    Returns:
+        A list of lines.
     """
     pixels, files, splits = _count(maps), Counter(), {}
-    for one in maps:
-        files.update(one.pixels.keys())
-        for value in one.pixels:
-            splits.setdefault(value, set()).add(one.split)
-    everywhere = dict.fromkeys(one.split for one in maps)
-    lines = [f"{plural(len(maps), 'label map')}, and --classes is left out: this table is assumed"]
+    for label_map in maps:
+        files.update(label_map.pixels.keys())
+        for value in label_map.pixels:
+            splits.setdefault(value, set()).add(label_map.split)
+    all_splits = dict.fromkeys(label_map.split for label_map in maps)
+    lines = [f"{plural(len(maps), 'label map')}, and --classes is omitted: this table is assumed"]
     for row in table.rows:
         value = row["id"]
         if files[value]:
             name = row["name"] if row["name"].endswith(f" {value}") else f"{row['name']} ({value})"
-            without = [split for split in everywhere if split not in splits[value]]
+            without = [split for split in all_splits if split not in splits[value]]
             lines.append(f"  {name}: {100 * pixels[value] / pixels.total():.3g} % of pixels in {files[value]} of "
                          f"{plural(len(maps), 'file')}{', none in ' * bool(without)}{', '.join(without)}")
     if table.num_classes > 2:
-        lines.append("  A value that means \"no data\" or \"unlabeled\", often 0 or the last, is learnt like any "
+        lines.append("  A value that means \"no data\" or \"unlabeled\", often 0 or the last, is learned like any "
                      f"other. To ignore one, copy {target}, set its train_id to 255 in the copy, empty all other "
                      "train_ids that are not 255, and give the copy to --classes")
     return lines
 
 
 def keep_table(path, classes, earlier=None):
-    """Write a class table, unless it stands there already.
+    """Write a class table, unless the file has it already.
 
     Args:
         path: of the CSV file.
         classes: `ClassTable`.
-        earlier: text of a table written there before, which may be replaced.
+        earlier: text of an earlier table that may be replaced, or None.
 
     Raises:
-        UserError: where the file holds another text.
+        UserError: if the file has another text.
     """
     content = classes.as_csv().encode()
     present = read_file(path, "a class table (CSV)") if os.path.lexists(path) else None
@@ -320,29 +347,29 @@ def keep_table(path, classes, earlier=None):
     if present in (None, earlier and earlier.encode(errors="replace")):
         write_atomically(path, lambda file: file.write(content))
     else:
-        raise UserError(f"{path}: expected the class table that the label maps make, or no file, found another one; "
-                        f"--classes {path} takes it as it is, and without that file a new one is written")
+        raise UserError(f"{path}: expected the class table inferred from the label maps, or no file, found another "
+                        f"one; use it by --classes {path}, or delete it to have a new one written")
 
 
 def _count(maps):
-    """Pixels of each value in all label maps."""
+    """Count the pixels of each value in all label maps."""
     pixels = Counter()
-    for one in maps:
-        pixels.update(one.pixels)
+    for label_map in maps:
+        pixels.update(label_map.pixels)
     return pixels
 
 
-def _holding(maps, value):
-    """The path of the first label map that holds a value; of black and white, also as ids."""
+def _path_with(maps, value):
+    """Return the path of the first label map with a value; a gray color may also be there as an id."""
     same = {value, value[0]} if isinstance(value, tuple) and len(set(value)) == 1 else {value}
-    return next(one.path for one in maps if not one.pixels.keys().isdisjoint(same))
+    return next(label_map.path for label_map in maps if not label_map.pixels.keys().isdisjoint(same))
 
 
-def _shown(values):
-    return ", ".join(map(str, values[:SHOWN])) + " ..." * (len(values) > SHOWN)
+def _format_values(values):
+    return ", ".join(map(str, values[:MAX_SHOWN])) + " ..." * (len(values) > MAX_SHOWN)
 
 
-def _by_value(value):
+def _sort_key(value):
     return value if isinstance(value, tuple) else (value,)
 
 

@@ -1,4 +1,4 @@
-"""Decoded arrays in files, so that no picture is decoded twice. Decoding itself: `utils.imaging.decode`."""
+"""On-disk cache of decoded images and label maps. Decoding itself is in `utils.imaging.decode`."""
 
 import hashlib
 import os
@@ -13,18 +13,21 @@ from utils.imaging.decode import read_header, read_ids, read_image
 
 
 class DecodedCache:
-    """Decoded arrays, kept in files that all processes map into memory.
+    """Cache of decoded arrays in NumPy files, which all processes map into memory.
 
-    An array's file is named by path, size and time of change of the picture: a picture that changed is decoded again,
-    and its old array is removed. Arrays are written whole or not at all, so after an interruption only the rest is
-    decoded. A file in the cache that does not hold its picture's array (cut short, of another shape, a pickle) is
-    replaced; the first one is reported by a warning.
+    The name of a cache file contains a hash of the image's path, its size and its modification time: if an image
+    changes, it is decoded again and its old array is removed. Arrays are written atomically, so after an interruption
+    only the missing images are decoded. A cache file that cannot be the array of its image (truncated, another shape,
+    a pickle) is replaced; the first one causes a warning.
 
     Args:
-        folder: created if it does not exist.
+        folder: of the cache; created if it does not exist.
+
+    Raises:
+        UserError: if the folder cannot be created.
     """
 
-    VERSION = 3     # of the decoding, part of the names; to be raised when the same picture gives another array
+    VERSION = 3     # of the decoder, part of the file names; increase it when decoding gives other values
 
     def __init__(self, folder):
         self.folder, self.warned = Path(folder), False
@@ -33,8 +36,8 @@ class DecodedCache:
         except OSError as error:
             raise UserError(f"--cache {folder}: expected a folder, found: {error}") from None
 
-    def place(self, path, decode):
-        """The path of the array that `decode` makes of a picture, whether it exists or not."""
+    def array_path(self, path, decode):
+        """Return the path of the cache file for `decode(path)`, whether it exists or not."""
         size, changed = stamp(path)
         return self.folder / f"{self._name(path)}_{size}_{changed}_{decode.__name__}{self.VERSION}.npy"
 
@@ -43,43 +46,55 @@ class DecodedCache:
         return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:24]
 
     def read(self, path, decode):
-        """The array of a picture, from the cache; if it is not there yet, `decode(path)` makes it, and it is kept."""
+        """Return the decoded array of an image, from the cache or by `decode(path)`, which is then cached.
+
+        Args:
+            path: of the image.
+            decode: `read_image` or `read_ids`.
+        """
         array = self._mapped(path, decode)
         if array is not None:
             return array
-        array, place = decode(path), self.place(path, decode)
-        if os.path.isdir(place) and not os.listdir(place):
-            os.rmdir(place)
-        write_atomically(place, lambda file: np.save(file, array))
-        current = {self.place(path, known) for known in (read_image, read_ids)}
+        array, array_path = decode(path), self.array_path(path, decode)
+        if os.path.isdir(array_path) and not os.listdir(array_path):
+            os.rmdir(array_path)
+        write_atomically(array_path, lambda file: np.save(file, array))
+        current = {self.array_path(path, known) for known in (read_image, read_ids)}
         for old in self.folder.glob(f"{self._name(path)}_*.npy"):
             if old not in current:
                 old.unlink(missing_ok=True)
         return array
 
     def missing(self, files):
-        """Those of the (path, decode) that are not in the cache, and about how many bytes their arrays will take."""
+        """Find the images that are not in the cache.
+
+        Args:
+            files: [(path, decode)].
+
+        Returns:
+            The subset of `files` without a valid cache file, and the estimated number of bytes of their arrays.
+        """
         files = [(path, decode) for path, decode in files if self._mapped(path, decode) is None]
         return files, sum(decoded_bytes(*file) for file in files)
 
     def _mapped(self, path, decode):
-        """The array of a picture, mapped from the cache, or None where its file is missing or holds something else."""
-        place = self.place(path, decode)
-        if not os.path.lexists(place):
+        """Map the array of an image from the cache; None if its cache file is missing or invalid."""
+        array_path = self.array_path(path, decode)
+        if not os.path.lexists(array_path):
             return None
-        is_file = os.path.isfile(place)     # not a folder or a pipe
-        array = self._load_if_valid(place, path, decode) if is_file else None
+        is_file = os.path.isfile(array_path)     # not a folder or a pipe
+        array = self._load_if_valid(array_path, path, decode) if is_file else None
         if array is None and not self.warned:
             self.warned = True
-            warnings.warn(f"--cache {self.folder}: {place.name} is no array of {path}, which is decoded again, as is "
-                          "any other file of which this is so", stacklevel=3)
+            warnings.warn(f"--cache {self.folder}: {array_path.name} is not the array of {path}, which is decoded "
+                          "again; other such files are replaced without a warning", stacklevel=3)
         return array
 
     @staticmethod
-    def _load_if_valid(place, path, decode):
-        """The array in a file of the cache, or None if `decode` cannot have made it of the picture at `path`."""
+    def _load_if_valid(array_path, path, decode):
+        """Map the array of a cache file; None if it cannot be the result of `decode(path)`."""
         try:
-            array, (size, _) = np.lib.format.open_memmap(place, mode="r"), read_header(path)
+            array, (size, _) = np.lib.format.open_memmap(array_path, mode="r"), read_header(path)
         except Exception:       # a damaged header makes NumPy raise errors of any kind
             return None
         colors = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
@@ -88,17 +103,19 @@ class DecodedCache:
 
 
 def stamp(path):
-    """(bytes, time of change in ns) of a file. Raises `UserError`."""
+    """Return (size in bytes, modification time in ns) of a file. Raises `UserError` if it does not exist."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         raise UserError(f"{path}: expected an image, found no such file") from None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def decoded_bytes(path, decode):
-    """Bytes of the array that `decode` makes of a picture, as far as its header tells; 0 where that cannot be read
-    (decoding will say why)."""
+    """Estimate from an image's header how many bytes the file of its decoded array takes.
+
+    Returns 0 if the header cannot be read; decoding reports the reason later.
+    """
     try:
         (width, height), mode = read_header(path)
     except Exception:   # a damaged header makes Pillow and tifffile raise errors of any kind

@@ -1,8 +1,8 @@
-"""The order of the samples of a run.
+"""Samplers, and the loader of a training run.
 
-Entries are the places in that order, counted from 0 over the whole run: batch t of size B is entries tB to (t+1)B - 1.
-Which sample stands at an entry is a function of seed and entry alone. So it does not matter how many processes and
-workers there are, and a resumed run goes on with the samples that would have come.
+An entry is a position in the sequence of samples, counted from 0 over the whole run: batch t of size B consists of the
+entries tB to (t+1)B - 1. The sample of an entry is a function of seed and entry alone. It does not depend on the number
+of processes and workers, and a resumed run continues with the same samples as an uninterrupted one.
 """
 
 import hashlib
@@ -20,17 +20,18 @@ from utils.parallel.workers import Loader, do_jobs
 
 from .reading import stamp
 
-POSITIONS = 16      # pixels of a class that the class index keeps of an image
+POSITIONS = 16      # maximum number of pixels per class and image in the class index
 
 
 class EntrySampler(Sampler):
-    """Yields the sample of every entry that belongs to this process.
+    """Sampler that yields the samples of all entries that belong to this process.
 
     Args:
-        seed: of everything drawn at random.
-        start, stop: first entry, and the one to stop before; multiples of batch_size.
-        batch_size: entries of a batch, over all processes; a multiple of world.
-        rank, world: this process, and their number: it gets the rank-th slice of every batch.
+        seed: of all random draws.
+        start, stop: first entry, and the entry after the last; multiples of batch_size.
+        batch_size: entries per batch, over all processes; a multiple of world.
+        rank: number of this process, which gets the rank-th slice of every batch.
+        world: number of processes.
     """
 
     def __init__(self, seed, start, stop, batch_size=1, rank=0, world=1):
@@ -46,15 +47,21 @@ class EntrySampler(Sampler):
                 yield self.sample(entry)
 
     def sample(self, entry):
-        """What the data set's `__getitem__` gets for an entry: (index, entry), or (index, entry, (row, column)) for a
-        crop that holds this pixel."""
+        """Choose the sample of an entry.
+
+        Returns:
+            The argument of the data set's `__getitem__`: (index, entry), or (index, entry, (row, column)) for a crop
+            that contains this pixel.
+        """
         raise NotImplementedError
 
 
 class EpochSampler(EntrySampler):
-    """Every image once an epoch, in another order each time; that of epoch e is a function of (seed, e).
+    """Sampler of every image once per epoch; the order in epoch e is a function of (seed, e).
 
-    length: images of the data set; the rest as in `EntrySampler`.
+    Args:
+        length: number of images in the data set.
+        seed, start, stop, batch_size, rank, world: as in `EntrySampler`.
     """
 
     def __init__(self, length, seed, start, stop, batch_size=1, rank=0, world=1):
@@ -69,31 +76,34 @@ class EpochSampler(EntrySampler):
 
 
 class WeightedSampler(EntrySampler):
-    """Draws a split of the data set with a probability in proportion to its weight, then one of its images.
+    """Sampler that draws a split with probability proportional to its weight, then one of its images.
 
-    lengths, weights: number of images of each split, in the data set's order, and its weight; the rest as in
-        `EntrySampler`.
+    Args:
+        lengths: number of images of each split, in the data set's order.
+        weights: of each split.
+        seed, start, stop, batch_size, rank, world: as in `EntrySampler`.
     """
 
     def __init__(self, lengths, weights, seed, start, stop, batch_size=1, rank=0, world=1):
         super().__init__(seed, start, stop, batch_size, rank, world)
-        self.first = np.concatenate([[0], np.cumsum(lengths)])      # index of each split's first image
+        self.first_images = np.concatenate([[0], np.cumsum(lengths)])       # index of each split's first image
         self.probabilities = np.asarray(weights, float) / np.sum(weights)
 
     def sample(self, entry):
         rng = np.random.default_rng((self.seed, entry, 1))
         split = rng.choice(len(self.probabilities), p=self.probabilities)
-        return int(rng.integers(self.first[split], self.first[split + 1])), entry
+        return int(rng.integers(self.first_images[split], self.first_images[split + 1])), entry
 
 
 class ClassSampler(EntrySampler):
-    """Class-uniform crops: draws a class, an image that has it, and one of its pixels, which the crop will hold.
+    """Sampler of class-uniform crops: draws a class, an image that contains it, and a pixel of it for the crop.
 
     After Zhu et al., "Improving Semantic Segmentation via Video Propagation and Label Relaxation", CVPR 2019,
     section 3.4 (there for a part of each epoch; here for every sample).
 
-    index: (M, 4) int64 rows of image, class, row, column, as `class_positions` finds them; the rest as in
-        `EntrySampler`.
+    Args:
+        index: (M, 4) int64 rows of image, class, row, column, from `class_index`.
+        seed, start, stop, batch_size, rank, world: as in `EntrySampler`.
     """
 
     def __init__(self, index, seed, start, stop, batch_size=1, rank=0, world=1):
@@ -112,16 +122,18 @@ class ClassSampler(EntrySampler):
 
 def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_size: int, rank: int = 0,
                  world: int = 1, index: np.ndarray | None = None) -> EntrySampler:
-    """The sampler of a `CityscapesDataset` for the entries start to stop - 1 of a run.
+    """Make the sampler for the entries start to stop - 1 of a run.
 
     Args:
-        kind: "uniform": every image once an epoch or, where the data set's splits have weights, splits by their
-            weights; "class": class-uniform crops.
+        dataset: a `CityscapesDataset`.
+        kind: "uniform": every image once per epoch or, if the data set's splits have weights, splits by their weights;
+            "class": class-uniform crops.
         seed, start, stop, batch_size, rank, world: as in `EntrySampler`.
-        index: of `class_index`, the same in all processes; with "class" only.
+        index: from `class_index`, the same in all processes; used by "class" only.
 
-    Raises `ValueError` for another kind, "class" without an index, and "class" for splits with weights, which it would
-    not heed.
+    Raises:
+        ValueError: for another kind, for "class" without an index, and for "class" with weighted splits, whose weights
+            it would ignore.
     """
     entries = {"seed": seed, "start": start, "stop": stop, "batch_size": batch_size, "rank": rank, "world": world}
     if kind == "class":
@@ -138,15 +150,18 @@ def make_sampler(dataset, *, kind: str, seed: int, start: int, stop: int, batch_
 
 def make_loader(dataset: Dataset, *, start: int, stop: int, batch_size: int, parts: int = 1, rank: int = 0,
                 world: int = 1, workers: int = 0, pin_memory: bool = False, **sampling) -> Loader:
-    """The batches of the steps from `start` to `stop` - 1, or their parts.
+    """Make the loader of the training batches of the steps `start` to `stop` - 1.
 
     Args:
+        dataset: a `CityscapesDataset`.
+        start, stop: first step, and the step after the last.
         batch_size: images per step, over all processes.
-        parts: in which a batch is taken, one after the other.
-        rank, world: this process, and their number.
+        parts: number of parts, loaded one after the other, into which each batch is divided.
+        rank: number of this process.
+        world: number of processes.
         workers: processes that read samples.
-        pin_memory: for a GPU.
-        sampling: kind, index and seed as in `make_sampler`.
+        pin_memory: whether to use pinned memory, for copies to a GPU.
+        sampling: kind, index and seed, as in `make_sampler`.
     """
     part = batch_size // parts
     sampler = make_sampler(dataset, start=start * batch_size, stop=stop * batch_size, batch_size=part, rank=rank,
@@ -155,27 +170,41 @@ def make_loader(dataset: Dataset, *, start: int, stop: int, batch_size: int, par
 
 
 def class_positions(train_ids, seed, ignore_index=255):
-    """Where the classes of a label map are: [(class, row, column)] of up to `POSITIONS` random pixels of each class.
+    """Draw up to `POSITIONS` random pixels of each class in a label map.
 
-    train_ids: (H, W) uint8.
+    Args:
+        train_ids: (H, W) uint8.
+        seed: of the random draw.
+        ignore_index: train id that is left out.
+
+    Returns:
+        [(class, row, column)].
     """
     rng = np.random.default_rng(seed)
     flat = train_ids.ravel()
-    found = []
+    positions = []
     for train_id in np.flatnonzero(np.bincount(flat, minlength=256)):
         if train_id == ignore_index:
             continue
         pixels = np.flatnonzero(flat == train_id)
         pixels = rng.choice(pixels, min(POSITIONS, len(pixels)), replace=False)
-        found += [(int(train_id), *divmod(int(pixel), train_ids.shape[1])) for pixel in pixels]
-    return found
+        positions += [(int(train_id), *divmod(int(pixel), train_ids.shape[1])) for pixel in pixels]
+    return positions
 
 
 def class_index(dataset, folder, workers):
-    """Where the classes are in the label maps of a `CityscapesDataset`: (M, 4) int64 rows of image, class, row, column.
+    """Return the class index of a data set: positions of pixels of each class, for class-uniform crops.
 
-    Made once by `workers` processes that read all label maps, and kept in `folder`. It is made again when files or
-    classes have changed, and, with a warning, when the file in its place is damaged or something else.
+    The index is created by reading all label maps, and stored in `folder`. It is created again if label maps or classes
+    have changed and, with a warning, if the stored file is damaged or not a class index.
+
+    Args:
+        dataset: a `CityscapesDataset`.
+        folder: where the index is stored.
+        workers: processes that read label maps.
+
+    Returns:
+        (M, 4) int64 rows of image, class, row, column.
     """
     files = [(str(path), *stamp(path)) for _, path in dataset.pairs]
     key = hashlib.sha256(repr((files, dataset.classes.rows, dataset.seed)).encode()).hexdigest()[:16]
@@ -184,19 +213,19 @@ def class_index(dataset, folder, workers):
     if index is not None:
         return index
     if os.path.lexists(path):
-        warnings.warn(f"{path} is no index of classes, and is made again", stacklevel=2)
+        warnings.warn(f"{path} is not a class index and is created again", stacklevel=2)
         if os.path.isdir(path) and not os.listdir(path):
             os.rmdir(path)
     rows = []
-    for found in progress(do_jobs(dataset.positions, range(len(dataset)), workers), "finding classes", "label map"):
-        rows += found
+    for positions in progress(do_jobs(dataset.positions, range(len(dataset)), workers), "finding classes", "label map"):
+        rows += positions
     index = np.array(rows, np.int64).reshape(-1, 4)
     write_atomically(path, lambda file: np.savez(file, index=index))
     return index
 
 
 def _read_index(path):
-    """The array of a class index, or None where there is no file, or one that does not hold such an array."""
+    """Read a class index; None if the file is missing or does not contain such an array."""
     try:
         if not os.path.isfile(path):
             return None

@@ -1,4 +1,4 @@
-"""Text files of users, lists and tables, as editors and spreadsheets save them."""
+"""Read text files and CSV tables in the encodings and variants that editors and spreadsheets write."""
 
 import codecs
 import csv
@@ -7,11 +7,22 @@ import io
 from utils.common.errors import UserError
 from utils.common.files import read_file
 
-DELIMITERS = ",;\t"     # of tables; spreadsheets take the one of their language
+DELIMITERS = ",;\t"     # of CSV files; spreadsheets choose one by the language of the system
 
 
 def read_text(path, what):
-    """The text of a file in UTF-8 or, by its byte order mark, UTF-16. Raises `UserError`; what: the file, in words."""
+    """Read a file in UTF-8 or, if it starts with a byte order mark of it, UTF-16.
+
+    Args:
+        path: of the file.
+        what: description of the expected file, for error messages.
+
+    Returns:
+        Its text.
+
+    Raises:
+        UserError: if the file cannot be read or decoded.
+    """
     data = read_file(path, what)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -23,15 +34,19 @@ def read_text(path, what):
 def read_csv(path, what):
     """Read a table with a header, separated by commas, semicolons or tabs.
 
+    Args:
+        path: of the file.
+        what: description of the expected file, for error messages.
+
     Returns:
-        The columns' names, in lower case; and [(line number, {column: text})] of the rows that are not empty.
+        The column names in lower case, and [(line number, {column: text})] of the rows that are not empty.
 
     Raises:
-        UserError: if the file is no such table.
+        UserError: if the file is not such a table.
     """
     text = read_text(path, what)
     first, _, rest = text.partition("\n")
-    skipped = first.strip().lower().startswith("sep=")      # a line for Excel
+    skipped = first.strip().lower().startswith("sep=")      # names the delimiter to Excel
     if skipped:
         text, first = rest, rest.partition("\n")[0]
     delimiter = max(DELIMITERS, key=first.count)

@@ -1,6 +1,6 @@
-"""Training transforms: random scale, crop and mirror, the same for image and label map.
+"""Training transforms: random scale, crop and mirror, applied alike to image and label map.
 
-A `Window` is chosen first. Then image and label map are resampled in one step, and only inside that window.
+A `Window` is chosen first. Image and label map are then resampled in one step, and only inside that window.
 """
 
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# The color outside the image: the mean of ImageNet, which normalization takes to about zero.
+# The color outside the image: the mean of ImageNet, which becomes about zero by the normalization.
 PADDING_COLOR = (124, 116, 104)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a scaled image, perhaps mirrored.
+    """A crop window of a scaled and optionally mirrored image.
 
     Attributes:
-        size: (height, width), pixels.
-        scale: of the image before the window is cut.
-        top, left: first pixel, after scaling.
-        mirrored: left-right.
+        size: (height, width) of the window, pixels.
+        scale: factor by which the source is resized before the window is cut.
+        top, left: first row and column of the window in the scaled source, pixels.
+        mirrored: whether the window is mirrored left-right.
     """
 
     size: tuple
@@ -30,37 +30,49 @@ class Window:
     mirrored: bool
 
     def image(self, image):
-        """image (H, W, 3) uint8 → its pixels in the window, bilinear, of `size`.
+        """Cut the window from an image with bilinear interpolation.
 
-        Beyond the centers of its outermost pixels these are repeated, as by `cv2.resize`; outside there is
-        `PADDING_COLOR`.
+        Between the center of an edge pixel and the edge of the image, the edge pixel is repeated, as in `cv2.resize`.
+        Outside the image, pixels have the `PADDING_COLOR`.
+
+        Args:
+            image: (H, W, 3) uint8.
+
+        Returns:
+            (height, width, 3) uint8.
         """
         height, width = self.size
         s, left, top = self.scale, self.left, self.top
-        # From a pixel of the window to one of the source: x_source = (x_window + left + 1/2) / scale - 1/2.
+        # Window to source coordinates: x_source = (x_window + left + 1/2) / scale - 1/2.
         to_source = np.array([[1 / s, 0, (left + 0.5) / s - 0.5], [0, 1 / s, (top + 0.5) / s - 0.5]])
         if self.mirrored:
             to_source[0] = [-1 / s, 0, (left + width - 0.5) / s - 0.5]
-        if s == 1:      # whole pixels: nothing to interpolate
+        if s == 1:      # integer offsets: no interpolation
             to_source = np.round(to_source)
         pixels = cv2.warpAffine(image, to_source, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                                 borderMode=cv2.BORDER_REPLICATE)
         return self._fill_outside(pixels, image.shape, PADDING_COLOR)
 
     def label(self, label):
-        """label (H, W[, C]), any dtype → its values in the window, nearest neighbor, of `size`.
+        """Cut the window from a label map with nearest-neighbor interpolation.
 
-        Outside the source the values at its edge are repeated; `ignore_outside` overwrites them.
+        Outside the source, the values at its edge are repeated; `ignore_outside` overwrites them.
+
+        Args:
+            label: (H, W[, C]), any dtype.
+
+        Returns:
+            (height, width[, C]), same dtype.
         """
         rows, columns = self._nearest()
         return label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
 
     def pair(self, image, label, ignore_index):
-        """Image (H, W, 3) and label (H, W) in the window, with the ignore index where it lies outside them."""
+        """Cut the window from image (H, W, 3) and label (H, W); the label is `ignore_index` outside the source."""
         return self.image(image), self.ignore_outside(self.label(label), label.shape, ignore_index)
 
     def ignore_outside(self, label, shape, ignore_index):
-        """Write the ignore index into a window's label where it lies outside a source of `shape`, and return it."""
+        """Set a cut label to `ignore_index`, in place, outside a source of `shape`, and return it."""
         return self._fill_outside(label, shape, ignore_index)
 
     def _fill_outside(self, values, shape, value):
@@ -70,7 +82,7 @@ class Window:
         return values
 
     def _nearest(self):
-        """Source row and column of each row and column of the window; they may lie outside."""
+        """Return the nearest source row of each window row, and likewise for columns; they may lie outside."""
         rows, columns = (np.floor((np.arange(length) + first + 0.5) / self.scale).astype(np.int64)
                          for length, first in zip(self.size, (self.top, self.left), strict=True))
         return rows, columns[::-1] if self.mirrored else columns
@@ -78,14 +90,14 @@ class Window:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random scale s, random window, random mirroring.
+    """Random scale s, random window and random mirroring.
 
     Coordinates are measured from the image's edge (pixel centers at 0.5, 1.5, ...): x in the source becomes s · x.
 
     Args:
         input_size: (height, width) of the window, pixels.
-        scale_range: lowest and highest scale, drawn uniformly; None to keep the size.
-        mirror: mirror left-right with probability 1/2.
+        scale_range: (lowest, highest) scale, drawn uniformly; None for scale 1.
+        mirror: whether to mirror left-right with probability 1/2.
         ignore_index: label outside the image.
     """
 
@@ -95,28 +107,46 @@ class TrainTransform:
     ignore_index: int = 255
 
     def __call__(self, image, label, rng=None):
-        """image (H, W, 3) uint8, label (H, W) → the same of input_size.
+        """Transform an image and its label map.
 
-        rng: a NumPy Generator; every draw comes from it, always in the same order.
+        Args:
+            image: (H, W, 3) uint8.
+            label: (H, W).
+            rng: NumPy Generator of all random draws, which are always in the same order; None for a new generator.
+
+        Returns:
+            Image and label of `input_size`.
         """
         return self.choose(label.shape, rng or np.random.default_rng()).pair(image, label, self.ignore_index)
 
     def choose(self, shape, rng, focus=None):
-        """The window of a source of shape (H, W, ...); with focus (row, column) it holds that pixel of the source."""
+        """Draw a random `Window`.
+
+        Args:
+            shape: (H, W, ...) of the source.
+            rng: NumPy Generator.
+            focus: (row, column) of a source pixel that the window must contain, or None.
+        """
         low, high = self.scale_range or (1.0, 1.0)
         scale = rng.uniform(low, high)
-        place = rng.uniform(size=2)
+        position = rng.uniform(size=2)
         mirrored = bool(rng.integers(2)) and self.mirror
         top, left = (_offset(int(round(length * scale)), window, u, None if focus is None else (point + 0.5) * scale)
                      for length, window, u, point
-                     in zip(shape[:2], self.input_size, place[::-1], focus or (0, 0), strict=True))
+                     in zip(shape[:2], self.input_size, position[::-1], focus or (0, 0), strict=True))
         return Window(tuple(self.input_size), scale, top, left, mirrored)
 
 
 def _offset(length, window, u, point=None):
-    """First pixel of a window on an axis of `length` pixels; an axis shorter than the window is padded at its end.
+    """Place a window on one axis of a source and return its first pixel.
 
-    u: random number in 0 to 1; point: place on the axis that the window must hold, or None.
+    An axis shorter than the window is padded at its end.
+
+    Args:
+        length: of the axis, pixels.
+        window: length of the window, pixels.
+        u: random number from 0 to 1.
+        point: coordinate on the axis that the window must contain, or None.
     """
     low, high = 0, max(0, length - window)
     if point is not None:
@@ -124,12 +154,4 @@ def _offset(length, window, u, point=None):
     return low + int(u * (max(low, high) - low + 1))
 
 
-def warp(image, label, size, scale, top, left, mirrored, ignore_index):
-    """Scale, cut the window at (top, left) of the scaled image, mirror it. Returns image, label of `size`.
-
-    image (H, W, 3) uint8; label (H, W) uint8; size (height, width), top and left in pixels after scaling.
-    """
-    return Window(tuple(size), scale, top, left, mirrored).pair(image, label, ignore_index)
-
-
-train_transform = TrainTransform        # the name for callers, to whom it is a function
+train_transform = TrainTransform        # public name, in function style

@@ -287,7 +287,7 @@ def test_window_sizes_off_the_grid_are_said(streets, snapshot, tmp_path, capsys)
     (["--split", "nowhere"], "expected <city>"),
     (["--overlap", "1"], "--overlap: expected a share below 1"),
     (["--restore-from", "a.pth", "b.pth", "--images", "x"], "expected one snapshot with --images, found 2"),
-    (["--images", "nowhere/*.jpg"], r"--images nowhere/\*.jpg: expected an image or a video, a folder"),
+    (["--images", "nowhere/*.jpg"], r"--images nowhere/\*.jpg: expected an image, a video, a folder"),
     (["--images", "x", "--submission", "y"], "expected one task at a time, found --images and --submission"),
     (["--images", "x", "--boundary", "3"], "--boundary: expected a data set to score, which has truth, found --images"),
     (["--submission", "y", "--data-list", "z"], "expected a Cityscapes folder"),

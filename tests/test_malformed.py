@@ -317,7 +317,7 @@ def test_unusual_but_sound(own, what):
 def test_a_cache_is_only_a_cache(own, what, name):
     read_all(own, cache=own / "c")
     decode = read_ids if "label" in name else read_image
-    place = DecodedCache(own / "c").place(own / name, decode)
+    place = DecodedCache(own / "c").array_path(own / name, decode)
     other_content(place, what)
     for _ in range(2):
         items = read_all(own, cache=own / "c")

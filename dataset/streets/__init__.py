@@ -2,14 +2,14 @@
 
     python -m dataset.streets OUT --train 200 --val 50 --size 256,512 --seed 0
 
-A camera stands on a road and looks along it. Ground and house fronts are planes; everything else is polygons in
-meters, drawn from far to near. Colors are drawn at random within each class, so that shape, place and texture have
-to tell what something is. The same seed gives the same files, byte for byte.
+A camera stands on a road and looks along it. Ground and house fronts are planes; all other objects are polygons in
+meters, drawn from far to near. Colors are random within each class, so that classes differ in shape, position and
+texture. The same seed gives the same files, byte for byte.
 
     camera.py       projection, and drawing into image and label maps
-    surfaces.py     sky, ground, fronts of houses, walls, fences
+    surfaces.py     sky, ground, house fronts, walls, fences
     objects.py      vehicles, people, plants, street furniture
-    scene.py        what stands where: `draw_scene`
+    scene.py        composition of a scene: `draw_scene`
 """
 
 from functools import partial
@@ -27,11 +27,18 @@ from .scene import draw_scene
 
 __all__ = ["draw_scene", "main", "write_dataset", "write_scene"]
 
-CITY = "drawn"      # the folder of the files, as of a Cityscapes city
+CITY = "drawn"      # folder of the files, in place of a Cityscapes city
 
 
 def write_scene(scene, out, size, seed):
-    """Draw a scene, (split, index), and write its four files below `out`; size is (height, width)."""
+    """Draw a scene and write its image, label ids, instance ids and colors.
+
+    Args:
+        scene: (split, index).
+        out: folder of the data set.
+        size: (height, width), pixels.
+        seed: of the data set.
+    """
     split, index = scene
     image, ids, instances = draw_scene(*size, seed, split, index)
     table = np.zeros((256, 4), np.uint8)
@@ -48,9 +55,17 @@ def write_scene(scene, out, size, seed):
 
 
 def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None):
-    """Draw a data set below the folder `out`. Raises `UserError` if images lie there already.
+    """Draw a data set.
 
-    train, val: scenes of each split; size: (height, width), pixels; workers: processes, as in `do_jobs`.
+    Args:
+        out: folder of the data set, created if it does not exist.
+        train, val: number of scenes of each split.
+        size: (height, width), pixels.
+        seed: of all random draws.
+        workers: number of processes, as in `do_jobs`.
+
+    Raises:
+        UserError: if the folder already has images.
     """
     out = Path(out)
     existing = next((out / "leftImg8bit").glob("*/*/*.png"), None)
@@ -65,13 +80,15 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 def main():
     parser = flags.Parser(prog="python -m dataset.streets",
                         description="Draw labeled street scenes in the layout of Cityscapes.")
-    parser.add_argument("out", type=flags.path, help="folder to make")
-    parser.add_argument("--train", type=flags.not_negative(int, 999999), default=200, help="training scenes (200)")
-    parser.add_argument("--val", type=flags.not_negative(int, 999999), default=50, help="validation scenes (50)")
-    parser.add_argument("--size", type=flags.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (256,512)")
-    parser.add_argument("--seed", type=flags.random_seed, default=0, help="other seeds draw other streets (0)")
-    parser.add_argument("--num-workers", type=flags.num_workers, help="processes, or 0 for this one alone; "
-                        f"default: one per core, at most {MOST_WORKERS}")
+    parser.add_argument("out", type=flags.path, help="folder of the data set, to be created")
+    parser.add_argument("--train", type=flags.not_negative(int, 999999), default=200,
+                        help="training scenes (default: 200)")
+    parser.add_argument("--val", type=flags.not_negative(int, 999999), default=50,
+                        help="validation scenes (default: 50)")
+    parser.add_argument("--size", type=flags.size, default=(256, 512), help="HEIGHT,WIDTH in pixels (default: 256,512)")
+    parser.add_argument("--seed", type=flags.random_seed, default=0, help="seed of the random scenes (default: 0)")
+    parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this "
+                        f"process (default: one per core, at most {MOST_WORKERS})")
     args = parser.parse_args()
     write_dataset(args.out, args.train, args.val, args.size, args.seed, args.num_workers)
     print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.size[1]}×{args.size[0]}")

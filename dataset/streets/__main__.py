@@ -1,6 +1,4 @@
-"""The command: `python -m dataset.streets`."""
-
-
+"""Command line of `python -m dataset.streets`."""
 
 from utils.common import command
 

@@ -1,7 +1,7 @@
-"""The camera: what turns polygons in meters into pixels, label ids and instance ids.
+"""The camera: projection of polygons in meters to pixels, label ids and instance ids.
 
-`Scene` holds the picture under construction and draws into it. `finish` makes a photograph of it: light, blur,
-sensor noise.
+`Scene` contains the unfinished picture and draws into it. `finish` makes it look like a photograph: light, blur, sensor
+noise.
 """
 
 import cv2
@@ -17,20 +17,20 @@ INSTANCE_CLASSES = ("person", "rider", "car", "truck", "bus", "caravan", "traile
 
 
 class Scene:
-    """A picture under construction: colors, label ids and instance ids, drawn through one pinhole camera.
+    """An unfinished picture: colors, label ids and instance ids, as seen by a pinhole camera.
 
     Points are (x, y, z) in meters: right of the camera, up from the road, ahead of the camera. There is no depth
-    buffer: what is drawn later covers what was drawn before.
+    buffer: later shapes cover earlier ones.
 
     Args:
         height, width: of the picture, pixels.
-        rng: NumPy Generator from which every random number of the scene is drawn.
+        rng: NumPy Generator of all random numbers of the scene.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
         ids: (H, W) uint8, label ids of Cityscapes.
-        instances: (H, W) uint16, as Cityscapes counts instances: id · 1000 + number; the id alone for the other
-            classes.
+        instances: (H, W) uint16, instance ids as in Cityscapes: id · 1000 + number, or the id for classes without
+            instances.
     """
 
     def __init__(self, height, width, rng):
@@ -43,34 +43,34 @@ class Scene:
         self.instances = np.zeros((height, width), np.uint16)
         self.counts = dict.fromkeys(INSTANCE_CLASSES, 0)
         self.haze = np.array([205, 212, 220.0]) * rng.uniform(0.85, 1.05)
-        self.haze_range = rng.uniform(120, 500)     # meters after which 1/e of a color is left
+        self.haze_range = rng.uniform(120, 500)     # meters over which the contrast falls to 1/e
         self.noise = periodic_noise(rng, 512)
 
     def project(self, points):
-        """Points (n, 3) → pixels (n, 2)."""
+        """Project points (n, 3) to pixels (n, 2)."""
         x, y, z = np.asarray(points, float).reshape(-1, 3).T
         z = np.maximum(z, 0.5)
         return np.stack([self.center + self.focal * x / z,
                          self.horizon + self.focal * (CAMERA_HEIGHT - y) / z], axis=1)
 
     def fixed_point(self, points):
-        """Points (n, 3) → pixels (n, 2) in sixteenths, the fixed-point numbers that OpenCV takes with shift=4."""
+        """Project points (n, 3) to pixels (n, 2) in sixteenths: fixed-point numbers for OpenCV with shift=4."""
         return np.round(np.clip(self.project(points), -3e4, 3e4) * 16).astype(np.int32)
 
     def in_haze(self, color, z):
-        """Colors (..., 3) as seen over z meters."""
+        """Blend colors (..., 3) with haze over a distance of z meters."""
         clear = np.exp(-np.asarray(z, float) / self.haze_range)[..., None]
         return np.asarray(color, float) * clear + self.haze * (1 - clear)
 
     def new_instance(self, name):
-        """The instance id of one more object of that class; None for classes without instances."""
+        """Count a new object of a class and return its instance id; None for classes without instances."""
         if name not in self.counts:
             return None
         self.counts[name] += 1
         return IDS[name] * 1000 + self.counts[name] - 1
 
     def polygon(self, points, color, name=None, instance=None):
-        """Fill a polygon; with no name it only paints, and what it lies on keeps its label."""
+        """Fill a polygon. Without a class name, only colors change, not labels."""
         points = np.asarray(points, float).reshape(-1, 3)
         fixed = self.fixed_point(points)
         shade = np.clip(self.in_haze(color, points[:, 2].mean()), 0, 255)
@@ -80,20 +80,20 @@ class Scene:
             cv2.fillPoly(self.instances, [fixed], IDS[name] if instance is None else instance, shift=4)
 
     def upright(self, x, z, outline, color, name=None, instance=None):
-        """Fill an outline (n, 2) of (right, up) meters that stands at (x, z) and faces the camera."""
+        """Fill an upright outline (n, 2) of (right, up) meters that faces the camera at (x, z)."""
         outline = np.asarray(outline, float).reshape(-1, 2)
         points = np.stack([x + outline[:, 0], outline[:, 1], np.full(len(outline), z)], axis=1)
         self.polygon(points, color, name, instance)
 
     def bar(self, x, z, start, end, width, color, name=None, instance=None):
-        """A straight bar between two (right, up) points of the plane that stands at (x, z); width in meters."""
+        """Draw a straight bar, `width` meters wide, between two (right, up) points of the upright plane at (x, z)."""
         start, end = np.asarray(start, float), np.asarray(end, float)
         along = (end - start) / max(np.linalg.norm(end - start), 1e-6)
         side = np.array([-along[1], along[0]]) * width / 2
         self.upright(x, z, [start + side, end + side, end - side, start - side], color, name, instance)
 
     def shadow(self, x, z, half_width, half_length, strength=0.55):
-        """Darken an ellipse of the ground, center (x, z), half axes in meters; strength: what is left of the light."""
+        """Darken an ellipse of the ground with center (x, z) and half axes in meters to `strength` times its light."""
         angle = np.linspace(0, 2 * np.pi, 24)
         points = np.stack([x + half_width * np.cos(angle), 0 * angle,
                            np.maximum(z + half_length * np.sin(angle), 1)], axis=1)
@@ -103,28 +103,28 @@ class Scene:
         self.image[mask] = (self.image[mask] * strength).astype(np.uint8)
 
     def fill(self, mask, colors, name):
-        """Paint the pixels of a mask (H, W) in colors (n, 3) and label them."""
+        """Paint the n pixels of a mask (H, W) in colors (n, 3) and label them."""
         self.image[mask] = np.clip(colors, 0, 255)
         self.ids[mask] = IDS[name]
         self.instances[mask] = IDS[name]
 
     def grain(self, u, v, scale):
-        """Smooth noise in -1 to 1 at surface coordinates u, v (meters); it repeats after `scale` meters."""
+        """Return smooth noise from -1 to 1 at surface coordinates u, v in meters, with a period of `scale` meters."""
         u, v = ((np.asarray(a, float) / scale * 512).astype(np.int64) % 512 for a in (u, v))
         return self.noise[v, u]
 
     def choice(self, *choices):
-        """One of the arguments, at random."""
+        """Choose one of the arguments at random."""
         return choices[self.rng.integers(len(choices))]
 
     def color(self, low=40, high=220, saturation=1.0):
-        """A random RGB color (3,) with values from low to high; saturation 0 is gray."""
+        """Draw a random RGB color (3,) with values from low to high; saturation 0 is gray."""
         gray = self.rng.uniform(low, high)
         return np.clip(gray + (self.rng.uniform(low, high, 3) - gray) * saturation, 0, 255)
 
 
 def periodic_noise(rng, size):
-    """(size, size) periodic noise of several octaves, in -1 to 1."""
+    """Make (size, size) periodic noise of several octaves, from -1 to 1."""
     total = np.zeros((size, size), np.float32)
     for cells, weight in ((4, 1.0), (16, 0.6), (64, 0.5), (256, 0.4), (512, 0.3)):
         grid = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
@@ -136,9 +136,14 @@ def periodic_noise(rng, size):
 
 
 def finish(scene, height, width):
-    """Reduce a scene to its final size, and photograph it: uneven light, white balance, blur, sensor noise.
+    """Reduce a scene to its final size and add uneven light, white balance, blur and sensor noise.
 
-    Returns image (H, W, 3) uint8 RGB, label ids (H, W) uint8, instance ids (H, W) uint16.
+    Args:
+        scene: `Scene`.
+        height, width: of the result, pixels.
+
+    Returns:
+        image (H, W, 3) uint8 RGB, label ids (H, W) uint8, instance ids (H, W) uint16.
     """
     rng = scene.rng
     image = cv2.resize(scene.image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)

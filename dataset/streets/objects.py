@@ -1,8 +1,8 @@
 """Objects that stand on the ground: vehicles, people and two-wheelers, plants, street furniture.
 
-Every `draw_*(scene, x, z, ...)` draws one of them at x meters to the right and z meters ahead (its near end). Names
-that they share: `half` is half of a width, `top` a height, both in meters; `away` says whether a vehicle drives away
-from the camera or toward it, `ridden` whether somebody sits on a two-wheeler.
+Each function `draw_*(scene, x, z, ...)` draws one object, with its near end x meters to the right and z meters ahead
+of the camera. Shared names: `half` is half of a width and `top` a height, both in meters; `away` is whether a vehicle
+drives away from the camera instead of toward it, `ridden` whether a two-wheeler has a rider.
 """
 
 import cv2
@@ -13,10 +13,16 @@ from .camera import IDS
 # ---- vehicles: cross-sections drawn from far to near ----
 
 def loft(scene, x, z, length, section, name, instance):
-    """Draw a solid of the given length by its cross-sections, from far to near.
+    """Draw a solid as a stack of cross-sections, from far to near.
 
-    section: function of t, from 0 (near end) to 1, that gives [(outline, color)]. Sections behind the first are
-    darker: their edges make up the visible side.
+    Args:
+        scene: `Scene`.
+        x, z: position of its near end, meters.
+        length: along z, meters.
+        section: function of t, from 0 (near end) to 1 (far end), that returns [(outline, color)]. All sections but the
+            nearest are drawn darker, since their edges form the visible side.
+        name: its class.
+        instance: its instance id.
     """
     pixels = scene.focal * max(abs(x), 1.0) * (1 / max(z, 1) - 1 / (z + length))
     steps = int(np.clip(pixels, 6, 90))
@@ -27,13 +33,13 @@ def loft(scene, x, z, length, section, name, instance):
 
 
 def box(half, low, high, top_half=None):
-    """Outline of a box or trapezoid from `low` to `high`; half of its width below and, if that differs, above."""
+    """Return the outline of a box from `low` to `high`; with `top_half`, of a trapezoid with that half width on top."""
     top_half = half if top_half is None else top_half
     return [(-half, low), (-top_half, high), (top_half, high), (half, low)]
 
 
 def wheels(t, half, length, radius, axles):
-    """Cross-section of the wheels at t: a dark block as high as the wheel is there; axles: their places in t."""
+    """Return the cross-section of the wheels at t: a dark block of the wheel's height there; axles are values of t."""
     for axle in axles:
         reach = radius ** 2 - ((t - axle) * length) ** 2
         if reach > 0:
@@ -71,7 +77,7 @@ def draw_car(scene, x, z, away):
 
 
 def _draw_near_end(scene, x, z, half, belt, away, paint):
-    """Lights, plate, bumper and tires of the end that faces the camera."""
+    """Draw lights, plate, bumper and tires of the end that faces the camera."""
     lamp = (200, 30, 25) if away else (250, 248, 225)
     for side in (-1, 1):
         scene.upright(x + side * half * 0.76, z, box(half * 0.17, belt * 0.70, belt * 0.84), lamp)
@@ -139,7 +145,7 @@ def draw_truck(scene, x, z, away):
 
 
 def draw_train(scene, x, z, away):
-    """A tram: long, in sections, with a pantograph and an overhead wire."""
+    """Draw a tram: long, in sections, with a pantograph."""
     rng = scene.rng
     instance = scene.new_instance("train")
     length, half, top = rng.uniform(18, 30), 1.25, rng.uniform(3.3, 3.6)
@@ -186,7 +192,7 @@ def draw_person(scene, x, z):
 
 
 def _draw_upper_body(scene, x, z, hip, scale, name, instance, lean, reach):
-    """Trunk, arms and head above the hips; lean and reach of the hands sideways, in meters at scale 1."""
+    """Draw trunk, arms and head above the hips; `lean` and `reach` of the hands are sideways, meters at scale 1."""
     coat, skin = scene.color(30, 235, 1.0), np.array(scene.choice(*SKIN))
     shoulder = hip + 0.58 * scale
     top = lean * scale
@@ -205,7 +211,7 @@ def _draw_upper_body(scene, x, z, hip, scale, name, instance, lean, reach):
 
 
 def _draw_wheel(scene, x, z, middle, radius, name, instance, tire):
-    """A wheel seen from the side: the whole disc is labeled, only tire and spokes are painted."""
+    """Draw a wheel seen from the side: the full disc is labeled, but only tire and spokes are painted."""
     angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     fixed = scene.fixed_point([(x + middle + p[0] * radius, radius + p[1] * radius, z) for p in ring])
@@ -261,7 +267,7 @@ def draw_motorcycle(scene, x, z, ridden):
 
 
 def _draw_rider(scene, x, z, seat, hip, facing):
-    """A person on a two-wheeler. seat: meters right of x; hip: meters above the road; facing: -1 left, 1 right."""
+    """Draw a rider: seat in meters right of x, hip in meters above the road, facing -1 left or 1 right."""
     instance = scene.new_instance("rider")
     legs = scene.color(25, 150, 0.5)
     knee, foot = (seat + 0.36 * facing, hip - 0.15), (seat + 0.22 * facing, 0.34)
@@ -273,9 +279,15 @@ def _draw_rider(scene, x, z, seat, hip, facing):
 # ---- street furniture and plants ----
 
 def draw_foliage(scene, x, z, height, half, spread, trunk=0.0):
-    """A crown of overlapping clumps of leaves, about `height - spread / 2` to `height + spread / 2` meters high.
+    """Draw a crown of overlapping clumps of leaves, from about `height - spread / 2` to `height + spread / 2` meters.
 
-    half: half of its width; trunk: height below which there are no leaves.
+    Args:
+        scene: `Scene`.
+        x, z: position, meters.
+        height: of the middle of the crown, meters.
+        half: half of its width, meters.
+        spread: vertical extent, meters.
+        trunk: height below which there are no leaves, meters.
     """
     base = scene.color(45, 110, 0.3) + scene.choice([-5, 25, -20], [15, 25, -20], [-10, 12, -8], [35, 15, -25])
     angle = np.linspace(0, 2 * np.pi, 9, endpoint=False)
@@ -307,7 +319,7 @@ def draw_bush(scene, x, z):
 
 
 def draw_pole(scene, x, z, top=None):
-    """A pole of `top` meters, or of a random height. Returns its color."""
+    """Draw a pole of `top` meters, by default of a random height, and return its color."""
     color = scene.color(50, 160, 0.1)
     top = top or scene.rng.uniform(4.5, 7)
     scene.upright(x, z, box(0.11, 0, top, 0.08), color, "pole")
@@ -356,7 +368,7 @@ def draw_traffic_sign(scene, x, z):
 
 
 def draw_void(scene, x, z):
-    """A bin, box or bench, labeled static or dynamic: void, classes that are not scored."""
+    """Draw a bin, box or bench, labeled static or dynamic: void classes, which are not scored."""
     color, half, top = scene.color(40, 170, 0.5), scene.rng.uniform(0.3, 0.6), scene.rng.uniform(0.7, 1.2)
     name = scene.choice("static", "dynamic")
     scene.shadow(x, z, half + 0.1, 0.3, 0.7)
@@ -364,8 +376,8 @@ def draw_void(scene, x, z):
     scene.upright(x, z, box(half * 1.05, top * 0.85, top), color * 0.6, name)
 
 
-def draw_bonnet(scene):
-    """The bonnet of the car that carries the camera, at the lower edge: ego vehicle."""
+def draw_hood(scene):
+    """Draw the hood of the camera's car at the lower edge, labeled ego vehicle."""
     h, w = scene.height, scene.width
     u = np.arange(w)
     rise = h * (0.045 + 0.03 * np.cos((u / w - 0.5) * 2.6))

@@ -1,14 +1,14 @@
-"""A scene: which street it is, what stands where on it, and the order in which all that is drawn."""
+"""Composition of a scene: layout of the street, positions of the objects, and the order of drawing."""
 
 import numpy as np
 
 from .camera import FAR, Scene, finish
 from .objects import (
     draw_bicycle,
-    draw_bonnet,
     draw_bus,
     draw_bush,
     draw_car,
+    draw_hood,
     draw_lamp,
     draw_motorcycle,
     draw_person,
@@ -22,20 +22,21 @@ from .objects import (
 )
 from .surfaces import draw_front, draw_ground, draw_sky, draw_skyline
 
-# Chance alone would leave these out of small data sets. Each scene must hold two of them, in turn, so that every class
-# is in every split.
+# By chance, these classes could be missing in small data sets. Each scene must contain two of them, in turn, so that
+# every split has every class.
 RARE_CLASSES = ("train", "truck", "bus", "motorcycle", "rider", "wall", "fence", "traffic light", "traffic sign")
-# Meters of road that a vehicle keeps free of others; objects without an entry may stand anywhere.
+# Meters of road that a vehicle needs for itself; objects without an entry may stand anywhere.
 LENGTHS = {draw_car: 5.2, draw_truck: 9.5, draw_bus: 12.5, draw_train: 30.5}
 
 
 def choose_layout(rng):
-    """Widths and details of one street: a dict, lengths in meters.
+    """Draw the layout of a street at random.
 
-    left, right: x of the road's edges; lane: x of the middle of the camera's lane; sidewalk_left, sidewalk_right:
-    widths; rails: x of a tram's track, or None; phase: shift of the dashes in the middle; edge_lines: whether there
-    are any; crossing: z of a zebra crossing, negative for none; parking: z where a parking bay begins, or None; shade:
-    brightness of the ground.
+    Returns:
+        A dict, lengths in meters. left, right: x of the road's edges; lane: x of the middle of the camera's lane;
+        sidewalk_left, sidewalk_right: widths; rails: x of a tram track, or None; phase: shift of the dashes in the
+        middle; edge_lines: whether there are any; crossing: z of a zebra crossing, negative without one; parking: z of
+        the near end of a parking bay, or None; shade: brightness of the ground.
     """
     lane = rng.uniform(-0.4, 0.4)
     left, right = lane - rng.uniform(4.5, 7.5), lane + rng.uniform(2.3, 5.0)
@@ -46,13 +47,19 @@ def choose_layout(rng):
 
 
 def front_segments(scene, names, probabilities, heights):
-    """A row of house fronts, walls, fences or hedges from near to far: dicts, lengths in meters.
+    """Draw a row of house fronts, walls, fences or hedges at random, from near to far.
 
-    names: classes to choose from, None for a gap; probabilities: of each; heights: {class: (lowest, highest)}.
+    Args:
+        scene: `Scene`.
+        names: classes to choose from; None for a gap.
+        probabilities: of each name.
+        heights: {class: (lowest, highest)}, meters.
 
-    Each dict holds name, start and end (z), height, style (0 to 2, a variant of its kind), colors (color, trim,
-    accent), light (brightness), and for buildings floor (height of one), bay (distance of windows), wide (half of a
-    window's width, in bays), shop (whether there are shops), door (its place) and seed (of the windows' brightness).
+    Returns:
+        A list of dicts, lengths in meters, with name, start and end (z), height, style (0 to 2, a variant of the
+        class), colors (color, trim, accent), light (brightness), and for buildings floor (height of a floor), bay
+        (distance between windows), wide (half of a window's width, in bays), shop (whether there are shops), door
+        (position) and seed (of the windows' brightness).
     """
     rng = scene.rng
     start, segments = rng.uniform(1.5, 4), []
@@ -75,7 +82,7 @@ def front_segments(scene, names, probabilities, heights):
 
 
 def draw_fronts(scene, layout, required):
-    """On both sides of the street: houses, trees before them, and low fronts along the sidewalk."""
+    """Draw both sides of the street: houses, trees in front of them, and low fronts along the sidewalk."""
     rng = scene.rng
     for side, edge in ((-1, -layout["left"] + layout["sidewalk_left"]),
                        (1, layout["right"] + layout["sidewalk_right"])):
@@ -84,7 +91,7 @@ def draw_fronts(scene, layout, required):
         low = front_segments(scene, ("wall", "fence", "vegetation", None), (0.25, 0.27, 0.16, 0.32),
                              {"wall": (1.0, 2.6), "fence": (0.9, 1.9), "vegetation": (0.8, 1.8)})
         near = [segment for segment in low if segment["start"] < 14]
-        for name in ("wall", "fence"):      # in this order: that of a set changes from process to process
+        for name in ("wall", "fence"):      # not in the order of the set `required`, which differs between processes
             if name in required:
                 segment = near[0] if near else low[0]
                 segment |= {"name": name, "height": rng.uniform(1.2, 2.2), "color": scene.color(60, 215, 0.45)}
@@ -95,9 +102,15 @@ def draw_fronts(scene, layout, required):
 
 
 def place_objects(scene, layout, required):
-    """Where every object stands: [(z, function that draws it)], from far to near.
+    """Place the objects of a scene at random.
 
-    layout: of `choose_layout`; required: classes that the scene must hold.
+    Args:
+        scene: `Scene`.
+        layout: dict from `choose_layout`.
+        required: classes that the scene must contain.
+
+    Returns:
+        [(z, function that draws the object)], from far to near.
     """
     rng = scene.rng
     objects = []
@@ -127,7 +140,7 @@ def place_objects(scene, layout, required):
             add(z, draw, lane, z, away)
             z += rng.uniform(14, 30)
     z = rng.uniform(5, 12)
-    while z < 55:       # parked at the curb
+    while z < 55:       # cars parked at the curb
         if rng.uniform() < 0.55:
             add(z, draw_car, right - 1.0, z, rng.uniform() < 0.7)
         z += rng.uniform(5.5, 9)
@@ -148,7 +161,7 @@ def place_objects(scene, layout, required):
 
 
 def _add_required(scene, layout, required, add, on_sidewalk):
-    """Objects of the required classes, near enough to be seen."""
+    """Add objects of the required classes, near the camera."""
     rng = scene.rng
     left, right = layout["left"], layout["right"]
     z = rng.uniform(7, 14)
@@ -168,12 +181,19 @@ def _add_required(scene, layout, required, add, on_sidewalk):
 
 
 def draw_scene(height, width, seed, split, index):
-    """One scene, a function of its arguments alone.
+    """Draw one scene, which depends only on the arguments.
 
-    Returns image (H, W, 3) uint8 RGB, label ids (H, W) uint8, instance ids (H, W) uint16.
+    Args:
+        height, width: of the image, pixels.
+        seed: of the data set.
+        split: its name.
+        index: of the scene in the split.
+
+    Returns:
+        image (H, W, 3) uint8 RGB, label ids (H, W) uint8, instance ids (H, W) uint16.
     """
     rng = np.random.default_rng((seed, sum(map(ord, split)), index))
-    supersampling = 2 if height <= 512 else 1       # drawn at twice the size and averaged, where that is affordable
+    supersampling = 2 if height <= 512 else 1       # draw small images at twice the size and average
     scene = Scene(height * supersampling, width * supersampling, rng)
     required = {RARE_CLASSES[number % len(RARE_CLASSES)] for number in (2 * index, 2 * index + 1)}
     layout = choose_layout(rng)
@@ -187,5 +207,5 @@ def draw_scene(height, width, seed, split, index):
     for _, draw in place_objects(scene, layout, required):
         draw()
     if rng.uniform() < 0.6:
-        draw_bonnet(scene)
+        draw_hood(scene)
     return finish(scene, height, width)

@@ -1,7 +1,7 @@
 """Surfaces: sky, skyline, ground with road markings, and the rows of fronts beside the street.
 
-Ground and fronts are planes. The point of the plane that a pixel shows is found by intersecting the pixel's ray with
-it, and is colored by its coordinates in meters.
+Ground and fronts are planes. The ray of each pixel is intersected with the plane, and the color is a function of the
+intersection's coordinates in meters.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from .objects import draw_foliage
 
 
 def draw_sky(scene):
-    """A vertical gradient with clouds, over the whole picture; everything else is drawn over it."""
+    """Fill the whole picture with a vertical gradient and clouds; all other parts are drawn over it."""
     height, width = scene.height, scene.width
     rows = np.linspace(0, 1, height)[:, None, None]
     top, bottom = scene.choice(([90, 140, 205], [190, 210, 230]), ([150, 160, 170], [215, 218, 222]),
@@ -24,7 +24,7 @@ def draw_sky(scene):
 
 
 def draw_skyline(scene):
-    """Far houses and trees at the end of the street."""
+    """Draw distant houses and trees at the end of the street."""
     for _ in range(14):
         x, half = scene.rng.uniform(-130, 130), scene.rng.uniform(4, 14)
         if scene.rng.uniform() < 0.5:
@@ -36,9 +36,11 @@ def draw_skyline(scene):
 
 
 def draw_ground(scene, layout):
-    """Road, markings, sidewalks and what lies beside them, by the ground point of every pixel below the horizon.
+    """Draw road, markings, sidewalks and the terrain beside them, by the ground point of each pixel below the horizon.
 
-    layout: dict of `scene.choose_layout`.
+    Args:
+        scene: `Scene`.
+        layout: dict from `scene.choose_layout`.
     """
     rng = scene.rng
     v, u = np.mgrid[0:scene.height, 0:scene.width]
@@ -86,7 +88,7 @@ def draw_ground(scene, layout):
 
 
 def _markings(x, z, layout):
-    """Which ground points (n,) bear road paint: dashes in the middle, edge lines, a zebra crossing."""
+    """Return a mask (n,) of the ground points with road paint: dashes in the middle, edge lines, a zebra crossing."""
     middle = (layout["left"] + layout["right"]) / 2
     dashes = (np.abs(x - middle) < 0.08) & ((z + layout["phase"]) % 9 < 4)
     edges = (np.abs(x - layout["left"] - 0.35) < 0.06) | (np.abs(x - layout["right"] + 0.35) < 0.06)
@@ -95,16 +97,20 @@ def _markings(x, z, layout):
 
 
 def draw_front(scene, side, distance, segments):
-    """One row of house fronts, walls, fences or hedges, on the plane x = side · distance.
+    """Draw one row of house fronts, walls, fences or hedges, on the plane x = side · distance.
 
-    side: -1 left, 1 right; distance: meters; segments: dicts of `scene.front_segments`.
+    Args:
+        scene: `Scene`.
+        side: -1 left, 1 right.
+        distance: meters.
+        segments: dicts from `scene.front_segments`.
     """
     for segment in segments:
-        if segment["name"] == "building":       # the gable end that faces the camera
+        if segment["name"] == "building":       # the side wall that faces the camera
             depth, top, z = 9.0, segment["height"], segment["start"]
-            gable = [(side * distance, 0, z), (side * distance, top, z),
-                     (side * (distance + depth), top, z), (side * (distance + depth), 0, z)]
-            scene.polygon(gable, segment["color"] * 0.8, "building")
+            side_wall = [(side * distance, 0, z), (side * distance, top, z),
+                         (side * (distance + depth), top, z), (side * (distance + depth), 0, z)]
+            scene.polygon(side_wall, segment["color"] * 0.8, "building")
     v, u = np.mgrid[0:scene.height, 0:scene.width]
     offset = (u - scene.center) * side
     z = scene.focal * distance / np.maximum(offset, 1e-3)
@@ -116,16 +122,16 @@ def draw_front(scene, side, distance, segments):
         along, up = z[here] - segment["start"], y[here]
         colors, solid = PAINTERS[segment["name"]](scene, segment, along, up, scene.image[here].astype(float))
         colors = scene.in_haze(colors * segment["light"], z[here])
-        whole = here.copy()
-        whole[here] = solid
-        scene.fill(whole, colors[solid], segment["name"])
+        mask = here.copy()
+        mask[here] = solid
+        scene.fill(mask, colors[solid], segment["name"])
 
 
-# Painters color n points of a front: `along` and `up` (n,) are their places on it in meters, `behind` (n, 3) the
+# Painters color n points of a front: `along` and `up` (n,) are their coordinates on it in meters, `behind` (n, 3) the
 # colors drawn so far. They return colors (n, 3) and a mask (n,) of the points that belong to the front.
 
 def paint_building(scene, segment, along, up, behind):
-    """Windows in rows, a ground floor with a door and perhaps shops, a cornice."""
+    """Paint rows of windows, a ground floor with a door and optional shops, and a cornice."""
     fine = scene.grain(along, up, 2.5)
     colors = segment["color"] * (1 + 0.10 * fine)[:, None]
     if segment["style"] == 0:                       # courses of stone or brick
@@ -152,7 +158,7 @@ def paint_building(scene, segment, along, up, behind):
 
 
 def paint_wall(scene, segment, along, up, behind):
-    """Blocks or plaster with stains, and a coping."""
+    """Paint blocks or plaster with stains, and a coping."""
     colors = segment["color"] * (1 + 0.16 * scene.grain(along, up, 2.0) + 0.10 * scene.grain(along, up, 9.0))[:, None]
     if segment["style"] < 2:
         block = 0.3 if segment["style"] else 0.6
@@ -163,20 +169,20 @@ def paint_wall(scene, segment, along, up, behind):
 
 
 def paint_fence(scene, segment, along, up, behind):
-    """Pickets, mesh or railing; what lies behind shows between the bars but is labeled fence."""
+    """Paint pickets, mesh or a railing; the background is visible between the bars, but labeled fence."""
     pitch = (0.25, 0.14, 0.5)[segment["style"]]
     bars = along % pitch < pitch * (0.55, 0.22, 0.16)[segment["style"]]
     rails = (np.abs(up - 0.25) < 0.05) | (np.abs(up - segment["height"] + 0.12) < 0.06)
     posts = along % 2.4 < 0.12
     if segment["style"] == 1:
         rails |= (up + along) % 0.2 < 0.035
-    there = (bars | rails | posts)[:, None]
-    colors = np.where(there, segment["color"] * (1 + 0.1 * scene.grain(along, up, 1.5))[:, None], behind * 0.9)
+    opaque = (bars | rails | posts)[:, None]
+    colors = np.where(opaque, segment["color"] * (1 + 0.1 * scene.grain(along, up, 1.5))[:, None], behind * 0.9)
     return colors, np.ones(len(up), bool)
 
 
 def paint_hedge(scene, segment, along, up, behind):
-    """Leaves, with an uneven upper edge."""
+    """Paint leaves, with an uneven upper edge."""
     leaves = scene.grain(along, up, 1.6)
     colors = segment["color"] * (1 + 0.5 * leaves)[:, None]
     return colors, up < segment["height"] * (0.88 + 0.12 * scene.grain(along, along, 5.0))
@@ -186,5 +192,5 @@ PAINTERS = {"building": paint_building, "wall": paint_wall, "fence": paint_fence
 
 
 def _hash(values):
-    """Pseudo-random numbers in 0 to 1, the same for the same value."""
+    """Map values to pseudo-random numbers from 0 to 1; equal values give equal numbers."""
     return np.abs(np.sin(values * 12.9898) * 43758.5453) % 1

@@ -92,7 +92,7 @@ def test_the_account_is_given_where_every_label_map_is_wrong(tmp_path, monkeypat
     found = json.loads((tmp_path / "r/check.json").read_text())["splits"][str(tmp_path / "l.txt")]
     assert caught.value.code == 1 and found["pairs"] == 2 and "2 pairs; sizes 8×6 (2)" in out
     assert any(problem["kind"] == "nothing labeled" for problem in found["problems"])
-    assert "; check.json and pictures of what" in out
+    assert "; check.json and pictures of valid pairs" in out
 
 
 @pytest.mark.parametrize("words", [(), ("--data-list", "gone.txt"), ("--classes", "gone.csv"),

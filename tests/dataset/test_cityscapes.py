@@ -65,9 +65,9 @@ def test_what_a_scan_of_cityscapes_leaves_out(streets, tmp_path, capsys):
     assert CityscapesDataset(root, "train").pairs == before
     assert find_pairs(root, "train")[0] == before and len(images_of_split(root, "train")) == len(before)
     assert capsys.readouterr().out.splitlines() == [
-        f"{root / 'leftImg8bit/train'}: left out, as not <city>/*_leftImg8bit.png: 1 of .jpg, such as "
+        f"{root / 'leftImg8bit/train'}: left out (not <city>/*_leftImg8bit.png): 1 of .jpg, such as "
         "x_leftImg8bit.jpg",
-        f"{root / 'gtFine/train'}: left out, as label maps without an image in leftImg8bit/train: 1 of .png, such as "
+        f"{root / 'gtFine/train'}: left out (label maps without an image in leftImg8bit/train): 1 of .png, such as "
         "y_gtFine_labelIds.png"]
     label.unlink()
     label.symlink_to("gone.png")
@@ -89,7 +89,7 @@ def test_images_that_are_not_predicted_are_said(own, capsys):
     (own / "._a.png").touch()
     (own / "d.heic").touch()
     assert [path.name for path in find_images([own])] == ["a.png", "a_label.png", "b.png", "b_label.png"]
-    assert capsys.readouterr().out == (f"--images {own}: left out, as not images that can be read: 1 of .csv, 1 of "
+    assert capsys.readouterr().out == (f"--images {own}: left out (not readable as images): 1 of .csv, 1 of "
                                        ".heic, 1 of .txt, such as classes.csv\n")
 
 

@@ -1,4 +1,4 @@
-"""Data sets of two folders, and the class table that goes without saying."""
+"""Data sets of two folders, and the class table inferred for them."""
 
 import json
 import os
@@ -98,7 +98,8 @@ def test_a_run_is_known_again_when_the_folders_are_moved(tmp_path):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda root: (root / "labels/b.png").unlink(),
-     "labels: expected a partner of each of the 5 files in {images}, found none of the stem of b.jpg; --data-list"),
+     "labels: expected a partner of each of the 5 files in {images}, found none with the stem of b.jpg; use "
+     "--data-list"),
     (lambda root: [(root / f"labels/{stem}.png").unlink() for stem in "abcd"], "a.png, b.jpg, c.TIF and 1 more"),
     (lambda root: (root / "images/b.jpg").unlink(), "images: expected a partner of each of the 5 files in {labels}"),
     (lambda root: (root / "images/a.jpeg").touch(), "images: expected every stem once, found a.jpeg and a.png"),
@@ -130,7 +131,7 @@ def test_what_is_no_list_of_stems_is_a_sentence(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("given, message", [
-    ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same; of one folder, "),
+    ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same; for one folder, "),
     ((None, None, None), "--data-dir: expected .* or --images-dir and --labels-dir, found none"),
     ((None, "A", None), "found A$"), ((None, None, "B"), "found B$"), (("C", "A", "B"), "found A and B and C$")])
 def test_one_kind_of_folder_is_named(given, message):
@@ -163,7 +164,7 @@ def test_an_ending_is_no_number(tmp_path):
     folders = make(tmp_path, "a_1", "b_1")
     for name in "ab":
         (tmp_path / f"labels/{name}_1.png").rename(tmp_path / f"labels/{name}_2.png")
-    assert "found none of the stem of a_1.png, b_1.jpg; --data-dir" in refusal(CityscapesDataset, folders)
+    assert "found none with the stem of a_1.png, b_1.jpg; --data-dir" in refusal(CityscapesDataset, folders)
 
 
 def listed(message, root):
@@ -261,7 +262,7 @@ def test_validation_ids_count_for_the_table(tmp_path):
     ([], lambda root: Image.new("L", (48, 40), 3).save(f"{root}/labels/b.png"), "found 0, 3, 255 (3 in "),
     (["--num-classes", "3"], None, "--num-classes 3: expected the 2 classes of the assumed class table"),
     ([], lambda root: Path(root, "s").mkdir() or Path(root, "s/classes.csv").write_text("mine"),
-     "s/classes.csv: expected the class table that the label maps make, or no file, found another one"),
+     "s/classes.csv: expected the class table inferred from the label maps, or no file, found another one"),
     (["--val-every", "1"], None, "--val-every: expected --val-list with --images-dir, found none"),
     (["--val-every", "1", "--data-list", "{root}/one.txt", "--val-list", "{root}/gone.txt", "--classes",
       "{root}/classes.csv"], None, "gone.txt: expected a text file, found no such file"),
@@ -342,20 +343,20 @@ def test_what_is_left_out_is_one_line(tmp_path, capsys):
     for _ in range(2):      # as a training does for --val-every
         assert stems_of(CityscapesDataset(folders)) == ["a", "b", "c"]
     assert capsys.readouterr().out.splitlines() == [
-        f"--images-dir {folders[0]}: left out, as not images that can be read: 2 files without a suffix, 2 of .heic, "
+        f"--images-dir {folders[0]}: left out (not readable as images): 2 files without a suffix, 2 of .heic, "
         "1 of .mp4, such as README",
-        f"--labels-dir {folders[1]}: left out, as not images that can be read: 1 folder, such as old"]
+        f"--labels-dir {folders[1]}: left out (not readable as images): 1 folder, such as old"]
 
 
 def test_files_beside_the_folders_of_splits_are_said(tmp_path, capsys):
     folders = make(tmp_path, "a", "b", "train/a", "val/b")
     assert stems_of(CityscapesDataset(folders, "train")) == ["a"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith(f"--labels-dir {folders[1]}: left out, as they lie beside the 1 "
-                                                   "folder of splits (train)")
+    assert len(lines) == 2 and lines[1].startswith(f"--labels-dir {folders[1]}: left out (not in a split "
+                                                   "folder: train)")
     assert "1 of .jpg, 1 of .png" in lines[0] and "2 of .png" in lines[1]
     check.find_splits(folders, None)
-    assert "beside the 2 folders of splits (train, val)" in capsys.readouterr().out
+    assert "left out (not in a split folder: train, val)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix, kind", [(".jfif", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000"), (".gif", "GIF"),

@@ -1,4 +1,4 @@
-"""Class tables that nobody stated, and whether the advice of each refusal helps when it is followed."""
+"""Inferred class tables, and whether the advice in each error message helps when it is followed."""
 
 import re
 import shutil
@@ -156,10 +156,10 @@ def test_a_long_table_is_written_by_the_check(tmp_path, monkeypatch):
     assert "python -m dataset.check writes all" in refusal(infer, folders)
     monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", 1, "--output-dir", tmp_path / "c")])
     message = refusal(check.main)
-    path = re.search(r"; (\S+) is such a table to begin with$", message)[1]
+    path = re.search(r"; such a table was written to (\S+), to be edited$", message)[1]
     assert np.unique(read_all(folders, path)).tolist() == list(range(50))
     Path(path).write_text("mine")
-    assert "to begin with" in refusal(check.main) and Path(path).read_text() == "mine"
+    assert "writes all of them to a file" in refusal(check.main) and Path(path).read_text() == "mine"
 
 
 def soft_masks():
@@ -215,8 +215,8 @@ def test_a_table_beside_them_is_not_passed_over(tmp_path, capsys):
     table = "name,id,train_id,red,green,blue\nsky,0,0,1,1,1\nroad,1,1,2,2,2\nvoid,2,255,0,0,0\n"
     (tmp_path / "classes.csv").write_text(table)
     message = refusal(infer, folders)
-    assert f"but {tmp_path / 'classes.csv'} beside them, which says otherwise" in message
-    advised = re.search(r"; --classes (\S+) knows all of them$", message)[1]
+    assert f"with other meanings in {tmp_path / 'classes.csv'}" in message
+    advised = re.search(r"; use --classes (\S+), which contains all of them$", message)[1]
     assert np.unique(read_all(folders, advised)).tolist() == [0, 1, 255]
     (tmp_path / "classes.csv").write_text(table.replace("2,255", "2,2"))
     capsys.readouterr()
@@ -229,7 +229,7 @@ def test_a_table_of_another_tool_gives_the_names(tmp_path):
     palette = np.array([[64, 128, 64], [192, 0, 128]], np.uint8)
     folders = draw(tmp_path, a=palette[np.array([[0, 1]])])
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nVoid,0,0,0\nArchway,192,0,128\nAnimal,64,128,64\n")
-    table = ClassTable.read(table_of(refusal(infer, folders).split(", which have")[0], tmp_path))
+    table = ClassTable.read(table_of(refusal(infer, folders), tmp_path))
     assert table.names == ["Void", "Archway", "Animal"] and read_all(folders, table)[0].tolist() == [[2, 1]]
 
 
@@ -250,13 +250,13 @@ def test_the_table_of_cityscapes_is_for_its_file_names(streets, tmp_path):
     assert classes("a_gtFine_labelIds.png", "b_gtFine_labelIds.png").source == str(CITYSCAPES)
     assert classes("a_mask.png", "b_mask.png").names == ["class 0", "class 1", "class 2"]
     message = refusal(classes, "a_gtFine_labelIds.png", "b_mask.png")
-    assert "a_gtFine_labelIds.png, which is named as those of Cityscapes, and b_mask.png" in message
+    assert "a_gtFine_labelIds.png, which is named as a label map of Cityscapes, and b_mask.png" in message
 
 
 @pytest.mark.parametrize("ids", [range(34), (4, 7, 8, 11, 17, 19, 20, 21, 22, 23, 24, 26, 33)], ids=["all", "some"])
 def test_ids_of_cityscapes_under_other_names_are_told_of_its_table(tmp_path, ids):
     folders = make(tmp_path, "a", "b", values=ids)
-    advised = re.search(r"--classes (\S+\.csv) takes them", refusal(infer, folders))[1]
+    advised = re.search(r"use --classes (\S+\.csv)", refusal(infer, folders))[1]
     assert advised == str(CITYSCAPES) and len(read_all(folders, advised)) == 2
 
 
@@ -300,7 +300,7 @@ def test_a_table_is_written_once_and_never_over_another(tmp_path):
     keep_table(path, classes)
     assert path.read_text() == BINARY and path.stat().st_mtime_ns == before
     path.write_text(BINARY.replace("foreground", "ship"))
-    assert f"--classes {path} takes it" in refusal(keep_table, path, classes) and "ship" in path.read_text()
+    assert f"use it by --classes {path}" in refusal(keep_table, path, classes) and "ship" in path.read_text()
 
 
 def test_a_second_check_replaces_the_table_of_the_first_but_not_the_users(tmp_path, monkeypatch, capsys):
@@ -313,13 +313,13 @@ def test_a_second_check_replaces_the_table_of_the_first_but_not_the_users(tmp_pa
     check.main()
     assert path.read_text() != first and "class 2" in path.read_text()
     path.write_text(first.replace("class 1", "ship"))
-    assert "and without that file a new one is written" in refusal(check.main) and "ship" in path.read_text()
+    assert "or delete it to have a new one written" in refusal(check.main) and "ship" in path.read_text()
     with monkeypatch.context() as patch:        # what the refusal advises makes it no table of the program's
         patch.setattr("sys.argv", ["check", *words(folders, "--num-workers", 0, "--output-dir", tmp_path / "c"),
                                    "--classes", str(path)])
         path.write_text(path.read_text().replace("ignored,", "class 2,2,2,0,128,0\nignored,"))
         check.main()
-    assert "a new one is written" in refusal(check.main) and "ship" in path.read_text()
+    assert "a new one written" in refusal(check.main) and "ship" in path.read_text()
     path.unlink()
     check.main()
     assert "class 2" in path.read_text() and "ship" not in path.read_text()

@@ -165,7 +165,7 @@ def test_a_changed_file_is_decoded_again_and_a_half_written_array_is_not_used(tm
     os.utime(path, ns=(1, 1))
     missing, needed = cache.missing([(path, read_image)])
     assert missing == [(path, read_image)] and needed == 4 * 5 * 3 + 128
-    (tmp_path / "c" / f".{cache.place(path, read_image).name}.123.tmp").write_bytes(b"half")
+    (tmp_path / "c" / f".{cache.array_path(path, read_image).name}.123.tmp").write_bytes(b"half")
     assert (cache.read(path, read_image) == 9).all()
     assert len(list((tmp_path / "c").glob("*.npy"))) == 1
 
@@ -181,7 +181,7 @@ def test_what_is_no_class_index_is_said_and_made_again(streets, tmp_path, what, 
         place.write_bytes(whole)
     else:
         other_content(place, what)
-    with pytest.warns(UserWarning, match="is no index of classes, and is made again"):
+    with pytest.warns(UserWarning, match="is not a class index and is created again"):
         assert np.array_equal(class_index(dataset, tmp_path, 0), first)
     monkeypatch.setattr(CityscapesDataset, "positions", lambda *index: pytest.fail("made again"))
     assert np.array_equal(class_index(dataset, tmp_path, 0), first)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset.transforms import PADDING_COLOR, train_transform, warp
+from dataset.transforms import PADDING_COLOR, Window, train_transform
 
 
 def coordinates(height, width):
@@ -36,9 +36,9 @@ def test_image_and_label_move_together(rng, mirror):
 def test_window_is_a_plain_cut_at_scale_one(rng):
     image = rng.integers(256, size=(50, 60, 3)).astype(np.uint8)
     label = rng.integers(19, size=(50, 60)).astype(np.uint8)
-    out, moved = warp(image, label, (20, 30), 1.0, 7, 11, False, 255)
+    out, moved = Window((20, 30), 1.0, 7, 11, False).pair(image, label, 255)
     assert np.array_equal(out, image[7:27, 11:41]) and np.array_equal(moved, label[7:27, 11:41])
-    out, moved = warp(image, label, (20, 30), 1.0, 7, 11, True, 255)
+    out, moved = Window((20, 30), 1.0, 7, 11, True).pair(image, label, 255)
     assert np.array_equal(out, image[7:27, 11:41][:, ::-1]) and np.array_equal(moved, label[7:27, 11:41][:, ::-1])
 
 
@@ -49,7 +49,7 @@ def test_equals_scaling_everything_and_then_cutting(rng, scale):
     label = np.kron(rng.integers(19, size=(15, 20)), np.ones((8, 8))).astype(np.uint8)
     whole = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     whole_label = cv2.resize(label, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST_EXACT)
-    out, moved = warp(image, label, (40, 50), scale, 9, 13, False, 255)
+    out, moved = Window((40, 50), scale, 9, 13, False).pair(image, label, 255)
     assert np.abs(out.astype(int) - whole[9:49, 13:63]).max() <= 2
     assert (moved != whole_label[9:49, 13:63]).mean() < 0.01
 
@@ -62,7 +62,7 @@ def test_the_edge_is_repeated_and_not_mixed_with_padding(rng, scale, mirrored):
     image[:, ::39] = image[::19] = (255, 0, 255)
     whole = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     height, width = whole.shape[:2]
-    out, moved = warp(image, np.zeros((20, 40), np.uint8), (90, 170), scale, 0, 0, mirrored, 255)
+    out, moved = Window((90, 170), scale, 0, 0, mirrored).pair(image, np.zeros((20, 40), np.uint8), 255)
     if mirrored:
         out, moved = out[:, ::-1], moved[:, ::-1]
     assert (moved[:height, :width] == 0).all() and (moved == 0).sum() == height * width

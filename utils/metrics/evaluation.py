@@ -91,13 +91,13 @@ def load_items(dataset, workers, processes, what):
     """This process's share of a data set, with progress.
 
     Args:
-        dataset: of images, with `look_at_first`.
+        dataset: of images, with `read_first_image`.
         workers: processes that read images.
         processes: `Processes` that share it, or None.
         what: the word for the work that is in progress.
     """
     if workers:
-        dataset.look_at_first()
+        dataset.read_first_image()
     return progress(Loader(share_items(dataset, processes), workers=workers), what, "image")
 
 

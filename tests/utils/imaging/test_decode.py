@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dataset.check import inspect
+from dataset.check import inspect_pair
 from dataset.labels import ClassTable
 from dataset.reading import DecodedCache
 from utils.common import files
@@ -144,7 +144,7 @@ def test_a_label_map_that_may_lack_the_turn_is_said(tmp_path, turn, shape, named
         exif[0x0112] = orientation or 1
         stored = shape if orientation else upright
         Image.fromarray(np.zeros(stored, np.uint8)).save(tmp_path / "a.png", **{"exif": exif} if orientation else {})
-        facts = inspect((tmp_path / "a.jpg", tmp_path / "a.png", TABLE))
+        facts = inspect_pair((tmp_path / "a.jpg", tmp_path / "a.png", TABLE))
         assert not facts["problems"]
         assert [kind for kind, _ in facts["remarks"]] == ["turned by EXIF"] * expected
 
@@ -205,7 +205,7 @@ def test_what_is_no_array_of_the_cache_is_said_once_and_replaced(tmp_path, what)
     for path in paths:
         Image.fromarray(NOISE).save(path)
         DecodedCache(tmp_path / "c").read(path, read_image)
-        other_content(DecodedCache(tmp_path / "c").place(path, read_image), what)
+        other_content(DecodedCache(tmp_path / "c").array_path(path, read_image), what)
     cache = DecodedCache(tmp_path / "c")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -222,7 +222,7 @@ def test_every_byte_of_a_cached_header_may_be_wrong(tmp_path):
     path, cache = tmp_path / "a.png", DecodedCache(tmp_path / "c")
     Image.fromarray(NOISE).save(path)
     cache.read(path, read_image)
-    place, cache.warned = cache.place(path, read_image), True
+    place, cache.warned = cache.array_path(path, read_image), True
     whole = place.read_bytes()
     for byte in range(128):
         place.write_bytes(whole[:byte] + bytes([whole[byte] ^ (1, 0x10, 0xFF)[byte % 3]]) + whole[byte + 1:])

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dataset.check import check, inspect, table
+from dataset.check import check, format_report, inspect_pair
 from dataset.cityscapes import CityscapesDataset
 from dataset.labels import ClassTable
 from dataset.reading import DecodedCache
@@ -114,12 +114,13 @@ def test_it_is_said_once_and_each_time_in_a_check(tmp_path):
         for name in "aab":
             read_image(tmp_path / f"{name}.tif")
     assert len(caught) == 1 and str(tmp_path / "a.tif") in str(caught[0].message)
-    facts = [inspect((tmp_path / f"{name}.tif", tmp_path / f"{name}.png", ClassTable(ROWS))) for name in "ab"]
+    facts = [inspect_pair((tmp_path / f"{name}.tif", tmp_path / f"{name}.png", ClassTable(ROWS))) for name in "ab"]
     assert [len(one["remarks"]) for one in facts] == [1, 1] and not facts[0]["problems"]
     remarks = [{"kind": kind, "text": text} for one in facts for kind, text in one["remarks"]]
     report = {"pairs": 2, "looked_into": 2, "official": None, "sizes": {}, "mean": [], "std": [], "pixels": {},
               "images_with": {}, "ignored_pixels": 0, "problems": [], "remarks": remarks}
-    assert "NOTE, bands: 2" in table({"x": report}) and "a.tif: of its 4 bands" in table({"x": report})
+    text = format_report({"x": report})
+    assert "NOTE, bands: 2" in text and "a.tif: of its 4 bands" in text
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.uint32])

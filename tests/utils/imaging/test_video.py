@@ -195,7 +195,7 @@ def test_images_and_videos_are_two_tasks(snapshot, tmp_path):  # noqa: F811
     write(tmp_path / "b.mp4", drawn_frames())
     with pytest.raises(UserError, match="--images: expected images or videos, found both, such as .*a.png and .*b.mp4"):
         predict(snapshot, tmp_path / "r", f"{tmp_path}/*.*")
-    with pytest.raises(UserError, match=r"--images .*%02d.png: expected numbered images of such names, found none"):
+    with pytest.raises(UserError, match=r"--images .*%02d.png: expected numbered images with such names, found none"):
         predict(snapshot, tmp_path / "r", tmp_path / "%02d.png")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from dataset.weights import balanced, class_weights, read_weights
+from dataset.weights import balanced_weights, class_weights, read_weights
 from loss.criterion import SegmentationCriterion
 from networks.backbones.resnet import STAGES
 from networks.build import build_network
@@ -152,7 +152,7 @@ def test_a_batch_in_parts_has_the_weighted_mean_of_the_whole():
 
 
 def test_balanced_weights_are_one_over_log():
-    found = balanced([1000, 10, 0, 100000])
+    found = balanced_weights([1000, 10, 0, 100000])
     raw = [1 / math.log(count) for count in (1000, 10, 100000)]
     assert found[2] == 1.0
     assert [found[0], found[1], found[3]] == pytest.approx([value / (sum(raw) / 3) for value in raw])
@@ -164,7 +164,7 @@ def test_tables_of_weights(streets, tmp_path):
     assert len(published) == 19 and (published[0], published[-1]) == (0.8373, 1.0507)
     pixels = sum(np.bincount(dataset[index]["label"].flatten().numpy(), minlength=256)[:19]
                  for index in range(len(dataset)))
-    assert class_weights("balanced", dataset) == balanced(pixels)
+    assert class_weights("balanced", dataset) == balanced_weights(pixels)
     for text, message in (("name,weight\nroad,1\n", "expected a weight for each of the 2 classes, found none for car"),
                           ("name,weight\nroad,1\nroad,5\n", "line 3: expected every class once, found road again"),
                           ("name\nroad\n", "expected the columns name and weight, found name"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from .acf import ACFHead
 from .acfnet import PlainHead, SegmentationNet, auxiliary_head
-from .backbones.names import BACKBONE, build_backbone, check, find_backbone, norm_maker
+from .backbones.names import BACKBONE, build_backbone, check_argument, find_backbone, norm_maker
 from .contexts.aspp import ASPP
 from .contexts.criss_cross import CrissCross
 from .contexts.dual_attention import DualAttention, DualHead
@@ -106,10 +106,10 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
         ValueError: if an argument has none of these values; the message names the argument.
     """
     design = find_model(model, acf)
-    check(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
+    check_argument(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
     # A string instead of a tuple, or a misspelled name, must not silently build the network without the ablation.
-    check(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
-           ablations, f"a tuple of {', '.join(ABLATIONS)}")
+    check_argument(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
+                   ablations, f"a tuple of {', '.join(ABLATIONS)}")
     if ablations and design.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
@@ -143,8 +143,8 @@ def find_model(model, acf=False):
     Raises:
         ValueError: for an unknown name, or if the model's head takes more than one feature map.
     """
-    check(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
-    check(isinstance(acf, bool), "acf", acf, "true or false")
+    check_argument(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
+    check_argument(isinstance(acf, bool), "acf", acf, "true or false")
     design = MODELS[model]
     if acf and design.head not in ("plain", "acf"):
         suitable = ", ".join(name for name, other in MODELS.items() if other.head == "plain")

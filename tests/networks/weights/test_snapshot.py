@@ -89,7 +89,7 @@ WRONG = {       # place, value → what the sentence says; first those that even
     "huge kernels": ("config.network.eca_kernels", [10 ** 9 + 1, 5, 7, 7], f"{KERNEL}, found"),
     "unknown argument": ("config.network.layers", 3, "config.network"),
     "another depth": ("config.network.backbone", "eca_resnet34", "as model, found none named backbone.layer"),
-    "another attention": ("config.network.backbone", "resnet18", "config.network.eca_kernels: expected none"),
+    "another attention": ("config.network.backbone", "resnet18", "config.network.eca_kernels: expected no value"),
     "network a list": ("config.network", [1], "expected a dict as config.network"),
     **{f"normalization {value!r}": ("config.normalization", value, "config.normalization") for value in (
         None, {}, [1, 2], {"order": "RGB", "mean": [1, 2], "std": [1, 1, 1]}, {"order": "RGB", "mean": [1, 2, 3]},

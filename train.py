@@ -35,7 +35,7 @@ from libs.abn import NORMS, count_input_keeping_norms
 from loss.criterion import SegmentationCriterion
 from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
 from networks.backbones.resnet import RECOMPUTE
-from networks.backbones.timm import PREFIX, share_statistics
+from networks.backbones.timm import PREFIX, synchronize_norms
 from networks.build import ABLATIONS, MODELS, build_network
 from networks.weights.choice import NetworkChoice
 from networks.weights.families import weights_of
@@ -481,7 +481,7 @@ def make_network(options, config, begin, devices, processes, allow_partial):
     """The network on its device, and the `Account` of the weights it starts from, or None."""
     network = build_network(**config.network, recompute=options.machine.recompute).to(
         devices[0], memory_format=options.machine.memory_format)
-    share_statistics(network, devices, processes)
+    synchronize_norms(network, devices, processes)
     if config.network["norm"] == "inplace_abn":
         logger.info(backend.describe())
     resume.check_room(options.results.snapshot_dir, network, options.learning.optimizer, options.learning.ema)

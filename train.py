@@ -38,7 +38,7 @@ from networks.backbones.resnet import RECOMPUTE
 from networks.backbones.timm import PREFIX, synchronize_norms
 from networks.build import ABLATIONS, MODELS, build_network
 from networks.weights.choice import NetworkChoice
-from networks.weights.families import weights_of
+from networks.weights.families import weights_of_snapshot
 from networks.weights.loading import load_weights
 from networks.weights.snapshot import Config
 from networks.weights.start import best_quick_score, find_start
@@ -302,7 +302,8 @@ def resolve(args, root, devices, processes, begin):
     """
     amp = args.amp or default_precision(devices, processes, begin.snapshot)
     choice = flags.from_flags(NetworkChoice, vars(args))
-    network, normalization = choice.resolve(begin.weights if begin.snapshot is None else weights_of(begin.snapshot))
+    weights = begin.weights if begin.snapshot is None else weights_of_snapshot(begin.snapshot)
+    network, normalization = choice.resolve(weights)
     heads = choice.find_model().loss_weights
     loss_weights = args.loss_weights or (
         heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))

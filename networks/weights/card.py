@@ -132,7 +132,7 @@ def card(name, config, description, scores):
     """
     classes, normalization = Classes(config.classes), config.normalization
     model, backbone, (height, width) = config.network["model"], config.network["backbone"], config.input_size
-    mean, deviation = (", ".join(f"{value:g}" for value in values) for values in (normalization.mean, normalization.std))
+    mean, deviation = (", ".join(map("{:g}".format, values)) for values in (normalization.mean, normalization.std))
     lines = ["---", "pipeline_tag: image-segmentation", "tags:", "- semantic-segmentation", "---", "",
              f"# {model} on {backbone}, {classes.num_classes} classes", "",
              f"Weights: {description}. Written by `{MARK}`.", "",

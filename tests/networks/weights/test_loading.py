@@ -315,7 +315,7 @@ def test_of_several_weights_those_that_are_taken_are_said(keys, taken, capsys):
     weights = recognize(content, "w.pth")
     assert torch.equal(weights.state["backbone.bn1.weight"], state["bn1.weight"] + 1)
     other, = set(keys) - {taken}
-    assert capsys.readouterr().out == f"w.pth: the weights named {taken} are taken, not {other}\n"
+    assert capsys.readouterr().out == f"w.pth: using the weights in {taken}, not those in {other}\n"
 
 
 def test_flags_paths_and_numbers_beside_tensors_are_read(tmp_path):

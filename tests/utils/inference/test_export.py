@@ -288,7 +288,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
 CHANGED = {     # name → (change of the config, or the text in its place; what the sentence says)
     "backbone": (lambda config: config["network"].update(backbone="vgg"), "config.network.backbone: expected one of"),
     "num_classes": (lambda config: config["network"].update(num_classes=3), "as config.network.num_classes"),
-    "model": (lambda config: config["network"].update(model="base"), "as model, found none named context"),
+    "model": (lambda config: config["network"].update(model="base"), "as model, found no tensor named context"),
     "std": (lambda config: config["normalization"].update(std=[1, 0, 1]), "config.normalization.std.1, found 0"),
     "mean": (lambda config: config["normalization"].update(mean=[1, float("nan"), 1]), "mean.1, found nan"),
     "input_size": (lambda config: config.update(input_size=[65]), "a list of 2 as config.input_size"),

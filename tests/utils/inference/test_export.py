@@ -296,7 +296,7 @@ CHANGED = {     # name → (change of the config, or the text in its place; what
     "no classes": (lambda config: config.pop("classes"), "as config.classes, found nothing"),
     "no step": (lambda config: config.pop("step"), "as step, found"),
     "no network": (lambda config: config.pop("network"), "expected the config.json of --export beside it, found none"),
-    **{f"text {text[:9]!r}": (text, "expected the config.json of --export beside it, found none of an export") for text in (
+    **{f"text {text[:9]!r}": (text, "the config.json of --export beside it, found none of an export") for text in (
         "rubbish", "", "[1]", "[" * 100000)}}
 
 

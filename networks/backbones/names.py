@@ -119,24 +119,24 @@ class ResidualNetwork:
         Raises:
             UserError: if the file is of another network, or a flag contradicts it.
         """
-        usual = {"stem": "7x7", "downsample": "strided", "eca-kernels": None}
+        defaults = {"stem": "7x7", "downsample": "strided", "eca-kernels": None}
         if structure:
-            plain_name = structure["backbone"]
+            file_backbone = structure["backbone"]
             # Attention that the file lacks starts at a state in which it changes nothing (`load_weights`).
-            if self.name not in (plain_name, f"eca_{plain_name}"):
+            if self.name not in (file_backbone, f"eca_{file_backbone}"):
                 raise UserError(f"--backbone {self.name}: expected one of {', '.join(BACKBONES)} that fits {source}, "
-                                f"found {plain_name} there")
-            usual = {"stem": structure["stem"],
+                                f"found {file_backbone} there")
+            defaults = {"stem": structure["stem"],
                      "downsample": "average" if structure["average_downsample"] else "strided",
                      "eca-kernels": structure["eca_kernels"]}
             for flag, value in flags.items():
-                if None not in (value, usual[flag]) and value != usual[flag]:
-                    raise UserError(f"--{flag} {value}: expected the value of {source}, found {usual[flag]} there")
-            if usual["stem"] not in STEMS:
-                raise UserError(f"{source}: expected a stem of {', '.join(STEMS)}, found {usual['stem']}")
+                if None not in (value, defaults[flag]) and value != defaults[flag]:
+                    raise UserError(f"--{flag} {value}: expected the value of {source}, found {defaults[flag]} there")
+            if defaults["stem"] not in STEMS:
+                raise UserError(f"{source}: expected a stem of {', '.join(STEMS)}, found {defaults['stem']}")
         if flags["eca-kernels"] and self.eca_kernels is None:
             raise UserError(f"--eca-kernels: expected a --backbone with channel attention, found {self.name}")
-        chosen = {name: usual[name] if flags[name] is None else flags[name] for name in flags}
+        chosen = {name: defaults[name] if flags[name] is None else flags[name] for name in flags}
         kernels = chosen["eca-kernels"] or self.eca_kernels
         return {"backbone": self.name, "stem": chosen["stem"],
                 "average_downsample": chosen["downsample"] == "average", "eca_kernels": kernels and list(kernels)}

@@ -127,8 +127,8 @@ class ResidualNetwork:
                 raise UserError(f"--backbone {self.name}: expected one of {', '.join(BACKBONES)} that fits {source}, "
                                 f"found {file_backbone} there")
             defaults = {"stem": structure["stem"],
-                     "downsample": "average" if structure["average_downsample"] else "strided",
-                     "eca-kernels": structure["eca_kernels"]}
+                        "downsample": "average" if structure["average_downsample"] else "strided",
+                        "eca-kernels": structure["eca_kernels"]}
             for flag, value in flags.items():
                 if None not in (value, defaults[flag]) and value != defaults[flag]:
                     raise UserError(f"--{flag} {value}: expected the value of {source}, found {defaults[flag]} there")

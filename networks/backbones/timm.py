@@ -165,8 +165,8 @@ def _timm(backbone):
     try:
         import timm
     except ImportError:
-        raise ValueError(f"backbone {backbone}: expected the package timm, which provides it, found no such package; "
-                         "pip install timm") from None
+        raise ValueError(f"backbone {backbone}: expected the package timm, which provides it, found none; pip install "
+                         "timm") from None
     return timm
 
 

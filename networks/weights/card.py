@@ -44,8 +44,8 @@ def write_weights(path, snapshot, *, raw, precision, scores, check):
     try:
         from safetensors.torch import load_file, save
     except ImportError:
-        raise UserError(f"--export {path}: expected the package safetensors, found no such package; pip install "
-                        "safetensors") from None
+        raise UserError(f"--export {path}: expected the package safetensors, found none; pip install safetensors"
+                        ) from None
     weights = snapshot.weights(raw)
     if precision == "fp16":
         weights = {name: tensor if "running_" in name or not tensor.is_floating_point() else _half(path, name, tensor)

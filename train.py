@@ -35,10 +35,10 @@ from libs.abn import NORMS, count_input_keeping_norms
 from loss.criterion import SegmentationCriterion
 from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
 from networks.backbones.resnet import RECOMPUTE
-from networks.backbones.timm import PREFIX, share_statistics
+from networks.backbones.timm import PREFIX, synchronize_norms
 from networks.build import ABLATIONS, MODELS, build_network
 from networks.weights.choice import NetworkChoice
-from networks.weights.families import weights_of
+from networks.weights.families import weights_of_snapshot
 from networks.weights.loading import load_weights
 from networks.weights.snapshot import Config
 from networks.weights.start import best_quick_score, find_start
@@ -329,7 +329,8 @@ def resolve(args, root, devices, processes, begin):
     """
     amp = args.amp or default_precision(devices, processes, begin.snapshot)
     choice = flags.from_flags(NetworkChoice, vars(args))
-    network, normalization = choice.resolve(begin.weights if begin.snapshot is None else weights_of(begin.snapshot))
+    weights = begin.weights if begin.snapshot is None else weights_of_snapshot(begin.snapshot)
+    network, normalization = choice.resolve(weights)
     heads = choice.find_model().loss_weights
     loss_weights = args.loss_weights or (
         heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))
@@ -509,7 +510,7 @@ def make_network(options, config, begin, devices, processes, allow_partial):
     """The network on its device, and the `Account` of the weights it starts from, or None."""
     network = build_network(**config.network, recompute=options.machine.recompute).to(
         devices[0], memory_format=options.machine.memory_format)
-    share_statistics(network, devices, processes)
+    synchronize_norms(network, devices, processes)
     if config.network["norm"] == "inplace_abn":
         backend.set_backend(network, options.machine.abn_backend)
         logger.info(backend.describe(options.machine.abn_backend))

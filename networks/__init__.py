@@ -1,6 +1,6 @@
-"""Segmentation networks: built by name, or read from a snapshot, ready to predict."""
+"""Segmentation networks: built by name, or loaded from a snapshot for prediction."""
 
-import libs  # noqa: F401, first of the packages here: it refuses another one named utils
+import libs  # noqa: F401, imported first: it raises ImportError if another package is named utils
 
 from .backbones import BACKBONES, build_backbone
 from .build import MODELS, build_network

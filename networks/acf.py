@@ -9,11 +9,11 @@ j a pixel, i a class. For every image, equations 1 to 3 and figure 3:
     F'_a          = conv1x1(F_a)
     fine logits   = conv1x1(concat(F'_a, F))
 
-What this can do: everything after P is linear in F, and the weights of a mean sum to one, as do the probabilities of a
-pixel. So F'_a adds P[:,j] · M to the logits of pixel j, with one N×N matrix M an image, in which row i is what the
-classifier makes of the center of class i (`tests/benchmarks/contribution.py` measures M in trained networks). For the
-same reason pooling and convolutions could change places, N centers in place of H·W pixels; the order below is the
-paper's, at 0.7 % of the network's multiplications.
+What the module can express: everything after P is linear in F, the weights of each mean sum to one, and so do the
+probabilities of each pixel. Therefore F'_a adds P[:,j] · M to the logits of pixel j, with one N×N matrix M per image;
+row i of M is the classifier's response to the center of class i (`tests/benchmarks/contribution.py` measures M in
+trained networks). For the same reason, the convolutions could be applied after the pooling, to N centers instead of H·W
+pixels. The code keeps the order of the paper, which costs 0.7 % of the network's multiplications.
 """
 
 from functools import partial
@@ -32,7 +32,8 @@ class ClassCenterBlock(nn.Module):
 
     Args:
         in_channels, key_channels: C and C'.
-        norm: `norm(channels)` makes a norm with activation after the convolution, an ablation; None as in the paper.
+        norm: `norm(channels)` builds a norm with activation, applied after the convolution (an ablation). None: no
+            norm, as in the paper.
     """
 
     def __init__(self, in_channels, key_channels, norm=None):
@@ -41,18 +42,20 @@ class ClassCenterBlock(nn.Module):
         self.norm = norm(key_channels) if norm else nn.Identity()
 
     def forward(self, features, coarse_logits):
-        """features F (B, C, H, W), coarse_logits (B, N, H, W) → class centers F_class (B, N, C')."""
+        """Map features F (B, C, H, W) and coarse_logits (B, N, H, W) to class centers F_class (B, N, C')."""
         keys = self.norm(self.conv(features))                                   # F' (B, C', H, W)
-        # P[i,j] / Σ_j P[i,j] is the softmax over pixels of log P. In this form a class without any mass needs no
-        # epsilon: it gets the mean of all pixels.
+        # P[i,j] / Σ_j P[i,j] is the softmax over pixels of log P. In this form a class without any
+        # probability mass needs no epsilon: its center is the mean of all pixels.
         weights = coarse_logits.flatten(2).log_softmax(dim=1).softmax(dim=2)    # (B, N, HW)
         return torch.einsum("bij,bcj->bic", weights, keys.flatten(2))
 
 
 class ClassAttentionBlock(nn.Module):
-    """CAB: every pixel takes the class centers in the proportions of its probabilities (section 3.3).
+    """CAB: for every pixel, the class centers weighted by its class probabilities (section 3.3).
 
-    Arguments as in `ClassCenterBlock`.
+    Args:
+        key_channels: C'.
+        norm: as in `ClassCenterBlock`.
     """
 
     def __init__(self, key_channels, norm=None):
@@ -61,7 +64,7 @@ class ClassAttentionBlock(nn.Module):
         self.norm = norm(key_channels) if norm else nn.Identity()
 
     def forward(self, centers, coarse_logits):
-        """centers F_class (B, N, C'), coarse_logits (B, N, H, W) → F'_a (B, C', H, W)."""
+        """Map centers F_class (B, N, C') and coarse_logits (B, N, H, W) to F'_a (B, C', H, W)."""
         probabilities = coarse_logits.softmax(dim=1)                            # P (B, N, H, W)
         attended = torch.einsum("bic,bihw->bchw", centers, probabilities)       # F_a (B, C', H, W)
         return self.norm(self.conv(attended))
@@ -70,7 +73,7 @@ class ClassAttentionBlock(nn.Module):
 class ACFModule(nn.Module):
     """The class centers of an image, and every pixel's attention to them (figure 3).
 
-    Computes in float32 at least, also under autocast; float64 stays float64. Arguments as in `ClassCenterBlock`.
+    Computes in at least float32, also under autocast; float64 stays float64. Arguments as in `ClassCenterBlock`.
     """
 
     def __init__(self, in_channels, key_channels=512, norm=None):
@@ -79,29 +82,29 @@ class ACFModule(nn.Module):
         self.cab = ClassAttentionBlock(key_channels, norm)
 
     def class_centers(self, features, coarse_logits):
-        """features F (B, C, H, W), coarse_logits (B, N, H, W) → F_class (B, N, C')."""
+        """Map features F (B, C, H, W) and coarse_logits (B, N, H, W) to class centers F_class (B, N, C')."""
         with without_autocast(features):
             return self.ccb(at_least_float32(features), at_least_float32(coarse_logits))
 
     def forward(self, features, coarse_logits):
-        """features F (B, C, H, W), coarse_logits (B, N, H, W) → F'_a (B, C', H, W)."""
+        """Map features F (B, C, H, W) and coarse_logits (B, N, H, W) to F'_a (B, C', H, W)."""
         centers = self.class_centers(features, coarse_logits)
         with without_autocast(features):
             return self.cab(centers, at_least_float32(coarse_logits))
 
 
 class ACFHead(nn.Module):
-    """Coarse classifier, ACF module and fine classifier (figure 2): puts ACF on any network with one feature map.
+    """Coarse classifier, ACF module and fine classifier (figure 2), for any network that ends in a single feature map.
 
         head = ACFHead(in_channels=2048, num_classes=19)
-        logits = head(features)     # {"fine", "coarse"}; train both, 0.7 and 0.6 in the paper's loss
+        logits = head(features)     # {"fine", "coarse"}; the paper's loss weighs them 0.7 and 0.6
 
     Args:
         in_channels, num_classes, key_channels: C, N and C'.
         norm: as in `ClassCenterBlock`.
-        fusion: `fusion(in_channels, out_channels)` makes the module between concatenation and classifier, an ablation;
-            None as in the paper.
-        recompute: drop the maps inside the module, and compute them again in the backward pass.
+        fusion: `fusion(in_channels, out_channels)` builds a module between concatenation and fine classifier (an
+            ablation). None: no such module, as in the paper.
+        recompute: free the feature maps inside the ACF module, and recompute them in the backward pass.
     """
 
     def __init__(self, in_channels, num_classes, key_channels=512, norm=None, fusion=None, recompute=False):
@@ -115,7 +118,7 @@ class ACFHead(nn.Module):
         self.fine = classifier(in_channels if fusion else joined, num_classes)
 
     def forward(self, features):
-        """features F (B, C, h, w) → {"fine", "coarse"}, logits (B, N, h, w)."""
+        """Map features F (B, C, h, w) to {"fine", "coarse"}, logits (B, N, h, w)."""
         coarse = self.coarse(self.dropout(features))                            # (B, N, h, w)
         acf = partial(checkpoint, self.acf) if self.recompute and torch.is_grad_enabled() else self.acf
         attended = acf(features, coarse).to(features.dtype)                     # F'_a (B, C', h, w)

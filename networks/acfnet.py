@@ -1,7 +1,7 @@
-"""Segmentation networks: a backbone, a context module, a head, and in training an auxiliary head.
+"""Segmentation network of a backbone, a context module, a head, and an auxiliary head used in training only.
 
-With `networks.acf.ACFHead` it is ACFNet (Zhang et al., ICCV 2019, arXiv 1909.09408, figure 2); with `PlainHead` one of
-the networks it is compared with.
+With `networks.acf.ACFHead` it is ACFNet (Zhang et al., ICCV 2019, arXiv 1909.09408, figure 2); with `PlainHead` it is
+one of the networks that ACFNet is compared with.
 """
 
 from torch import nn
@@ -10,11 +10,13 @@ from .layers import DROPOUT, classifier, convolution
 
 
 class SegmentationNet(nn.Module):
-    """Args:
-        backbone: images → feature maps of stages 1 to 4.
-        context: stage 4 → F (B, C, h, w), such as ASPP.
-        head: F → logits by name, each (B, N, h, w).
-        aux: stage 3 → logits (B, N, h, w), for training alone; None for none.
+    """A backbone, a context module, a head and an auxiliary head.
+
+    Args:
+        backbone: maps images to the feature maps of stages 1 to 4.
+        context: maps stage 4 to F (B, C, h, w), such as ASPP.
+        head: maps F to a dict of logits, each (B, N, h, w).
+        aux: maps stage 3 to logits (B, N, h, w), in training only; None without an auxiliary head.
     """
 
     def __init__(self, backbone, context, head, aux):
@@ -22,19 +24,19 @@ class SegmentationNet(nn.Module):
         self.backbone, self.context, self.head, self.aux = backbone, context, head, aux
 
     def forward(self, images):
-        """images (B, 3, H, W) → logits by name: those of the head and, in training, "aux"; each (B, N, h, w)."""
+        """Map images (B, 3, H, W) to a dict of logits (B, N, h, w): those of the head and, in training, "aux"."""
         *_, stage3, stage4 = self.backbone(images)
         outputs = self.head(self.context(stage4))
         return outputs | {"aux": self.aux(stage3)} if self.training and self.aux is not None else outputs
 
     @property
     def grid(self):
-        """(step, rest): logits lie on the pixels they stand for where sides are a multiple of step, plus rest."""
+        """(step, rest): for image sides of k · step + rest, the logits align exactly with their pixels."""
         return self.backbone.grid
 
 
 class PlainHead(nn.Module):
-    """One classifier: features F (B, C, h, w) → {"fine"}, logits (B, N, h, w)."""
+    """A single classifier: maps features F (B, C, h, w) to {"fine"}, logits (B, N, h, w)."""
 
     def __init__(self, in_channels, num_classes, dropout=DROPOUT):
         super().__init__()
@@ -46,6 +48,6 @@ class PlainHead(nn.Module):
 
 
 def auxiliary_head(in_channels, channels, num_classes, norm, dropout=DROPOUT):
-    """3×3 convolution, norm and activation, Dropout2d, classifier: deep supervision of stage 3."""
+    """Build the auxiliary head on stage 3: 3×3 convolution, norm with activation, Dropout2d, classifier."""
     return nn.Sequential(*convolution(in_channels, channels, norm), nn.Dropout2d(dropout),
                          classifier(channels, num_classes))

@@ -1,4 +1,4 @@
-"""Networks by name. This and `backbones` are the only places that know sizes."""
+"""Models by name, and `build_network`. Only this module and `backbones` define the sizes of networks."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,7 +8,7 @@ from torch import nn
 
 from .acf import ACFHead
 from .acfnet import PlainHead, SegmentationNet, auxiliary_head
-from .backbones.names import BACKBONE, build_backbone, check, find_backbone, norm_maker
+from .backbones.names import BACKBONE, build_backbone, check_argument, find_backbone, norm_maker
 from .contexts.aspp import ASPP
 from .contexts.criss_cross import CrissCross
 from .contexts.dual_attention import DualAttention, DualHead
@@ -17,7 +17,7 @@ from .contexts.psp import PyramidPooling
 from .layers import DROPOUT, convolution
 from .ocr import OCRHead, OCRNet
 
-# Between backbone and head: `context(in_channels, channels, norm)`.
+# Modules between backbone and head, built as `context(in_channels, channels, norm)`.
 CONTEXTS = {"convolution": convolution, "aspp": ASPP, "psp": PyramidPooling, "criss_cross": CrissCross,
             "object_context": BaseObjectContext, "pyramid_object_context": PyramidObjectContext,
             "dual_attention": DualAttention}
@@ -25,14 +25,15 @@ CONTEXTS = {"convolution": convolution, "aspp": ASPP, "psp": PyramidPooling, "cr
 
 @dataclass(frozen=True)
 class Model:
-    """What a model is made of.
+    """The parts of a model.
 
     Attributes:
         context: a key of `CONTEXTS`.
         loss_weights: factor of each output's loss; without "aux" there is no auxiliary head.
-        head: `plain`, one classifier; `acf`; or `dual` and `ocr`, which want more than one feature map.
-        dropout: of whole channels before the last classifier, and before that of the auxiliary head.
-        aux_share: channels of the auxiliary head, as a share of those of stage 3.
+        head: `plain`, a single classifier; `acf`; or `dual` and `ocr`, which take more than one feature map.
+        dropout: rate of Dropout2d before the last classifier and before the auxiliary classifier.
+        aux_share: channels of the auxiliary head, as a fraction of those of stage 3 (of 1024 with a backbone of
+            timm).
     """
 
     context: str
@@ -42,13 +43,17 @@ class Model:
     aux_share: float = 1 / 2
 
     @property
-    def least_crops(self):
-        """In a part of a training batch: norms after pooling to one place see one value of each crop and channel."""
+    def min_crops(self):
+        """Minimum number of crops per forward pass in training.
+
+        After pooling to 1×1, a norm sees a single value per crop and channel, so it needs two crops.
+        """
         return 2 if self.context == "psp" else 1
 
 
-# ACFNet: the paper's factors. The only head of `base` weighs as much as both of ACFNet, 0.7 + 0.6: what the two share
-# then learns from gradients of one size at one learning rate. All others as published.
+# ACFNet: the factors of the paper. The only head of `base` weighs as much as both heads of ACFNet, 0.7 + 0.6, so that
+# the layers common to both models receive gradients of the same scale at the same learning rate. All others as
+# published.
 ACF_LOSS, BASE_LOSS, LOSS = ({"fine": 0.7, "coarse": 0.6, "aux": 0.4}, {"fine": 1.3, "aux": 0.4},
                              {"fine": 1.0, "aux": 0.4})
 MODELS = {
@@ -64,8 +69,8 @@ MODELS = {
     "danet": Model("dual_attention", {"fine": 1.0, "position": 1.0, "channel": 1.0}, head="dual"),
     "ocrnet": Model("convolution", LOSS, head="ocr", dropout=0.05),
 }
-# What is not in the paper's module, to see what it would bring: norm and activation after its two convolutions; a
-# convolution with norm and activation before the fine classifier.
+# Additions to the paper's module, to measure their effect. "norms": norm and activation after its two convolutions;
+# "fusion": a convolution with norm and activation before the fine classifier.
 ABLATIONS = ("norms", "fusion")
 
 
@@ -76,33 +81,35 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
     """Build a network by name.
 
     Args:
-        model: a key of `MODELS`: `acfnet` is ACF on ASPP, `acfnet_resnet` on a 3×3 convolution; others are those it is
-            compared with.
+        model: a key of `MODELS`: `acfnet` is ACF on ASPP, `acfnet_resnet` is ACF on a 3×3 convolution; the others are
+            networks that ACFNet is compared with.
         num_classes: N.
-        backbone: a key of `BACKBONES`, or `timm:NAME` (`networks.timm_backbone`), with which what follows of stem,
-            shortcuts, attention, stride and recomputation stays as it is.
+        backbone: a key of `BACKBONES`, or `timm:NAME` (`networks.backbones.timm`). With a network of timm, `stem`,
+            `average_downsample`, `eca_kernels`, `output_stride`, `recompute` and `multi_grid` keep their defaults.
         norm: `inplace_abn` or `bn`.
         activation: `leaky_relu` (slope 0.01), or `relu` with norm `bn`.
         stem: a key of `STEMS`.
-        average_downsample: average pooling in the shortcuts that stride.
-        eca_kernels: k of stages 1 to 4; None for the released ones.
+        average_downsample: whether strided shortcuts use average pooling.
+        eca_kernels: kernel sizes of the channel attention in stages 1 to 4; None for those that ECANet released.
         output_stride: 8 or 16.
-        recompute: `none`, `light` or `full`: memory for time, see `networks.resnet.ResNet`.
-        ablations: names of `ABLATIONS`, for models with ACF; none is the network as published.
-        acf: put the ACF head on a model that has one classifier.
-        backbone_arguments: how timm is to build its network; None to find out.
-        multi_grid: as in `networks.resnet.ResNet`; (1, 2, 4) is that of DANet as published. No flag sets it.
+        recompute: `none`, `light` or `full`, to save memory for more time; see `networks.backbones.resnet.ResNet`.
+        ablations: names of `ABLATIONS`, for models with ACF; the default is the network as published.
+        acf: put the ACF head on a model that has a single classifier.
+        backbone_arguments: keyword arguments of `timm.create_model`; None to determine them.
+        multi_grid: as in `networks.backbones.resnet.ResNet`; (1, 2, 4) is DANet as published. No flag sets it.
 
     Returns:
-        nn.Module. Training: images (B, 3, H, W) → logits (B, N, h, w) for each of the model's `loss_weights`, with
-        h = ceil(H / output_stride). Evaluation: {"fine"}, and "coarse" with ACF.
-        Raises ValueError naming the argument that is none of these.
+        nn.Module. Training: images (B, 3, H, W) → a dict of logits (B, N, h, w) with the keys of the model's
+        `loss_weights`, h = ceil(H / output_stride). Evaluation: {"fine"}, and "coarse" with ACF.
+
+    Raises:
+        ValueError: if an argument has none of these values; the message names the argument.
     """
     design = find_model(model, acf)
-    check(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
-    # A string in place of a tuple, or a name that is misspelt, must not silently build the network without it.
-    check(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
-           ablations, f"a tuple of {', '.join(ABLATIONS)}")
+    check_argument(type(num_classes) is int and num_classes > 0, "num_classes", num_classes, "a whole number above 0")
+    # A string instead of a tuple, or a misspelled name, must not silently build the network without the ablation.
+    check_argument(isinstance(ablations, list | tuple) and all(name in ABLATIONS for name in ablations), "ablations",
+                   ablations, f"a tuple of {', '.join(ABLATIONS)}")
     if ablations and design.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
     trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
@@ -124,14 +131,26 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
 
 
 def find_model(model, acf=False):
-    """The `Model` of that name; acf: with the ACF head in place of its one classifier. Raises ValueError."""
-    check(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
-    check(isinstance(acf, bool), "acf", acf, "true or false")
-    found = MODELS[model]
-    if acf and found.head not in ("plain", "acf"):
-        raise ValueError(f"acf: expected a model whose head takes one feature map, found {model}; "
-                         f"{', '.join(name for name, one in MODELS.items() if one.head == 'plain')} are such")
-    return replace(found, head="acf", loss_weights=ACF_LOSS) if acf else found
+    """Look up a model by name.
+
+    Args:
+        model: a key of `MODELS`.
+        acf: replace the model's single classifier by the ACF head.
+
+    Returns:
+        `Model`.
+
+    Raises:
+        ValueError: for an unknown name, or if the model's head takes more than one feature map.
+    """
+    check_argument(isinstance(model, str) and model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
+    check_argument(isinstance(acf, bool), "acf", acf, "true or false")
+    design = MODELS[model]
+    if acf and design.head not in ("plain", "acf"):
+        suitable = ", ".join(name for name, other in MODELS.items() if other.head == "plain")
+        raise ValueError(f"acf: expected a model whose head takes one feature map, found {model}; {suitable} are "
+                         "suitable")
+    return replace(design, head="acf", loss_weights=ACF_LOSS) if acf else design
 
 
 def _fusion(in_channels, out_channels, norm):
@@ -139,6 +158,9 @@ def _fusion(in_channels, out_channels, norm):
 
 
 def meta_network(**arguments):
-    """`build_network` without memory: names, shapes and dtypes of the tensors alone. For arguments from a file."""
+    """Build a network on the meta device: names, shapes and dtypes of its tensors, without memory for their values.
+
+    Checks arguments that come from a file. Arguments and errors as in `build_network`.
+    """
     with torch.device("meta"):
         return build_network(**arguments)

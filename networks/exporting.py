@@ -1,4 +1,4 @@
-"""A trained network for others: evaluate.py --export."""
+"""Export of a trained network to .onnx, .pt2 or .safetensors: evaluate.py --export."""
 
 import os
 
@@ -7,7 +7,7 @@ from utils.inference import export
 from utils.runs.results import check_file
 
 from .backbones.names import find_backbone
-from .predictor import chosen_weights, prepared
+from .predictor import build_for_evaluation, select_weights
 from .weights import card
 from .weights.start import read_snapshot
 
@@ -15,32 +15,38 @@ SUFFIXES = (".onnx", ".pt2", ".safetensors")
 
 
 def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp32", overwrite=False):
-    """Write the network of a snapshot as a file of one of `SUFFIXES`, compared with it before it takes its name.
+    """Write the network of a snapshot to a file with one of `SUFFIXES`.
+
+    The written file is compared with the network before it gets its final name.
 
     Args:
-        path, target: `Path` of the snapshot and of the file; weights get config.json and a model card beside them.
-        raw_weights: those of the last step, also where the snapshot has a moving average.
-        size: (height, width) of the images that .onnx and .pt2 take; None for any.
+        path: `Path` of the snapshot.
+        target: `Path` of the file to write; with .safetensors, config.json and a model card are written beside it.
+        raw_weights: use the weights of the last step, even if the snapshot has a moving average.
+        size: (height, width) of the images that .onnx and .pt2 take; None for any size.
         precision: `fp32` or `fp16`, of weights and arithmetic.
-        overwrite: replace the file, and what an earlier export wrote beside it.
+        overwrite: replace the file, and the files that an earlier export wrote beside it.
 
     Returns:
-        A sentence about it. Raises `UserError`.
+        A sentence that describes the written file.
+
+    Raises:
+        UserError: if the snapshot cannot be read, or the file cannot be written or differs from the network.
     """
     check_target(target, size, overwrite)
-    found = read_snapshot(path)
-    config = found.config
-    network = prepared(config, chosen_weights(found, raw_weights))
+    snapshot = read_snapshot(path)
+    config = snapshot.config
+    network = build_for_evaluation(config, select_weights(snapshot, raw_weights))
     if target.suffix == ".safetensors":
         def check(state):
             def reopen():
-                return export.ImagesToLogits(prepared(config, state), config.normalization)
+                return export.ImagesToLogits(build_for_evaluation(config, state), config.normalization)
             return export.compare(target, reopen, export.ImagesToLogits(network, config.normalization),
                                   [export.example_images()], precision)
 
-        checked = card.write_weights(target, found, raw=raw_weights, precision=precision, check=check,
-                                           scores=card.find_scores(path, card.kind_of(found, raw_weights)))
-        return f"{target}, with {' and '.join(card.BESIDE)}; {checked}"
+        checked = card.write_weights(target, snapshot, raw=raw_weights, precision=precision, check=check,
+                                     scores=card.find_scores(path, card.weights_kind(snapshot, raw_weights)))
+        return f"{target}, with {' and '.join(card.SIDE_FILES)}; {checked}"
     heads, checked = export.write_program(target, network, config.normalization, size=size, precision=precision,
                                           traced=find_backbone(config.network["backbone"]).traced)
     count, shape = ("1", "{}, {}".format(*size)) if size else ("B", "H, W")
@@ -49,7 +55,7 @@ def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp
 
 
 def check_target(target, size, overwrite):
-    """Raise `UserError` where nothing can be, or must not be, written, before anything is done for it."""
+    """Raise `UserError` if an export to this file is impossible or would replace other files."""
     if target.suffix not in SUFFIXES:
         raise UserError(f"--export {target}: expected a name that ends in .onnx, .pt2 or .safetensors, found "
                         f"{target.suffix or 'none of these'}")
@@ -58,10 +64,10 @@ def check_target(target, size, overwrite):
         return
     if size:
         raise UserError("--export-size: expected .onnx or .pt2, found .safetensors, which holds weights for any size")
-    of_another = not os.path.lexists(target) and any(target.parent.glob("*.safetensors"))
-    for name in card.BESIDE:
+    belong_to_other_export = not os.path.lexists(target) and any(target.parent.glob("*.safetensors"))
+    for name in card.SIDE_FILES:
         path = target.with_name(name)
         check_file("--export", path, overwrite)
-        if os.path.lexists(path) and (of_another or not card.is_ours(path)):
-            raise UserError(f"--export {path}: expected nothing there, or what an earlier export of {target.name} "
-                            "wrote, found another file, which stays: name another folder")
+        if os.path.lexists(path) and (belong_to_other_export or not card.is_from_export(path)):
+            raise UserError(f"--export {path}: expected nothing there, or a file from an earlier export of "
+                            f"{target.name}, found another file, which is kept; choose another folder")

@@ -1,4 +1,4 @@
-"""Object-contextual representations. Yuan, Chen, Wang, OCR, ECCV 2020, section 3."""
+"""Object-contextual representations (OCR). Yuan, Chen, Wang, ECCV 2020, section 3."""
 
 import torch
 from torch import nn
@@ -11,13 +11,13 @@ from .layers import classifier, convolution
 
 
 class OCRHead(nn.Module):
-    """Regions of classes, a vector for each, and every pixel's attention to them (figure 3). Next of kin to ACF.
+    """One vector per class region, and every pixel's attention to these vectors (figure 3). Closely related to ACF.
 
     Args:
         in_channels: C of the features.
         num_classes: N.
-        norm: `norm(channels)` makes a norm with the network's activation.
-        dropout: before the classifier.
+        norm: `norm(channels)` builds a norm with the network's activation.
+        dropout: rate of Dropout2d before the classifier.
     """
 
     def __init__(self, in_channels, num_classes, norm, dropout=0.05):
@@ -32,16 +32,17 @@ class OCRHead(nn.Module):
         self.fine = classifier(in_channels, num_classes)
 
     def regions(self, features, logits):
-        """features (B, C, h, w), logits (B, N, h, w) → the vector of each class's region (B, C, N).
+        """Map features (B, C, h, w) and logits (B, N, h, w) to one vector per class region (B, C, N).
 
-        A mean of the features; each class has its weights from a softmax over the pixels (equation 3).
+        Each vector is a weighted mean of the features; its weights are the softmax of the class's logits over all
+        pixels (equation 3).
         """
         with without_autocast(features):
             weights = at_least_float32(logits).flatten(2).softmax(dim=2)
             return torch.einsum("bnj,bcj->bcn", weights, at_least_float32(features).flatten(2)).to(features.dtype)
 
     def forward(self, features, logits):
-        """features (B, C, h, w), logits of the regions (B, N, h, w) → {"fine"}, logits (B, N, h, w)."""
+        """Map features (B, C, h, w) and region logits (B, N, h, w) to {"fine"}, logits (B, N, h, w)."""
         objects = self.regions(features, logits)[..., None]                             # (B, C, N, 1)
         queries = self.pixel(features)                                                  # (B, C / 2, h, w)
         keys, values = self.object(objects).flatten(2), self.value(objects).flatten(2)
@@ -51,9 +52,10 @@ class OCRHead(nn.Module):
 
 
 class OCRNet(SegmentationNet):
-    """Its auxiliary logits are the regions of the head, so they are computed in evaluation too."""
+    """Network with an `OCRHead`. Its auxiliary logits define the class regions, so evaluation computes them too."""
 
     def forward(self, images):
+        """Map images (B, 3, H, W) to {"fine"} and, in training, {"fine", "aux"}: logits (B, N, h, w)."""
         *_, stage3, stage4 = self.backbone(images)
         aux = self.aux(stage3)
         outputs = self.head(self.context(stage4), aux)

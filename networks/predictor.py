@@ -1,9 +1,9 @@
-"""A trained network from its file, ready to predict: what evaluate.py does, for Python.
+"""Load a trained network from a file and predict images with it: the Python interface to what evaluate.py does.
 
     from networks import load
 
     network = load("snapshots/CS_scenes_60000.pth")
-    labels = network.predict("street.jpg").labels       # (H, W) train ids; network.names says which classes they are
+    labels = network.predict("street.jpg").labels       # (H, W) train ids; network.names has their class names
 """
 
 import functools
@@ -29,15 +29,15 @@ PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How an image is predicted.
+    """How images are predicted and scored.
 
     Attributes:
-        window: (height, width) in pixels; None for the training crop.
-        whole: the whole image at once, no windows.
+        window: (height, width) of the sliding windows in pixels; None for the training crop.
+        whole: predict the whole image at once, without windows.
         overlap, scales, flip, batch_size: as in `SlidingPredictor`.
         amp: one of `AMP`.
         raw_weights: as in `load_network`.
-        boundary: tolerance in pixels with which boundaries are scored, or None.
+        boundary: tolerance in pixels of the boundary scores; None for no boundary scores.
     """
 
     window: tuple | None = None
@@ -51,8 +51,13 @@ class Protocol:
     boundary: float | None = None
 
     def as_json(self, window, split, config):
-        """What `result.json` says of it, with a snapshot of this `Config`; window: that was used, or None;
-        split: name of the images."""
+        """Describe the protocol as plain values for `result.json`.
+
+        Args:
+            window: (height, width) of the windows that were used; None for whole images.
+            split: name of the set of images.
+            config: `Config` of the snapshot.
+        """
         averaged = (config.arguments or {}).get("ema") is not None
         return {"window": window and list(window), "overlap": None if self.whole else self.overlap,
                 "scales": list(self.scales), "flip": self.flip, "amp": self.amp, "split": split,
@@ -60,32 +65,39 @@ class Protocol:
                     {"weights": "raw" if self.raw_weights else "moving average"} if averaged else {}) | (
                     {"boundary": self.boundary} if self.boundary else {})
 
-    def out_of_memory_error(self, found):
-        """The `UserError`; found: the error's first words."""
+    def out_of_memory_error(self, reason):
+        """Build the `UserError` for too little memory; reason: first line of the original error."""
         choices = [f"a --batch-size below {self.batch_size}"] * (self.batch_size > 1) + [
             "windows, by --input-size, instead of --whole" if self.whole else "a smaller --input-size",
             f"--scales below {max(self.scales):g}", "fewer --num-workers"]
-        return UserError(f"out of memory: expected room for the passes of this protocol over an image, found: {found}; "
-                         f"what helps: {', '.join(choices)}")
+        return UserError("out of memory: expected room for the passes of this protocol over an image, found: "
+                         f"{reason}; what helps: {', '.join(choices)}")
 
 
 def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3, scales=(1.0,), flip=False,
          batch_size=4, raw_weights=False):
-    """Load a snapshot of train.py, or what `evaluate.py --export` wrote as .safetensors → `Predictor`.
+    """Load a trained network for prediction.
 
     Args:
-        path: of the file.
-        device: `torch.device` or its name; None for the first GPU, else the CPU.
-        amp: `off`, `bf16` or `fp16`; None for what the device computes in fastest without harm.
-        window: (height, width) in pixels, rounded up to 8k + 1, and no larger than the image; None for the crops of
-            the training.
-        whole: the whole image at once, no windows.
-        overlap: of neighboring windows, as a share.
-        scales, flip: passes over an image; evaluate.py takes 0.75 to 2.0 by 0.25, each mirrored too.
-        batch_size: windows at a time.
-        raw_weights: those of the last step, also where the snapshot has a moving average.
+        path: a snapshot of train.py, or a .safetensors file written by `evaluate.py --export`.
+        device: `torch.device` or its name; None for the first GPU, or the CPU if there is none.
+        amp: `off`, `bf16` or `fp16`; None for the fastest of them that is accurate on the device.
+        window: (height, width) of the sliding windows in pixels, rounded up to 8k + 1 and limited to the image size;
+            None for the size of the training crops.
+        whole: predict the whole image at once, without windows.
+        overlap: overlap of neighboring windows, as a fraction of their size.
+        scales: factors by which the image is resized, one pass each; the default of evaluate.py is 0.75 to 2.0 in steps
+            of 0.25.
+        flip: add a mirrored pass at each scale, as evaluate.py does by default.
+        batch_size: number of windows per forward pass.
+        raw_weights: use the weights of the last step, even if the snapshot has a moving average.
 
-    Raises `UserError` for a file or a GPU that is none, ValueError for the rest.
+    Returns:
+        `Predictor`.
+
+    Raises:
+        UserError: if the file is not a snapshot or the GPU cannot be used.
+        ValueError: for any other invalid argument.
     """
     if amp not in (None, *AMP):
         raise ValueError(f"amp: expected one of {', '.join(AMP)}, or None, found {amp!r}")
@@ -104,8 +116,8 @@ class Predictor:
 
     Attributes:
         names: N class names, by train id.
-        palette: (N, 3) uint8 RGB, the colors of the classes.
-        sliding: the `SlidingPredictor`: image → probabilities on the device.
+        palette: colors of the classes, (N, 3) uint8 RGB.
+        sliding: `SlidingPredictor` that maps an image to probabilities on the device.
     """
 
     def __init__(self, sliding, classes):
@@ -113,21 +125,28 @@ class Predictor:
         self.names, self.palette = classes.names, classes.palette[:classes.num_classes]
 
     def predict(self, image):
-        """Predict one image → `Prediction`.
+        """Predict one image.
 
-        image: path of a file, which is turned upright by its EXIF orientation; `PIL.Image` of any mode; or uint8 array
-            or tensor of 0 to 255: RGB (H, W, 3), gray (H, W), or RGBA, whose transparency is left out.
+        Args:
+            image: path of a file, which is rotated according to its EXIF orientation; `PIL.Image` of any mode; or uint8
+                array or tensor with values from 0 to 255: RGB (H, W, 3), gray (H, W), or RGBA (H, W, 4), whose alpha
+                channel is ignored.
 
-        Raises ValueError for any other array, `UserError` for a file that cannot be read, and `MemoryError` where the
-        device has too little memory.
+        Returns:
+            `Prediction`.
+
+        Raises:
+            ValueError: for any other array.
+            UserError: if the file cannot be read.
+            MemoryError: if the device has too little memory.
         """
         return Prediction(self.sliding(pixels_of(image)), self.classes)
 
 
 class Prediction:
-    """What a network makes of an image, at the image's size, as NumPy arrays.
+    """Prediction of one image, at the size of the image, as NumPy arrays.
 
-    Of many images keep `labels` alone: this object holds the probabilities, 4N bytes per pixel, on the device.
+    The object keeps the probabilities on the device, 4N bytes per pixel. For many images keep only the `labels`.
 
     Attributes:
         labels: (H, W) uint8, the train id of the most probable class.
@@ -140,49 +159,59 @@ class Prediction:
 
     @functools.cached_property
     def probabilities(self):
-        """(N, H, W) float32; their sum over the classes is 1."""
+        """Class probabilities (N, H, W) float32, which sum to 1 over the classes."""
         return self._probabilities.cpu().numpy()
 
     @property
     def colors(self):
-        """(H, W, 3) uint8 RGB, the colors of the classes."""
+        """Color of the predicted class (H, W, 3) uint8 RGB."""
         return self._classes.color(self.labels)
 
     @property
     def ids(self):
-        """(H, W) label ids, as the class table has them: uint8, or uint16 where they go beyond 255."""
+        """Label ids (H, W) of the class table: uint8, or uint16 if an id exceeds 255."""
         return self._classes.decode(self.labels)
 
 
 def load_network(path, device, raw_weights=False):
-    """File → (network prepared for evaluation, its `utils.snapshot.Config`).
+    """Load a network from a file for evaluation.
 
-    raw_weights: those of the last step, also where the snapshot has a moving average of the weights.
+    Args:
+        path: a snapshot of train.py, or a .safetensors file written by `evaluate.py --export`.
+        device: `torch.device`.
+        raw_weights: use the weights of the last step, even if the snapshot has a moving average.
+
+    Returns:
+        (network as of `build_for_evaluation`, `networks.weights.snapshot.Config` of the file).
+
+    Raises:
+        UserError: if the file is not a valid snapshot.
     """
-    found = read_snapshot(path)
-    network = prepared(found.config, chosen_weights(found, raw_weights))
-    return network.to(device, memory_format=torch.channels_last), found.config
+    snapshot = read_snapshot(path)
+    network = build_for_evaluation(snapshot.config, select_weights(snapshot, raw_weights))
+    return network.to(device, memory_format=torch.channels_last), snapshot.config
 
 
-def chosen_weights(found, raw):
-    """Those of a `Snapshot` to evaluate with, as `Snapshot.weights`; says which, where there is a choice."""
-    if found.average is not None:
-        logger.info(f"{found.path}: {'the weights of the last step' if raw else 'the moving average of the weights'}")
-    return found.weights(raw)
+def select_weights(snapshot, raw):
+    """Return the weights of a `Snapshot` to evaluate, as `Snapshot.weights`; log the choice if there are two."""
+    if snapshot.average is not None:
+        kind = "weights of the last step" if raw else "moving average of the weights"
+        logger.info(f"{snapshot.path}: using the {kind}")
+    return snapshot.weights(raw)
 
 
-def prepared(config, state):
-    """The network of a `Config` with these weights, in evaluation mode and with its norms folded."""
+def build_for_evaluation(config, state):
+    """Build the network of a `Config` with these weights, in evaluation mode and with its norms folded."""
     network = build_network(**config.network)
     network.load_state_dict(state)
     return fold_norms(network).eval()
 
 
 def sliding_predictor(network, config, device, protocol, watch=None):
-    """The `SlidingPredictor` of what `load_network` gave.
+    """Build the `SlidingPredictor` of a network.
 
     Args:
-        network, config: of `load_network`.
+        network, config: as `load_network` returns them.
         device: `torch.device`.
         protocol: `Protocol`.
         watch: as in `SlidingPredictor`.
@@ -193,20 +222,21 @@ def sliding_predictor(network, config, device, protocol, watch=None):
         normalization=config.normalization, device=device, autocast=AUTOCAST[protocol.amp],
         memory_format=torch.channels_last, watch=watch)
     if window is not None:
-        fitting_size(window, "windows", predictor.grid)     # said, after the predictor has taken it
+        fitting_size(window, "windows", predictor.grid)     # only for its message; the predictor has checked the size
     return predictor
 
 
 def _device(device):
+    """Check the argument `device` of `load`."""
     if device is None:
         first = select_devices()[0]
-        check_kernels(first)        # of several GPUs none has been asked yet
+        check_kernels(first)        # select_devices leaves this check to the caller if there are several GPUs
         return first
     try:
         device = torch.device(device)
         if device.type != "cuda":
             return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError, ImportError):      # the last two: built without it
-        raise ValueError("device: expected one that PyTorch can use here, such as cpu or cuda:0, or None, found "
+    except (RuntimeError, TypeError, AssertionError, ImportError):      # the last two: PyTorch built without the device
+        raise ValueError("device: expected a device that PyTorch can use here, such as cpu or cuda:0, or None, found "
                          f"{str(device)!r}") from None
     return select_devices(str(device.index or 0))[0]

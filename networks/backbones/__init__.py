@@ -1,4 +1,4 @@
-"""Backbones by name: residual networks of our own, and those of timm."""
+"""Backbones by name: the residual networks of this package, and networks of timm."""
 
 from .names import BACKBONES, build_backbone
 

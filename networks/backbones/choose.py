@@ -1,4 +1,4 @@
-"""The backbone of a run, where no flag names one: that of its weights."""
+"""Choice of a run's backbone from the flags and, for what they leave open, from the file of weights."""
 
 from utils.common.errors import UserError
 
@@ -6,18 +6,28 @@ from .names import BACKBONE, find_backbone
 
 
 def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca_kernels=None):
-    """Arguments of `build_network` for a backbone: what flags leave open follows the weights.
+    """Choose the arguments of `build_network` that describe the backbone.
 
-    A backbone's name fixes depth and attention. Raises `UserError` where a flag and the file contradict.
+    The values of flags take precedence; those that are None are taken from the weights, or else are the defaults. The
+    name of a backbone determines its depth and whether it has channel attention.
 
     Args:
         weights: `Weights`, or None.
-        backbone, stem, downsample (`strided` or `average`), eca_kernels: what flags say; None for nothing.
+        backbone: name of the backbone, or None.
+        stem: a key of `STEMS`, or None.
+        downsample: `strided`, `average`, or None.
+        eca_kernels: kernel sizes of the channel attention in stages 1 to 4, or None.
+
+    Returns:
+        dict of arguments of `build_network`.
+
+    Raises:
+        UserError: if a flag and the weights contradict each other.
     """
-    theirs, source = ({}, None) if weights is None else (weights.structure, weights.name)
+    structure, source = ({}, None) if weights is None else (weights.structure, weights.name)
     flags = {"stem": stem, "downsample": downsample, "eca-kernels": eca_kernels and list(eca_kernels)}
     try:
-        chosen = find_backbone(backbone or theirs.get("backbone", BACKBONE))
+        network = find_backbone(backbone or structure.get("backbone", BACKBONE))
     except ValueError as error:
         raise UserError(f"{source}: {error}" if source else f"--{error}") from None
-    return chosen.follow(theirs, flags, source)
+    return network.choose_arguments(structure, flags, source)

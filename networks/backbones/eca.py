@@ -10,15 +10,15 @@ from utils.ops.autocast import without_autocast
 
 
 class ScaleAndAdd(torch.autograd.Function):
-    """shortcut + x · ω (equation 9) with a backward pass that writes the gradient of x once.
+    """shortcut + x · ω (equation 9), with a backward pass that writes the gradient of x only once.
 
-    Autograd by itself adds that of the mean as a map of its own, which is not channels-last where x is: more bytes to
-    move, and maps of two layouts, which a GPU reads slowly.
+    Plain autograd computes the gradient through the mean as a separate map, which is not channels-last even if x is:
+    more memory traffic, and a sum of maps with two memory layouts, which is slow on a GPU.
     """
 
     @staticmethod
     def forward(ctx, x, shortcut, kernel):
-        """x, shortcut (B, C, H, W); kernel (1, 1, k) → (B, C, H, W)."""
+        """Map x and shortcut (B, C, H, W) and kernel (1, 1, k) to (B, C, H, W)."""
         with without_autocast(x):
             y = x.mean(dim=(2, 3), dtype=statistics_dtype(x))                   # (B, C)
             kernel = kernel.to(y.dtype)
@@ -29,33 +29,33 @@ class ScaleAndAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        """gradient (B, C, H, W) → those of x, shortcut and kernel."""
+        """Map the gradient of the output (B, C, H, W) to the gradients of x, shortcut and kernel."""
         x, y, omega, kernel = ctx.saved_tensors
         padding = kernel.shape[2] // 2
         with without_autocast(x):
-            by_omega = (gradient * x).sum(dim=(2, 3), dtype=omega.dtype)                            # (B, C)
-            by_logit = (by_omega * omega * (1 - omega))[:, None]                                    # (B, 1, C)
-            by_y = F.conv1d(by_logit, kernel.flip(2), padding=padding)[:, 0]                        # (B, C)
-            by_kernel = torch.nn.grad.conv1d_weight(y[:, None], kernel.shape, by_logit, padding=padding)
-            by_mean = along_channels(by_y / x.shape[2:].numel(), x)
-            return torch.addcmul(by_mean, gradient, along_channels(omega, x)), gradient, by_kernel
+            grad_omega = (gradient * x).sum(dim=(2, 3), dtype=omega.dtype)                          # (B, C)
+            grad_logit = (grad_omega * omega * (1 - omega))[:, None]                                # (B, 1, C)
+            grad_y = F.conv1d(grad_logit, kernel.flip(2), padding=padding)[:, 0]                    # (B, C)
+            grad_kernel = torch.nn.grad.conv1d_weight(y[:, None], kernel.shape, grad_logit, padding=padding)
+            grad_mean = along_channels(grad_y / x.shape[2:].numel(), x)
+            return torch.addcmul(grad_mean, gradient, along_channels(omega, x)), gradient, grad_kernel
 
 
 def attention(y, kernel, padding):
-    """y (B, C), kernel (1, 1, k), padding (k - 1) / 2 → ω (B, C), equation 9."""
+    """Compute ω (B, C) from y (B, C), kernel (1, 1, k) and padding (k - 1) / 2 (equation 9)."""
     return torch.sigmoid(F.conv1d(y[:, None], kernel, padding=padding)[:, 0])
 
 
 def along_channels(vectors, x):
-    """(B, C) → (B, C, 1, 1) in the dtype of x."""
+    """Reshape (B, C) to (B, C, 1, 1), in the dtype of x."""
     return vectors[:, :, None, None].to(x.dtype)
 
 
 class ECA(nn.Module):
-    """Scale each channel by ω = σ(Conv1D_k(y)), y the spatial mean of every channel (equation 9).
+    """Scaling of each channel by ω = σ(Conv1D_k(y)), where y are the spatial means of the channels (equation 9).
 
     Args:
-        kernel_size: k, the odd number of neighboring channels that decide one weight.
+        kernel_size: k, the odd number of neighboring channels that determine each weight.
     """
 
     def __init__(self, kernel_size):
@@ -65,14 +65,14 @@ class ECA(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x, shortcut=None):
-        """x (B, C, H, W), and what is added to it if anything, the same → (B, C, H, W)."""
+        """Map x (B, C, H, W) to x · ω, plus the shortcut (B, C, H, W) if given."""
         if shortcut is None:
             return x * self.weights(x)
-        # Without gradients, and for compilers, which write backward passes of their own, the formula as it is.
+        # `ScaleAndAdd` is not needed without gradients, nor under torch.compile, which generates the backward pass.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.addcmul(shortcut, x, self.weights(x))
         return ScaleAndAdd.apply(x, shortcut, self.conv.weight)
 
     def weights(self, x):
-        """x (B, C, H, W) → ω (B, C, 1, 1)."""
+        """Compute ω (B, C, 1, 1) from x (B, C, H, W)."""
         return along_channels(attention(x.mean(dim=(2, 3)), self.conv.weight, self.conv.padding[0]), x)

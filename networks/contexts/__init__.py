@@ -1,1 +1,1 @@
-"""Context modules, which networks put between backbone and head; one a file."""
+"""Context modules between backbone and head, one per file."""

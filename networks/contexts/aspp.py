@@ -7,12 +7,12 @@ from ..layers import convolution
 
 
 class ASPP(nn.Module):
-    """A 1×1 and three dilated 3×3 convolutions side by side, joined by a 1×1. No image pooling.
+    """A 1×1 and three dilated 3×3 convolutions in parallel, joined by a 1×1 convolution. No image pooling.
 
     Args:
-        in_channels, out_channels: channels of input and output; each branch has out_channels too.
-        norm: `norm(channels)` makes a norm with the network's activation.
-        rates: dilations of the 3×3 branches, in pixels of the feature map (output stride 8).
+        in_channels, out_channels: channels of input and output; each branch also has out_channels.
+        norm: `norm(channels)` builds a norm with the network's activation.
+        rates: dilations of the 3×3 branches, in pixels of the feature map (at output stride 8).
     """
 
     def __init__(self, in_channels, out_channels, norm, rates=(12, 24, 36)):
@@ -23,5 +23,5 @@ class ASPP(nn.Module):
         self.project = convolution(out_channels * len(self.branches), out_channels, norm, size=1)
 
     def forward(self, x):
-        """x (B, in_channels, H, W) → (B, out_channels, H, W)."""
+        """Map x (B, in_channels, H, W) to (B, out_channels, H, W)."""
         return self.project(torch.cat([branch(x) for branch in self.branches], dim=1))

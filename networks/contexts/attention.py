@@ -1,4 +1,4 @@
-"""Attention over the positions of a map, without a map of all pairs."""
+"""Self-attention over the positions of a feature map, without storing the matrix of all pairs."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,11 @@ from torch import nn
 
 
 class SelfAttention(nn.Module):
-    """What makes queries, keys and values of a map, and the weight of what is attended.
+    """Base class with the projections to queries, keys and values, and the weight gamma of the attention output.
 
     Args:
-        channels: of the input, the values and the output.
-        key_channels: of queries and keys.
+        channels: number of channels of the input, the values and the output.
+        key_channels: number of channels of queries and keys.
     """
 
     def __init__(self, channels, key_channels):
@@ -18,19 +18,21 @@ class SelfAttention(nn.Module):
         self.query = nn.Conv2d(channels, key_channels, 1)
         self.key = nn.Conv2d(channels, key_channels, 1)
         self.value = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))      # at the start the input goes through as it is
+        self.gamma = nn.Parameter(torch.zeros(()))      # zero: the module starts as the identity
 
 
 def attend(queries, keys, values, scale=None):
-    """softmax over m of scale · queriesᵀ keys, times the values.
+    """Attend to the values with weights softmax(scale · queriesᵀ keys) over m.
 
-    By `F.scaled_dot_product_attention`, whose fused kernels keep no n×m map. Those want values as long as keys, so
-    longer values go through in pieces of that length, each as a head of its own with the same queries and keys: the
-    same sums, and the weights are computed once for each piece.
+    Uses `F.scaled_dot_product_attention`, whose fused kernels store no n×m matrix. They need values with as many
+    channels as keys. Longer values are therefore split into pieces of K channels, each processed as a head with the
+    same queries and keys: the result is the same, and the weights are computed once per piece.
 
     Args:
-        queries: (B, K, n). keys: (B, K, m). values: (B, C, m).
-        scale: of the products; None for 1 / √K.
+        queries: (B, K, n).
+        keys: (B, K, m).
+        values: (B, C, m).
+        scale: factor of the products; None for 1 / √K.
 
     Returns:
         (B, C, n).

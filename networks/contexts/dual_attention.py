@@ -1,4 +1,4 @@
-"""Dual attention. Fu et al., DANet, CVPR 2019, section 3: over positions, and over channels."""
+"""Dual attention, over positions and over channels. Fu et al., DANet, CVPR 2019, section 3."""
 
 import torch
 from torch import nn
@@ -10,19 +10,22 @@ from .attention import SelfAttention, attend
 
 
 class PositionAttention(SelfAttention):
-    """Every pixel attends to all pixels (section 3.2, equations 1 and 2); products are not scaled. gamma is α there."""
+    """Attention of every pixel to all pixels (section 3.2, equations 1 and 2).
+
+    Products are not scaled. The paper calls gamma α.
+    """
 
     def forward(self, x):
-        """x (B, C, H, W) → gamma · attention + x."""
+        """Map x (B, C, H, W) to gamma · attention + x."""
         attended = attend(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2), scale=1.0)
         return self.gamma * attended.unflatten(2, x.shape[2:]).to(x.dtype) + x
 
 
 class ChannelAttention(nn.Module):
-    """Every channel attends to all channels (section 3.3, equations 3 and 4).
+    """Attention of every channel to all channels (section 3.3, equations 3 and 4).
 
-    As released: the weights are the softmax of (largest product - product), so that a channel attends most to those
-    that are least like it. Computes in float32 at least: the products are sums over all pixels.
+    As in the authors' code, the weights are the softmax of (largest product - product), so that a channel attends most
+    to the channels least similar to it. Computes in at least float32, since the products are sums over all pixels.
     """
 
     def __init__(self):
@@ -30,7 +33,7 @@ class ChannelAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))      # β in the paper
 
     def forward(self, x):
-        """x (B, C, H, W) → gamma · attention + x."""
+        """Map x (B, C, H, W) to gamma · attention + x."""
         with without_autocast(x):
             rows = at_least_float32(x).flatten(2)                                       # (B, C, HW)
             products = rows @ rows.transpose(1, 2)                                      # (B, C, C)
@@ -40,11 +43,11 @@ class ChannelAttention(nn.Module):
 
 
 class DualAttention(nn.Module):
-    """Both attentions side by side, between convolutions (figure 2).
+    """Position and channel attention in parallel, between convolutions (figure 2).
 
     Args:
-        in_channels, channels: of input and output.
-        norm: `norm(channels)` makes a norm with the network's activation.
+        in_channels, channels: number of channels of input and output.
+        norm: `norm(channels)` builds a norm with the network's activation.
     """
 
     def __init__(self, in_channels, channels, norm):
@@ -54,16 +57,13 @@ class DualAttention(nn.Module):
             for attention in (PositionAttention(channels, channels // 8), ChannelAttention()))
 
     def forward(self, x):
-        """x (B, in_channels, H, W) → (sum, position, channel), the sum of both and each, (B, channels, H, W)."""
+        """Map x (B, in_channels, H, W) to (sum, position, channel), each (B, channels, H, W)."""
         position, channel = self.position(x), self.channel(x)
         return position + channel, position, channel
 
 
 class DualHead(nn.Module):
-    """A classifier of the sum of both attentions and, for training, one of each.
-
-    (sum, position, channel), each (B, C, h, w) → {"fine"} and in training {"position", "channel"}, logits (B, N, h, w).
-    """
+    """A classifier for the sum of both attentions and, in training, one for each of the two."""
 
     def __init__(self, in_channels, num_classes, dropout=DROPOUT):
         super().__init__()
@@ -71,6 +71,14 @@ class DualHead(nn.Module):
         self.fine, self.position, self.channel = (classifier(in_channels, num_classes) for _ in range(3))
 
     def forward(self, features):
+        """Classify the features that `DualAttention` returns.
+
+        Args:
+            features: (sum, position, channel), each (B, C, h, w).
+
+        Returns:
+            {"fine"} and, in training, {"fine", "position", "channel"}: logits (B, N, h, w).
+        """
         both, position, channel = features
         outputs = {"fine": self.fine(self.dropout(both))}
         if self.training:

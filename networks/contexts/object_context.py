@@ -11,13 +11,14 @@ from .attention import attend
 
 
 class ObjectContext(nn.Module):
-    """Self-attention in which keys are the queries, scaled by key_channels^-½ (section 3.1).
+    """Self-attention that uses the keys as queries, scaled by key_channels^-½ (section 3.1).
 
     Args:
-        channels: of input and output.
-        key_channels, value_channels: of keys and values.
-        norm: `norm(channels)` makes a norm with the network's activation.
-        pooling: attend on a map made smaller by maxima over so many pixels to a side; a last part may have fewer.
+        channels: number of channels of input and output.
+        key_channels, value_channels: number of channels of keys and values.
+        norm: `norm(channels)` builds a norm with the network's activation.
+        pooling: side in pixels of the max pooling before the attention; windows at the right and bottom border may be
+            smaller. 1 for no pooling.
     """
 
     def __init__(self, channels, key_channels, value_channels, norm, pooling=1):
@@ -30,11 +31,11 @@ class ObjectContext(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        """x (B, channels, H, W) → the context of each pixel, of the same shape; zeros at the start."""
+        """Map x (B, channels, H, W) to the context of each pixel, of the same shape; zeros before training."""
         size = x.shape[2:]
         if self.pooling > 1:
-            more = self.pooling - 1     # so that the last part may have fewer pixels
-            x = F.max_pool2d(F.pad(x, (0, more, 0, more), mode="replicate"), self.pooling)
+            margin = self.pooling - 1   # keeps the incomplete windows at the right and bottom border
+            x = F.max_pool2d(F.pad(x, (0, margin, 0, margin), mode="replicate"), self.pooling)
         keys, values = self.key(x).flatten(2), self.value(x).flatten(2)
         context = attend(keys, keys, values)
         context = self.out(context.unflatten(2, x.shape[2:]))
@@ -42,11 +43,11 @@ class ObjectContext(nn.Module):
 
 
 class BaseObjectContext(nn.Module):
-    """OCNet's base context: features beside their object context, joined by a 1×1 convolution (figure 3 b).
+    """OCNet's base context: features and their object context, joined by a 1×1 convolution (figure 3 b).
 
     Args:
-        in_channels, channels: of input and output.
-        norm: `norm(channels)` makes a norm with the network's activation.
+        in_channels, channels: number of channels of input and output.
+        norm: `norm(channels)` builds a norm with the network's activation.
     """
 
     def __init__(self, in_channels, channels, norm):
@@ -56,15 +57,18 @@ class BaseObjectContext(nn.Module):
         self.join = convolution(2 * channels, channels, norm, size=1)
 
     def forward(self, x):
-        """x (B, in_channels, H, W) → (B, channels, H, W)."""
+        """Map x (B, in_channels, H, W) to (B, channels, H, W)."""
         features = self.before(x)
         return self.join(torch.cat([self.context(features), features], dim=1))
 
 
 class PyramidObjectContext(nn.Module):
-    """OCNet's ASP: object context as a branch of an atrous spatial pyramid (figure 3 d). Arguments as above.
+    """OCNet's ASP context: object context as one branch of an atrous spatial pyramid (figure 3 d).
 
-    Each of the five branches has channels / 2.
+    Args:
+        in_channels, channels: number of channels of input and output; each of the five branches has channels / 2.
+        norm: `norm(channels)` builds a norm with the network's activation.
+        rates: dilations of the three 3×3 branches, in pixels of the feature map (at output stride 8).
     """
 
     def __init__(self, in_channels, channels, norm, rates=(12, 24, 36)):
@@ -79,6 +83,6 @@ class PyramidObjectContext(nn.Module):
         self.join = convolution(len(self.branches) * width, channels, norm, size=1)
 
     def forward(self, x):
-        """x (B, in_channels, H, W) → (B, channels, H, W)."""
+        """Map x (B, in_channels, H, W) to (B, channels, H, W)."""
         x = self.before(x)
         return self.join(torch.cat([branch(x) for branch in self.branches], dim=1))

@@ -10,12 +10,12 @@ from ..layers import convolution
 
 
 class PyramidPooling(nn.Module):
-    """Means over 1, 2×2, 3×3 and 6×6 parts of the map beside the map itself, joined by a 3×3 convolution.
+    """The feature map and its means over 1×1, 2×2, 3×3 and 6×6 bins, joined by a 3×3 convolution.
 
     Args:
-        in_channels, channels: of input and output; each level has channels too.
-        norm: `norm(channels)` makes a norm with the network's activation.
-        bins: rectangles of each level to a side.
+        in_channels, channels: number of channels of input and output; each level also has channels.
+        norm: `norm(channels)` builds a norm with the network's activation.
+        bins: number of bins per side, for each level.
     """
 
     def __init__(self, in_channels, channels, norm, bins=(1, 2, 3, 6)):
@@ -25,16 +25,16 @@ class PyramidPooling(nn.Module):
         self.join = convolution(in_channels + len(bins) * channels, channels, norm)
 
     def forward(self, x):
-        """x (B, in_channels, H, W) → (B, channels, H, W)."""
-        pooled = [upsample(level(means(x, bins)), x.shape[2:]).to(x.dtype)
+        """Map x (B, in_channels, H, W) to (B, channels, H, W)."""
+        pooled = [upsample(level(bin_means(x, bins)), x.shape[2:]).to(x.dtype)
                   for bins, level in zip(self.bins, self.levels, strict=True)]
         return self.join(torch.cat([x, *pooled], dim=1))
 
 
-def means(x, bins):
-    """Means of bins×bins rectangles of a map, as `F.adaptive_avg_pool2d`: (B, C, H, W) → (B, C, bins, bins).
+def bin_means(x, bins):
+    """Average a map (B, C, H, W) over bins×bins rectangles, as `F.adaptive_avg_pool2d` does: (B, C, bins, bins).
 
-    A product with a matrix from each side, which ONNX can say for any size, as it cannot say the function.
+    Computed as a product with one matrix per axis, which ONNX can express for any image size, unlike that function.
     """
     with without_autocast(x):
         rows, columns = (_bin_weights(length, bins, at_least_float32(x)) for length in x.shape[2:])
@@ -42,7 +42,7 @@ def means(x, bins):
 
 
 def _bin_weights(length, bins, like):
-    """(bins, length): bin i covers the places from floor(i · length / bins) to ceil((i + 1) · length / bins)."""
-    index, place = torch.arange(bins, device=like.device)[:, None], torch.arange(length, device=like.device)
-    inside = (place >= index * length // bins) & (place * bins < (index + 1) * length)
+    """Weights (bins, length): bin i averages positions floor(i · length / bins) to ceil((i + 1) · length / bins)."""
+    index, position = torch.arange(bins, device=like.device)[:, None], torch.arange(length, device=like.device)
+    inside = (position >= index * length // bins) & (position * bins < (index + 1) * length)
     return inside.to(like.dtype) / inside.sum(1, keepdim=True)

@@ -1,1 +1,1 @@
-"""Weights and snapshots: what files hold, and how it gets into a network."""
+"""Files of weights and snapshots: reading, checking, recognizing, loading and exporting them."""

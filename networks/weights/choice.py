@@ -1,4 +1,4 @@
-"""The network of a run: what flags say of it and, where they leave it open, the file of weights."""
+"""Choice of a run's network from the flags and, for what they leave open, from the file of weights."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ from ..build import find_model
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkChoice:
-    """What the flags of these names say; None where the file of weights decides, or else the usual.
+    """Values of the flags that describe the network.
 
-    `recompute` and `freeze` are of training alone; all others as for `build_network` and `choose_backbone`.
+    None means: the value of the file of weights, or else the default. `recompute` and `freeze` concern only the
+    training; the others are arguments of `build_network` and `choose_backbone`.
     """
 
     model: str = "acfnet"
@@ -32,21 +33,24 @@ class NetworkChoice:
     freeze: tuple = ()
 
     def find_model(self):
-        """The `Model`. Raises `UserError`."""
+        """Return the `Model`; raise `UserError` if the flags do not fit together."""
         try:
             return find_model(self.model, self.acf)
         except ValueError as error:
             raise UserError(f"--{error}") from None
 
     def check(self, *, batch_size, accumulate=1, loss_weights=None, pretrained=False, restore_from=None):
-        """Raise `UserError` for what cannot work, before anything is read; arguments: the flags of these names."""
+        """Raise `UserError` for flags that cannot work together, before any file is read.
+
+        Args:
+            batch_size, accumulate, loss_weights, pretrained, restore_from: values of the flags of these names.
+        """
         model, backbone = self.find_model(), find_backbone(self.backbone or BACKBONE)
         if self.activation == "relu" and self.norm != "bn":
             raise UserError(f"--activation relu: expected --norm bn with it, found --norm {self.norm}")
-        if batch_size // accumulate < model.least_crops:
+        if batch_size // accumulate < model.min_crops:
             raise UserError(f"--batch-size {batch_size}: expected at least two crops in each part with --model "
-                            f"{self.model}, found one, of which its norms after pooling would see one value per "
-                            "channel")
+                            f"{self.model}, found one, so that its norms after pooling would see one value per channel")
         if self.ablations and model.head != "acf":
             raise UserError(f"--ablations {' '.join(self.ablations)}: expected a --model with ACF, found {self.model}")
         if loss_weights and loss_weights.keys() != model.loss_weights.keys():
@@ -56,34 +60,34 @@ class NetworkChoice:
             raise UserError("--pretrained: expected --backbone timm:NAME and no --restore-from with it, found "
                             f"{'--restore-from' if restore_from else backbone.name}")
         backbone.check_training(recompute=self.recompute, freeze=self.freeze)
-        if self.backbone:       # else the file says which
+        if self.backbone:       # otherwise the file of weights determines the backbone
             self._choose_backbone(None)
 
-    def resolve(self, followed=None):
-        """Decide what is left open, and print it.
+    def resolve(self, weights=None):
+        """Choose the values that the flags leave open, and log the network.
 
         Args:
-            followed: `Weights` whose structure the network takes over, or None.
+            weights: `Weights` that determine them, or None.
 
         Returns:
-            Arguments of `build_network`, but for the number of classes, and the `Normalization` of its input.
+            (arguments of `build_network` without the number of classes, `Normalization` of the input).
 
         Raises:
-            UserError: where weights and flags contradict each other.
+            UserError: if weights and flags contradict each other.
         """
         arguments = {"model": self.model, "norm": self.norm, "activation": self.activation,
                      "ablations": self.ablations, **({"acf": True} if self.acf else {}),
-                     **self._choose_backbone(followed)}
+                     **self._choose_backbone(weights)}
         backbone = find_backbone(arguments["backbone"])
         backbone.check_training(recompute=self.recompute, freeze=self.freeze)
         if self.normalization:
             normalization = NORMALIZATIONS[self.normalization]
         else:
-            normalization = backbone.normalization() if followed is None else followed.normalization
+            normalization = backbone.normalization() if weights is None else weights.normalization
         logger.info(f"network: {self.model}{' with ACF' if self.acf else ''}, {backbone.name}, "
                     f"{backbone.describe(arguments)}; input {normalization.order}, mean "
                     f"{', '.join(map(str, normalization.mean))}")
         return arguments, normalization
 
-    def _choose_backbone(self, followed):
-        return choose_backbone(followed, self.backbone, self.stem, self.downsample, self.eca_kernels)
+    def _choose_backbone(self, weights):
+        return choose_backbone(weights, self.backbone, self.stem, self.downsample, self.eca_kernels)

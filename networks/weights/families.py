@@ -1,4 +1,17 @@
-"""TODO."""
+"""Recognition of weights: which family a file belongs to, and its tensors by the names of this package.
+
+Families are recognized from the tensors themselves:
+
+    ours         snapshots of train.py, or the state dict of a network or backbone
+    ECANet       eca_resnet{18,34,50,101,152}_k????.pth.tar: 7×7 stem, `layerN.M.eca.conv.weight`
+    timm         .pth or .safetensors of resnet{18,34,50,101}[d], ecaresnet{50,101}d: `se.conv.weight`, deep stem
+                 32-32-64, average-pool downsampling
+    torchvision  resnet{18,34,50,101,152}, as files or by torchvision's name for them
+    CSAIL        resnet{18,50,101}-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
+
+The input normalization that the weights expect is recognized in the same way. With a backbone `timm:NAME`, timm reads
+the files (`networks.weights.start`).
+"""
 
 from dataclasses import dataclass
 
@@ -9,9 +22,9 @@ from utils.common.messages import logger
 from utils.ops.normalization import CAFFE, Normalization
 
 from ..backbones.names import find_backbone, read_structure
-from . import snapshot
+from .snapshot import Field, parse
 
-PROBE = "layer1.0.conv1.weight"     # a tensor that every residual network here has
+PROBE = "layer1.0.conv1.weight"     # every residual network of these families has a tensor of this name
 CSAIL_STEM = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.2", "bn2": "conv1.3", "conv3": "conv1.4",
               "bn3": "bn1"}
 TIMM_STEM = {"conv1.0": "conv1.0", "conv1.1": "conv1.1", "conv1.3": "conv1.2", "conv1.4": "conv1.3",
@@ -20,16 +33,16 @@ TIMM_STEM = {"conv1.0": "conv1.0", "conv1.1": "conv1.1", "conv1.3": "conv1.2", "
 
 @dataclass
 class Weights:
-    """What a file holds.
+    """Weights read from a file.
 
     Attributes:
-        name: of the file.
-        family: see the head of this file.
-        state: our names (`backbone.` before those of a backbone) → tensors.
-        norm: `bn` or `inplace_abn`: what a norm's weight means.
-        structure: what the file says of the network: its backbone, and that one's stem, average_downsample and
-            eca_kernels or, where it is one of timm, backbone_arguments.
-        normalization: of the input that the weights expect.
+        name: name of the file.
+        family: name of the family, as listed at the top of this module.
+        state: tensors by the names of this package, in which those of the backbone start with `backbone.`.
+        norm: kind of norm for which the weights of norms are meant, `bn` or `inplace_abn`.
+        structure: arguments of `build_network` that follow from the file: backbone; and stem, average_downsample and
+            eca_kernels, or backbone_arguments for a backbone of timm.
+        normalization: `Normalization` of the input that the weights expect.
     """
 
     name: str
@@ -40,44 +53,51 @@ class Weights:
     normalization: Normalization
 
 
-def weights_of(found):
-    """`Snapshot` → `Weights`: the moving average of its weights where it has one, as evaluation takes it."""
-    model = found.weights()
+def weights_of_snapshot(snapshot):
+    """Return the `Weights` of a `Snapshot`: their moving average if it has one, as in evaluation."""
+    model = snapshot.weights()
     backbone = {key.removeprefix("backbone."): value for key, value in model.items() if key.startswith("backbone.")}
-    family = "ours" if found.average is None else "ours, the moving average of its weights"
-    network = found.config.network
-    built = find_backbone(network["backbone"]).structure(network, backbone)
-    return Weights(found.path, family, model, network["norm"], built, found.config.normalization)
+    family = "ours" if snapshot.average is None else "ours, the moving average of its weights"
+    network = snapshot.config.network
+    structure = find_backbone(network["backbone"]).structure(network, backbone)
+    return Weights(snapshot.path, family, model, network["norm"], structure, snapshot.config.normalization)
 
 
-# Parameters in the order of the network; in snapshots until November 2026 those of the head stood beside it.
+# Modules in the order of the network's parameters. In snapshots until November 2026 the modules of the head were not
+# inside `head` but beside it.
 PARTS = ("backbone", "context", "head", "coarse", "acf", "fusion", "fine", "aux")
 
 
-def _in_head(key):
-    """A tensor's name in the network of an earlier version → its name now."""
+def _current_name(key):
+    """Convert the name of a tensor in a snapshot until November 2026 to the name of now."""
     return f"head.{key}" if key.split(".")[0] in ("coarse", "acf", "fusion", "fine") else key
 
 
-def with_head(content):
-    """The content of a snapshot of an earlier version, by the names and in the order of parameters of now."""
+def convert_old_layout(content):
+    """Convert the content of a snapshot until November 2026 to the current names and order of parameters.
+
+    Content of any other kind is returned unchanged.
+    """
     if not (isinstance(content, dict) and isinstance(content.get("model"), dict) and "fine.weight" in content["model"]
             and all(isinstance(key, str) and key.split(".")[0] in PARTS for key in content["model"])):
         return content
-    content = content | {"model": {_in_head(key): value for key, value in content["model"].items()}}
+    content = content | {"model": {_current_name(key): value for key, value in content["model"].items()}}
     state = content["optimizer"].get("state") if isinstance(content.get("optimizer"), dict) else None
-    if isinstance(state, dict):     # by the number of the parameter
-        before = [key for key in content["model"]
-                  if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-        now = sorted(before, key=lambda key: PARTS.index(key.removeprefix("head.").split(".")[0]))
-        moved = {number: now.index(key) for number, key in enumerate(before)}
+    if isinstance(state, dict):     # its keys are the numbers of the parameters
+        old_order = [key for key in content["model"]
+                     if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+        new_order = sorted(old_order, key=lambda key: PARTS.index(key.removeprefix("head.").split(".")[0]))
+        new_number = {number: new_order.index(key) for number, key in enumerate(old_order)}
         content["optimizer"] = content["optimizer"] | {
-            "state": {moved.get(number, number): value for number, value in state.items()}}
+            "state": {new_number.get(number, number): value for number, value in state.items()}}
     return content
 
 
 def is_snapshot(content):
-    """Whether train.py wrote it, as far as what it has kept tells: other projects too save a model and a step."""
+    """Whether the content of a file looks like a snapshot of train.py.
+
+    Other projects also save a model and a step, so the keys "rng" or "config" are needed too.
+    """
     if not isinstance(content, dict) or not {"model", "step"} <= content.keys():
         return False
     config = content.get("config")
@@ -85,35 +105,47 @@ def is_snapshot(content):
 
 
 def recognize(content, name):
-    """What `torch.load` gave → `Weights`. Raises `UserError` where there is no residual network in it."""
+    """Recognize the weights of a residual network in the content of a file.
+
+    Args:
+        content: what `utils.common.files.load` returned.
+        name: name of the file.
+
+    Returns:
+        `Weights`.
+
+    Raises:
+        UserError: if there is no residual network in it.
+    """
     if is_snapshot(content):
-        return weights_of(snapshot.parse(name, with_head(content)))
-    state = state_dict_of(content, name)
+        return weights_of_snapshot(parse(name, convert_old_layout(content)))
+    state = find_state_dict(content, name)
     prefix = next((key.removesuffix(PROBE) for key in state if key.endswith(PROBE)), None)
     if prefix is None:
         raise UserError(f"{name}: expected weights of a residual network, found {len(state)} tensors without "
                         f"{PROBE}, such as {', '.join(list(state)[:3])}")
-    whole = prefix.endswith("backbone.")
+    is_our_network = prefix.endswith("backbone.")
     outer = prefix.removesuffix("backbone.")
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    family, renamed = _rename(inside, whole)
+    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    family, renamed = _rename(backbone, is_our_network)
     ours = {f"backbone.{key}": value for key, value in renamed.items()}
-    if whole:
+    if is_our_network:
         ours |= {key.removeprefix(outer): value for key, value in state.items()
                  if key.startswith(outer) and not key.startswith(prefix)}
-        ours = {_in_head(key): value for key, value in ours.items()}
-    found = read_structure(renamed)
-    kernels = found["eca_kernels"] or ()
+        ours = {_current_name(key): value for key, value in ours.items()}
+    structure = read_structure(renamed)
+    kernels = structure["eca_kernels"] or ()
     if not all(kernel % 2 for kernel in kernels):
         raise UserError(f"{name}: expected kernels of odd sizes for the channel attention, found {kernels}")
-    return Weights(name, family, ours, "bn", found, CAFFE if _expects_bytes(renamed) else Normalization())
+    return Weights(name, family, ours, "bn", structure, CAFFE if _expects_bytes(renamed) else Normalization())
 
 
 def _expects_bytes(state):
-    """Whether a backbone was trained on pixels up to 255, not on pixels divided by their deviation of about 58.
+    """Whether a backbone was trained on pixels up to 255 that were not divided by their standard deviation, about 58.
 
-    The first norm has seen the variance of the first convolution's output: per squared weight it is about that of a
-    pixel, 1.3 for a real network of the latter kind and 58² times as much for one of the former.
+    The running variance of the first norm is the variance of the first convolution's output. Divided by the sum of the
+    squared weights it is about the variance of an input pixel: 1.3 in a real network with divided pixels, and 58² times
+    as much without the division.
     """
     convolution, norm = ("conv1.0", "conv1.1") if "conv1.0.weight" in state else ("conv1", "bn1")
     filters, variance = state.get(f"{convolution}.weight"), state.get(f"{norm}.running_var")
@@ -123,25 +155,41 @@ def _expects_bytes(state):
     return float((variance.float() / squares.clamp(min=1e-12)).median()) > 100
 
 
-def state_dict_of(content, name):
-    """{name: tensor} of a file's content: its own tensors, or those of the dictionary in it that holds weights. Says
-    which one, where there are several. Raises `UserError` where there is none."""
+def find_state_dict(content, name):
+    """Find the state dict in the content of a file: the content itself, or a dict inside it.
+
+    The choice is logged if there are several.
+
+    Args:
+        content: what `utils.common.files.load` returned.
+        name: name of the file.
+
+    Returns:
+        dict of tensors by name.
+
+    Raises:
+        UserError: if there is none.
+    """
     states = dict(_nested_states(content))
     with_network = [place for place, state in states.items() if any(str(key).endswith(PROBE) for key in state)]
-    largest = max(map(len, states.values()), default=0)     # others hold scores or means
+    largest = max(map(len, states.values()), default=0)     # much smaller ones hold scores or mean values
     places = sorted(with_network or [place for place, state in states.items() if len(state) > largest / 2],
                     key=_preference)
     if not places:
         raise UserError(f"{name}: expected named tensors (a state dict), found none")
     if len(places) > 1:
-        logger.info(f"{name}: the weights named {places[0] or 'at the top'} are taken, not {', '.join(places[1:])}")
-    field = snapshot.Field(name, "", states[places[0]])
+        chosen, *others = (place or "the top level" for place in places)
+        logger.info(f"{name}: using the weights in {chosen}, not those in {', '.join(others)}")
+    field = Field(name, "", states[places[0]])
     return {str(key): field[key].tensor() for key, value in field.value.items() if isinstance(value, torch.Tensor)}
 
 
 def _nested_states(content, place="", depth=3):
-    """(place, dictionary) of the dictionaries in a file's content that hold tensors by text, such as "ema.model"; ""
-    is the content itself. States of optimizers hold theirs by number."""
+    """Yield (place, dict) of all dicts in the content of a file that have tensors under keys of text.
+
+    A place is a path of keys such as "ema.model"; "" is the content itself. The states of optimizers are left out,
+    since their keys are numbers.
+    """
     if not isinstance(content, dict) or depth < 0:
         return
     if any(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
@@ -152,14 +200,23 @@ def _nested_states(content, place="", depth=3):
 
 
 def _preference(place):
-    """Sorts the places of weights: those that a file calls its model come first."""
+    """Sort key for the places of weights: first those named "model", then "state_dict", then "teacher"."""
     names = place.split(".")
     return next((rank for rank, known in enumerate(("model", "state_dict", "teacher")) if known in names), 3)
 
 
-def _rename(state, ours):
-    """A residual network's tensors by the names of its family → (family, by our names)."""
-    if ours or ("conv1.4.weight" in state and "conv1.6.weight" not in state):       # this stem: our backbone alone
+def _rename(state, is_ours):
+    """Rename the tensors of a residual network from the names of its family to those of this package.
+
+    Args:
+        state: tensors of the backbone, by name.
+        is_ours: whether they are known to have the names of this package.
+
+    Returns:
+        (family, tensors by the names of this package).
+    """
+    # Only backbones of this package have a stem with these names.
+    if is_ours or ("conv1.4.weight" in state and "conv1.6.weight" not in state):
         return "ours", state
     stem = {}
     family = "torchvision"

@@ -1,16 +1,4 @@
-"""Weights from files into a network, with an account of every tensor.
-
-Families are recognized from the files themselves:
-
-    ours         snapshots of train.py, or a network's or backbone's state dict
-    ECANet       eca_resnet{18,34,50,101,152}_k????.pth.tar: 7×7 stem, `layerN.M.eca.conv.weight`
-    timm         .pth or .safetensors of resnet{18,34,50,101}[d], ecaresnet{50,101}d: `se.conv.weight`, deep stem
-                 32-32-64, average-pool downsampling
-    torchvision  resnet{18,34,50,101,152}, as files or by torchvision's name for them
-    CSAIL        resnet{18,50,101}-imagenet.pth, also known from PSPNet: deep stem 64-64-128 as conv1 to conv3
-
-and so is the input normalization they expect. With a backbone `timm:NAME` timm itself reads its files.
-"""
+"""Loading of weights into a network, with a report on every tensor."""
 
 import re
 from dataclasses import dataclass, field
@@ -25,9 +13,16 @@ from .families import Weights, recognize
 
 @dataclass
 class Account:
-    """What became of every tensor: names, with reasons where something was not loaded.
+    """Report of `load_weights`: where every tensor went.
 
-    `share`: of the backbone's values, loaded.
+    Attributes:
+        name: name of the file.
+        family: family of the weights, see `networks.weights.families`.
+        loaded: names of the network's tensors that were loaded from the file.
+        initialized: reasons by the names of the network's tensors that were not loaded.
+        ignored: reasons by the names of the file's tensors that were not used.
+        notes: sentences about conversions.
+        share: fraction of the backbone's values that were loaded.
     """
 
     name: str
@@ -39,35 +34,42 @@ class Account:
     share: float = 0.0
 
     def as_json(self):
+        """Return the report as plain values."""
         return {"file": self.name, "family": self.family, "backbone_loaded": self.share, "loaded": self.loaded,
                 "initialized": self.initialized, "ignored": self.ignored, "notes": self.notes}
 
     def __str__(self):
         lines = [f"{self.name}, {self.family}: loaded {len(self.loaded)} tensors ({self.share:.1%} of the backbone's "
                  "values)"]
-        for title, found in (("initialized", self.initialized), ("ignored", self.ignored)):
-            reasons = {}
-            for key, reason in found.items():
-                reasons.setdefault(reason, []).append(key)
-            for reason, keys in reasons.items():
-                some = f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-                lines.append(f"  {title:<12}{len(keys):>4}  {reason}: {some}")
+        for title, reasons in (("initialized", self.initialized), ("ignored", self.ignored)):
+            keys_by_reason = {}
+            for key, reason in reasons.items():
+                keys_by_reason.setdefault(reason, []).append(key)
+            for reason, keys in keys_by_reason.items():
+                examples = f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                lines.append(f"  {title:<12}{len(keys):>4}  {reason}: {examples}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
 def load_weights(network, weights, name="", allow_partial=False):
-    """Copy what fits into a network.
+    """Copy the weights that fit into a network.
 
-    Norms of the other kind are converted (`libs.convert`). Channel attention that the file does not have starts at
-    zero, where it scales by 1/2, with the norm before it doubled: features are those of the network without it.
+    If the weights are meant for norms of another kind, they are converted (`libs.convert`). If the file has no channel
+    attention, the kernels of the attention are set to zero, so that it scales by 1/2, and the norm before it is
+    doubled: the features are those of the network without attention.
 
     Args:
-        network: of `build_network`.
-        weights: `Weights`, or what a file holds and its `name`.
-        allow_partial: also when less than half of the backbone's values come from the file.
+        network: a network of `build_network`; changed in place.
+        weights: `Weights`, or the content of a file.
+        name: name of the file, if `weights` is its content.
+        allow_partial: accept a file with less than half of the backbone's values.
 
     Returns:
-        `Account`. Raises `UserError` when a convolution of a stage has no counterpart, nothing fits, or too little.
+        `Account`.
+
+    Raises:
+        UserError: if a convolution of the file's stages has no counterpart in the network, if no tensor fits, or if
+            less than half of the backbone's values are loaded.
     """
     if not isinstance(weights, Weights):
         weights = recognize(weights, name)
@@ -77,7 +79,7 @@ def load_weights(network, weights, name="", allow_partial=False):
         if key in target and value.shape == target[key].shape:
             fitting[key] = value
         else:
-            account.ignored[key] = _why_ignored(key, value, target)
+            account.ignored[key] = _why_ignored(key, target)
     misfits = [key for key in account.ignored if re.search(r"backbone\.layer\d\.\d+\.conv\d\.weight$", key)]
     if misfits:
         raise UserError(f"{weights.name}: expected the backbone of this network, found convolutions of another one: "
@@ -88,10 +90,10 @@ def load_weights(network, weights, name="", allow_partial=False):
     values = sum(target[key].numel() for key in backbone)
     account.share = sum(target[key].numel() for key in backbone if key in fitting) / values
     if not fitting or (account.share < 0.5 and not allow_partial):
-        insist = "; --allow-partial insists" if fitting else ""
+        remedy = "; --allow-partial loads them anyway" if fitting else ""
         raise UserError(f"{weights.name}: expected weights of this network or its backbone, found {len(fitting)} "
                         f"fitting tensors of {len(weights.state)}: {account.share:.0%} of the backbone's values"
-                        f"{insist}")
+                        f"{remedy}")
     neutral = _neutral_attention(fitting, target, weights.state)
     fitting |= neutral
     account.loaded = [key for key in fitting if key not in neutral or ".eca." not in key]
@@ -107,7 +109,8 @@ def load_weights(network, weights, name="", allow_partial=False):
     return account
 
 
-def _why_ignored(key, value, target):
+def _why_ignored(key, target):
+    """Say why a tensor of the file is not loaded; target: state dict of the network."""
     if key in target:
         classifiers = r"(head\.(fine|coarse|position|channel)|aux)\."
         return "another number of classes" if re.match(classifiers, key) else "another shape"
@@ -119,29 +122,42 @@ def _why_ignored(key, value, target):
 
 
 def _neutral_attention(fitting, target, state):
-    """Attention at zero and doubled norms before it, for a backbone with attention from a file without."""
+    """Zero kernels of the attention, and doubled norms before it, if only the network has channel attention.
+
+    Args:
+        fitting: tensors to load.
+        target: state dict of the network.
+        state: all tensors of the file.
+
+    Returns:
+        dict of tensors that replace or complete `fitting`.
+    """
     missing = [key for key in target if key.startswith("backbone.") and key.endswith(".eca.conv.weight")]
     if not missing or any(key.endswith(".eca.conv.weight") for key in state):
         return {}
     neutral = {}
     for key in missing:
         block = key.removesuffix("eca.conv.weight")
-        last = "bn3" if f"{block}bn3.weight" in target else "bn2"
+        last_norm = "bn3" if f"{block}bn3.weight" in target else "bn2"
         neutral[key] = torch.zeros_like(target[key])
         for tensor in ("weight", "bias"):
-            name = f"{block}{last}.{tensor}"
+            name = f"{block}{last_norm}.{tensor}"
             if name in fitting:
                 neutral[name] = 2 * fitting[name].to(target[name].dtype)
     return neutral
 
 
 def _convert_norms(network, state, source):
-    """Weights for norms of kind `source` → for those of the network; and a sentence, if anything changed."""
+    """Convert weights for norms of the kind `source` to the kind of the network.
+
+    Returns:
+        (weights, sentence about the conversion or "").
+    """
     target = norm_kind(network)
     if source == target:
         return state, ""
     pairs = norms_and_convolutions(network, torch.empty(2, 3, 65, 65))
-    if not any(f"{norm}.weight" in state for norm in pairs):    # those of timm's networks stay as they are
+    if not any(f"{norm}.weight" in state for norm in pairs):    # only norms of timm, which are not converted
         return state, ""
     if target == "bn":
         return to_plain(state, pairs), "scales of in-place norms became |weight| + eps"

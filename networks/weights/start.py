@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: a file, a snapshot, or a name that a package knows."""
+"""Reading of the weights that a run starts from: a file, a snapshot, or pretrained weights of torchvision or timm."""
 
 import json
 import os
@@ -18,38 +18,56 @@ from utils.runs import snapshots
 from ..backbones import timm
 from ..backbones.choose import choose_backbone
 from ..backbones.names import BACKBONE, find_backbone
-from . import snapshot
 from .card import CONFIG
-from .families import Weights, is_snapshot, recognize, state_dict_of, with_head
-from .snapshot import Snapshot
+from .families import Weights, convert_old_layout, find_state_dict, is_snapshot, recognize
+from .snapshot import Snapshot, parse
 
 
 def read_weights(path, backbone=None):
-    """Read and recognize a file → `Weights`. Raises `UserError` that says what the file looks like.
+    """Read a file of weights, and recognize its family.
 
-    path: of a file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2; backbone: that the
-    flags name, for which timm reads the file if it is one of its own.
+    Args:
+        path: path of the file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2.
+        backbone: name of the backbone, or None. For a backbone of timm, timm reads the file.
+
+    Returns:
+        `Weights`.
+
+    Raises:
+        UserError: if the file has no such weights; the message says what it appears to be.
     """
     path = Path(path)
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not os.path.exists(path):
-        path = _fetch(str(path))
-    _look(path)
+        path = _download(str(path))
+    _check_kind(path)
     content = files.load(path)
-    content = _exported(path, content) or content
+    content = _exported_content(path, content) or content
     if find_backbone(backbone or BACKBONE).weights_by_timm and not is_snapshot(content):
-        return timm_weights(backbone, state_dict_of(content, str(path)), str(path))
+        return timm_weights(backbone, find_state_dict(content, str(path)), str(path))
     return recognize(content, str(path))
 
 
 def timm_weights(backbone, state=None, name="--pretrained"):
-    """`Weights` of a backbone `timm:NAME`, renamed and reshaped by timm; state: names → tensors of a file, or None for
-    what timm's cache or the network has. Raises `UserError` naming the file."""
+    """Read weights for a backbone of timm, renamed and reshaped by timm.
+
+    Args:
+        backbone: `timm:NAME`.
+        state: tensors of a file by name; None for timm's pretrained weights, from its cache or the internet.
+        name: name of the file or flag, for messages.
+
+    Returns:
+        `Weights`.
+
+    Raises:
+        UserError: if timm cannot read them.
+    """
     arguments = choose_backbone(None, backbone)["backbone_arguments"]
     try:
         state, others = timm.read_state(backbone, arguments, state)
-    except Exception as error:  # noqa: BLE001, of the network, of its cache, of timm's many ways to rename tensors
+    except Exception as error:  # noqa: BLE001, the download, the cache and timm's conversions raise many types
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        expected = "weights of its cache, or from the network" if name == "--pretrained" else f"weights of {backbone}"
+        expected = (f"weights of {backbone} in timm's cache or on the internet" if name == "--pretrained" else
+                    f"weights of {backbone}")
         raise UserError(f"{name}: expected {expected}, found: {' '.join(lines[:2])[:240]}") from None
     state = {f"backbone.{key}": value for key, value in (others | state).items()}
     return Weights(name, backbone, state, "bn", {"backbone": backbone, "backbone_arguments": arguments},
@@ -57,41 +75,54 @@ def timm_weights(backbone, state=None, name="--pretrained"):
 
 
 def read_snapshot(path, resuming=False):
-    """Read one of our own snapshots, or what `evaluate.py --export` made of one as .safetensors: the only way to →
-    `utils.snapshot.Snapshot`. Raises `UserError`.
+    """Read and check a snapshot of train.py, or a .safetensors file that `evaluate.py --export` made of one.
 
-    resuming: a run is to go on from it.
+    Args:
+        path: path of the file.
+        resuming: whether a run will resume from it.
+
+    Returns:
+        `networks.weights.snapshot.Snapshot`.
+
+    Raises:
+        UserError: if the file is not a valid snapshot.
     """
-    content, exported = files.load(path), Path(path).suffix == ".safetensors"
-    if exported and (content := _exported(path, content)) is None:
-        raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none such")
-    return snapshot.parse(path, with_head(content), resuming)
+    content, is_exported = files.load(path), Path(path).suffix == ".safetensors"
+    if is_exported and (content := _exported_content(path, content)) is None:
+        raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none of an export")
+    return parse(path, convert_old_layout(content), resuming)
 
 
 class Start(NamedTuple):
-    """What a run begins with: a `Snapshot` to go on from, `Weights` to start from, or neither."""
+    """What a run starts from: a `Snapshot` to resume, initial `Weights`, or neither."""
 
     snapshot: Snapshot | None = None
     weights: Weights | None = None
 
 
 def find_start(*, resume_from, folder, restore_from, pretrained, backbone, processes=None):
-    """Read what a run begins with → `Start`.
+    """Read what a run starts from.
 
     Args:
-        resume_from: file of a snapshot, "newest" of the folder, or None.
-        folder: of the run's snapshots.
-        restore_from: file of weights, or None.
-        pretrained: take the weights that timm has for the backbone.
-        backbone: that flags name, or None.
-        processes: that share the run: they may share no disk.
+        resume_from: path of a snapshot, "newest" for the newest one in the folder, or None.
+        folder: folder of the run's snapshots.
+        restore_from: path of a file of weights, or None.
+        pretrained: use the pretrained weights that timm has for the backbone.
+        backbone: name of the backbone, or None.
+        processes: `Processes` of the run, or None. Only the first one reads the snapshot: they may not share a disk.
+
+    Returns:
+        `Start`.
+
+    Raises:
+        UserError: if a file cannot be read or is not what it should be.
     """
-    found = resume_from and broadcast_from_rank0(processes, lambda: find_snapshot(resume_from, folder))
-    if found is not None:
+    snapshot = resume_from and broadcast_from_rank0(processes, lambda: find_snapshot(resume_from, folder))
+    if snapshot is not None:
         if restore_from or pretrained:
-            logger.info("--resume: the weights are the snapshot's; "
+            logger.info("--resume: the weights are those of the snapshot; "
                         f"--{'restore-from' if restore_from else 'pretrained'} is not read")
-        return Start(snapshot=found)
+        return Start(snapshot=snapshot)
     if resume_from:
         logger.info(f"--resume: no snapshot in {folder} yet, so this run starts from the beginning")
     if restore_from:
@@ -99,8 +130,12 @@ def find_start(*, resume_from, folder, restore_from, pretrained, backbone, proce
     return Start(weights=timm_weights(backbone) if pretrained else None)
 
 
-def _exported(path, tensors):
-    """The tensors of a .safetensors file and its config.json, as a snapshot has them; None without one of our own."""
+def _exported_content(path, tensors):
+    """Combine the tensors of a .safetensors file and its config.json to the content of a snapshot.
+
+    Returns:
+        dict as in a snapshot; None if the file has no config.json of an export beside it.
+    """
     config = Path(path).with_name(CONFIG)
     if Path(path).suffix != ".safetensors" or not config.is_file():
         return None
@@ -112,13 +147,13 @@ def _exported(path, tensors):
         config, dict) and "network" in config else None
 
 
-def _fetch(name):
-    """The file of weights that torchvision names so, in PyTorch's cache; downloaded if it is not there yet."""
+def _download(name):
+    """Return the path in PyTorch's cache of weights named by torchvision; download them if they are not there."""
     try:
         import torchvision
-    except Exception as error:  # noqa: BLE001, beside ImportError what its compiled part raises beside another torch
-        raise UserError(f"{name}: expected torchvision, which knows where to fetch it, found none that can be imported "
-                        f"({str(error).splitlines()[0]}); the file itself will do") from None
+    except Exception as error:  # noqa: BLE001, ImportError, or any error of its compiled part with another torch
+        raise UserError(f"{name}: expected torchvision, which has the address of these weights, found none that can be "
+                        f"imported ({str(error).splitlines()[0]}); or give the path of the file instead") from None
     try:
         url = torchvision.models.get_weight(name).url
     except (ValueError, KeyError):
@@ -131,12 +166,13 @@ def _fetch(name):
         try:
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
         except (OSError, RuntimeError) as error:        # OSError: no connection; RuntimeError: another checksum
-            raise UserError(f"{name}: expected to fetch {url}, found: {error}; a copy of that file will do") from None
+            raise UserError(f"{name}: expected to fetch {url}, found: {error}; or give the path of a copy instead"
+                        ) from None
     return path
 
 
-def _look(path):
-    """Recognize what is no file of weights from its first bytes, before the rest is read."""
+def _check_kind(path):
+    """Raise `UserError` for folders, and for files whose first bytes show that they are not files of weights."""
     if os.path.isdir(path):
         names = {file.name for file in path.iterdir()}
         if "latest" in names or any("zero_pp_rank" in name or "mp_rank" in name for name in names):
@@ -152,29 +188,29 @@ def _look(path):
         raise UserError(f"{path}: expected a file of weights, found no such file")
     with open(path, "rb") as file:
         head = file.read(512)
-    found = None
+    kind = None
     if not head:
-        found = "an empty file"
+        kind = "an empty file"
     elif head.startswith(b"version https://git-lfs"):
-        found = "a Git LFS pointer in its place; git lfs pull fetches the file"
+        kind = "a Git LFS pointer in its place; git lfs pull fetches the file"
     elif re.match(rb"\s*(<!doctype|<html|<\?xml|<head)", head, re.I):
-        found = "a web page; the download link leads to a page, not to the file"
+        kind = "a web page; the download link leads to a page, not to the file"
     elif path.suffix != ".safetensors" and head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
-        found = f"a download that was cut off after {path.stat().st_size / 1e6:.1f} MB; fetch it again"
+        kind = f"a download that was cut off after {path.stat().st_size / 1e6:.1f} MB; fetch it again"
     elif not head.startswith((b"PK", b"\x80")) and path.suffix != ".safetensors" and all(
             byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
-        found = f"a text file that begins {head[:40].decode()!r}"
-    if found:
-        raise UserError(f"{path}: expected a file of weights, found {found}")
+        kind = f"a text file that begins {head[:40].decode()!r}"
+    if kind:
+        raise UserError(f"{path}: expected a file of weights, found {kind}")
 
 
 def newest_snapshot(folder):
-    """The newest `Snapshot` of a folder that is sound; None without any.
+    """Read the newest valid `Snapshot` of a folder; return None if the folder has no snapshots.
 
-    Unreadable ones are skipped with a message.
+    Snapshots that cannot be read are skipped with a message.
 
     Raises:
-        UserError: if there are snapshots, but no sound one.
+        UserError: if there are snapshots, but none of them is valid.
     """
     paths = [path for _, path in reversed(snapshots.list_snapshots(folder))]
     for path in paths:
@@ -188,11 +224,17 @@ def newest_snapshot(folder):
 
 
 def find_snapshot(path, folder):
-    """The `Snapshot` to go on from; None without any.
+    """Read the `Snapshot` that a run resumes from.
 
     Args:
-        path: of a file, or "newest".
-        folder: of the run.
+        path: path of the file, or "newest" for the newest valid one in the folder.
+        folder: folder of the run's snapshots.
+
+    Returns:
+        `Snapshot`; None for "newest" if the folder has no snapshots.
+
+    Raises:
+        UserError: if it cannot be read, or if the folder has a later snapshot than the given file.
     """
     if path == "newest":
         return newest_snapshot(folder)
@@ -204,6 +246,6 @@ def find_snapshot(path, folder):
 
 
 def best_quick_score(folder):
-    """The best result of the quick validation in a folder, a fraction; None without any."""
+    """Read the best mean IoU of the quick validation in a folder, a fraction; return None if there is none."""
     path = Path(folder, snapshots.BEST)
     return read_snapshot(path).quick_mean_iou if path.exists() else None

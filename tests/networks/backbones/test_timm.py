@@ -12,7 +12,7 @@ import train
 from libs.convert import fold_norms
 from networks.backbones.choose import choose_backbone
 from networks.backbones.names import build_backbone
-from networks.backbones.timm import _find_plan, find_plan, input_normalization, share_statistics
+from networks.backbones.timm import _find_plan, find_plan, input_normalization, synchronize_norms
 from networks.build import build_network, meta_network
 from networks.weights.loading import load_weights
 from networks.weights.start import read_snapshot, read_weights
@@ -106,7 +106,8 @@ def test_maps_are_those_of_timm_at_any_size(name):
     # Of sides that timm takes as they are, the same numbers.
     sides = round_size((height, width), (max(plan.reductions), 0))
     images = torch.randn(2, 3, *sides)
-    theirs = [one.permute(0, 3, 1, 2) if plan.last else one for one in backbone.body(images)[-len(plan.reductions):]]
+    theirs = [one.permute(0, 3, 1, 2) if plan.channels_last else one
+              for one in backbone.body(images)[-len(plan.reductions):]]
     maps = backbone(images)
     if plan.joined:
         assert torch.equal(maps[-1][:, :theirs[0].shape[1]], theirs[0])
@@ -289,7 +290,7 @@ def test_pretrained_weights_come_through_timm_or_it_is_a_sentence(pair, tmp_path
     assert torch.equal(found["backbone.body.layer4.0.conv2.weight"], source["layer4.0.conv2.weight"])
     assert "100.0% of the backbone's values" in capsys.readouterr().out
     source.clear()
-    with pytest.raises(UserError, match="--pretrained: expected weights of its cache.*found: no route to host") as one:
+    with pytest.raises(UserError, match="--pretrained: expected weights of .*cache.*found: no route to host") as one:
         start(pair, tmp_path / "other", *words)
     assert "\n" not in str(one.value)
 
@@ -324,11 +325,11 @@ def test_folding_norms_leaves_timm_alone_and_memory_is_probed_at_its_stride():
 def test_norms_are_synchronized_on_gpus_and_else_it_is_said(capsys):
     network = build_network("acfnet_resnet", 5, "timm:mobilenetv3_small_050", "bn")
     names, count = list(network.state_dict()), len(list(network.parameters()))
-    share_statistics(network, [torch.device("cpu")], None)
+    synchronize_norms(network, [torch.device("cpu")], None)
     assert not capsys.readouterr().out
-    share_statistics(network, [torch.device("cpu")], object())
-    assert "batch norms of the backbone see the share of a device alone" in capsys.readouterr().out
-    share_statistics(network, [torch.device("cuda", 0)], object())
+    synchronize_norms(network, [torch.device("cpu")], object())
+    assert "batch norms of the backbone compute statistics for each device separately" in capsys.readouterr().out
+    synchronize_norms(network, [torch.device("cuda", 0)], object())
     kinds = {type(module) for module in network.backbone.modules()
              if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds and all(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds)

@@ -315,7 +315,7 @@ def test_of_several_weights_those_that_are_taken_are_said(keys, taken, capsys):
     weights = recognize(content, "w.pth")
     assert torch.equal(weights.state["backbone.bn1.weight"], state["bn1.weight"] + 1)
     other, = set(keys) - {taken}
-    assert capsys.readouterr().out == f"w.pth: the weights named {taken} are taken, not {other}\n"
+    assert capsys.readouterr().out == f"w.pth: using the weights in {taken}, not those in {other}\n"
 
 
 def test_flags_paths_and_numbers_beside_tensors_are_read(tmp_path):
@@ -414,9 +414,9 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--backbone", "eca_resnet50"], "--backbone eca_resnet50: expected .* that fits .*w.pth, found eca_resnet18"),
     (["--backbone", "resnet18"], "--backbone resnet18: expected .* that fits .*w.pth, found eca_resnet18 there"),
-    (["--stem", "7x7"], "--stem 7x7: expected that of .*w.pth, found 32-32-64 there"),
-    (["--downsample", "strided"], "--downsample strided: expected that of .*w.pth, found average there"),
-    (["--eca-kernels", "3,3,5,7"], r"--eca-kernels .3, 3, 5, 7.: expected that of .*w.pth, found .5, 5, 5, 7. there"),
+    (["--stem", "7x7"], "--stem 7x7: expected the value of .*w.pth, found 32-32-64 there"),
+    (["--downsample", "strided"], "--downsample strided: expected the value of .*w.pth, found average there"),
+    (["--eca-kernels", "3,3,5,7"], r"--eca-kernels .3, 3, 5, 7.: expected the value of .*w.pth, found .5, 5, 5, 7."),
 ])
 def test_a_flag_that_contradicts_the_file_names_both(streets, tmp_path, flags, message):
     torch.save(build_backbone("eca_resnet18", "bn", "relu", "32-32-64", True, (5, 5, 5, 7)).state_dict(),

@@ -184,7 +184,7 @@ def test_without_a_runtime_it_says_so(snapshot, tmp_path, monkeypatch, capsys): 
     ("a.safetensors", ("--export-size", "9,9"), "--export-size: expected .onnx or .pt2, found .safetensors"),
     ("there.onnx", (), r"there.onnx: expected nothing there \(or --overwrite\), found a file"),
     ("there.safetensors", (), r"config.json: expected nothing there \(or --overwrite\), found a file"),
-    ("there.safetensors", ("--overwrite",), "config.json: expected nothing there, or what an earlier export of there"),
+    ("there.safetensors", ("--overwrite",), "config.json: expected nothing there, or a file from an earlier export of"),
     (None, ("--export-size", "9,9"), "--export-size, --export-precision: expected with --export, found none"),
 ])
 def test_what_cannot_be_exported(snapshot, tmp_path, target, words, message):  # noqa: F811
@@ -240,7 +240,7 @@ def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811
     assert "val, 3 images: whole images, scales 1, mirrored too" in card
     assert f"| multi fine | {100 * scores['mean_iou']:.2f} | {100 * scores['mean_category_iou']:.2f} |" in card
     assert f"| road | 7 | 128, 64, 128 | {100 * scores['class_iou']['road']:.2f} |" in card
-    with pytest.raises(UserError, match="config.json: expected nothing there, or what an earlier export of b.safeten"):
+    with pytest.raises(UserError, match="config.json: expected nothing there, or a file from an earlier export of b"):
         write(path, tmp_path / "one/b.safetensors", "--overwrite")      # they would tell of another file
     (tmp_path / "one/a.safetensors").unlink()
     write(path, tmp_path / "one/b.safetensors", "--overwrite")          # of none
@@ -288,7 +288,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
 CHANGED = {     # name → (change of the config, or the text in its place; what the sentence says)
     "backbone": (lambda config: config["network"].update(backbone="vgg"), "config.network.backbone: expected one of"),
     "num_classes": (lambda config: config["network"].update(num_classes=3), "as config.network.num_classes"),
-    "model": (lambda config: config["network"].update(model="base"), "as model, found none named context"),
+    "model": (lambda config: config["network"].update(model="base"), "as model, found no tensor named context"),
     "std": (lambda config: config["normalization"].update(std=[1, 0, 1]), "config.normalization.std.1, found 0"),
     "mean": (lambda config: config["normalization"].update(mean=[1, float("nan"), 1]), "mean.1, found nan"),
     "input_size": (lambda config: config.update(input_size=[65]), "a list of 2 as config.input_size"),
@@ -296,7 +296,7 @@ CHANGED = {     # name → (change of the config, or the text in its place; what
     "no classes": (lambda config: config.pop("classes"), "as config.classes, found nothing"),
     "no step": (lambda config: config.pop("step"), "as step, found"),
     "no network": (lambda config: config.pop("network"), "expected the config.json of --export beside it, found none"),
-    **{f"text {text[:9]!r}": (text, "expected the config.json of --export beside it, found none such") for text in (
+    **{f"text {text[:9]!r}": (text, "the config.json of --export beside it, found none of an export") for text in (
         "rubbish", "", "[1]", "[" * 100000)}}
 
 

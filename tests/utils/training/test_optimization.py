@@ -83,7 +83,7 @@ def test_frozen_stages_keep_weights_and_statistics():
                if not torch.equal(value, before[name])}
     assert changed == {"layer3", "layer4"}
     assert STAGES == ("stem", "1", "2", "3", "4")
-    with pytest.raises(ValueError, match="from the first one on, found 2"):
+    with pytest.raises(ValueError, match="expected the first of stem,1,2,3,4, found 2"):
         engine.network.backbone.first_stages(["2"])
 
 

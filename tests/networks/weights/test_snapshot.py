@@ -199,9 +199,9 @@ def test_resume_passes_over_a_wrong_snapshot_and_says_so(sound, files, capsys, w
     place, value, message = WRONG[what]
     files["CS_scenes_7.pth"] = change(sound, place, value)
     with pytest.raises(UserError, match=message):
-        start.find_snapshot("newest", "folder", read_snapshot)
+        start.find_snapshot("newest", "folder")
     files["CS_scenes_6.pth"] = sound | {"step": 6}
-    assert start.find_snapshot("newest", "folder", read_snapshot).step == 6
+    assert start.find_snapshot("newest", "folder").step == 6
     said = capsys.readouterr().out
     assert said.startswith("CS_scenes_7.pth: ") and said.endswith("; taking the snapshot before it\n")
 
@@ -212,9 +212,9 @@ def test_what_only_a_resumed_run_misses(sound, files, what):
     files["CS_scenes_7.pth"] = change(sound, place, value)
     assert read_snapshot("CS_scenes_7.pth").step == 7
     with pytest.raises(UserError, match=message):
-        start.find_snapshot("CS_scenes_7.pth", "folder", read_snapshot)
+        start.find_snapshot("CS_scenes_7.pth", "folder")
     files["CS_scenes_6.pth"] = sound | {"step": 6}
-    assert start.find_snapshot("newest", "folder", read_snapshot).step == 6
+    assert start.find_snapshot("newest", "folder").step == 6
 
 
 def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
@@ -226,7 +226,7 @@ def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
     assert config.samples is None and ClassTable(config.classes).num_classes == 3
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 65, 65))["fine"].shape == (1, 3, 9, 9)
-    found = start.find_snapshot(path, tmp_path, read_snapshot)
+    found = start.find_snapshot(path, tmp_path)
     assert set(resumed(found, build_network(**found.config.network))) == {"momentum_buffer"}
     account = load_weights(build_network("acfnet_resnet", 5, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and account.family == "ours"

@@ -18,7 +18,7 @@ from pathlib import Path
 from utils.common import flags
 from utils.common.errors import UserError, plural
 from utils.common.files import kind_of
-from utils.common.progress import print_once
+from utils.common.progress import log_once
 from utils.imaging.decode import SUFFIXES
 
 from .labels import ClassTable
@@ -290,7 +290,7 @@ def name_left_out(place, paths, why="not images that can be read"):
     parts = [f"{count} of {suffix}" if suffix else plural(count, "file") + " without a suffix"
              for suffix, count in sorted(kinds.items())] + [plural(folders, "folder")] * bool(folders)
     if parts:
-        print_once(f"{place}: left out, as {why}: {', '.join(parts)}, such as {min(paths, key=str).name}")
+        log_once(f"{place}: left out, as {why}: {', '.join(parts)}, such as {min(paths, key=str).name}")
 
 
 def name_loose_files(folders, splits):

@@ -17,7 +17,7 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.reading import DecodedCache
 from tests.conftest import finish, start
 from tests.utils.imaging.test_decode import OTHER, other_content
-from utils.common.errors import UserError, sentence
+from utils.common.errors import UserError, user_message
 from utils.imaging.decode import read_ids, read_image
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -300,7 +300,7 @@ def test_a_broken_data_set_is_one_sentence(own, what):
     change(own)
     with pytest.raises(UserError, match=message) as caught:
         read_all(own)
-    assert "\n" not in sentence(caught.value)
+    assert "\n" not in user_message(caught.value)
 
 
 @pytest.mark.parametrize("what", FINE)
@@ -343,7 +343,7 @@ def test_a_path_that_makes_no_sense(own, monkeypatch, what, message):
     os.mkfifo("pipe")
     with pytest.raises(UserError, match=message) as caught:
         CityscapesDataset(**{"root": own, **what})
-    assert "\n" not in sentence(caught.value)
+    assert "\n" not in user_message(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root may become somebody who cannot read a file")

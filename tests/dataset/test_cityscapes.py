@@ -17,7 +17,7 @@ from dataset.images import ImageFiles, find_images, images_of_split
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler
 from dataset.transforms import train_transform
 from tests.conftest import finish, start
-from utils.common.errors import UserError, sentence
+from utils.common.errors import UserError, user_message
 from utils.parallel.workers import Jobs, Loader
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -212,8 +212,8 @@ def test_a_bad_file_is_one_sentence_also_from_a_worker(own, what, message, worke
     spoil(own, what)
     with pytest.raises(UserError) as caught:
         list(DataLoader(open_own(own), num_workers=workers))
-    assert "\n" not in sentence(caught.value)
-    assert re.search(message, sentence(caught.value)), sentence(caught.value)
+    assert "\n" not in user_message(caught.value)
+    assert re.search(message, user_message(caught.value)), user_message(caught.value)
 
 
 def test_missing_folders_are_named(tmp_path, streets):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..common.errors import UserError, first_words
+from ..common.errors import UserError, first_line
 from ..common.files import open_file, read_file
 from . import tiff
 
@@ -26,7 +26,7 @@ from . import tiff
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".bmp", ".dib",
             ".gif", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"}
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}     # formats that may change the values of a label map
-MOST_PIXELS = 1 << 30           # of an image, as OpenCV; a larger one is refused
+MAX_PIXELS = 1 << 30           # of an image, as OpenCV; a larger one is refused
 DARK = 1 << 14                  # an image of 16 bits whose values all lie below was not scaled to 16 bits
 ORIENTATION = 0x0112            # the EXIF tag
 BITS, PLANES, SAMPLE_FORMAT = 258, 284, 339        # TIFF tags; planes 2: band by band; format 2: signed
@@ -38,15 +38,15 @@ HARMLESS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"sRGB", b"gAMA", b"cHR
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")       # any but a restart, the only one within a scan
 
 
-_remarked = set()       # the kinds of `warn_once`
+_warned_kinds = set()       # the kinds of `warn_once`
 _opening = threading.Lock()
 
 
 def warn_once(kind, sentence):
     """Warn of something that was left out of a file, or does not look right: once for each kind, in this process and
     those that are forked from it."""
-    if kind not in _remarked:
-        _remarked.add(kind)
+    if kind not in _warned_kinds:
+        _warned_kinds.add(kind)
         warnings.warn(f"{sentence}; other files of this kind are not named", stacklevel=3)
 
 
@@ -96,7 +96,7 @@ def _largest_of_16_bits(image, data, pixels):
     return None
 
 
-def pixels_of(image):
+def to_rgb(image):
     """The path of a file, a `PIL.Image`, or a uint8 array or tensor (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), gray,
     RGB or RGBA of 0 to 255 → RGB (H, W, 3) uint8, an array or a tensor.
 
@@ -257,8 +257,8 @@ def _open(file):
 
 
 def _check_pixels(path, width, height):
-    if not 0 < width * height <= MOST_PIXELS:
-        raise UserError(f"{path}: expected an image of at most {MOST_PIXELS / 1e6:,.0f} million pixels, found "
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"{path}: expected an image of at most {MAX_PIXELS / 1e6:,.0f} million pixels, found "
                         f"{width}×{height}{'; cut it into parts' * (width * height > 0)}")
 
 
@@ -267,7 +267,7 @@ def _open_tiff(path, data, remark):
     try:
         pages = tiff.page_sizes(io.BytesIO(data))
     except Exception as error:      # noqa: BLE001, for a damaged file tifffile raises errors of any kind
-        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_words(error)}") from None
+        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_line(error)}") from None
     number = tiff.choose_page(path, pages, remark)
     _check_pixels(path, *pages[number][0])
     if max(pages[0][2], pages[number][2]) <= tiff.MOST_SAMPLES:
@@ -339,7 +339,7 @@ def read_header(path):
         return size, ""
 
 
-def sizes_differ(path, image, label_path, ids):
+def size_mismatch(path, image, label_path, ids):
     """The sentence for an image and a label map, (H, W, ...), of two sizes; it names EXIF where that may be why."""
     text = (f"{label_path}: expected the size of {path}, {image.shape[1]}×{image.shape[0]}, "
             f"found {ids.shape[1]}×{ids.shape[0]}")
@@ -350,7 +350,7 @@ def sizes_differ(path, image, label_path, ids):
     return text
 
 
-def unclear_turn(path, label_path):
+def unclear_orientation(path, label_path):
     """A sentence where an image was turned by its EXIF orientation, its label map was not, and their sizes do not tell
     whether it should have been; "" elsewhere."""
     turn, (width, height) = _turn_and_size(path)

@@ -72,7 +72,7 @@ class VideoPictures(Pictures):
                       if kind != "labels"}
 
     @staticmethod
-    def files_of(name, kinds, frames):
+    def output_files(name, kinds, frames):
         """What of a video with so many frames is written, relative to the folder of results; frames: the last one's
         number, as far as label ids are written."""
         return [file for kind in kinds for file in (

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..common.errors import UserError, first_words, plural
+from ..common.errors import UserError, first_line, plural
 
 HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")        # the last two: BigTIFF, for files beyond 4 GB
 PHOTOMETRIC, ORIENTATION, SAMPLES, EXTRA_SAMPLES = 262, 274, 277, 338        # tags
@@ -99,7 +99,7 @@ def read_page(path, data, number, remark):
             if values is not None and samples > 1 and page.planarconfig == 2:       # band by band
                 values = values.transpose(1, 2, 0)      # (H, W, bands)
     except Exception as error:      # noqa: BLE001, for a damaged file tifffile raises errors of any kind
-        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_words(error)}") from None
+        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_line(error)}") from None
     if values is None:
         raise UserError(f"{path}: expected an image of 8 or 16 bits, found a TIFF of {plural(samples, 'band')} of "
                         f"{dtype or 'an unknown kind'}")

@@ -17,7 +17,7 @@ from ..common.compat import opencv_silent
 from ..common.errors import UserError
 from ..common.files import open_file
 from ..common.messages import logger
-from ..common.progress import print_once
+from ..common.progress import log_once
 from .decode import read_image
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"}
@@ -27,7 +27,7 @@ RATE = 25.0             # frames/s of numbered images, as FFmpeg takes them
 MOST = 1000.0           # frames/s; more is an error in the file's header, and cannot be written
 CODECS = ("vp09", "mp4v")       # VP9, which browsers play; MPEG-4, which every OpenCV can write
 ROOM = 16 * 10 ** 6     # bytes; no further frame is begun with less on the disk than these, and
-ROOM_OF_PIXEL = 10      # bytes per pixel of a frame: VP9 keeps 25 frames back until a file is closed, of three videos
+MIN_FREE_BYTES_PER_PIXEL = 10      # bytes per pixel of a frame: VP9 keeps 25 frames back until a file is closed, of three videos
 ATTEMPTS = 250          # frames in succession that cannot be read, after which none is expected any more
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # FFmpeg's own words: what is wrong is said in a sentence
 
@@ -124,7 +124,7 @@ class Video:
         errors = {number: (number - 1) / self.rate - (time - start) for number, time in times.items()}
         worst = max(errors, key=lambda number: abs(errors[number]))
         if abs(errors[worst]) > 1.5 / self.rate:
-            print_once(f"{self.path}: its frames come at varying intervals, those of results at {self.rate:g} a "
+            log_once(f"{self.path}: its frames come at varying intervals, those of results at {self.rate:g} a "
                        f"second: frame {worst} at {(worst - 1) / self.rate:.2f} s instead of "
                        f"{times[worst] - start:.2f} s")
 
@@ -182,7 +182,7 @@ class VideoWriter:
         height, width, _ = picture.shape
         picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
         # OpenCV says nothing of a full disk, and without the table that comes last all frames would be lost.
-        files.check_room(self.path, self.path.parent, ROOM + ROOM_OF_PIXEL * height * width,
+        files.check_room(self.path, self.path.parent, ROOM + MIN_FREE_BYTES_PER_PIXEL * height * width,
                          "the frames that follow")
         if self.file is None:
             self._open(picture.shape[1::-1])
@@ -202,7 +202,7 @@ class VideoWriter:
                 raise UserError(f"{self.path}: expected OpenCV to write {' or '.join(CODECS)} video of "
                                 f"{size[0]}×{size[1]} pixels at {self.rate:g} frames/s there, found that it cannot")
             if codec != CODECS[0]:
-                print_once("videos are MPEG-4, since this OpenCV cannot write them as VP9; browsers do not play them; "
+                log_once("videos are MPEG-4, since this OpenCV cannot write them as VP9; browsers do not play them; "
                            "ffmpeg -i VIDEO.mp4 -c:v libx264 OTHER.mp4 converts one")
             self.file, self.open = file, stack.pop_all()
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..common import compat, files
 from ..common.compat import torch_version
-from ..common.errors import UserError, first_words, plural
+from ..common.errors import UserError, first_line, plural
 from ..ops.upsampling import grid_of, round_size
 
 OPSET = 18
@@ -108,7 +108,7 @@ def compare(path, reopen, reference, examples, precision):
             outputs = run(images)
         except Exception as error:  # noqa: BLE001, every runtime has errors of its own
             raise UserError(f"--export {path}: expected a file that runs with {plural(len(images), 'image')} of "
-                            f"{images.shape[2]}×{images.shape[3]}, found: {first_words(error)}"
+                            f"{images.shape[2]}×{images.shape[3]}, found: {first_line(error)}"
                             f"{'; --export-size fixes the size' * (len(examples) > 1)}") from None
         for ours, theirs in zip(reference(images), outputs, strict=True):
             largest = max(largest, (ours - theirs).abs().nan_to_num(torch.inf).max().item())
@@ -135,7 +135,7 @@ def in_half_precision(network):
         half(_small_image(network).half())
     except RuntimeError as error:
         raise UserError(f"--export-precision fp16: expected a network that PyTorch {torch.__version__} computes in "
-                        f"float16 on a CPU, found: {first_words(error)}") from None
+                        f"float16 on a CPU, found: {first_line(error)}") from None
     for hook in hooks:
         hook.remove()
     return half
@@ -186,7 +186,7 @@ def _refusals(path, exporter, axes):
         yield
     except Exception as error:  # noqa: BLE001, there are many ways not to be exported
         raise UserError(f"--export {path}: expected a network that {exporter} of PyTorch {torch.__version__} takes"
-                        f"{' for any size' if axes else ''}, found: {first_words(error.__cause__ or error)}"
+                        f"{' for any size' if axes else ''}, found: {first_line(error.__cause__ or error)}"
                         f"{'; --export-size fixes the size' if axes else ''}") from None
 
 

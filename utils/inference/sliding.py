@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..common.messages import logger
 from ..devices import memory
 from ..ops.normalization import Normalization
-from ..ops.upsampling import GRID, grid_of, round_size, upsample_by_products, upsampling_matrix
+from ..ops.upsampling import GRID, grid_of, round_size, upsample_by_matmul, upsampling_matrix
 
 HEADS = ("fine", "coarse")      # of which probabilities can be asked for
 
@@ -285,7 +285,7 @@ def add_probabilities(total, logits, row_weights, column_weights):
 
 def add_at_once(total, logits, row_weights, column_weights):
     """`add_probabilities` in as few passes over the map as a GPU can do it."""
-    values = upsample_by_products(logits[None], total.shape[1:])[0]                 # (N, H, W)
+    values = upsample_by_matmul(logits[None], total.shape[1:])[0]                 # (N, H, W)
     total.addcmul_(values.softmax(0), row_weights[:, None] * column_weights)
 
 

@@ -20,7 +20,7 @@ def finished(device):
         torch.cuda.synchronize(device)
 
 
-def seconds_of(function, device, turns, most=math.inf):
+def time_calls(function, device, turns, most=math.inf):
     """Seconds of each of so many calls of a function; one call before them is not counted. No call begins after `most`
     seconds in all, but one is counted in any case."""
     found = []
@@ -35,7 +35,7 @@ def seconds_of(function, device, turns, most=math.inf):
 
 def median_ms(function, runs, device):
     """{"ms", "spread_ms"} of calls of a function; one call before them is not counted."""
-    return in_ms(seconds_of(function, device, runs))
+    return in_ms(time_calls(function, device, runs))
 
 
 def in_ms(seconds):
@@ -60,7 +60,7 @@ def prediction(predictor, images, turns, most=math.inf, predict=SlidingPredictor
     Args:
         predictor: a `SlidingPredictor`.
         images: (H, W, 3) uint8 each, which take turns.
-        turns, most: as in `seconds_of`.
+        turns, most: as in `time_calls`.
         predict: (predictor, image) → what is asked for, a tensor.
 
     Returns {"ms", "spread_ms", "images_per_s", "beyond_the_network": share of the time that is left when its logits are
@@ -71,7 +71,7 @@ def prediction(predictor, images, turns, most=math.inf, predict=SlidingPredictor
 
     def seconds(predictor, turns, most=math.inf):
         waiting = itertools.cycle(images)
-        return seconds_of(lambda: predict(predictor, next(waiting)).cpu(), device, turns, most)
+        return time_calls(lambda: predict(predictor, next(waiting)).cpu(), device, turns, most)
 
     whole = seconds(predictor, turns, most)
     peak = memory.peak_bytes(device)

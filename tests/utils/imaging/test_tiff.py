@@ -29,7 +29,7 @@ ROWS = [{"name": name, "id": number, "train_id": train_id, "red": number & 255, 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(decode, "_remarked", set())
+    monkeypatch.setattr(decode, "_warned_kinds", set())
 
 
 def write_pages(path, *pages):
@@ -252,7 +252,7 @@ def test_beyond_pillows_limit_of_pixels(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert np.array_equal(read_image(tmp_path / "a.png"), RGB) and upright_size(tmp_path / "a.png") == (36, 24)
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(decode, "MOST_PIXELS", 800)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 800)
     with pytest.raises(UserError, match="found 36×24; cut it into parts"):
         read_image(tmp_path / "a.png")
 

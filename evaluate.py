@@ -461,7 +461,7 @@ def predict_videos(trained, videos, machine, *, kinds, results):
     classes, folder, processes = trained.classes, results.folder, machine.processes
     rank, size = rank_and_size(processes)
     make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.output_files(
-        name, kinds, video.last() if "labels" in kinds else 0)], processes)
+        name, kinds, video.last_frame() if "labels" in kinds else 0)], processes)
     own = list(videos.items())[rank::size]
     logger.info(f"{trained.path}; {plural(len(videos), 'video')}"
                 f"{f', each predicted by one of {size} processes' * (size > 1)}")

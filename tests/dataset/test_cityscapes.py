@@ -201,7 +201,7 @@ def spoil(own, what):
     ("empty list", r"list.txt: expected lines \"image label\", found an empty list"),
     ("one word", r"list.txt, line 2: expected \"image label\" .*, found 'b.png'"),
     ("no image", r"list.txt, line 3: expected the file .*b.png, found no such file"),
-    ("not an image", r"list.txt, line 3: .*b.png: expected an image, found a file that is none"),
+    ("not an image", r"list.txt, line 3: .*b.png: expected an image, found a file that is not an image"),
     ("truncated", r"b.png: expected an image, found one that cannot be read"),
     ("other size", r"list.txt, line 3: .*b_label.png: expected the size of .*b.png, 8×6, found 7×6"),
     ("unknown id", r"b_label.png: expected ids that .*classes.csv knows, found 9; add a row"),

@@ -176,7 +176,7 @@ def test_what_cannot_be_loaded_or_read(snapshot, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="nowhere.pth: expected a file of weights, found no such file"):
         load(tmp_path / "nowhere.pth")
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(UserError, match="a.png: expected an image, found a file that is none"):
+    with pytest.raises(UserError, match="a.png: expected an image, found a file that is not an image"):
         load(snapshot, **PLAIN).predict(tmp_path / "a.png")
 
 

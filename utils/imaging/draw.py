@@ -34,13 +34,7 @@ def difference(truth, coarse, fine, ignore_index=255):
 
 
 def error_map(image, truth, predicted, ignored):
-    """The image in gray with wrong pixels red and ignored pixels dark: (H, W, 3) uint8.
-
-    Args:
-        image: (H, W, 3).
-        truth, predicted: (H, W).
-        ignored: (H, W) bool.
-    """
+    """The image in gray, wrong pixels red, ignored pixels dark: (H, W, 3) uint8. All maps are (H, W), ignored bool."""
     gray = np.repeat(image.mean(2, keepdims=True) * 0.6 + 90, 3, 2).astype(np.uint8)
     gray[(predicted != truth) & ~ignored] = (200, 40, 40)
     gray[ignored] = (60, 60, 60)

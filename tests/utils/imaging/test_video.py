@@ -117,7 +117,7 @@ def test_a_varying_rate_is_said(tmp_path, capsys):
             assert len([item for item in video.open_video(path) if "image" in item]) == FRAMES
     line, = capsys.readouterr().out.splitlines()
     rate = cv2.VideoCapture(str(varying)).get(cv2.CAP_PROP_FPS)
-    assert line.startswith(f"{varying}: its frames come at varying intervals, those of results at {rate:g} a second: ")
+    assert line.startswith(f"{varying}: its frames come at varying intervals, but results have {rate:g} frames/s: ")
     number, ours, theirs = map(float, re.search(r"frame (\d+) at (\S+) s instead of (\S+) s$", line).groups())
     assert theirs == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4, 2.4, 3.4][int(number) - 1], abs=0.02)
     assert ours == pytest.approx((number - 1) / rate, abs=0.01) and abs(ours - theirs) > 0.5

@@ -132,7 +132,8 @@ def test_images_of_other_numbers_are_refused_by_what_they_are(tmp_path, dtype):
 
 @pytest.mark.parametrize("largest, remedy", [(4095, "if no image has larger values, multiply the values of all images "
                                                     "by 16"), (3000, "by 16"), (4096, "by 8"), (16383, "by 4"),
-                                             (256, "by 128"), (255, "save it as 8 bits"), (16384, None), (65535, None), (0, None)])
+                                             (256, "by 128"), (255, "save it as 8 bits"), (16384, None),
+                                             (65535, None), (0, None)])
 def test_16_bits_that_hold_fewer_are_said(tmp_path, largest, remedy):
     ramp = np.linspace(0, largest, 24 * 36).reshape(24, 36).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "gray.png")

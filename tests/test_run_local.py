@@ -120,7 +120,7 @@ def test_evaluation_is_not_told_of_apex(project, monkeypatch):
     (("--labels-dir", "x"), "none"), (("data", "--from-scratch", "--data-dir", "x"), "this flag beside data")])
 def test_data_are_named_by_the_first_word_alone(project, monkeypatch, words, found):
     flag = next(word for word in words if "-d" in word or "-l" in word).split("=")[0]
-    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first word, found {found}"):
+    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first argument, found {found}"):
         words_of(project, monkeypatch, *words)
 
 

@@ -145,7 +145,7 @@ def cause(output):
 
 
 def choose_python(files):
-    """The Python to use, see above; creates .venv if needed."""
+    """The Python to use: that of .venv, this one, or that of a new .venv; see the top of this file."""
     python = VENV / "bin/python"
     if python.exists() and subprocess.run([python, __file__, "--missing", *files], capture_output=True).returncode == 0:
         return python

@@ -188,13 +188,10 @@ def _verify_checksums(path):
 
 
 def check_room(flag, folder, needed, purpose):
-    """Raise `UserError` if the disk has less than `needed` bytes free.
+    """Raise `UserError` if the disk of a folder, which need not exist yet, has less than `needed` bytes free.
 
     Args:
-        flag: start of the message.
-        folder: on the disk; need not exist yet.
-        needed: bytes.
-        purpose: what the space is for, in the message.
+        flag, purpose: start of the message, and what the space is for.
     """
     existing = Path(folder).absolute()
     while not existing.exists():
@@ -215,10 +212,8 @@ def kind_of(path):
 def open_file(path, what="an image"):
     """Open a regular file for reading in binary mode.
 
-    Pipes and devices are refused at once, because waiting for a pipe or reading a device may never end.
-
-    Raises:
-        UserError: "expected `what`, found ...".
+    Pipes and devices are refused at once, because waiting for a pipe or reading a device may never end. Raises
+    `UserError`: "expected `what`, found ...".
     """
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
@@ -238,11 +233,7 @@ def open_file(path, what="an image"):
 
 
 def read_file(path, what="an image"):
-    """The bytes of a regular file.
-
-    Raises:
-        UserError: as `open_file`, and for files larger than `MAX_FILE_BYTES`.
-    """
+    """The bytes of a regular file. Raises `UserError` as `open_file` does, and if it exceeds `MAX_FILE_BYTES`."""
     with open_file(path, what) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:

@@ -55,14 +55,9 @@ class FirstImage:
         self.started = self.last_line = None
 
     def __call__(self, done, windows):
-        """Log the progress if a line is due.
+        """Log a line if `every` seconds have passed; done: windows done, 0 at the start; windows: their total number.
 
-        Args:
-            done: windows of the image that are done; 0 when it begins.
-            windows: total number of windows of the image.
-
-        Returns:
-            Whether the image is done; from then on `progress` shows lines.
+        Returns whether the image is done; from then on `progress` shows lines.
         """
         now = time.monotonic()
         if done == 0:

@@ -67,7 +67,7 @@ from utils.devices import memory
 from utils.devices.precision import describe_default, exact_float32
 from utils.devices.select import device_name, own_device, select_devices, share_cores, shared_precision
 from utils.imaging.pictures import FOLDERS, Pictures, VideoPictures
-from utils.imaging.video import RATE
+from utils.imaging.video import DEFAULT_RATE
 from utils.inference import timing
 from utils.metrics import charts
 from utils.metrics.evaluation import Evaluation, load_items
@@ -102,8 +102,8 @@ def get_parser():
     tasks = parser.add_argument_group("tasks other than scoring")
     tasks.add_argument("--images", type=flags.path, nargs="+", metavar="PATH",
                        help="predict images: files, folders or patterns; or videos: files, or patterns of numbered "
-                       f"images such as 'frames/%%05d.png', which are taken at {RATE:g} frames/s; results have the "
-                       "rate of the video and no sound")
+                       f"images such as 'frames/%%05d.png', which are taken at {DEFAULT_RATE:g} frames/s; results have "
+                       "the rate of the video and no sound")
     tasks.add_argument("--submission", type=flags.path, metavar="FOLDER",
                        help="predict the images of --split for the Cityscapes server: FOLDER/labelIds/ and the archive "
                        f"to upload, FOLDER/{SUBMISSION}")
@@ -481,8 +481,8 @@ def predict_videos(trained, videos, machine, *, kinds, results):
     """
     classes, folder, processes = trained.classes, results.folder, machine.processes
     rank, size = rank_and_size(processes)
-    make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.files_of(
-        name, kinds, video.last() if "labels" in kinds else 0)], processes)
+    make_folder(results, [] if rank else [file for name, video in videos.items() for file in VideoPictures.output_files(
+        name, kinds, video.last_frame() if "labels" in kinds else 0)], processes)
     own = list(videos.items())[rank::size]
     logger.info(f"{trained.path}; {plural(len(videos), 'video')}"
                 f"{f', each predicted by one of {size} processes' * (size > 1)}")
@@ -491,17 +491,17 @@ def predict_videos(trained, videos, machine, *, kinds, results):
     with command.StopRequest() as stop:
         for name, video in own:
             logger.info(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} frames/s")
-            items = itertools.takewhile(lambda _: not stop.asked, progress(video, name, "frame"))
+            items = itertools.takewhile(lambda _: not stop.requested, progress(video, name, "frame"))
             pictures = VideoPictures(folder, kinds, classes, name, video.rate)
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
-    if stop.asked and processes is not None:
+    if stop.requested and processes is not None:
         raise command.Interrupted(stop.number)
     done, broken = map(sum, zip(*gather_from_ranks(processes, (done, broken)), strict=True))
     if rank == 0:
         results.close()
-        logger.info(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.asked}; "
+        logger.info(f"{plural(done, 'frame')} predicted, {broken} skipped{', then stopped' * stop.requested}; "
                     f"{describe_results(folder, kinds)}")
-    if stop.asked:
+    if stop.requested:
         raise command.Interrupted(stop.number)
     return broken
 
@@ -522,11 +522,11 @@ def benchmark(trained, source, machine):
         dataset = source if isinstance(source, ImageFiles) else source(trained.classes)
         items = map(dataset.__getitem__, range(len(dataset)))
     images = [item["image"].permute(1, 2, 0) for item in itertools.islice(
-        (item for item in items if "image" in item), timing.TURNS)]
+        (item for item in items if "image" in item), timing.MAX_RUNS)]
     if not images:
         raise UserError("--images: expected an image that can be read, found none")
     protocol, predictor = trained.protocol, trained.predictor()
-    times = timing.prediction(predictor, images, timing.TURNS, timing.SECONDS)
+    times = timing.time_prediction(predictor, images, timing.MAX_RUNS, timing.MAX_SECONDS)
     logger.info(f"{trained.path} on {device_name(machine.device)}, --amp {protocol.amp}: "
                 f"{plural(len(images), 'image')} of "
                 f"{', '.join(dict.fromkeys(f'{image.shape[0]}×{image.shape[1]}' for image in images))}; "

@@ -556,7 +556,7 @@ def train(run):
 
             factor = run.schedule.factor(step - 1)
             try:
-                terms, stopping = engine.step(parts, factor, stop=stop.asked)
+                terms, stopping = engine.step(parts, factor, stop=stop.requested)
             except NotFinite as error:
                 raise history.make_error(error, run, step, factor, parts) from None
             losses = {name: terms[name] for name in engine.criterion.weights}
@@ -582,7 +582,7 @@ def train(run):
             if run.panel and (step % run.panel_every == 0 or last):
                 log.picture("image_truth_coarse_fine_difference", run.panel(), step)
             if run.validate and (step % run.val_every == 0 or last):
-                best = run.validate(step, lambda: stop.asked)
+                best = run.validate(step, lambda: stop.requested)
                 if best is not None:
                     run.snapshots.save_best(step, best)
             if step % run.save_every == 0 or last or stopping:

@@ -31,7 +31,7 @@ from utils.common.errors import UserError, plural
 from utils.common.files import read_file
 from utils.common.progress import progress
 from utils.imaging.classes import IGNORE_INDEX
-from utils.imaging.decode import read_ids, read_image, read_palette, sizes_differ, unclear_turn
+from utils.imaging.decode import read_ids, read_image, read_palette, size_mismatch, unclear_orientation
 from utils.imaging.draw import overlay, panel, save_png
 from utils.metrics import charts
 from utils.parallel.workers import MOST_WORKERS, do_jobs
@@ -95,10 +95,10 @@ def inspect_pair(job):
                                       "like train ids"))
     except UserError as error:
         facts["problems"].append(("label map", str(error)))
-    if image is not None and ids is not None and (sentence := unclear_turn(image_path, label_path)):
+    if image is not None and ids is not None and (sentence := unclear_orientation(image_path, label_path)):
         facts["remarks"].append(("turned by EXIF", sentence))
     if image is not None and ids is not None and image.shape[:2] != ids.shape[:2]:
-        facts["problems"].append(("sizes differ", sizes_differ(image_path, image, label_path, ids)))
+        facts["problems"].append(("sizes differ", size_mismatch(image_path, image, label_path, ids)))
     return facts
 
 

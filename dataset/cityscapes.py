@@ -17,7 +17,7 @@ from utils.common.files import check_room, kind_of
 from utils.common.messages import logger
 from utils.common.progress import progress
 from utils.imaging.classes import IGNORE_INDEX
-from utils.imaging.decode import read_ids, read_image, read_palette, sizes_differ, unclear_turn, warn_once
+from utils.imaging.decode import read_ids, read_image, read_palette, size_mismatch, unclear_orientation, warn_once
 from utils.ops.jitter import draw_jitter
 from utils.parallel.workers import do_jobs
 
@@ -146,7 +146,7 @@ class CityscapesDataset(Dataset):
         path, label_path = self.pairs[index]
         image, ids = self._decode(path, read_image), self._decode(label_path, read_ids)
         if image.shape[:2] != ids.shape[:2]:
-            raise UserError(sizes_differ(path, image, label_path, ids))
+            raise UserError(size_mismatch(path, image, label_path, ids))
         check_name(label_path, self.classes)
         choose = getattr(self.transform, "choose", None)
         if choose is not None:      # cut the window first, so that only its ids are converted to train ids
@@ -233,7 +233,7 @@ class CityscapesDataset(Dataset):
             image, path = self.pairs[index]
             try:
                 ids = read_ids(path)
-                if sentence := unclear_turn(image, path):
+                if sentence := unclear_orientation(image, path):
                     warn_once("turned by EXIF", sentence)
                 labeled |= bool((self.classes.encode(ids, path) != IGNORE_INDEX).any())
             except UserError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from utils.common import flags
 from utils.common.errors import UserError, plural
 from utils.common.files import kind_of
-from utils.common.progress import print_once
+from utils.common.progress import log_once
 from utils.imaging.decode import SUFFIXES
 
 from .labels import ClassTable
@@ -391,7 +391,7 @@ def report_left_out(place, paths, reason="not readable as images"):
     parts = [f"{count} of {suffix}" if suffix else plural(count, "file") + " without a suffix"
              for suffix, count in sorted(kinds.items())] + [plural(folders, "folder")] * bool(folders)
     if parts:
-        print_once(f"{place}: left out ({reason}): {', '.join(parts)}, such as {min(paths, key=str).name}")
+        log_once(f"{place}: left out ({reason}): {', '.join(parts)}, such as {min(paths, key=str).name}")
 
 
 def report_loose_files(folders, splits):

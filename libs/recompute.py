@@ -8,7 +8,7 @@ import threading
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from utils.ops.autocast import with_present_casts
+from utils.ops.autocast import with_current_casts
 
 _thread = threading.local()
 
@@ -71,5 +71,5 @@ def remembered(compute):
 def checkpoint(function, *args):
     """Call a function of tensors; what it saves for backward is dropped and computed again when needed."""
     tape = Tape()
-    return torch_checkpoint(with_present_casts(function), *args, use_reentrant=False,
+    return torch_checkpoint(with_current_casts(function), *args, use_reentrant=False,
                             context_fn=lambda: (tape.recording(), tape.replaying()))

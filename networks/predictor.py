@@ -17,7 +17,7 @@ from utils.common.messages import logger
 from utils.devices.precision import AUTOCAST, best_precision, exact_float32
 from utils.devices.select import check_kernels, select_devices
 from utils.imaging.classes import Classes
-from utils.imaging.decode import pixels_of
+from utils.imaging.decode import to_rgb
 from utils.inference.sliding import SlidingPredictor, fitting_size, most_probable
 
 from .build import build_network
@@ -140,7 +140,7 @@ class Predictor:
             UserError: if the file cannot be read.
             MemoryError: if the device has too little memory.
         """
-        return Prediction(self.sliding(pixels_of(image)), self.classes)
+        return Prediction(self.sliding(to_rgb(image)), self.classes)
 
 
 class Prediction:

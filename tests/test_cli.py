@@ -123,7 +123,7 @@ def test_a_stray_word_is_named(capsys):
         train.get_parser().parse_args(["--data-dir", "x", "streets", "--acf"])
     (error,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
-    assert "expected flags and their values, found 'streets', which belongs to none" in error
+    assert "expected flags and their values, found 'streets', which belongs to no flag" in error
 
 
 NO_SPLITS = ("", ".", "..", "/", "val/", "../val", "a/b", "a\0b", "x" * 256, "ü" * 128)

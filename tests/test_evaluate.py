@@ -214,7 +214,7 @@ command.run(evaluate.main)
 def test_memory_that_a_protocol_would_need_is_computed(streets, snapshot, tmp_path, monkeypatch, words, flags):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10e9)
     with pytest.raises(UserError, match="out of memory: expected room for the passes .* found: an image of 256×128 "
-                       r"needs at least \d+\.\d GB, of which 10.0 GB are free; what helps: " + flags):
+                       r"needs at least \d+\.\d GB, but only 10.0 GB are free; what helps: " + flags):
         run(streets, snapshot, tmp_path / "r", *words)
 
 

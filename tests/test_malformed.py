@@ -17,7 +17,7 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.reading import DecodedCache
 from tests.conftest import finish, start
 from tests.utils.imaging.test_decode import OTHER, other_content
-from utils.common.errors import UserError, sentence
+from utils.common.errors import UserError, user_message
 from utils.imaging.decode import read_ids, read_image
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -132,10 +132,10 @@ WRONG = {       # what is done to the second pair → what the sentence says
        for share in (0.0, 0.01, 0.05, 0.3, 0.6, 0.9)},
     **{f"label cut after {share:.0%}": (put("b_label.png", LABEL_PNG[:int(len(LABEL_PNG) * share)]),
                                         r"b_label\.png: expected an image, found") for share in (0.0, 0.1, 0.3, 0.5)},
-    "image of zero bytes": (put("b.png", b"\0" * 500), r"b\.png: expected an image, found a file that is none"),
+    "image of zero bytes": (put("b.png", b"\0" * 500), r"b\.png: expected an image, found a file that is not an image"),
     "empty image": (put("b.png", b""), r"b\.png: expected an image, found an empty file"),
     "empty label": (put("b_label.png", b""), r"b_label\.png: expected an image, found an empty file"),
-    "text as image": (put("b.png", "hello"), r"b\.png: expected an image, found a file that is none"),
+    "text as image": (put("b.png", "hello"), r"b\.png: expected an image, found a file that is not an image"),
     "web page as image": (put("b.png", "<!DOCTYPE html><html>"), r"b\.png: expected an image"),
     "random bytes": (put("b.png", np.random.default_rng(1).bytes(4000)), r"b\.png: expected an image"),
     "array as image": (lambda root: np.save(open(root / "b.png", "wb"), IMAGE), r"b\.png: expected an image"),
@@ -300,7 +300,7 @@ def test_a_broken_data_set_is_one_sentence(own, what):
     change(own)
     with pytest.raises(UserError, match=message) as caught:
         read_all(own)
-    assert "\n" not in sentence(caught.value)
+    assert "\n" not in user_message(caught.value)
 
 
 @pytest.mark.parametrize("what", FINE)
@@ -343,7 +343,7 @@ def test_a_path_that_makes_no_sense(own, monkeypatch, what, message):
     os.mkfifo("pipe")
     with pytest.raises(UserError, match=message) as caught:
         CityscapesDataset(**{"root": own, **what})
-    assert "\n" not in sentence(caught.value)
+    assert "\n" not in user_message(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root may become somebody who cannot read a file")

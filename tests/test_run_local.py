@@ -85,7 +85,7 @@ def words_of(project, monkeypatch, *words):
 
     monkeypatch.setattr(local, "PROJECT", project)
     monkeypatch.setattr(local, "call", call)
-    monkeypatch.setattr(local, "newest", lambda folder: Path(folder) / "CS_scenes_1.pth")
+    monkeypatch.setattr(local, "newest_snapshot", lambda folder: Path(folder) / "CS_scenes_1.pth")
     monkeypatch.setattr(local.subprocess, "run", lambda words, **_: started.append(words) or Namespace(returncode=0))
     monkeypatch.setattr(sys, "argv", ["local", str(project.parent), *words])
     monkeypatch.chdir(project)
@@ -120,7 +120,7 @@ def test_evaluation_is_not_told_of_apex(project, monkeypatch):
     (("--labels-dir", "x"), "none"), (("data", "--from-scratch", "--data-dir", "x"), "this flag beside data")])
 def test_data_are_named_by_the_first_word_alone(project, monkeypatch, words, found):
     flag = next(word for word in words if "-d" in word or "-l" in word).split("=")[0]
-    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first word, found {found}"):
+    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first argument, found {found}"):
         words_of(project, monkeypatch, *words)
 
 
@@ -179,7 +179,7 @@ def test_what_ends_early_ends_all(code, status):
 
 
 def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys):
-    watch = local.announce(tmp_path, local.time.monotonic() - 60, "1050", "4")
+    watch = local.time_left_reporter(tmp_path, local.time.monotonic() - 60, "1050", "4")
     watch()
     rates = ((25, 1.0), (50, 10.0), (75, 99.0))
     lines = [json.dumps({"step": step, "images_per_second": rate}) for step, rate in rates]
@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_is_measured_anew(tmp_path, capsys):
              for step, rate in ((10, 1.0), (20, 1.0), (30, 1.0), (20, 10.0), (30, 20.0))]
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("\n".join(lines[:3]) + "\n")
-    watch = local.announce(tmp_path, local.time.monotonic(), 530, 4)
+    watch = local.time_left_reporter(tmp_path, local.time.monotonic(), 530, 4)
     for kept in (lines[:1], [lines[0], lines[3]]):
         metrics.write_text("\n".join(kept) + "\n")
         watch()

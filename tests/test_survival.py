@@ -28,7 +28,7 @@ from tests.crash import same
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common import command as command_module
 from utils.common import files
-from utils.common.command import Interrupted, StopRequest, _account
+from utils.common.command import Interrupted, StopRequest, _exit_status_and_message
 from utils.common.errors import UserError
 from utils.devices import memory
 from utils.runs import log as log_module
@@ -320,7 +320,7 @@ def test_the_account_of_an_error(monkeypatch):
         try:
             raise error
         except BaseException as caught:
-            return _account(caught)
+            return _exit_status_and_message(caught)
 
     monkeypatch.setattr(command_module, "_among_processes", lambda: True)
     for text in ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3",
@@ -386,7 +386,7 @@ def test_the_launcher_waits_for_what_is_saved_although_it_is_told_again(tmp_path
         "def main():\n"
         "    if not launch.started_by_torchrun():\n        launch.start_processes(2)\n"
         "    with command.StopRequest() as stop:\n        print('ready', flush=True)\n"
-        "        while not stop.asked:\n            time.sleep(0.01)\n        time.sleep(2)\n"
+        "        while not stop.requested:\n            time.sleep(0.01)\n        time.sleep(2)\n"
         "        open(sys.argv[1] + os.environ['RANK'], 'w').close()\n"
         "    raise command.Interrupted(stop.number)\ncommand.run(main)\n")
     process = start(tmp_path / "slow.py", tmp_path / "saved")
@@ -411,10 +411,10 @@ def test_one_signalled_process_stops_all_with_its_status(streets, tmp_path):
 
 def test_a_second_signal_at_once_does_not_count_and_a_later_one_ends():
     before = signal.getsignal(signal.SIGHUP)
-    with StopRequest(deaf=0.2) as stop:
+    with StopRequest(debounce=0.2) as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked and stop.number == signal.SIGHUP
+        assert stop.requested and stop.number == signal.SIGHUP
         time.sleep(0.25)
         with pytest.raises(Interrupted) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -427,7 +427,7 @@ def test_nohup_stays_deaf_to_hanging_up():
     try:
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -48,7 +48,7 @@ from utils.devices.precision import best_precision, exact_float32
 from utils.devices.select import device_name, select_devices
 from utils.imaging.decode import read_image
 from utils.imaging.draw import write_picture
-from utils.inference.timing import SECONDS, TURNS, seconds_of
+from utils.inference.timing import MAX_RUNS, MAX_SECONDS, time_calls
 from utils.metrics.charts import chart, new_figure
 from utils.ops.upsampling import round_size
 from utils.runs import snapshots
@@ -179,7 +179,7 @@ def run_all(comparison, gpus, every=60.0):
         workers = [work(comparison, waiting, gpu, stop, failed) for gpu in gpus]
         try:
             while working := [pair for worker in workers if (pair := next(worker, None))]:
-                if stop.asked and not told:
+                if stop.requested and not told:
                     told = True
                     for _, process in working:
                         process.send_signal(stop.number)
@@ -192,7 +192,7 @@ def run_all(comparison, gpus, every=60.0):
             for _, process in working:
                 process.kill()
                 process.wait()
-    if stop.asked:
+    if stop.requested:
         print("stopped; the same command goes on", flush=True)
         raise Interrupted(stop.number)
     return failed
@@ -201,14 +201,14 @@ def run_all(comparison, gpus, every=60.0):
 def work(comparison, waiting, gpu, stop, failed):
     """What one device does: it takes run after run from a deque, trains and scores it. Yields (run, process) as long as
     a process is at work; statuses of those that failed go to a list."""
-    while waiting and not stop.asked:
+    while waiting and not stop.requested:
         run = waiting.popleft()
-        while not stop.asked and (command := comparison.command(*run, gpu)):
+        while not stop.requested and (command := comparison.command(*run, gpu)):
             say(run, f"{comparison.stage(*run)}, on {gpu}")
             process = start(command, comparison.run_folder(*run))
             while process.poll() is None:
                 yield run, process
-            if process.returncode and not stop.asked:
+            if process.returncode and not stop.requested:
                 failed.append(process.returncode)
                 say(run, last_words(comparison.run_folder(*run), process.returncode), file=sys.stderr)
                 break
@@ -272,7 +272,7 @@ def cost(comparison, path, image, device):
     protocol = replace(evaluate.protocol_of(scoring), amp=amp)
     network, config = load_network(path, device, scoring.raw_weights)
     predictor = sliding_predictor(network, config, device, protocol)
-    seconds = seconds_of(lambda: predictor.labels(image).cpu(), device, TURNS, SECONDS)
+    seconds = time_calls(lambda: predictor.labels(image).cpu(), device, MAX_RUNS, MAX_SECONDS)
     size = tuple(image.shape[:2])
     if predictor.window is not None:
         size = tuple(map(min, predictor.window, round_size(size, predictor.grid)))

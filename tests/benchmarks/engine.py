@@ -23,7 +23,7 @@ from utils.common.messages import logger, show_messages
 from utils.devices import memory
 from utils.devices.precision import AUTOCAST, Precision
 from utils.devices.select import own_device, select_devices
-from utils.inference.timing import finished, seconds_of
+from utils.inference.timing import synchronize, time_calls
 from utils.ops.normalization import Normalization
 from utils.parallel.launch import join_processes, leave_processes, started_by_torchrun
 from utils.parallel.processes import rank_and_size, share_batches
@@ -61,14 +61,14 @@ def make(variant, args, devices, processes):
 def matmul_rate(device, dtype, size):
     """FLOP/s of square matrix products."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size ** 3 / median(seconds_of(lambda: a @ b, device, 5))
+    return 2 * size ** 3 / median(time_calls(lambda: a @ b, device, 5))
 
 
 def timed(engine, batch):
     """Seconds of a step."""
     start = time.perf_counter()
     engine.step([batch])
-    finished(engine.devices[0])
+    synchronize(engine.devices[0])
     return time.perf_counter() - start
 
 

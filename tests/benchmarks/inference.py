@@ -23,7 +23,7 @@ from utils.common import flags
 from utils.devices.precision import AUTOCAST
 from utils.devices.select import select_devices
 from utils.inference.sliding import SlidingPredictor, window_starts
-from utils.inference.timing import finished
+from utils.inference.timing import synchronize
 from utils.ops.normalization import Normalization
 
 SIZE, WINDOW, STRIDE_LOGITS = (1024, 2048), 769, 97
@@ -52,7 +52,7 @@ def take_turns(ways, runs, device):
             start = time.perf_counter()
             with torch.inference_mode():
                 way()
-            finished(device)
+            synchronize(device)
             if run:
                 seconds[name].append(time.perf_counter() - start)
     base = median(next(iter(seconds.values())))

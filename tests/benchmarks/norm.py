@@ -17,7 +17,7 @@ from networks.build import build_network
 from utils.common import flags
 from utils.devices import memory
 from utils.devices.select import select_devices
-from utils.inference.timing import finished
+from utils.inference.timing import synchronize
 
 VARIANTS = {"bn": ("bn", "none"), "in place": ("inplace_abn", "none"), "light": ("inplace_abn", "light"),
             "full": ("inplace_abn", "full")}
@@ -30,7 +30,7 @@ def step(network, criterion, images, labels, autocast):
         outputs = network(images)
     criterion.total(criterion(outputs, labels)).backward()
     network.zero_grad(set_to_none=True)
-    finished(images.device)
+    synchronize(images.device)
     return time.perf_counter() - start
 
 

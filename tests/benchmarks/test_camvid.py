@@ -40,7 +40,7 @@ SPECIAL = ("acfnet_resnet, no term", "acfnet_resnet, true centers")
 def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch):
     """The variants that no flag of train.py makes, one step: the commands behind the README's findings."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(compare, "TURNS", 1)
+    monkeypatch.setattr(compare, "MAX_RUNS", 1)
     monkeypatch.setattr(comparison, "select_devices", lambda gpu: [torch.device("cpu")] * 2)
     for name in ("images", "labels", "classes.csv"):
         (tmp_path / name).symlink_to(camvid / name)

@@ -66,7 +66,7 @@ def finished(streets, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(compare, "start", start)
-        patch.setattr(compare, "TURNS", 3)
+        patch.setattr(compare, "MAX_RUNS", 3)
         patch.setattr(compare, "select_devices", lambda gpu: [CPU, CPU])
         compare.main(words(streets, folder))
     return folder, stopped, most
@@ -170,7 +170,7 @@ def test_data_in_two_folders(tmp_path, monkeypatch, capsys):
         train.main(comparison.training_words(comparison.variants[0], 0))
         evaluate.main(comparison.scoring_words(comparison.variants[0], 0))
 
-    monkeypatch.setattr(compare, "TURNS", 1)
+    monkeypatch.setattr(compare, "MAX_RUNS", 1)
     monkeypatch.setattr(compare, "run_all", train_and_score)
     images, labels = make(tmp_path, "train/a", "train/b", "val/c")
     data, *common = words("DATA", tmp_path / "r", "--gpu", "cpu", models=["fcn"], seeds=1, steps=1)

@@ -114,12 +114,12 @@ def test_label_maps_that_cannot_be_read_are_listed_where_others_tell_the_classes
         (tmp_path / f"{name}.txt").write_text("".join(f"images/{stem}.png labels/{stem}.png\n" for stem in name))
     lists = ("--data-list", tmp_path / "ab.txt", tmp_path / "c.txt")
     status, out, error = check("--data-dir", tmp_path, *lists, "--output-dir", tmp_path / "r")
-    assert status == 1 and "WRONG, label map: 1" in out and "found a file that is none" in out, out + error
+    assert status == 1 and "WRONG, label map: 1" in out and "found a file that is not an image" in out, out + error
     assert f"NOTE, classes without pixels: 1\n    {tmp_path / 'c.txt'}: no pixels of class 1, class 2\n" in out
     (tmp_path / "labels/a.png").write_text("none")
     shutil.copy(tmp_path / "labels/a.png", tmp_path / "labels/c.png")
     status, _, error = check(tmp_path, *lists, "--output-dir", tmp_path / "s")
-    assert status == 2 and error.count("\n") == 1 and "expected an image, found a file that is none" in error
+    assert status == 2 and error.count("\n") == 1 and "expected an image, found a file that is not an image" in error
 
 
 def test_two_folders_without_pairs_are_told_of_the_list(tmp_path):

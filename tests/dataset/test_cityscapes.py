@@ -17,7 +17,7 @@ from dataset.images import ImageFiles, find_images, images_of_split
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler
 from dataset.transforms import train_transform
 from tests.conftest import finish, start
-from utils.common.errors import UserError, sentence
+from utils.common.errors import UserError, user_message
 from utils.parallel.workers import Jobs, Loader
 
 TABLE = "name,id,train_id,red,green,blue\nroad,1,0,1,2,3\ncar,2,1,4,5,6\nvoid,3,255,0,0,0\n"
@@ -201,7 +201,7 @@ def spoil(own, what):
     ("empty list", r"list.txt: expected lines \"image label\", found an empty list"),
     ("one word", r"list.txt, line 2: expected \"image label\" .*, found 'b.png'"),
     ("no image", r"list.txt, line 3: expected the file .*b.png, found no such file"),
-    ("not an image", r"list.txt, line 3: .*b.png: expected an image, found a file that is none"),
+    ("not an image", r"list.txt, line 3: .*b.png: expected an image, found a file that is not an image"),
     ("truncated", r"b.png: expected an image, found one that cannot be read"),
     ("other size", r"list.txt, line 3: .*b_label.png: expected the size of .*b.png, 8×6, found 7×6"),
     ("unknown id", r"b_label.png: expected ids that .*classes.csv knows, found 9; add a row"),
@@ -212,8 +212,8 @@ def test_a_bad_file_is_one_sentence_also_from_a_worker(own, what, message, worke
     spoil(own, what)
     with pytest.raises(UserError) as caught:
         list(DataLoader(open_own(own), num_workers=workers))
-    assert "\n" not in sentence(caught.value)
-    assert re.search(message, sentence(caught.value)), sentence(caught.value)
+    assert "\n" not in user_message(caught.value)
+    assert re.search(message, user_message(caught.value)), user_message(caught.value)
 
 
 def test_missing_folders_are_named(tmp_path, streets):

@@ -122,7 +122,7 @@ def speed(device, network, scales, flip, size, window, batch_size, runs):
     """Time of an image, and the share of it that is not the network's."""
     predictor = SlidingPredictor(network, window, scales=scales, flip=flip, batch_size=batch_size, device=device,
                                  autocast=torch.bfloat16, memory_format=torch.channels_last)
-    return timing.prediction(predictor, [make_image(size)], runs, predict=both_heads)
+    return timing.time_prediction(predictor, [make_image(size)], runs, predict=both_heads)
 
 
 def both_heads(predictor, image):

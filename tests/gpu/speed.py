@@ -25,7 +25,7 @@ from utils.devices import memory
 from utils.devices.precision import AUTOCAST
 from utils.devices.select import share_cores
 from utils.inference.sliding import SlidingPredictor
-from utils.inference.timing import finished, median_ms
+from utils.inference.timing import median_ms, synchronize
 from utils.metrics.evaluation import score
 from utils.parallel.workers import Loader
 from utils.training.engine import compile_network
@@ -79,7 +79,7 @@ def shares(engine, batch, device):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         engine.step([batch])
-        finished(device)
+        synchronize(device)
     spent, kernels = collections.Counter(), 0
     for event in profile.key_averages():
         if device.type == "cuda" and event.device_type != torch.autograd.DeviceType.CUDA:

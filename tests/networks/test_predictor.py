@@ -17,7 +17,7 @@ from networks.predictor import load
 from tests.conftest import ROOT, snapshot_content
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common.errors import UserError
-from utils.imaging.decode import pixels_of
+from utils.imaging.decode import to_rgb
 from utils.runs import snapshots
 
 PLAIN = {"device": "cpu", "amp": "off"}
@@ -136,16 +136,16 @@ REFUSED = {"0 to 1": (RGB / 255, r"float64 \(40, 70, 3\); of values from 0 to 1,
 @pytest.mark.parametrize("kind", TAKEN)
 def test_images_that_are_taken(kind):
     image, expected = TAKEN[kind]
-    assert np.array_equal(pixels_of(image), expected)
+    assert np.array_equal(to_rgb(image), expected)
     if isinstance(image, np.ndarray):
-        assert torch.equal(pixels_of(torch.from_numpy(image.copy())), torch.from_numpy(expected.copy()))
+        assert torch.equal(to_rgb(torch.from_numpy(image.copy())), torch.from_numpy(expected.copy()))
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_images_that_are_refused(kind):
     image, message = REFUSED[kind]
     with pytest.raises(ValueError, match=message) as caught:
-        pixels_of(image)
+        to_rgb(image)
     assert "expected" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_loaded_or_read(snapshot, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="nowhere.pth: expected a file of weights, found no such file"):
         load(tmp_path / "nowhere.pth")
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(UserError, match="a.png: expected an image, found a file that is none"):
+    with pytest.raises(UserError, match="a.png: expected an image, found a file that is not an image"):
         load(snapshot, **PLAIN).predict(tmp_path / "a.png")
 
 

@@ -65,7 +65,7 @@ def test_a_package_that_is_missing_is_a_sentence(tmp_path, package, module):
 
 def test_every_required_package_is_looked_for():
     names = {name for name, _ in environment.requirements([ROOT / "requirements.txt"])}
-    assert names == environment.MODULES.keys() | environment.LATER.keys()
+    assert names == environment.MODULES.keys() | environment.LAZY_MODULES.keys()
 
 
 def test_a_python_that_is_too_old_is_missing_something(monkeypatch):
@@ -78,7 +78,7 @@ def test_a_python_that_is_too_old_is_missing_something(monkeypatch):
 def test_a_file_where_the_venv_would_be(tmp_path, capsys):
     (tmp_path / ".venv").write_text("mine")
     with pytest.raises(SystemExit) as caught:
-        environment.make([], tmp_path / ".venv")
+        environment.make_venv([], tmp_path / ".venv")
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.endswith("found a file of that name\n") and said.count("\n") == 1
 
@@ -108,13 +108,13 @@ def test_a_venv_that_was_only_begun_or_is_too_old_is_made_again(tmp_path, monkey
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     assert subprocess.run([venv / "bin/python", "-m", "pip", "--version"], capture_output=True).returncode
     (tmp_path / "file.txt").write_text("")
-    python = environment.make([tmp_path / "file.txt"], venv)
+    python = environment.make_venv([tmp_path / "file.txt"], venv)
     assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
     (venv / "mine").touch()
-    environment.make([tmp_path / "file.txt"], venv)
+    environment.make_venv([tmp_path / "file.txt"], venv)
     assert (venv / "mine").exists()
     monkeypatch.setattr(environment, "OLDEST", (3, 99))
-    environment.make([tmp_path / "file.txt"], venv)
+    environment.make_venv([tmp_path / "file.txt"], venv)
     assert not (venv / "mine").exists() and python.exists()
 
 
@@ -130,7 +130,7 @@ def test_the_cause_is_said_before_what_pip_says(tmp_path, monkeypatch, capfd, sa
     fake.write_text(f"#!/bin/sh\n[ \"$1\" = -c ] && exit 0\ncat >&2 <<'EOF'\n{said}\nEOF\nexit 1\n")
     fake.chmod(0o755)
     with pytest.raises(SystemExit) as caught:
-        environment.make([tmp_path / "file.txt"], venv)
+        environment.make_venv([tmp_path / "file.txt"], venv)
     lines = capfd.readouterr().err.splitlines()
     assert caught.value.code == 2 and lines[1].startswith("error: expected to install") and reason in lines[1]
     assert lines[2:] == said.splitlines()

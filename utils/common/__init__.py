@@ -1,1 +1,1 @@
-"""What everything else may use: errors, files, flags, commands, progress, differences of versions."""
+"""Shared basics: errors, files, flags, commands, messages, progress, system limits, differences between versions."""

@@ -1,23 +1,23 @@
-"""Errors of the user's input, and the words of messages."""
+"""Errors in the user's input, and helpers for the wording of messages."""
 
 import re
 
 
 class UserError(Exception):
-    """The user's input is at fault. The message is one sentence naming file or flag, expected and found."""
+    """The user's input is at fault. The message is one sentence: file or flag, what was expected, what was found."""
 
 
-def plural(number, thing):
+def plural(number, noun):
     """1, "image" → "1 image"; 2, "class" → "2 classes"."""
-    return f"{number} {thing}" + ("" if number == 1 else "es" if thing.endswith("s") else "s")
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
-def sentence(error):
+def user_message(error):
     """The message of a `UserError`, also where a worker process of a DataLoader wrapped it in its traceback."""
     *_, last = re.split(r"UserError: ", str(error))
     return last.strip()
 
 
-def first_words(error):
-    """The first line of an error that is somebody else's, at most 200 characters; its kind where it says nothing."""
+def first_line(error):
+    """The first line of another library's error, at most 200 characters; its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""Command lines: a parser whose errors are one sentence, and types of flags."""
+"""Command-line parsing: a parser with one-sentence errors, and flag types."""
 
 import argparse
 import dataclasses
@@ -10,41 +10,43 @@ import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, without the list of all flags before it.
+    """An argument parser whose errors are one sentence, without the usage text.
 
-    Flags are written out, since run_local.sh hands on some by their names; descriptions keep their lines.
+    Flags cannot be abbreviated, since run_local.sh forwards some by name; descriptions keep their line breaks.
     """
 
     def __init__(self, **options):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
 
     def parse_args(self, args=None, namespace=None):
-        """As in argparse, with errors that say what is expected; that for an unknown flag names those like it."""
-        words = sys.argv[1:] if args is None else args
-        for word in itertools.takewhile(lambda word: word != "--", words):
-            flag, known = word.split("=")[0], self._option_string_actions
+        """Parse as argparse does; the error for an unknown flag names similar flags."""
+        args = sys.argv[1:] if args is None else args
+        for arg in itertools.takewhile(lambda arg: arg != "--", args):
+            flag, known = arg.split("=")[0], self._option_string_actions
             if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in known:
-                alike = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(
+                similar = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(
                     flag, known, 2, 0.8)
-                self.error(f"{flag}: expected a flag of this command{', perhaps ' * bool(alike)}{' or '.join(alike)}, "
-                           "found an unknown one")
-        found, rest = self.parse_known_args(words, namespace)
+                self.error(f"{flag}: expected a flag of this command{', perhaps ' * bool(similar)}"
+                           f"{' or '.join(similar)}, found an unknown one")
+        parsed, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.error(f"expected flags and their values, found {rest[0]!r}, which belongs to none")
-        return found
+            self.error(f"expected flags and their values, found {rest[0]!r}, which belongs to no flag")
+        return parsed
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
-# No crop or window is larger: it would not fit into the memory of any device, and OpenCV stops at 32,767 pixels a side.
+# Crops and windows are at most this large: more fits no device's memory, and OpenCV ends at 32,767 pixels per side.
 LONGEST_SIDE = 16384
-LONGEST_NAME, LONGEST_PATH = 255, 3800      # bytes; Linux takes paths of 4095, and names are added to these
+LONGEST_NAME, LONGEST_PATH = 255, 3800      # bytes; Linux allows paths of 4095, and file names are appended to these
 
 
 def path(text):
-    """Flag type: a path that is not empty, and that a file system can take; ~ is the home folder, also in --flag=~/x,
-    which shells leave as it is."""
+    """Flag type: a path that is not empty and that a file system accepts.
+
+    ~ is the home folder, also in --flag=~/x, where shells do not expand it.
+    """
     text = os.path.expanduser(text)
     encoded = os.fsencode(text)
     if not encoded or b"\0" in encoded:
@@ -57,7 +59,7 @@ def path(text):
 
 
 def split(text):
-    """Flag type: a split, or several as `--split` joins them: the name of a folder, not a path."""
+    """Flag type: a split, or several splits as `--split` joins them: the name of a folder, not a path."""
     if os.path.basename(text) != text or "\0" in text or text in ("", ".", "..") or len(
             os.fsencode(text)) > LONGEST_NAME:
         raise argparse.ArgumentTypeError("expected the name of a split, such as train or val, "
@@ -77,30 +79,37 @@ def size(text):
     return (values[0], values[-1])
 
 
-def numbers(count, text, check, what):
-    """"a,b,..." → a tuple of `count` floats that pass a check, or an error that names what was expected."""
+def numbers(count, text, check, description):
+    """Parse "a,b,..." as a tuple of `count` floats.
+
+    Args:
+        count: how many numbers.
+        text: of the flag.
+        check: (floats) → whether they are valid.
+        description: what was expected, for the error.
+    """
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
     if len(values) != count or not check(values):
-        raise argparse.ArgumentTypeError(f"expected {what}, found {_shortened(text)}")
+        raise argparse.ArgumentTypeError(f"expected {description}, found {_shortened(text)}")
     return values
 
 
 def scale_range(text):
-    """Flag type: "LO,HI", factors above 0."""
+    """Flag type: "LO,HI" → the smallest and largest scale."""
     return numbers(2, text, lambda v: 0.01 <= v[0] <= v[1] <= 100, "LO,HI from 0.01 to 100, such as 0.5,2.0")
 
 
 def jitter(text):
-    """Flag type: "B,C,S,H", changes of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5)."""
+    """Flag type: "B,C,S,H" → largest changes of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5)."""
     return numbers(4, text, lambda v: all(0 <= x <= 1 for x in v[:3]) and 0 <= v[3] <= 0.5,
                    "BRIGHTNESS,CONTRAST,SATURATION,HUE, at most 1,1,1,0.5")
 
 
 def kernels(text):
-    """Flag type: "k,k,k,k", odd numbers."""
+    """Flag type: "k,k,k,k" → four odd kernel sizes."""
     values = numbers(4, text, lambda v: all(x % 2 == 1 and 0 < x < 100 for x in v),
                      "four odd numbers below 100, such as 3,3,5,7")
     return tuple(map(int, values))
@@ -121,34 +130,34 @@ def named_numbers(text):
     return values
 
 
-def plain_numbers(values):
-    """{name: number} → the text that `named_numbers` reads."""
+def format_named_numbers(values):
+    """{name: number} → "a=1,b=0.5", which `named_numbers` parses."""
     return ",".join(f"{name}={value:g}" for name, value in values.items())
 
 
-def from_flags(kind, values):
-    """A dataclass of that kind whose fields are the flags of the same names; values: {flag's name: value}."""
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+def from_flags(dataclass, values):
+    """An instance of a dataclass whose fields are named like flags; values: {flag's name: value}."""
+    return dataclass(**{field.name: values[field.name] for field in dataclasses.fields(dataclass)})
 
 
 def plain_values(flags):
-    """{flag's name: value} as a snapshot and JSON can hold it: tuples as lists, named numbers as their text."""
-    kinds = {tuple: list, dict: plain_numbers}
-    return {name: kinds.get(type(value), lambda same: same)(value) for name, value in flags.items()}
+    """{flag's name: value} with values that snapshots and JSON can hold: tuples as lists, named numbers as text."""
+    converters = {tuple: list, dict: format_named_numbers}
+    return {name: converters.get(type(value), lambda same: same)(value) for name, value in flags.items()}
 
 
 # Largest values of flags: steps and pixels are counted in 32 bits elsewhere, and float32 ends at 3.4e38.
 LARGEST = {int: 2 ** 31 - 1, float: 1e30}
 
 
-def positive(number, most=None):
-    """Flag type: `positive(int)` or `positive(float)` parses a number above 0, at most `most`."""
-    return _bounded(number, "above 0", lambda value: value > 0, most)
+def positive(number, maximum=None):
+    """Flag type: `positive(int)` or `positive(float)` parses a number above 0, at most `maximum`."""
+    return _bounded(number, "above 0", lambda value: value > 0, maximum)
 
 
-def not_negative(number, most=None):
-    """Flag type: `not_negative(int)` or `not_negative(float)` parses a number of at least 0, at most `most`."""
-    return _bounded(number, "of at least 0", lambda value: value >= 0, most)
+def not_negative(number, maximum=None):
+    """Flag type: `not_negative(int)` or `not_negative(float)` parses a number of at least 0, at most `maximum`."""
+    return _bounded(number, "of at least 0", lambda value: value >= 0, maximum)
 
 
 def probability(text):
@@ -159,14 +168,14 @@ def probability(text):
     return value
 
 
-def _bounded(number, lowest, check, most):
-    most = LARGEST[number] if most is None else most
+def _bounded(number, lower_bound, check, maximum):
+    maximum = LARGEST[number] if maximum is None else maximum
 
     def parse(text):
         value = _number(number, text)
-        if not (check(value) and value <= most):
-            above = f" and at most {most}" * (value > most)
-            raise argparse.ArgumentTypeError(f"expected a number {lowest}{above}, found {_shortened(text)}")
+        if not (check(value) and value <= maximum):
+            upper_bound = f" and at most {maximum}" * (value > maximum)
+            raise argparse.ArgumentTypeError(f"expected a number {lower_bound}{upper_bound}, found {_shortened(text)}")
         return value
     return parse
 
@@ -183,8 +192,8 @@ def _shortened(text):
     return repr(text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}")
 
 
-# Flag types that several commands share.
+# Flag types shared by several commands.
 batch_size = positive(int, 65536)
 num_workers = not_negative(int, 1024)       # processes
 random_seed = not_negative(int, 2 ** 32 - 1)
-scale = positive(float, 100)                # of an image
+scale = positive(float, 100)                # factor by which an image is resized

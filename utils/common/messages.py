@@ -1,4 +1,4 @@
-"""Messages about what goes on: library code logs them, scripts show them as plain lines."""
+"""Progress and status messages: library code logs them, scripts show them as plain lines."""
 
 import logging
 import sys
@@ -8,9 +8,9 @@ from tqdm import tqdm
 logger = logging.getLogger("acfnet")
 
 
-class _Lines(logging.Handler):
-    """Prints what is logged, above a progress bar if there is one: warnings to standard error, all else to standard
-    output."""
+class _LineHandler(logging.Handler):
+    """Print log records above a progress bar, if there is one: warnings and errors to standard error, the rest to
+    standard output."""
 
     def emit(self, record):
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -19,8 +19,8 @@ class _Lines(logging.Handler):
 
 
 def show_messages(rank=0):
-    """Show all messages, of several processes only warnings but for the first. Scripts call it; libraries do not."""
-    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-        logger.addHandler(_Lines())
+    """Show log messages: all of them on rank 0, only warnings on other ranks. For scripts, not for libraries."""
+    if not any(isinstance(handler, _LineHandler) for handler in logger.handlers):
+        logger.addHandler(_LineHandler())
         logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -11,58 +11,67 @@ from .messages import logger
 
 
 @functools.cache
-def print_once(text):
-    """Print a line, unless this process has printed it before."""
+def log_once(text):
+    """Log a line, unless this process has logged it before."""
     logger.info(text)
 
 
-def progress(iterable, what, unit, every=10.0, total=None):
-    """Iterate with progress: a bar on a terminal, elsewhere a plain line every so many seconds.
+def progress(iterable, description, unit, every=10.0, total=None):
+    """Iterate and show progress: a bar on a terminal, otherwise a plain line every `every` seconds.
 
-    total: of items; None for the length of the iterable, 0 where nobody knows.
+    Args:
+        iterable: the items.
+        description: what is being done.
+        unit: name of an item, in the singular.
+        every: seconds between lines.
+        total: number of items; None for the length of the iterable, 0 if unknown.
     """
     total = len(iterable) if total is None else total
     if sys.stderr.isatty():
-        yield from tqdm(iterable, total=total or None, desc=what, unit=unit, dynamic_ncols=True,
-                        disable=os.environ.get("RANK", "0") != "0")     # of several processes the first has the bar
+        yield from tqdm(iterable, total=total or None, desc=description, unit=unit, dynamic_ncols=True,
+                        disable=os.environ.get("RANK", "0") != "0")     # only rank 0 shows the bar
         return
-    started = said = time.monotonic()
+    started = last_line = time.monotonic()
     for done, item in enumerate(iterable, 1):
         yield item
         now = time.monotonic()
-        if now - said > every or done == total:
-            said = now
+        if now - last_line > every or done == total:
+            last_line = now
             rate = done / max(now - started, 1e-9)
             of, left = (f"/{total}", f", {duration(max(0, total - done) / rate)} left") if total else ("", "")
-            logger.info(f"{what}: {done}{of} {unit}s, {rate:.3g} {unit}s/s{left}")
+            logger.info(f"{description}: {done}{of} {unit}s, {rate:.3g} {unit}s/s{left}")
 
 
 class FirstImage:
-    """Tells how the first image gets on, which may take minutes before `progress` has anything to say.
+    """Progress within the first image, which may take minutes before `progress` shows its first line.
 
     Args:
-        images: in all.
-        every: seconds between lines; the first comes after the first windows.
+        images: total number of images.
+        every: seconds between lines; the first line comes after the first windows.
     """
 
     def __init__(self, images, every=10.0):
         self.images, self.every = images, every
-        self.started = self.said = None
+        self.started = self.last_line = None
 
     def __call__(self, done, windows):
-        """So many windows of an image are done; none when it begins. Returns whether the image is done."""
+        """Log a line if `every` seconds have passed; done: windows done, 0 at the start; windows: their total number.
+
+        Returns whether the image is done; from then on `progress` shows lines.
+        """
         now = time.monotonic()
         if done == 0:
             self.started = self.started or now
-        elif done < windows and (self.said is None or now - self.said > self.every):
-            self.said = now
-            image = (now - self.started) / done * windows
-            logger.info(f"first image: {done}/{windows} windows; at this rate {duration(image)} an image, "
-                        f"{duration(image * self.images)} for {self.images}")
-        return done == windows      # from there on `progress` speaks
+        elif done < windows and (self.last_line is None or now - self.last_line > self.every):
+            self.last_line = now
+            seconds = (now - self.started) / done * windows
+            logger.info(f"first image: {done}/{windows} windows; at this rate {duration(seconds)} per image, "
+                        f"{duration(seconds * self.images)} for {self.images}")
+        return done == windows
 
 
 def duration(seconds):
+    """Seconds as "M:SS" or "H:MM:SS"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

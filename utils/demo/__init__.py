@@ -1,1 +1,1 @@
-"""What run_local.sh does."""
+"""The program behind run_local.sh."""

@@ -1,8 +1,8 @@
-"""What run_local.sh does once it has a Python: a demonstration on drawn streets, or the README's way to a score.
+"""The program behind run_local.sh: a demonstration on drawn streets, or the README's training and evaluation.
 
-    python -m utils.demo.local FOLDER_OF_THE_USER [CITYSCAPES] [words for train.py]
+    python -m utils.demo.local FOLDER_OF_THE_USER [CITYSCAPES] [arguments for train.py]
 
-Started in the project's folder; relative paths are the user's.
+Started in the project's folder; relative paths refer to the folder of the user.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ from ..runs.log import METRICS, read_lines
 from ..runs.snapshots import list_snapshots
 
 PROJECT = Path(__file__).resolve().parents[2]
-# The demonstration: scenes to draw, and a training. Its steps decide how long it takes; too short to learn all classes
-# of Cityscapes, it learns the seven categories.
+# The demonstration: scenes to draw, and a training run. Most of its time goes into the training steps; a run this short
+# cannot learn all classes of Cityscapes, so it learns the seven categories.
 SCENES = ("--train", 120, "--val", 30, "--size", "256,512", "--seed", 0)
 CLASSES = PROJECT / "dataset/list/cityscapes/categories.csv"
 STEPS, BATCH = 400, 4
 TRAINING = ("--backbone", "eca_resnet18", "--random-mirror", "--sampling", "class", "--input-size", "97,193",
             "--batch-size", BATCH, "--num-steps", STEPS, "--learning-rate", "4e-2", "--ohem", 1, "--ohem-keep", 10000,
             "--parallel", "none", "--log-every", 10)
-SCORING = ("--input-size", "257,513", "--scales", "1.0", "--no-flip")
+EVALUATION = ("--input-size", "257,513", "--scales", "1.0", "--no-flip")
 EXPECTED = "three runs gave coarse 52.5 to 54.7, fine 53.0 to 54.5 %"
-SCORING_SHARE = 0.12        # of the time for training
-ROOM = 200e6                # bytes: the scenes, a snapshot, pictures
+EVALUATION_SHARE = 0.12     # time of the evaluation as a share of that of the training
+NEEDED_BYTES = 200e6        # on the disk, for the scenes, a snapshot and pictures
 PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--input-size", "769,769", "--weight-decay",
          "1e-4", "--batch-size", 8, "--num-steps", 60000)
-FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags in whose place the first word stands
-# `python -c CHECK PROJECT FLAGS...` asks train.py whether flags can work. sys.path[0] is the user's folder, from which
-# Python would import first; and a process of its own gives back what it takes of a GPU.
+FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags that the first argument replaces
+# `python -c CHECK PROJECT FLAGS...` lets train.py check its flags. Python sets sys.path[0] to the user's folder, which
+# must not be searched for modules. The check is a process of its own so that it releases the GPU memory it uses.
 CHECK = "import sys; sys.path[0] = sys.argv.pop(1); import train; train.command.run(train.parse_and_check)"
 
 
 def get_parser():
-    """Words that concern more than train.py; all others are its own."""
+    """The flags that concern more than train.py; all others are passed on to it."""
     parser = Parser(add_help=False)
     parser.add_argument("--gpu")
     parser.add_argument("--amp")
@@ -61,27 +61,31 @@ def get_parser():
 
 
 def flags(args, *names):
-    """The words that say again what was said of these flags."""
-    words = []
+    """Turn the parsed values of these flags back into command-line arguments."""
+    arguments = []
     for name in names:
         value = getattr(args, name.replace("-", "_"))
         if value:
-            words += [f"--{name}", *([value] if isinstance(value, str) else value)]
-    return words
+            arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    return arguments
 
 
-def scoring_flags(args, *names):
-    """`flags` for evaluate.py, which does not know apex: it then takes what suits the device."""
+def evaluation_flags(args, *names):
+    """`flags` for evaluate.py. It does not support apex: --amp is then left to its default for the device."""
     return flags(args, "gpu", *["amp"] * (args.amp != "apex"), *names)
 
 
-def call(*words, folder=None, watch=lambda: None):
-    """Run a script or module with this Python; ends this process with its status if that is not 0.
+def call(*arguments, folder=None, watch=lambda: None):
+    """Run Python with these arguments; if it fails, end this process with its exit status.
 
-    folder: where it runs; None for the user's. watch: called once a second meanwhile.
+    Args:
+        arguments: script or module, and its own arguments.
+        folder: working folder; None for the user's.
+        watch: called once per second while the process runs.
     """
-    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=folder)
-    # A terminal sends Ctrl-C to both processes, and the other one decides; what this one alone gets is handed on.
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder)
+    # A terminal sends Ctrl-C to both processes, and the child decides what to do. SIGTERM may be sent to this process
+    # only, so it is forwarded.
     before = [signal.signal(signal.SIGINT, signal.SIG_IGN),
               signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))]
     try:
@@ -89,7 +93,7 @@ def call(*words, folder=None, watch=lambda: None):
             watch()
             time.sleep(1)
     finally:
-        process.terminate()     # what still runs, if `watch` failed
+        process.terminate()     # still runs if `watch` failed
         process.wait()
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
@@ -98,33 +102,39 @@ def call(*words, folder=None, watch=lambda: None):
 
 
 def check_writable(folder):
-    """Raise `UserError` at once where hours later nothing could be written. Leaves no folder that was not there."""
-    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    """Raise `UserError` if results cannot be written to a folder, rather than hours later.
+
+    Folders created for the check are removed.
+    """
+    created = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
     probe = folder / ".writable"
     try:
         files.write_atomically(probe, lambda file: file.write(b"?"))
         probe.unlink()
-        files.check_room(str(folder), folder, ROOM, "scenes, snapshots and pictures")
+        files.check_room(str(folder), folder, NEEDED_BYTES, "scenes, snapshots and pictures")
     finally:
         with contextlib.suppress(OSError):
-            for place in made:
-                place.rmdir()
+            for parent in created:
+                parent.rmdir()
 
 
-def announce(run, began, steps, batch):
-    """A function that says once, from the second measured rate, when all will be done.
+def time_left_reporter(run, began, steps, batch):
+    """Make a function that prints once, from the second measured rate, when training and evaluation will be done.
 
-    steps, batch: of the training, as text.
+    Args:
+        run: folder of the training run.
+        began: `time.monotonic()` at the start.
+        steps, batch: number of steps and batch size, as numbers or text.
     """
-    said, before = False, read_lines(run / METRICS)     # of a run that goes on
+    printed, earlier = False, read_lines(run / METRICS)     # lines from before a run was resumed
 
     def watch():
-        nonlocal said
-        lines = [] if said else [line for line in read_lines(run / METRICS) if line not in before]
+        nonlocal printed
+        lines = [] if printed else [line for line in read_lines(run / METRICS) if line not in earlier]
         if len(lines) < 2:
             return
-        said, values = True, lines[1]
-        left = (int(steps) - values["step"]) * int(batch) / values["images_per_second"] * (1 + SCORING_SHARE)
+        printed, values = True, lines[1]
+        left = (int(steps) - values["step"]) * int(batch) / values["images_per_second"] * (1 + EVALUATION_SHARE)
         print(f"at {values['images_per_second']:.1f} images/s training and scoring take "
               f"{plural(round(left / 60), 'minute')} more, {(left + time.monotonic() - began) / 60:.0f} in all",
               flush=True)
@@ -133,15 +143,15 @@ def announce(run, began, steps, batch):
 
 
 def latest_run(demo):
-    """The newest run of the demonstration that has a snapshot."""
-    found = [run for run in sorted(demo.glob("run_*")) if list_snapshots(run)]
-    if not found:
+    """The folder of the newest demonstration run that has a snapshot."""
+    runs = [run for run in sorted(demo.glob("run_*")) if list_snapshots(run)]
+    if not runs:
         raise UserError(f"--resume: expected a run with a snapshot in {demo}, found none")
-    return found[-1]
+    return runs[-1]
 
 
 def draw(streets, training):
-    """Draw the scenes. training: the words for train.py, which are checked before time goes into that."""
+    """Draw the scenes; training: arguments for train.py, which are checked before the drawing takes time."""
     call("-c", CHECK, PROJECT, *training)
     part = streets.with_name("streets.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -149,8 +159,8 @@ def draw(streets, training):
     part.rename(streets)
 
 
-def demonstrate(args, words):
-    """Draw scenes, learn from them, score."""
+def demonstrate(args, rest):
+    """Draw scenes, train on them, evaluate; rest: further arguments for train.py."""
     began = time.monotonic()
     demo = PROJECT / "demo"
     streets = demo / "streets"
@@ -159,47 +169,48 @@ def demonstrate(args, words):
     print("This is a demonstration: streets that a program draws, an ECA-ResNet18 from random weights.", flush=True)
     check_writable(demo)
     check_writable(run)
-    changes = flags(args, "amp", "restore-from", "num-steps", "batch-size") + words
+    changes = flags(args, "amp", "restore-from", "num-steps", "batch-size") + rest
     training = ["--data-dir", streets, "--snapshot-dir", run, *TRAINING, "--classes", args.classes or CLASSES,
                 *flags(args, "gpu", "resume"), *changes]
     if not streets.is_dir():
         draw(streets, training)
     call(PROJECT / "train.py", *training,
-         watch=announce(run, began, args.num_steps or STEPS, args.batch_size or BATCH))
-    last = newest(run)
-    call(PROJECT / "evaluate.py", "--data-dir", streets, "--restore-from", last, *SCORING, *scoring_flags(args))
-    folder = last.with_name(f"{last.stem}_val")
+         watch=time_left_reporter(run, began, args.num_steps or STEPS, args.batch_size or BATCH))
+    snapshot = newest_snapshot(run)
+    call(PROJECT / "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, *EVALUATION,
+         *evaluation_flags(args))
+    folder = snapshot.with_name(f"{snapshot.stem}_val")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    fine = f"fine {100 * result['mean_iou']:.1f} %"
+    scores = f"fine {100 * result['mean_iou']:.1f} %"
     if "coarse" in result:
-        fine = f"coarse {100 * result['coarse']['single_scale']['mean_iou']:.1f} %, {fine}"
+        scores = f"coarse {100 * result['coarse']['single_scale']['mean_iou']:.1f} %, {scores}"
     expected = "" if changes or args.classes else f" ({EXPECTED})"
-    print(f"\nmIoU of the demonstration: {fine}{expected}")
-    print("what fine has more or less is not ACF's alone: its loss weighs more, and only it uses OHEM")
-    print(f"look at {folder}/report.html for what went right and wrong, {folder}/overlay/ for all pictures")
+    print(f"\nmIoU of the demonstration: {scores}{expected}")
+    print("the difference is not due to ACF alone: the fine loss has a larger weight, and only it uses OHEM")
+    print(f"see {folder}/report.html for what went right and wrong, {folder}/overlay/ for all pictures")
     print(f"this took {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 def find_weights():
-    """The one file of weights in dataset/."""
-    found = sorted(path for pattern in ("*.pth", "*.pth.tar") for path in (PROJECT / "dataset").glob(pattern))
-    if len(found) != 1:
-        names = "".join(f"{' ' if number else ': '}dataset/{path.name}" for number, path in enumerate(found))
-        raise UserError(f"dataset/: expected one file of backbone weights (*.pth, *.pth.tar), found {len(found)}{names}"
-                        "; --restore-from FILE names one, --from-scratch trains without")
-    return str(found[0])
+    """The only file of weights in dataset/. Raises `UserError` if there is none or several."""
+    paths = sorted(path for pattern in ("*.pth", "*.pth.tar") for path in (PROJECT / "dataset").glob(pattern))
+    if len(paths) != 1:
+        names = "".join(f"{' ' if number else ': '}dataset/{path.name}" for number, path in enumerate(paths))
+        raise UserError(f"dataset/: expected one file of backbone weights (*.pth, *.pth.tar), found {len(paths)}{names}"
+                        "; --restore-from FILE names one, --from-scratch trains without weights")
+    return str(paths[0])
 
 
-def newest(folder):
-    """The last snapshot in a folder."""
-    found = list_snapshots(folder)
-    if not found:
+def newest_snapshot(folder):
+    """The path of the newest snapshot in a folder. Raises `UserError` if there is none."""
+    snapshots = list_snapshots(folder)
+    if not snapshots:
         raise UserError(f"{folder}: expected snapshots of the training, found none")
-    return found[-1][1]
+    return snapshots[-1][1]
 
 
-def run_for_real(data, args, words):
-    """Check the data, train, score."""
+def train_and_evaluate(data, args, rest):
+    """Check the user's data set, train, evaluate; rest: further arguments for train.py."""
     snapshots = Path(args.snapshot_dir or PROJECT / "snapshots").absolute()
     if not args.restore_from and not args.from_scratch:
         args.restore_from = [find_weights()]
@@ -209,32 +220,32 @@ def run_for_real(data, args, words):
              *(["--classes", Path(args.classes).absolute()] if args.classes else [])]
     status = subprocess.run([sys.executable, *map(str, check)], cwd=PROJECT).returncode
     if status == 1:
-        raise UserError(f"{data}: expected a data set without faults, found what is WRONG above; train.py and "
-                        "evaluate.py can be run all the same")
+        raise UserError(f"{data}: expected a data set without errors, found those marked WRONG above; train.py and "
+                        "evaluate.py can still be run by hand")
     if status:
         sys.exit(status)
     call(PROJECT / "train.py", "--data-dir", data, "--snapshot-dir", snapshots, *PAPER, "--resume",
          args.resume or "newest",
-         *flags(args, "gpu", "amp", "data-list", "classes", "restore-from", "num-steps", "batch-size"), *words)
-    call(PROJECT / "evaluate.py", "--data-dir", data, "--restore-from", newest(snapshots),
-         *scoring_flags(args, "data-list", "classes"))
+         *flags(args, "gpu", "amp", "data-list", "classes", "restore-from", "num-steps", "batch-size"), *rest)
+    call(PROJECT / "evaluate.py", "--data-dir", data, "--restore-from", newest_snapshot(snapshots),
+         *evaluation_flags(args, "data-list", "classes"))
 
 
 def main():
-    stood, *words = sys.argv[1:]
-    os.chdir(stood)
-    data = words.pop(0) if words and not words[0].startswith("-") else None
-    args, words = get_parser().parse_known_args(words)
+    user_folder, *arguments = sys.argv[1:]
+    os.chdir(user_folder)
+    data = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    args, rest = get_parser().parse_known_args(arguments)
     if data == "":
-        raise UserError("expected the data's folder as the first word, found an empty one")
+        raise UserError("expected the data's folder as the first argument, found an empty one")
     for name in FOLDERS if data else (*FOLDERS, "data_list"):
         if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: expected the data's folder as the first word, found "
+            raise UserError(f"--{name.replace('_', '-')}: expected the data's folder as the first argument, found "
                             f"{f'this flag beside {data}' if data else 'none'}")
     if data is None:
-        demonstrate(args, words)
+        demonstrate(args, rest)
     else:
-        run_for_real(data, args, words)
+        train_and_evaluate(data, args, rest)
 
 
 if __name__ == "__main__":

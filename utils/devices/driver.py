@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..common.limits import text_of
+from ..common.limits import read_system_file
 
 # Lowest driver for each CUDA (NVIDIA, "CUDA Compatibility", minor version compatibility).
 DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -18,7 +18,7 @@ def unusable_gpu(proc="/proc/driver/nvidia", dev="/dev", cuda=torch.version.cuda
 
     proc, dev: where the driver tells its version, and has its devices. cuda: that PyTorch is built for, or None.
     """
-    loaded = re.search(r"Kernel Module.*?\s((\d+)\.[\d.]+)\s", text_of(Path(proc, "version")))
+    loaded = re.search(r"Kernel Module.*?\s((\d+)\.[\d.]+)\s", read_system_file(Path(proc, "version")))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if loaded is None or hidden or not any(Path(dev).glob("nvidia[0-9]*")):
         return None

@@ -1,1 +1,1 @@
-"""Images and videos: reading, drawing, writing."""
+"""Reading, drawing and writing of images and videos."""

@@ -1,5 +1,5 @@
-"""TIFF files that Pillow alone cannot read, or would not read as they are meant: several pages, more bands than a
-picture has, 64 bits, signed and floating-point numbers."""
+"""TIFF files that Pillow cannot read or misreads: several pages, extra bands, 64-bit, signed or floating-point values.
+"""
 
 import io
 
@@ -7,27 +7,27 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..common.errors import UserError, first_words, plural
+from ..common.errors import UserError, first_line, plural
 
-HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")        # the last two: BigTIFF, for files beyond 4 GB
+HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")        # the last two are BigTIFF, for files over 4 GB
 PHOTOMETRIC, ORIENTATION, SAMPLES, EXTRA_SAMPLES = 262, 274, 277, 338        # tags
 INVERTED, CMYK = 0, 5                   # photometric interpretations: 0 is white; four inks
-COLORED = (5, 6, 8, 9, 10)              # those that only Pillow turns into red, green and blue
+COLORED = (5, 6, 8, 9, 10)              # photometric interpretations that only Pillow converts to RGB
 REDUCED, MASK = 1, 4                    # bits of the tag NewSubfileType
-MOST_SAMPLES = 6                        # that Pillow reads; of more it complains by itself, every time
+MAX_PILLOW_SAMPLES = 6                  # Pillow reads no more, and prints a message for every file with more
 ALPHA = (1, 2)                          # kinds of extra samples
-BANDS = "bands"                         # in the `info` of an image: how many its file has
-LARGEST = "largest value"               # in the `info` of an image of 16 bits that was made one of 8
+BANDS = "bands"                         # key in `Image.info`: number of bands in the file
+LARGEST = "largest value"               # key in `Image.info`: largest value before 16 bits were reduced to 8
 
 
 def is_tiff(data):
-    """Whether a file's bytes begin as those of a TIFF do."""
+    """Whether a file's bytes begin like a TIFF."""
     return data.startswith(HEADS)
 
 
 def page_sizes(file):
     """[((width, height), kind, bands)] of the pages of a TIFF, from their headers; kind: the tag NewSubfileType."""
-    import tifffile  # here: most files do without it
+    import tifffile  # here, since most files do not need it
 
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
@@ -35,15 +35,15 @@ def page_sizes(file):
                 for page in tiff.pages]
 
 
-def choose_page(path, pages, remark):
-    """The number of the page that is the image: the only one that is neither a mask nor a smaller copy of it.
+def choose_page(path, pages, warn):
+    """The index of the page that is the image: the largest one that is neither a mask nor a smaller copy.
 
     Args:
-        path: of the file, for messages.
-        pages: of `page_sizes`.
-        remark: called with (kind, sentence) where pages that are not marked as smaller copies are left out.
+        path: the file, for messages.
+        pages: from `page_sizes`.
+        warn: called with (kind, sentence) if pages are ignored that are not marked as masks or smaller copies.
 
-    Raises `UserError` where several pages are of the largest size.
+    Raises `UserError` if several pages have the largest size.
     """
     full = [number for number, (_, kind, _) in enumerate(pages) if not kind & (REDUCED | MASK)] or [0]
     largest = max((pages[number][0] for number in full), key=lambda size: size[0] * size[1])
@@ -52,40 +52,43 @@ def choose_page(path, pages, remark):
         raise UserError(f"{path}: expected one image, found a TIFF of {len(pages)} pages, {len(images)} of them of "
                         f"{largest[0]}×{largest[1]}; save each page as a file of its own")
     if len(full) > 1:
-        remark("pages", f"{path}: page {images[0] + 1} of {len(pages)} is taken, the largest; "
-                        f"{plural(len(full) - 1, 'smaller page')} left out")
+        warn("pages", f"{path}: page {images[0] + 1} of {len(pages)} is used, the largest; "
+                      f"{plural(len(full) - 1, 'smaller page')} left out")
     return images[0]
 
 
-def remark_bands(path, samples, photometric, extra, remark):
-    """Say that bands are left out, if any are: all beyond three (of CMYK four, below three one), but transparency.
+def warn_of_ignored_bands(path, samples, photometric, extra, warn):
+    """Warn if bands other than transparency are ignored: a file's image has three bands, four for CMYK, or one if the
+    file has fewer than three.
 
     Args:
-        path: of the file.
+        path: the file, for messages.
         samples, photometric, extra: the tags SamplesPerPixel, PhotometricInterpretation and ExtraSamples, or None.
-        remark: called with (kind, sentence).
+        warn: called with (kind, sentence).
     """
-    taken = 4 if photometric == CMYK else 3 if samples > 2 else 1
+    used = 4 if photometric == CMYK else 3 if samples > 2 else 1
     extra = extra if isinstance(extra, tuple) else (extra,)
-    left_out = samples - taken - any(kind in ALPHA for kind in extra)
-    if left_out > 0:
-        what = "the first is taken as gray" if taken == 1 else f"the first {taken} are taken as the picture's colors"
-        remark("bands", f"{path}: of its {samples} bands {what}, and {plural(left_out, 'band')} left out")
+    ignored = samples - used - any(kind in ALPHA for kind in extra)
+    if ignored > 0:
+        description = "the first is used as gray" if used == 1 else f"the first {used} are used as the picture's colors"
+        warn("bands", f"{path}: of its {samples} bands {description}, and {plural(ignored, 'band')} left out")
 
 
-def read_page(path, data, number, remark):
-    """A page of a TIFF as a `PIL.Image`: whole numbers as mode I (L of 8 bits), floating-point numbers as mode F, and
-    three or more bands of 8 or 16 bits as RGB.
+def read_page(path, data, number, warn):
+    """A page of a TIFF as a `PIL.Image`.
+
+    Integers become mode I (L if they have 8 bits), floating-point numbers mode F, three or more bands of 8 or 16 bits
+    RGB.
 
     Args:
-        path: of the file, for messages.
+        path: the file, for messages.
         data: its bytes.
-        number: of the page.
-        remark: called with (kind, sentence) where bands are left out.
+        number: index of the page.
+        warn: called with (kind, sentence) if bands are ignored.
 
-    Raises `UserError` for pages of another kind, which it describes, and for damaged ones.
+    Raises `UserError` for pages of any other kind, which it describes, and for damaged pages.
     """
-    import tifffile  # here: most files do without it
+    import tifffile  # here, since most files do not need it
 
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
@@ -98,12 +101,12 @@ def read_page(path, data, number, remark):
             extra, orientation = page.tags.valueof(EXTRA_SAMPLES), page.tags.valueof(ORIENTATION, 1)
             if values is not None and samples > 1 and page.planarconfig == 2:       # band by band
                 values = values.transpose(1, 2, 0)      # (H, W, bands)
-    except Exception as error:      # noqa: BLE001, for a damaged file tifffile raises errors of any kind
-        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_words(error)}") from None
+    except Exception as error:      # noqa: BLE001, tifffile raises errors of any kind for damaged files
+        raise UserError(f"{path}: expected an image, found a TIFF that cannot be read: {first_line(error)}") from None
     if values is None:
         raise UserError(f"{path}: expected an image of 8 or 16 bits, found a TIFF of {plural(samples, 'band')} of "
                         f"{dtype or 'an unknown kind'}")
-    remark_bands(path, samples, photometric, extra, remark)
+    warn_of_ignored_bands(path, samples, photometric, extra, warn)
     values = values if samples == 1 else values[..., :3] if samples > 2 else values[..., 0]
     image = Image.fromarray(_pillow_values(values))
     image.format, image.info[BANDS] = "TIFF", samples
@@ -117,8 +120,11 @@ def read_page(path, data, number, remark):
 def _decode(page, data):
     """The values of a page, (H, W), (H, W, bands) or (bands, H, W).
 
-    Of compression that tifffile leaves to another package, OpenCV knows some; data: of a file whose first page has a
-    single band, or None.
+    OpenCV decodes some compressions for which tifffile needs another package.
+
+    Args:
+        page: of tifffile.
+        data: bytes of the file if the page is the first and has a single band, else None.
     """
     try:
         return page.asarray()
@@ -130,7 +136,7 @@ def _decode(page, data):
 
 
 def _pillow_values(values):
-    """Values of any kind as Pillow has one for: uint8, int32 or float32."""
+    """Convert values to a dtype that Pillow supports: uint8, int32 or float32."""
     if values.ndim == 3 and values.dtype.itemsize == 2:
         return (values.clip(0, 65535) // 257).astype(np.uint8)
     if values.dtype == np.uint8:

@@ -1,4 +1,4 @@
-"""From an image to class probabilities."""
+"""Prediction of class probabilities, export to other runtimes, and timing."""
 
 from .sliding import SlidingPredictor
 

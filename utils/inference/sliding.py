@@ -1,4 +1,4 @@
-"""From an image to class probabilities: sliding windows, several scales, mirror."""
+"""Sliding-window inference: class probabilities of an image from windows, several scales and mirrored passes."""
 
 import functools
 import itertools
@@ -11,22 +11,22 @@ import torch.nn.functional as F
 from ..common.messages import logger
 from ..devices import memory
 from ..ops.normalization import Normalization
-from ..ops.upsampling import GRID, grid_of, round_size, upsample_by_products, upsampling_matrix
+from ..ops.upsampling import GRID, grid_of, round_size, upsample_by_matmul, upsampling_matrix
 
-HEADS = ("fine", "coarse")      # of which probabilities can be asked for
+HEADS = ("fine", "coarse")      # heads whose probabilities can be predicted
 
 
-def fitting_size(size, what, grid=GRID):
-    """`round_size`, and says so where it changes something; what: crops or windows."""
+def fitting_size(size, name, grid=GRID):
+    """Round a size up by `round_size`, with a message if it changes; name: "crops" or "windows"."""
     rounded = round_size(size, grid)
     if rounded != tuple(size):
-        logger.info(f"{what} of {size[0]}×{size[1]} are rounded up to {rounded[0]}×{rounded[1]}: logits fit the "
-                    f"pixels at {grid[0]}k{' + 1' * grid[1]} only")
+        logger.info(f"{name} of {size[0]}×{size[1]} are rounded up to {rounded[0]}×{rounded[1]}: logits lie on the "
+                    f"pixels only if both sides are {grid[0]}k{' + 1' * grid[1]}")
     return rounded
 
 
 def window_starts(length, window, overlap):
-    """First pixels of the windows along an axis. They cover it exactly: the last one ends at its end."""
+    """First pixels of the windows along an axis; the last window ends at the end of the axis."""
     if length <= window:
         return [0]
     stride = max(1, int(window * (1 - overlap)))
@@ -35,27 +35,30 @@ def window_starts(length, window, overlap):
 
 
 class SlidingPredictor:
-    """Class probabilities of whole images, from sliding windows.
+    """Predicts class probabilities of whole images from sliding windows.
 
-    Probabilities of overlapping windows, of scales and of mirrored passes are averaged, the latter at the
-    size of the image. Everything happens on the device, in float32 where probabilities are concerned.
+    Probabilities of overlapping windows are averaged; those of scales and mirrored passes are resized to the image and
+    averaged. Everything is computed on the device, probabilities in float32.
 
     Args:
-        network: images (B, 3, h, w) → {"fine": logits[, "coarse": logits]}, in evaluation mode; `grid`, if it has
-            one, says at which sizes logits fit the pixels (`round_size`).
-        window: (height, width) in pixels, rounded up to these; None for the whole (scaled) image at once. A side that
-            is longer than the (scaled) image's is that of the image, rounded up: features and class centers then see
-            as little padding as possible.
+        network: images (B, 3, h, w) → {"fine": logits[, "coarse": logits]}, in evaluation mode. Its attribute `grid`,
+            if it has one, gives the sizes at which logits lie on pixels (see `round_size`).
+        window: (height, width) in pixels, rounded up to such a size; None for the whole (scaled) image at once. A side
+            longer than that of the (scaled) image is reduced to the image's side, rounded up, so that features and
+            class centers see as little padding as possible.
         overlap: of neighboring windows, as a share of the window.
         scales: factors by which the image is resized (bilinear, half-pixel centers).
-        flip: run each scale mirrored too.
-        batch_size: windows a forward pass, of any scale and side.
+        flip: also run each scale mirrored.
+        batch_size: windows per forward pass; may mix scales, mirrored or not.
         normalization: of the network's input.
         device: where to compute; None for the device of the network's parameters.
         autocast: dtype of mixed precision, or None.
         memory_format: of the network's input.
-        watch: called with the windows done and those of the image, when it begins and after each batch, until it
-            returns True; or None.
+        watch: progress callback (windows done, windows of the image) or None; called at the start of each image and
+            after each batch, until it returns True.
+
+    Raises:
+        ValueError: if `window`, `overlap`, `scales` or `batch_size` is invalid.
     """
 
     def __init__(self, network, window=(769, 769), overlap=1 / 3, scales=(1.0,), flip=False, batch_size=4,
@@ -81,19 +84,19 @@ class SlidingPredictor:
         self.autocast = autocast
         self.memory_format = memory_format
         self.watch = watch
-        self.fitted = 0         # bytes that are known to be there
+        self.known_free = 0     # bytes; this much memory was free in an earlier check
 
     def __call__(self, image):
-        """image (H, W, 3) uint8 RGB, array or tensor → fine probabilities (N, H, W) float32."""
-        passes = self.predict(image, ("fine",))
-        return passes.get("multi_scale", passes.get("single_scale"))["fine"]
+        """Image (H, W, 3) uint8 RGB, array or tensor → fine probabilities (N, H, W) float32."""
+        protocols = self.predict(image, ("fine",))
+        return protocols.get("multi_scale", protocols.get("single_scale"))["fine"]
 
     def labels(self, image):
-        """image (H, W, 3) uint8 RGB → train ids (H, W) uint8, the most probable class."""
+        """Image (H, W, 3) uint8 RGB → train ids (H, W) uint8 of the most probable classes."""
         return most_probable(self(image)).to(torch.uint8)
 
-    def checked(self, image):
-        """An array or tensor as a tensor; `ValueError` if it is not uint8 (H, W, 3)."""
+    def as_tensor(self, image):
+        """Convert an array or tensor to a tensor. Raises `ValueError` if it is not uint8 (H, W, 3)."""
         image = torch.as_tensor(np.require(image, requirements="CW") if isinstance(image, np.ndarray) else image)
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"image: expected uint8 (H, W, 3) RGB, found {str(image.dtype).removeprefix('torch.')} "
@@ -102,15 +105,22 @@ class SlidingPredictor:
 
     @torch.inference_mode()
     def predict(self, image, heads=HEADS):
-        """image (H, W, 3) uint8 RGB → {protocol: {head: probabilities (N, H, W) float32}}, of these heads where the
-        network has them.
+        """Predict the probabilities of an image with every protocol.
 
-        Protocols: `single_scale`, the plain pass at scale 1 (or at the only scale), where it is among the
-        passes; `multi_scale`, the mean over all passes, where there is more than one. Raises `ValueError` for any
-        other kind of array: 0 to 1 would pass for a dark image. Raises `MemoryError` before memory is asked for that
-        the device has not.
+        Args:
+            image: (H, W, 3) uint8 RGB, array or tensor.
+            heads: heads to predict; those that the network lacks are left out.
+
+        Returns:
+            {protocol: {head: probabilities (N, H, W) float32}}. Protocols: `single_scale`, the unmirrored pass at scale
+            1 (or at the only scale), if it is among the passes; `multi_scale`, the mean over all passes, if there are
+            several.
+
+        Raises:
+            ValueError: for any other kind of array; values from 0 to 1 would be mistaken for a dark image.
+            MemoryError: if the device has too little memory, before any is allocated.
         """
-        image = self.checked(image)
+        image = self.as_tensor(image)
         size = image.shape[:2]
         sides = (False, True) if self.flip else (False,)
         passes = [_Pass(scale, mirrored, size, self.window, self.overlap, self.device, self.grid)
@@ -119,11 +129,11 @@ class SlidingPredictor:
         image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
         total, results = {}, {}
         for done in self._run(passes, self.normalization(image), heads):
-            found = done.result()
+            head_probabilities = done.result()
             if not done.mirrored and (done.scale == 1 or len(self.scales) == 1):
-                results["single_scale"] = found
+                results["single_scale"] = head_probabilities
             if len(passes) > 1:
-                for name, probabilities in found.items():
+                for name, probabilities in head_probabilities.items():
                     if name in total:
                         total[name] += probabilities
                     else:
@@ -134,37 +144,39 @@ class SlidingPredictor:
         return results
 
     @functools.cached_property
-    def _passing(self):
+    def _network_memory(self):
+        """`memory.passing_bytes` of the network; zeros if it is not a module."""
         known = isinstance(self.network, torch.nn.Module)
         return memory.passing_bytes(self.network, self.device, self.autocast) if known else (0, 0)
 
     def _check_memory(self, passes):
-        """Raise `MemoryError` if the device has less memory than passes over an image take at the least."""
-        a_pixel, maps = self._passing
+        """Raise `MemoryError` if the device has less memory than the passes over an image need at minimum."""
+        bytes_per_pixel, maps = self._network_memory
         needed = 0
-        for one in passes:
-            batch = min(self.batch_size, sum(other.left for other in passes if other.window == one.window))
-            area = math.prod(one.padded)
-            needed = max(needed, 3 * 4 * area + max(batch * math.prod(one.window) * a_pixel, maps * 4 * area))
-        if needed <= self.fitted:
+        for current in passes:
+            batch = min(self.batch_size, sum(other.remaining for other in passes if other.window == current.window))
+            area = math.prod(current.padded)
+            needed = max(needed, 3 * 4 * area + max(batch * math.prod(current.window) * bytes_per_pixel,
+                                                    maps * 4 * area))
+        if needed <= self.known_free:
             return
         free = memory.free_bytes(self.device)
         if needed > free:
             height, width = passes[0].size
-            raise MemoryError(f"an image of {width}×{height} needs at least {needed / 1e9:,.1f} GB, of which "
+            raise MemoryError(f"an image of {width}×{height} needs at least {needed / 1e9:,.1f} GB, but only "
                               f"{free / 1e9:,.1f} GB are free")
-        self.fitted = needed
+        self.known_free = needed
 
     def _run(self, passes, pixels, heads):
-        """Run the network over the windows of all passes, several a time; yields each pass when it is complete."""
-        waiting = []        # (pass, place, crop), of one size
-        windows = sum(one.left for one in passes)
+        """Run the network over the windows of all passes in batches; yield each pass when it is complete."""
+        waiting = []        # (pass, (top, left), crop) of windows of the same size
+        windows = sum(current.remaining for current in passes)
 
-        def watch():
+        def report():
             if self.watch is not None:
-                if self.device.type == "cuda":      # it is told when windows are done, not when they are queued
+                if self.device.type == "cuda":      # report windows that are done, not only queued
                     torch.cuda.synchronize(self.device)
-                if self.watch(windows - sum(one.left for one in passes), windows):
+                if self.watch(windows - sum(current.remaining for current in passes), windows):
                     self.watch = None
 
         def flush():
@@ -173,24 +185,24 @@ class SlidingPredictor:
             crops = torch.cat([crop for _, _, crop in waiting]).contiguous(memory_format=self.memory_format)
             outputs = self._forward(crops)
             for name in (name for name in heads if name in outputs):
-                for (one, place, _), logits in zip(waiting, outputs[name].float(), strict=True):
-                    one.add(name, logits, place)
-            for one, _, _ in waiting:
-                one.left -= 1
+                for (current, corner, _), logits in zip(waiting, outputs[name].float(), strict=True):
+                    current.add(name, logits, corner)
+            for current, _, _ in waiting:
+                current.remaining -= 1
             waiting.clear()
-            watch()
+            report()
 
-        watch()
+        report()
         running = []
-        for one in passes:
-            running.append(one)
-            for place, crop in one.crops(pixels):
+        for current in passes:
+            running.append(current)
+            for corner, crop in current.crops(pixels):
                 if waiting and waiting[0][2].shape != crop.shape:
                     flush()
-                waiting.append((one, place, crop))
+                waiting.append((current, corner, crop))
                 if len(waiting) == self.batch_size:
                     flush()
-            while running and not running[0].left:
+            while running and not running[0].remaining:
                 yield running.pop(0)
         flush()
         yield from running
@@ -201,54 +213,56 @@ class SlidingPredictor:
 
 
 class _Pass:
-    """One scale and side of an image: where its windows lie, and the probabilities they add up to.
+    """One pass over an image at one scale, mirrored or not: its windows and the sum of their probabilities.
 
     Args:
-        scale, mirrored: of this pass.
+        scale: factor by which the image is resized.
+        mirrored: whether the image is mirrored.
         size: (height, width) of the image.
-        window: (height, width) at most; None for the whole scaled image.
+        window: largest (height, width) of a window; None for the whole scaled image.
         overlap: of neighboring windows.
         device: of the probabilities.
         grid: of the network.
+
+    Attributes:
+        remaining: number of windows that are not done.
     """
 
     def __init__(self, scale, mirrored, size, window, overlap, device, grid=GRID):
         self.scale, self.mirrored, self.size = scale, mirrored, size
         self.scaled = size if scale == 1 else tuple(max(1, round(length * scale)) for length in size)
-        whole = round_size(self.scaled, grid)
-        self.window = whole if window is None else tuple(map(min, window, whole))
+        rounded = round_size(self.scaled, grid)
+        self.window = rounded if window is None else tuple(map(min, window, rounded))
         self.padded = tuple(max(pair) for pair in zip(self.scaled, self.window, strict=True))
-        starts = [window_starts(length, side, overlap)
-                  for length, side in zip(self.scaled, self.window, strict=True)]
-        self.starts = starts
-        self.left = math.prod(map(len, starts))
-        # 1 / the number of windows on each row and column: their product is that of a pixel.
+        self.starts = [window_starts(length, side, overlap)
+                       for length, side in zip(self.scaled, self.window, strict=True)]
+        self.remaining = math.prod(map(len, self.starts))
+        # 1 / the number of windows that cover each row and column; the product is the weight of a pixel.
         self.weights = [_inverse_counts(length, side, first, device)
-                        for length, side, first in zip(self.padded, self.window, starts, strict=True)]
+                        for length, side, first in zip(self.padded, self.window, self.starts, strict=True)]
         self.totals = {}
 
     def crops(self, pixels):
-        """Normalized pixels (1, 3, H, W) → ((top, left), (1, 3, h, w)) of each window."""
+        """Yield ((top, left), crop (1, 3, h, w)) of each window; pixels: normalized (1, 3, H, W)."""
         if self.scaled != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(pixels, size=self.scaled, mode="bilinear", align_corners=False)
         if self.mirrored:
             pixels = pixels.flip(-1)
-        # The padding is the mean color, which normalization takes to zero. It never enters a score.
+        # The padding is the mean color, which is zero after normalization. `result` removes it.
         pixels = F.pad(pixels, (0, self.padded[1] - self.scaled[1], 0, self.padded[0] - self.scaled[0]))
         height, width = self.window
         for top, left in itertools.product(*self.starts):
             yield (top, left), pixels[..., top:top + height, left:left + width]
 
-    def add(self, name, logits, place):
-        """Add a window's probabilities; logits (N, h, w) at any stride, place (top, left)."""
+    def add(self, name, logits, corner):
+        """Add a window's probabilities; logits (N, h, w) at any stride, corner (top, left)."""
         if name not in self.totals:
             self.totals[name] = logits.new_zeros(len(logits), *self.padded)
-        top, left = place
-        rows, columns = (slice(first, first + length) for first, length in zip(place, self.window, strict=True))
+        rows, columns = (slice(first, first + length) for first, length in zip(corner, self.window, strict=True))
         add_probabilities(self.totals[name][:, rows, columns], logits, self.weights[0][rows], self.weights[1][columns])
 
     def result(self):
-        """{head: probabilities (N, H, W)} at the size of the image, not mirrored."""
+        """{head: probabilities (N, H, W)} at the size of the image, mirrored back."""
         results = {}
         for name, total in self.totals.items():
             total = total[:, :self.scaled[0], :self.scaled[1]]
@@ -260,43 +274,50 @@ class _Pass:
 
 
 def _inverse_counts(length, window, starts, device):
-    """1 / the number of windows that cover each place of an axis: (length,), made on the device: a copy would wait."""
+    """1 / the number of windows that cover each position of an axis, (length,).
+
+    Computed on the device, since a copy from the host would synchronize.
+    """
     counts = torch.zeros(length, device=device)
     for start in starts:
         counts[start:start + window] += 1
     return 1 / counts
 
 
-STRIP = 1 << 18         # values a CPU computes on at a time: a megabyte stays in its second-level cache
+STRIP = 1 << 18         # values that a CPU processes at a time: a megabyte stays in its second-level cache
 LARGEST_GAP = 80.0      # exp(-80) is above the smallest float32
 
 
 def add_probabilities(total, logits, row_weights, column_weights):
-    """total += softmax(upsampled logits) · weights; upsampling (bilinear, aligned corners) is a matrix from each side.
+    """total += softmax(upsampled logits) · weights; upsampling is bilinear with aligned corners.
 
     Args:
         total: (N, H, W) float32, changed in place; may be a view.
         logits: (N, h, w) float32.
-        row_weights, column_weights: (H,) and (W,).
+        row_weights, column_weights: (H,) and (W,); a pixel's weight is their product.
     """
     add = add_at_once if total.is_cuda else add_by_strips
     add(total, logits, row_weights, column_weights)
 
 
 def add_at_once(total, logits, row_weights, column_weights):
-    """`add_probabilities` in as few passes over the map as a GPU can do it."""
-    values = upsample_by_products(logits[None], total.shape[1:])[0]                 # (N, H, W)
+    """`add_probabilities` for a GPU, with few passes over the map."""
+    values = upsample_by_matmul(logits[None], total.shape[1:])[0]                 # (N, H, W)
     total.addcmul_(values.softmax(0), row_weights[:, None] * column_weights)
 
 
 def add_by_strips(total, logits, row_weights, column_weights):
-    """`add_probabilities` without a map of full size: the columns once, then the rows strip by strip, so that on a CPU
-    everything after the first product stays in the cache."""
+    """`add_probabilities` for a CPU, without a full-size map.
+
+    Upsamples the columns at once, then the rows strip by strip, so that everything after the first product stays in the
+    cache.
+    """
     _, height, width = total.shape
     from_rows, from_columns = (upsampling_matrix(length, source, logits.device) for length, source
                                in zip((height, width), logits.shape[1:], strict=True))
-    # Shifted so that the largest of each pixel is 0: interpolated values then stay below 0, and exp below 1. Where
-    # classes lie so far apart that all could vanish between two pixels, the shift is found again after upsampling.
+    # Shifted so that the largest logit of each pixel is 0: interpolated values are then at most 0, and exp at most 1.
+    # If logits lie so far apart that exp could underflow for all classes between two pixels, shift again after
+    # upsampling.
     logits = logits - logits.amax(0)
     shift_again = bool(logits.amin() < -LARGEST_GAP)
     wide = logits @ from_columns.T                                                  # (N, h, W)
@@ -309,15 +330,15 @@ def add_by_strips(total, logits, row_weights, column_weights):
             values -= values.amax(0)
         values.exp_()
         factor = row_weights[strip, None] * column_weights / values.sum(0)          # (rows, W)
-        total[:, strip].add_(values.mul_(factor))       # `+=` would copy the sum onto itself
+        total[:, strip].add_(values.mul_(factor))       # `+=` would also copy the slice onto itself
 
 
 def _span(top, bottom, length, source):
-    """First source row that rows top to bottom read, and the one after the last."""
+    """Source rows needed for rows top to bottom (inclusive): (first, last + 1)."""
     ratio = (source - 1) / max(1, length - 1)
     return min(int(top * ratio), max(0, source - 2)), min(int(bottom * ratio) + 2, source)
 
 
 def most_probable(probabilities):
-    """(N, H, W) → class (H, W) int64. On a CPU `argmax` over the first dimension takes five times as long."""
+    """Probabilities (N, H, W) → classes (H, W) int64. On a CPU, `argmax` over the first dimension is 5 times slower."""
     return probabilities.max(0).indices

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from ..common.errors import UserError, first_words
+from ..common.errors import UserError, first_line
 from ..common.messages import logger
 from ..imaging.draw import write_picture
 
@@ -45,7 +45,7 @@ def chart(draw):
         except UserError:
             raise
         except Exception as error:
-            logger.warning(f"{draw.__name__.replace('_', ' ')}: expected to draw it, found: {first_words(error)}; it "
+            logger.warning(f"{draw.__name__.replace('_', ' ')}: expected to draw it, found: {first_line(error)}; it "
                            "is missing")
     return wrapper
 

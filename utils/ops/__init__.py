@@ -1,1 +1,1 @@
-"""Operations on tensors: precision, upsampling, normalization, jitter."""
+"""Tensor operations: full precision within autocast, upsampling, normalization, color jitter."""

@@ -1,4 +1,4 @@
-"""Operations in full precision within autocast, that of PyTorch or of apex."""
+"""Full-precision operations within autocast of PyTorch or apex."""
 
 import threading
 from contextlib import contextmanager, nullcontext
@@ -7,7 +7,7 @@ import torch
 
 
 class _ApexCasting(threading.local):
-    """Whether the functions of PyTorch that apex has patched, for the whole process, cast in this thread."""
+    """Whether apex casts in this thread. Its patches of PyTorch functions apply to the whole process."""
 
     active = False
 
@@ -17,7 +17,7 @@ apex_casting = _ApexCasting()
 
 @contextmanager
 def apex_casts(active=True):
-    """A context in which functions that apex has patched cast in this thread, or do not."""
+    """Context in which the functions patched by apex cast in this thread (`active`) or do not."""
     before, apex_casting.active = apex_casting.active, active
     try:
         yield
@@ -25,19 +25,21 @@ def apex_casts(active=True):
         apex_casting.active = before
 
 
-def with_present_casts(function):
-    """The function, for autograd's threads to call later: apex will cast in it if it does now."""
+def with_current_casts(function):
+    """Wrap a function that autograd calls later in its own threads, so that apex casts there if it casts here now."""
     return apex_casts()(function) if apex_casting.active else function
 
 
 def at_least_float32(x):
-    """x, raised to float32 if it is of half precision."""
+    """x, converted to float32 if it is float16 or bfloat16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def without_autocast(x):
-    """A context in which operations on the device of `x` keep their dtype."""
+    """Context without autocast for the device of `x`: operations keep the dtype of their inputs."""
     if apex_casting.active:
         return apex_casts(False)
-    kind = x.device.type        # the device "meta" has no autocast
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):        # such as the device "meta"
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

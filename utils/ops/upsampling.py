@@ -1,4 +1,4 @@
-"""Bilinear upsampling with aligned corners; on a GPU as what it is, a product with a matrix from each side."""
+"""Bilinear upsampling with aligned corners; on a GPU computed as a matrix product from each side."""
 
 import functools
 
@@ -7,36 +7,42 @@ import torch.nn.functional as F
 
 from .autocast import at_least_float32, without_autocast
 
-GRID = (8, 1)       # the sides of images that fit a network are a multiple of the first, plus the second
+GRID = (8, 1)       # (step, rest): logits fit the pixels of images whose sides are step · k + rest
 
 
 def grid_of(network):
-    """The grid that a network says it has, else `GRID`."""
+    """The network's attribute `grid` if it has one, else `GRID`."""
     return getattr(network, "grid", GRID)
 
 
 def round_size(size, grid=GRID):
-    """(height, width) → each rounded up to 8k + 1: only there do logits at stride 8, with aligned corners,
-    lie on the pixels they stand for. grid: of a network with another stride."""
+    """Round (height, width) up to step · k + rest; for `GRID`, to 8k + 1.
+
+    Only at these sizes do logits at stride 8, with aligned corners, lie on the pixels they stand for.
+
+    Args:
+        size: (height, width).
+        grid: (step, rest) of the network, see `grid_of`.
+    """
     step, rest = grid
     return tuple(length + -(length - rest) % step for length in size)
 
 
 def upsample(logits, size):
-    """Logits (B, N, h, w) → (B, N, *size) in at least float32, bilinear with aligned corners."""
+    """Upsample logits (B, N, h, w) to (B, N, *size) in at least float32, bilinear with aligned corners."""
     logits = at_least_float32(logits)
     if logits.is_cuda:
-        return upsample_by_products(logits, size)
+        return upsample_by_matmul(logits, size)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)        # a matrix first needed in evaluation must serve training too
+@torch.inference_mode(False)        # a matrix cached during evaluation must be usable in training too
 def upsampling_matrix(length, source, device, dtype=torch.float32):
     """The matrix (length, source) of linear interpolation with aligned corners."""
-    places = torch.arange(length, dtype=torch.float64) * ((source - 1) / max(1, length - 1))
-    low = places.floor().clamp(max=max(0, source - 2)).long()
-    weight = places - low
+    positions = torch.arange(length, dtype=torch.float64) * ((source - 1) / max(1, length - 1))
+    low = positions.floor().clamp(max=max(0, source - 2)).long()
+    weight = positions - low
     matrix = torch.zeros(length, source, dtype=torch.float64)
     index = torch.arange(length)
     matrix[index, low] = 1 - weight
@@ -45,14 +51,15 @@ def upsampling_matrix(length, source, device, dtype=torch.float32):
     return matrix.to(device, dtype)
 
 
-def upsample_by_products(maps, size):
-    """Maps (B, C, h, w) → (B, C, *size), as `F.interpolate(mode="bilinear", align_corners=True)` gives them.
+def upsample_by_matmul(maps, size):
+    """Upsample maps (B, C, h, w) to (B, C, *size) as `F.interpolate(mode="bilinear", align_corners=True)` does.
 
-    On a GPU its backward pass adds with atomics, slowly and in another order each time; that of a product does not.
+    On a GPU the backward pass of `F.interpolate` uses atomic additions, which are slow and nondeterministic; matrix
+    products avoid both.
     """
     rows, columns = (upsampling_matrix(length, source, maps.device, maps.dtype)
                      for length, source in zip(size, maps.shape[2:], strict=True))
-    # Products of float32 stay exact on a GPU: unlike convolutions they use TF32 only where a program asks for it.
+    # Products of float32 stay exact on a GPU: unlike convolutions, they do not use TF32 by default.
     with without_autocast(maps):
         planes = maps.flatten(0, 1) @ columns.T                                         # (B · C, h, W)
         planes = torch.bmm(rows.expand(len(planes), -1, -1), planes)                    # (B · C, H, W)

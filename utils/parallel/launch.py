@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ..common.command import debounce_signals, give_up_after
-from ..common.errors import UserError, first_words
+from ..common.errors import UserError, first_line
 from ..common.messages import logger
 from .interfaces import choose_interface, local_address
 from .processes import Processes
@@ -160,7 +160,7 @@ def _connect(place, store, device):
                                     world_size=place.size, timeout=WAITING, device_id=device if on_gpu else None)
             _exchange(device)
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{expected}{first_words(error)}{remedy}") from None
+            raise UserError(f"{expected}{first_line(error)}{remedy}") from None
 
 
 def _exchange(device):
@@ -181,7 +181,7 @@ def _meet(place):
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"MASTER_ADDR, MASTER_PORT {where}: expected the {place.size} processes of the run to meet "
-                        f"there within {MEETING.total_seconds():.0f} s, found: {first_words(error)}"
+                        f"there within {MEETING.total_seconds():.0f} s, found: {first_line(error)}"
                         ) from None
     store.set_timeout(WAITING)
     return store

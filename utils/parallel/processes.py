@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
-from ..common.compat import keeping_buffers
+from ..common.compat import no_buffer_sync
 from ..common.messages import logger
 from .replicas import DataParallel, Replicas, current_replica
 
@@ -86,7 +86,7 @@ def share_batches(module, devices, processes):
         # than the weight, but the same order in memory: what PyTorch warns of costs nothing.
         warnings.filterwarnings("ignore", r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, "
                                 r"(\d+, 1, 1|1, \d+, \d+)\]", UserWarning)
-        return DistributedDataParallel(module, **keeping_buffers())
+        return DistributedDataParallel(module, **no_buffer_sync())
     if len(devices) > 1:
         logger.info(f"{len(devices)} GPUs share each batch, and the statistics of its norms")
         return DataParallel(module, device_ids=devices)

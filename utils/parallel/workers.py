@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ..common.command import leave_signals_to_the_parent
-from ..common.errors import UserError, first_words
+from ..common.errors import UserError, first_line
 from ..common.limits import MORE_SHARED_MEMORY, available_cores, shared_memory
 
 MOST_WORKERS = 32       # by default: disks hardly serve more, and each takes memory
@@ -45,7 +45,7 @@ class Loader(DataLoader):
                 traceback.clear_frames(error.__traceback__)
             memory = shared_memory()
             raise UserError(f"--num-workers {self.num_workers}: expected to start so many processes that read samples, "
-                            f"found: {first_words(error)}{memory and f' ({memory})'}; {MORE_SHARED_MEMORY}") from None
+                            f"found: {first_line(error)}{memory and f' ({memory})'}; {MORE_SHARED_MEMORY}") from None
 
 
 def _end_workers_on_error(iterator):
@@ -87,7 +87,7 @@ class HandOver:
                        _tensors(sample)) / 1e6
             raise UserError(f"shared memory: expected room for what processes that read samples hand over, {size:.1f} "
                             f"MB for each batch and {self.batches * size:.1f} MB for the {self.batches} that may wait, "
-                            f"found {shared_memory() or first_words(error)}; {MORE_SHARED_MEMORY}") from None
+                            f"found {shared_memory() or first_line(error)}; {MORE_SHARED_MEMORY}") from None
 
 
 def _tensors(item):

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..common import files
-from ..common.errors import UserError, first_words
+from ..common.errors import UserError, first_line
 from ..common.files import read_file
 from ..common.messages import logger
 
@@ -123,7 +123,7 @@ class Tracker:
             try:
                 call(*values)
             except Exception as error:  # noqa: BLE001, services raise kinds of their own
-                self._say(first_words(error))
+                self._say(first_line(error))
 
     def _say(self, found):
         if not self.missed:
@@ -153,7 +153,7 @@ def start_trackers(names, folder, resumed, about):
         try:
             service = SERVICES[name](Path(folder), known.get(name), about)
         except Exception as error:  # noqa: BLE001, services raise kinds of their own
-            raise UserError(f"--log {name}: expected a run to begin there, found: {first_words(error)}") from None
+            raise UserError(f"--log {name}: expected a run to begin there, found: {first_line(error)}") from None
         trackers.append(Tracker(name, service))
         known[name] = service.id
     if names:

@@ -118,7 +118,7 @@ def compare(path, before, now):
                         f"({', '.join(names[:3])}{' ...' * (len(names) > 3)}); --classes with that table goes on with "
                         "that run")
     old, new = BEFORE_THE_FLAG | before.arguments, now.arguments
-    old["loss_weights"] = flags.plain_numbers(loss_weights(before, flags.named_numbers(new["loss_weights"])))
+    old["loss_weights"] = flags.format_named_numbers(loss_weights(before, flags.named_numbers(new["loss_weights"])))
     if before.input_size != now.input_size == round_size(before.input_size):
         logger.info(f"--resume: from here on crops are {new['input_size']}, before they were "
                     f"{list(before.input_size)}, which earlier versions did not round")

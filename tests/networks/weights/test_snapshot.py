@@ -21,7 +21,7 @@ from networks.weights.snapshot import Config, parse
 from networks.weights.start import read_snapshot, read_weights
 from tests.conftest import snapshot_content
 from utils.common import files as files_on_disk
-from utils.common.errors import UserError, sentence
+from utils.common.errors import UserError, user_message
 from utils.common.files import load
 from utils.devices.precision import Precision
 from utils.runs import snapshots
@@ -183,7 +183,7 @@ def test_a_wrong_snapshot_is_one_sentence(sound, files, what):
     files["CS_scenes_7.pth"] = change(sound, place, value)
     with pytest.raises(UserError, match=f"^CS_scenes_7.pth: .*{message}") as caught:
         evaluate.load_network("CS_scenes_7.pth", torch.device("cpu"))
-    assert "\n" not in sentence(caught.value) and len(sentence(caught.value)) < 400
+    assert "\n" not in user_message(caught.value) and len(user_message(caught.value)) < 400
 
 
 def test_a_variance_that_rounding_left_below_0_is_read(sound, files):
@@ -389,7 +389,7 @@ def test_resume_notices_a_changed_list_and_takes_a_moved_one(sound, files):
 def test_classes_of_one_name_are_refused():
     rows = ClassTable.read().rows
     rows = [row | {"name": "road"} if row["name"] == "sidewalk" else row for row in rows]
-    with pytest.raises(UserError, match="table: expected another name for every class, found road several times"):
+    with pytest.raises(UserError, match="table: expected a different name for every class, found road several times"):
         ClassTable(rows, "table")
 
 

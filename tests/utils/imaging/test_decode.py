@@ -243,7 +243,7 @@ def test_only_regular_files_are_read(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     sparse = tmp_path / "sparse"
     with open(sparse, "wb") as file:
-        file.truncate(files.MOST_BYTES * 4)
+        file.truncate(files.MAX_FILE_BYTES * 4)
     for path, found in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder"),
                         (sparse, "4.3 GB"), (tmp_path / ("x" * 300), "one that cannot be read"),
                         (tmp_path / "gone", "no such file"), (tmp_path / "nul\0", "one that cannot be read")):

@@ -29,7 +29,7 @@ ROWS = [{"name": name, "id": number, "train_id": train_id, "red": number & 255, 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(decode, "_remarked", set())
+    monkeypatch.setattr(decode, "_warned_kinds", set())
 
 
 def write_pages(path, *pages):
@@ -75,7 +75,7 @@ def test_pages_of_one_size_are_refused_and_smaller_ones_said(tmp_path):
     write_pages(tmp_path / "b.tif", (RGB[:5, :5], 0), (RGB, 0))
     image, remarks = remarks_of(tmp_path / "b.tif")
     assert np.array_equal(image, RGB)
-    assert remarks == [("pages", f"{tmp_path / 'b.tif'}: page 2 of 2 is taken, the largest; 1 smaller page left out")]
+    assert remarks == [("pages", f"{tmp_path / 'b.tif'}: page 2 of 2 is used, the largest; 1 smaller page left out")]
 
 
 def bands(number, dtype=np.uint8, planar="contig", photometric="rgb", extra="unspecified"):
@@ -131,9 +131,10 @@ def test_images_of_other_numbers_are_refused_by_what_they_are(tmp_path, dtype):
         read_image(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("largest, remedy", [(4095, "if no image has larger values, multiply those of all by 16"),
-                                             (3000, "by 16"), (4096, "by 8"), (16383, "by 4"), (256, "by 128"),
-                                             (255, "save it as 8 bits"), (16384, None), (65535, None), (0, None)])
+@pytest.mark.parametrize("largest, remedy", [(4095, "if no image has larger values, multiply the values of all images "
+                                                    "by 16"), (3000, "by 16"), (4096, "by 8"), (16383, "by 4"),
+                                             (256, "by 128"), (255, "save it as 8 bits"), (16384, None),
+                                             (65535, None), (0, None)])
 def test_16_bits_that_hold_fewer_are_said(tmp_path, largest, remedy):
     ramp = np.linspace(0, largest, 24 * 36).reshape(24, 36).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "gray.png")
@@ -253,7 +254,7 @@ def test_beyond_pillows_limit_of_pixels(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert np.array_equal(read_image(tmp_path / "a.png"), RGB) and upright_size(tmp_path / "a.png") == (36, 24)
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(decode, "MOST_PIXELS", 800)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 800)
     with pytest.raises(UserError, match="found 36×24; cut it into parts"):
         read_image(tmp_path / "a.png")
 

@@ -117,7 +117,7 @@ def test_a_varying_rate_is_said(tmp_path, capsys):
             assert len([item for item in video.open_video(path) if "image" in item]) == FRAMES
     line, = capsys.readouterr().out.splitlines()
     rate = cv2.VideoCapture(str(varying)).get(cv2.CAP_PROP_FPS)
-    assert line.startswith(f"{varying}: its frames come at varying intervals, those of results at {rate:g} a second: ")
+    assert line.startswith(f"{varying}: its frames come at varying intervals, but results have {rate:g} frames/s: ")
     number, ours, theirs = map(float, re.search(r"frame (\d+) at (\S+) s instead of (\S+) s$", line).groups())
     assert theirs == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4, 2.4, 3.4][int(number) - 1], abs=0.02)
     assert ours == pytest.approx((number - 1) / rate, abs=0.01) and abs(ours - theirs) > 0.5
@@ -213,7 +213,7 @@ def test_a_stop_leaves_a_playable_file(snapshot, tmp_path, monkeypatch, capsys, 
     source = write(tmp_path / "a.mp4", drawn_frames())
     with pytest.raises(command.Interrupted) as caught:
         predict(snapshot, tmp_path / "r", source, write(tmp_path / "b.mp4", drawn_frames()), save=["overlay", "labels"])
-    assert caught.value.number == number and command._account(caught.value)[0] == 128 + number
+    assert caught.value.number == number and command._exit_status_and_message(caught.value)[0] == 128 + number
     assert "3 frames predicted, 0 skipped, then stopped" in capsys.readouterr().out
     frames, rate = read(tmp_path / "r/overlay/a.mp4")
     assert len(frames) == 3 and rate == pytest.approx(12.5)
@@ -257,7 +257,7 @@ def test_browsers_play_the_videos_or_the_way_to_convert_them_is_said(tmp_path, m
     for number, (codecs, expected, advices) in enumerate(((video.CODECS, ("vp09", "VP90"), 0),
                                                           (("yyyy", "mp4v"), ("mp4v", "FMP4"), 1))):
         monkeypatch.setattr(video, "CODECS", codecs)
-        progress.print_once.cache_clear()
+        progress.log_once.cache_clear()
         writer = video.VideoWriter(tmp_path / f"{number}.mp4", 25)
         writer.write(drawn_frames()[0])
         writer.close()
@@ -285,7 +285,7 @@ def test_before_the_disk_is_full_what_was_predicted_is_kept(snapshot, tmp_path, 
 
     def filling(place):
         asked.append(place)
-        return usage(place)._replace(free=0 if len(asked) > 3 else 2 * video.ROOM)
+        return usage(place)._replace(free=0 if len(asked) > 3 else 2 * video.MIN_FREE_BYTES)
     monkeypatch.setattr(shutil, "disk_usage", filling)
     with pytest.raises(UserError, match="color/a.mp4: expected 16 MB free for the frames that follow, found 0 MB"):
         predict(snapshot, tmp_path / "r", write(tmp_path / "a.mp4", drawn_frames()))

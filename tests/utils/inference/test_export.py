@@ -316,7 +316,7 @@ def test_a_config_is_not_trusted(exported, tmp_path, what):
 def test_weights_that_are_damaged_or_alone(exported, tmp_path):
     target = tmp_path / "a.safetensors"
     target.write_bytes(exported.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="a.safetensors: expected a file of safetensors, found one that cannot be read"):
+    with pytest.raises(UserError, match="a.safetensors: expected a safetensors file, found one that cannot be read"):
         load(target)
     target.write_bytes(exported.read_bytes())
     with pytest.raises(UserError, match="a.safetensors: expected the config.json of --export beside it, found none"):

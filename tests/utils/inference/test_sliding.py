@@ -280,7 +280,7 @@ def test_memory_that_is_not_there_is_not_asked_for(monkeypatch, window, scales, 
     image = np.zeros((65, 73, 3), np.uint8)
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 0.99)
     monkeypatch.setattr(predictor, "_run", lambda *_: iter(()))
-    with pytest.raises(MemoryError, match=f"an image of 73×65 needs at least {needed / 1e9:.1f} GB, of which .* free"):
+    with pytest.raises(MemoryError, match=f"an image of 73×65 needs at least {needed / 1e9:.1f} GB, but only .* free"):
         predictor.predict(image)
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed * 1.01)
     predictor.predict(image)

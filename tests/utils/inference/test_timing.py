@@ -22,9 +22,9 @@ LINE = re.compile(r"(\S+) images/s, (\S+) ms per image \(median; spread \S+\), (
 
 def test_calls_are_counted_and_the_first_is_not():
     called = []
-    assert len(timing.seconds_of(lambda: called.append(0), CPU, 5)) == 5 and len(called) == 6
-    assert len(timing.seconds_of(lambda: time.sleep(0.02), CPU, 100, 0.05)) < 5
-    assert len(timing.seconds_of(lambda: time.sleep(0.02), CPU, 100, 0.0)) == 1
+    assert len(timing.time_calls(lambda: called.append(0), CPU, 5)) == 5 and len(called) == 6
+    assert len(timing.time_calls(lambda: time.sleep(0.02), CPU, 100, 0.05)) < 5
+    assert len(timing.time_calls(lambda: time.sleep(0.02), CPU, 100, 0.0)) == 1
     found = timing.median_ms(lambda: time.sleep(0.02), 3, CPU)
     assert 20 <= found["ms"] < 200 and found["spread_ms"] >= 0
 
@@ -37,7 +37,7 @@ def test_the_share_beyond_a_network_whose_time_is_known():
 
     images = [np.zeros((17, 30, 3), np.uint8), np.zeros((30, 17, 3), np.uint8)]
     predictor = SlidingPredictor(network, (17, 17), scales=(1.0,), batch_size=1, overlap=0)
-    found = timing.prediction(predictor, images, 3)
+    found = timing.time_prediction(predictor, images, 3)
     assert 200 <= found["ms"] < 1000 and found["images_per_s"] == pytest.approx(1e3 / found["ms"])
     assert found["beyond_the_network"] < 0.5 and found["peak_gb"] > 0
     assert predictor.network is network
@@ -45,7 +45,7 @@ def test_the_share_beyond_a_network_whose_time_is_known():
 
 @pytest.mark.parametrize("kind", ["images", "video", "data"])
 def test_a_benchmark_of_the_protocol_at_hand(kind, streets, snapshot, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(timing, "TURNS", 2)
+    monkeypatch.setattr(timing, "MAX_RUNS", 2)
     Image.fromarray(drawn_frames(1)[0]).save(tmp_path / "a.png")
     write(tmp_path / "a.mp4", drawn_frames())
     before = sorted(tmp_path.iterdir()), sorted(snapshot.parent.iterdir())

@@ -21,7 +21,7 @@ from loss.criterion import SegmentationCriterion
 from networks.build import build_network
 from tests.conftest import ROOT, finish, start
 from tests.gpu.several import free_port
-from utils.common.compat import keeping_buffers
+from utils.common.compat import no_buffer_sync
 from utils.common.errors import UserError
 from utils.devices import select
 from utils.devices.precision import Precision
@@ -79,7 +79,7 @@ def alone(dtype, ohem):
 def work(rank, world, folder, dtypes, ohem):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    losses = [train(lambda module: (DistributedDataParallel(module, **keeping_buffers()), Processes()), dtype, ohem,
+    losses = [train(lambda module: (DistributedDataParallel(module, **no_buffer_sync()), Processes()), dtype, ohem,
                     rank, world) for dtype in dtypes]
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))

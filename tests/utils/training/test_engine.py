@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loss.criterion import SegmentationCriterion
 from networks.build import build_network
 from tests.crash import same
-from utils.common.compat import keeping_buffers
+from utils.common.compat import no_buffer_sync
 from utils.devices.precision import Precision
 from utils.ops.normalization import Normalization
 from utils.parallel.processes import Processes
@@ -30,7 +30,7 @@ def make_engine(amp="off", processes=None, ema=None, **network):
     precision, criterion = Precision(amp, CPU), SegmentationCriterion()
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
     if processes is not None:
-        module = DistributedDataParallel(module, **keeping_buffers())
+        module = DistributedDataParallel(module, **no_buffer_sync())
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     return Engine(module, network, criterion, optimizer, precision, [CPU], processes=processes, ema=ema)
 

@@ -499,7 +499,7 @@ def perform(run):
     with run.log:
         stopped = train(run)
         if run.engine.skipped:
-            run.log.say(f"{plural(run.engine.skipped, 'step')} left out, because gradients overflowed in half "
+            run.log.info(f"{plural(run.engine.skipped, 'step')} left out, because gradients overflowed in half "
                         "precision")
     if run.snapshots.writes:
         draw_curves(run.snapshots.folder)
@@ -513,7 +513,7 @@ def train(run):
     """
     engine, log, num_steps = run.engine, run.log, run.schedule.num_steps
     if run.start >= num_steps:
-        log.say(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
+        log.info(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
     engine.train_mode()
     window, waited, images = time.monotonic(), 0.0, 0
     history = History(engine, saved=run.start)
@@ -540,7 +540,7 @@ def train(run):
                 memory.reset_peak(engine.devices[0])      # cuDNN tried algorithms that take several times as much
                 keeping, norms = count_input_keeping_norms(engine.network)
                 if keeping:
-                    log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
+                    log.info(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
             if logged:
                 now = time.monotonic()
                 log.metric(step, {"lr": engine.optimizer.param_groups[0]["lr"], "loss": loss}
@@ -557,9 +557,9 @@ def train(run):
             if step % run.save_every == 0 or last or stopping:
                 run.snapshots.save(step, history.sound)
                 history.saved = step
-                log.say(f"saved the snapshot of step {step}")
+                log.info(f"saved the snapshot of step {step}")
             if stopping:
-                log.say(f"stopped after step {step}; the same command with --resume goes on")
+                log.info(f"stopped after step {step}; the same command with --resume goes on")
                 break
             if logged:      # pictures, validation and snapshots do not count
                 window, waited, images = time.monotonic(), 0.0, 0

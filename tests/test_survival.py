@@ -33,7 +33,7 @@ from utils.common.errors import UserError
 from utils.devices import memory
 from utils.runs import log as log_module
 from utils.runs import snapshots
-from utils.runs.log import RunLog, about_this_run
+from utils.runs.log import RunLog, describe_run
 
 
 def words(streets, folder, *more, steps=4):
@@ -121,7 +121,7 @@ def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
     for folder, expected in ((tmp_path / "ACFNet", None), (tmp_path, git("rev-parse", "HEAD"))):
         folder.mkdir(exist_ok=True)
         monkeypatch.setattr(log_module, "__file__", str(folder / "utils/runs/log.py"))
-        assert about_this_run({}, [])["git_commit"] == expected
+        assert describe_run({}, [])["git_commit"] == expected
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path):

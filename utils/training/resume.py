@@ -8,7 +8,7 @@ from ..common.messages import logger
 from ..ops.upsampling import round_size
 from ..parallel.processes import gather_from_ranks, rank_and_size
 from ..runs import snapshots
-from ..runs.log import NoLog, RunLog, about_this_run
+from ..runs.log import NoLog, RunLog, describe_run
 from . import seeds
 
 # Flags without which a snapshot belongs to another run: the network, how it learns, and the sequence of its samples.
@@ -49,11 +49,11 @@ class SnapshotFolder:
         self.folder, self.engine, self.config, self.keep = Path(folder), engine, config, keep
         self.writes = rank_and_size(engine.processes)[0] == 0
 
-    def save(self, step, sound=None, remove=True):
+    def save(self, step, healthy=None, remove=True):
         """The snapshot of a step; older ones go, but for that of the step `sound` (`checkpoint.save_step`)."""
         found = content(self.engine, step, self.config)
         if self.writes:
-            snapshots.save_step(self.folder, step, found, self.keep if remove else None, sound)
+            snapshots.save_step(self.folder, step, found, self.keep if remove else None, healthy)
 
     def save_best(self, step, quick_mean_iou):
         """The snapshot with the best result of the quick validation."""
@@ -157,7 +157,7 @@ def open_log(folder, engine, config, *, num_steps, start=0, account=None, track=
     """
     folder, log = Path(folder), NoLog()
     if rank_and_size(engine.processes)[0] == 0:
-        log = RunLog(folder, num_steps, start, about_this_run(config.arguments, engine.devices), track)
+        log = RunLog(folder, num_steps, start, describe_run(config.arguments, engine.devices), track)
         if account is not None:
             files.write_json(folder / "weights.json", account.as_json())
         best = folder / snapshots.BEST

@@ -51,7 +51,7 @@ class QuickValidation:
                 self.predictor, items, self.classes.num_classes, self.ignore_index))
         self.engine.train_mode()
         if any(gather_from_ranks(self.engine.processes, asked())):
-            self.log.say(f"the quick validation of step {step} is left out")
+            self.log.info(f"the quick validation of step {step} is left out")
             return None
         if self.engine.processes is not None:
             total = sum_of_matrices(self.engine.processes.gather_objects(total))

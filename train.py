@@ -59,7 +59,13 @@ from utils.devices.select import (
 from utils.imaging.classes import IGNORE_INDEX
 from utils.inference.sliding import fitting_size
 from utils.ops.normalization import NORMALIZATIONS, Normalization
-from utils.parallel.launch import crops_at_once, join_processes, leave_processes, start_processes, started_by_torchrun
+from utils.parallel.launch import (
+    crops_per_device,
+    join_processes,
+    leave_processes,
+    start_processes,
+    started_by_torchrun,
+)
 from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size
 from utils.runs import snapshots
 from utils.runs.trackers import SERVICES, check_packages
@@ -260,7 +266,7 @@ def parse_and_check(argv=None):
     classes = folders.read_table(args.classes, args.images_dir, args.data_list)
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
-    crops = crops_at_once(args.batch_size, args.accumulate, devices)
+    crops = crops_per_device(args.batch_size, args.accumulate, devices)
     check(args, devices, classes)
     if args.parallel == "dp":
         for device in devices:

@@ -482,8 +482,9 @@ def test_the_sentence_about_memory_builds_nothing():
             recompute="none", amp=amp, model="acfnet", backbone=backbone,
             recompute_choices=BACKBONES[backbone].recompute_choices(), norm="inplace_abn")
         assert re.match(f"out of memory: expected room for 4 crops of 769×769 .*{figure}", str(error)), str(error)
-    assert memory.ran_out(MemoryError()) and memory.ran_out(RuntimeError("[enforce fail] can't allocate memory"))
-    assert not memory.ran_out(RuntimeError("a bug"))
+    assert memory.is_out_of_memory(MemoryError())
+    assert memory.is_out_of_memory(RuntimeError("[enforce fail] can't allocate memory"))
+    assert not memory.is_out_of_memory(RuntimeError("a bug"))
 
 
 @pytest.mark.parametrize("more, message", [

@@ -136,7 +136,7 @@ class SlidingPredictor:
     @functools.cached_property
     def _passing(self):
         known = isinstance(self.network, torch.nn.Module)
-        return memory.passing_bytes(self.network, self.device, self.autocast) if known else (0, 0)
+        return memory.measure_forward_pass(self.network, self.device, self.autocast) if known else (0, 0)
 
     def _check_memory(self, passes):
         """Raise `MemoryError` if the device has less memory than passes over an image take at the least."""

@@ -433,7 +433,7 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
     data, learning, machine, results = options.data, options.learning, options.machine, options.results
     config = make_config(options, dataset)
     if begin.snapshot is not None:
-        resume.compare(begin.snapshot.path, begin.snapshot.config, config)
+        resume.check_same_run(begin.snapshot.path, begin.snapshot.config, config)
     network, account = make_network(options, config, begin, devices, processes, allow_partial)
     engine = make_engine(
         network, devices=devices, processes=processes, normalization=options.normalization,
@@ -561,7 +561,7 @@ def train(run):
                 if best is not None:
                     run.snapshots.save_best(step, best)
             if step % run.save_every == 0 or last or stopping:
-                run.snapshots.save(step, history.sound)
+                run.snapshots.save(step, history.healthy)
                 history.saved = step
                 log.info(f"saved the snapshot of step {step}")
             if stopping:

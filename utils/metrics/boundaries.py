@@ -39,13 +39,7 @@ class BoundaryF:
         self.terms = {}
 
     def update(self, name, truth, predictions):
-        """Add an image.
-
-        Args:
-            name: of the image.
-            truth: train ids (H, W), a NumPy array.
-            predictions: {head: predicted train ids (H, W)}, NumPy arrays.
-        """
+        """Add an image: its name, true train ids (H, W), and {head: predicted train ids (H, W)}, all NumPy arrays."""
         ignored = truth == self.ignore_index
         true = outlines(truth, ignored)
         predicted = {head: outlines(labels, ignored) for head, labels in predictions.items()}
@@ -53,10 +47,7 @@ class BoundaryF:
                             for head, boundaries in predicted.items()}
 
     def scores(self, names):
-        """Average the F-scores over the images.
-
-        Args:
-            names: of the N classes.
+        """Average the F-scores over the images; names: of the N classes.
 
         Returns:
             {head: {"class_boundary_f": {name: F}, "mean_boundary_f": mean over the classes with a score}}, fractions;
@@ -75,8 +66,7 @@ class BoundaryF:
         """Return F of true and predicted boundary pixels (2, n), each None if there are none; None if both are."""
         if true is None or predicted is None:
             return None if true is predicted else 0.0
-        # Crop to the boundary pixels of both.
-        top_left = np.minimum(true.min(1), predicted.min(1))[:, None]
+        top_left = np.minimum(true.min(1), predicted.min(1))[:, None]       # crop to the boundary pixels of both
         true, predicted = true - top_left, predicted - top_left
         shape = np.maximum(true.max(1), predicted.max(1)) + 1
         precision = self._share_near(predicted, true, shape)
@@ -92,15 +82,7 @@ class BoundaryF:
 
 
 def outlines(labels, ignored):
-    """Find the boundary pixels of each class.
-
-    Args:
-        labels: train ids (H, W).
-        ignored: mask of ignored pixels (H, W) bool.
-
-    Returns:
-        {class: rows and columns (2, n) of its boundary pixels}.
-    """
+    """Return the rows and columns of each class's boundary pixels, {class: (2, n)}; ignored: mask of pixels (H, W)."""
     classes, indices = [], []
     for down, right in NEIGHBORS:
         height, width = (length - step for length, step in zip(labels.shape, (down, right), strict=True))

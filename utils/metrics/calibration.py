@@ -1,7 +1,4 @@
-"""Calibration: whether confidence equals accuracy.
-
-Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
-"""
+"""Calibration of confidence, after Guo et al., On Calibration of Modern Neural Networks, ICML 2017."""
 
 import numpy as np
 import torch
@@ -28,13 +25,7 @@ class Calibration(Counts):
         self.ignore_index, self.bins = ignore_index, bins
 
     def update(self, confidence, prediction, label):
-        """Add maps of the same shape: tensors on any device, or NumPy arrays.
-
-        Args:
-            confidence: 0 to 1.
-            prediction: predicted train ids.
-            label: true train ids.
-        """
+        """Add maps of one shape: confidences 0 to 1, predicted and true train ids; tensors on any device, or arrays."""
         confidence, prediction, label = (torch.as_tensor(a).reshape(-1) for a in (confidence, prediction, label))
         label = label.to(confidence.device)
         units = (confidence.float() * CERTAIN).round().long().clamp(0, CERTAIN)    # means may exceed 1 by rounding
@@ -45,7 +36,7 @@ class Calibration(Counts):
             1, index.expand(3, -1), values))
 
     def scores(self):
-        """Return the expected calibration error and the statistics of the bins as plain values.
+        """Compute the expected calibration error and the statistics of the bins.
 
         Returns:
             {"expected_calibration_error": fraction, "pixels": [count per bin], "accuracy": [fraction per bin],

@@ -34,10 +34,9 @@ def _default_settings():
 
 
 def chart(draw):
-    """Decorate a function that draws with matplotlib.
+    """Decorate a function to draw with matplotlib's default settings, and to log a warning if drawing fails.
 
-    The function draws with matplotlib's default settings. If drawing fails, a warning is logged and the chart is
-    left out, as scores and weights matter more. `UserError`, such as for a full disk, is still raised.
+    `UserError`, such as for a full disk, is still raised.
     """
     @functools.wraps(draw)
     def wrapper(*args, **options):
@@ -60,13 +59,7 @@ def new_figure(width, height):
 
 @chart
 def confusion_picture(path, matrix, names):
-    """Draw a confusion matrix in percent of each row as a PNG.
-
-    Args:
-        path: of the PNG.
-        matrix: (N, N + 1) pixel counts, a row per true class, the last column void predictions.
-        names: of the N classes.
-    """
+    """Draw a confusion matrix (N, N + 1), a row per true class, in percent of each row; path: of the PNG."""
     matrix = np.asarray(matrix, float)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     columns = [*names, "void"] if matrix[:, -1].any() else list(names)
@@ -90,7 +83,6 @@ def iou_chart(path, class_iou, palette):
     """Draw the IoU of each class as bars, one per head, as a PNG.
 
     Args:
-        path: of the PNG.
         class_iou: {head: {class name: fraction or None}}.
         palette: (N, 3) uint8 RGB, colors of the marks beside the class names.
     """
@@ -122,11 +114,7 @@ def iou_chart(path, class_iou, palette):
 def reliability_chart(calibration):
     """Draw accuracy and share of the pixels by confidence, a column for each head.
 
-    Args:
-        calibration: {head: scores as of `Calibration.scores`}.
-
-    Returns:
-        The PNG as bytes; None if it could not be drawn.
+    calibration: {head: `Calibration.scores`}. Returns the PNG as bytes; None if it could not be drawn.
     """
     figure = new_figure(8, 5)
     rows = figure.subplots(2, len(calibration), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
@@ -160,7 +148,6 @@ def frequency_chart(path, pixels, palette):
     """Draw the share of each class in each split on a logarithmic scale as a PNG.
 
     Args:
-        path: of the PNG.
         pixels: {split: {class name: pixels}}.
         palette: (N, 3) uint8 RGB, colors of the marks beside the class names.
     """
@@ -191,10 +178,7 @@ def frequency_chart(path, pixels, palette):
 def training_curves(path, metrics, quick):
     """Draw losses, learning rate and quick validation over the steps as a PNG.
 
-    Args:
-        path: of the PNG.
-        metrics: the entries of `metrics.jsonl`.
-        quick: the entries of `quick_validation.jsonl`.
+    metrics, quick: the entries of `metrics.jsonl` and `quick_validation.jsonl`.
     """
     heads = [name.removeprefix("quick_mean_iou_") for name in (quick[0] if quick else ())
              if name.startswith("quick_mean_iou_")]

@@ -19,14 +19,12 @@ from .report import WorstImages
 class ScoredImage(NamedTuple):
     """An image of a data set with the predictions of a network.
 
-    The richest protocol is the last one that the predictor returns: multi-scale if it makes several passes (scales,
-    mirrored images), else single-scale.
+    The richest protocol is multi-scale if the predictor makes several passes over an image, else single-scale.
 
     Attributes:
         item: of the data set, {"image": (3, H, W) uint8, "label": (H, W) train ids, "name", ...}.
         probabilities: {head: (N, H, W)} of the richest protocol, on the device.
-        confidence: {head: (H, W)}, the largest probability of each pixel, on the device.
-        labels: {head: (H, W)}, the predicted train ids, on the device.
+        confidence, labels: {head: (H, W)}, the largest probability and its train id, on the device.
         truth: (H, W) train ids, on the device.
         matrices: {protocol: {head: ConfusionMatrix}} of this image, the richest protocol last.
     """

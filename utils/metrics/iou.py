@@ -83,14 +83,7 @@ class ConfusionMatrix(Counts):
         return mean_of_known(self.class_iou())
 
     def category_iou(self, categories):
-        """Compute the IoU of categories, which are groups of classes.
-
-        Args:
-            categories: N names, the category of each class.
-
-        Returns:
-            {name: IoU}, in order of first appearance.
-        """
+        """IoU of each category, {name: IoU} in order of first appearance; categories: N names, one for each class."""
         names = list(dict.fromkeys(categories))
         member = np.array([[category == name for category in categories] for name in names])
         return dict(zip(names, self._iou(member).tolist(), strict=True))
@@ -110,12 +103,7 @@ class ConfusionMatrix(Counts):
         return np.divide(true, union, out=np.full(len(member), np.nan), where=union > 0)
 
     def scores(self, names, categories):
-        """Return all scores as one dict of plain values; fractions, None for NaN.
-
-        Args:
-            names: of the N classes.
-            categories: N names, the category of each class.
-        """
+        """All scores as one dict of plain values, fractions, None for NaN; names and categories: of the N classes."""
         class_iou = self.class_iou()
         category_iou = self.category_iou(categories)
         return {
@@ -151,13 +139,8 @@ class InstanceIoU:
         self.terms = {}
 
     def update(self, number, instances, prediction):
-        """Add an image.
-
-        Args:
-            number: of the image in the data set.
-            instances: instance ids (H, W), label id · 1000 + count, a NumPy array.
-            prediction: predicted train ids (H, W), a NumPy array.
-        """
+        """Add an image: its number in the data set, instance ids (H, W) as label id · 1000 + count, and predicted
+        train ids (H, W), both NumPy arrays."""
         category = np.array([*map(self.categories.index, self.categories), -1])
         prediction = np.where(prediction < len(self.categories), prediction, len(self.categories))
         instance_ids, indices = np.unique(instances, return_inverse=True)
@@ -173,12 +156,7 @@ class InstanceIoU:
                           int((category[inside] == category[train_id]).sum()), inside.size))
 
     def scores(self, matrix, names):
-        """Compute class and category iIoU and their means; None where undefined.
-
-        Args:
-            matrix: `ConfusionMatrix` of the same images.
-            names: of the N classes.
-        """
+        """Class and category iIoU and their means, None where undefined; matrix: `ConfusionMatrix` of the images."""
         n = len(names)
         without = {train_id for label, train_id in self.train_ids.items() if label not in self.average_sizes}
         hit, missed = [0.0] * n, [0.0] * n

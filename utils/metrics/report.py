@@ -29,22 +29,17 @@ class WorstImages:
         names: of the N classes.
         color: function of train ids (H, W) that returns RGB (H, W, 3) uint8.
         ignore_index: label of pixels that do not count.
-
-    Attributes:
-        kept: {image name: entry}, plain values.
     """
 
     def __init__(self, names, color, ignore_index=255):
         self.names, self.color, self.ignore_index = names, color, ignore_index
-        self.kept = {}
+        self.kept = {}      # {image name: entry}, plain values
 
     def add(self, name, image, truth, labels, counts, attention=None):
         """Keep an image if it is among the worst so far.
 
         Args:
-            name: of the image.
-            image: (H, W, 3) uint8, an array.
-            truth: train ids (H, W), an array.
+            image, truth: (H, W, 3) uint8 and train ids (H, W), arrays.
             labels: {head: predicted train ids (H, W)}.
             counts: {head: ConfusionMatrix} of this image.
             attention: coarse probabilities (N, H, W), or None.
@@ -56,8 +51,7 @@ class WorstImages:
                  "true_classes": np.setdiff1d(truth, [self.ignore_index]).tolist()}
         self.kept[name] = entry
         if name in self._prune():
-            labels = {head: np.asarray(predicted) for head, predicted in labels.items()}
-            entry["pictures"] = self._pictures(image, truth, labels)
+            entry["pictures"] = self._pictures(image, truth, {head: np.asarray(m) for head, m in labels.items()})
             entry["attention"] = {} if attention is None else self._attention(attention)
 
     def merge(self, others):
@@ -118,8 +112,7 @@ def write_report(path, result, matrix, classes, palette, entries):
     reliability = reliability_chart(result["calibration"])
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    # On narrow screens the headline is seen without scrolling if its column is the first.
-    columns = dict(reversed(score_columns(result).items()))
+    columns = dict(reversed(score_columns(result).items()))     # the headline first, for narrow screens
     boundary = dict(reversed(boundary_columns(result).items()))
     page = template.render(
         plural=plural, result=result, columns=columns, share=share.tolist(), entries=entries, classes=classes,

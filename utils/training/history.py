@@ -15,14 +15,11 @@ class LossMonitor:
     A loss is normal if it is at most three times the median of the last 200 normal losses. Losses of different crops
     differ by less, and a diverging run exceeds this limit long before its numbers overflow. Losses that are not normal
     do not change the median.
-
-    Attributes:
-        normal: whether the last loss was normal.
     """
 
     def __init__(self):
         self.losses = deque(maxlen=200)
-        self.normal = False
+        self.normal = False     # whether the last loss was normal
 
     def add(self, loss):
         """Add the loss of a step, which depends on the weights after the step before; return whether it is normal."""
@@ -34,10 +31,6 @@ class LossMonitor:
 
 class History:
     """Records which snapshot was the last one before a divergence.
-
-    Args:
-        engine: of the run.
-        saved: step of the newest snapshot; 0 for none.
 
     Attributes:
         saved: step of the newest snapshot; 0 for none.
@@ -60,10 +53,8 @@ class History:
 
         Args:
             error: `NotFinite`.
-            run: `Run`.
-            step: number of the failed step.
-            factor: of the learning rates in this step.
-            parts: of the batch.
+            run, step: `Run`, and number of the failed step.
+            factor, parts: factor of the learning rates, and parts of the batch in this step.
         """
         engine = self.engine
         names = sum(gather_from_ranks(engine.processes, [name for part in parts for name in part["name"]]), [])

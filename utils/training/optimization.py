@@ -13,7 +13,7 @@ OPTIMIZERS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg
 
 
 def check(*, kind, momentum, ema, warmup_steps, num_steps):
-    """Raise `UserError` for flags with which nothing would be learnt; kind: value of --optimizer."""
+    """Raise `UserError` for flags with which nothing would be learned; kind: value of --optimizer."""
     if kind == "adamw" and momentum == 1:
         raise UserError("--momentum 1: expected less than 1 with --optimizer adamw")
     if ema == 1:

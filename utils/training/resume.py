@@ -27,11 +27,6 @@ def content(engine, step, config):
     """Return the content of a snapshot: tensors and plain values, which can be loaded with `weights_only=True`.
 
     All processes must call this at the same step, as the states of their random generators are gathered.
-
-    Args:
-        engine: of the run.
-        step: steps done.
-        config: `snapshot.Config` of the run.
     """
     rng = gather_from_ranks(engine.processes, seeds.random_state(engine.devices))
     average = {} if engine.average is None else {"average": engine.average.state_dict(),
@@ -48,9 +43,6 @@ class SnapshotFolder:
         engine: of the run; the first of its processes writes.
         config: `snapshot.Config` of the run.
         keep: number of newest snapshots to keep; None for all.
-
-    Attributes:
-        writes: whether this process writes.
     """
 
     def __init__(self, folder, engine, config, keep=None):
@@ -58,13 +50,7 @@ class SnapshotFolder:
         self.writes = rank_and_size(engine.processes)[0] == 0
 
     def save(self, step, healthy=None, remove=True):
-        """Save the snapshot of a step.
-
-        Args:
-            step: steps done.
-            healthy: step of a snapshot that is not removed, as in `snapshots.save_step`.
-            remove: whether to remove older snapshots beyond `keep`.
-        """
+        """Save the snapshot of a step; remove: whether old ones are removed, except `healthy`, the step of one."""
         snapshot = content(self.engine, step, self.config)
         if self.writes:
             snapshots.save_step(self.folder, step, snapshot, self.keep if remove else None, healthy)
@@ -77,14 +63,7 @@ class SnapshotFolder:
 
 
 def check_room(folder, network, optimizer, ema):
-    """Raise `UserError` if the disk has no room for a snapshot.
-
-    Args:
-        folder: of the run.
-        network: to be trained.
-        optimizer: value of --optimizer.
-        ema: value of --ema, or None.
-    """
+    """Raise `UserError` if the disk has no room for a snapshot; optimizer and ema: values of these flags."""
     # Weights, optimizer state per weight, and average of the weights, in float32; all else is small.
     copies = 2 + (optimizer == "adamw") + (ema is not None)
     size = 4 * copies * sum(parameter.numel() for parameter in network.parameters())
@@ -115,12 +94,7 @@ def restore(snapshot, engine):
 
 
 def loss_weights(config, heads):
-    """Return the loss weights of a run, {head: factor}.
-
-    Args:
-        config: `Config` of the run.
-        heads: names of the heads.
-    """
+    """Return the loss weights of the run of a `Config` for these heads: {head: factor}."""
     weights = flags.named_numbers((OLD_DEFAULTS | config.arguments)["loss_weights"])
     return {head: weights.get(head, 0.0) for head in heads}
 
@@ -130,8 +104,7 @@ def check_same_run(path, before, now):
 
     Args:
         path: of the snapshot.
-        before: `Config` of the snapshot.
-        now: `Config` of this run.
+        before, now: `Config` of the snapshot and of this run.
 
     Raises:
         UserError: if the snapshot is of another run.
@@ -180,8 +153,7 @@ def open_log(folder, engine, config, *, num_steps, start=0, account=None, track=
         folder: of the run.
         engine: of the run.
         config: `Config` of the run.
-        num_steps: total number of steps.
-        start: steps done before.
+        num_steps, start: total number of steps, and steps done before.
         account: `Account` of the weights that the run starts from, or None.
         track: as in `RunLog`.
 

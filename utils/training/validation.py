@@ -46,8 +46,7 @@ class QuickValidation:
 
         Args:
             step: steps done.
-            stop_requested: function that returns whether training is to stop; the validation then ends early, without
-                scores.
+            stop_requested: function that returns whether to stop early, without scores.
 
         Returns:
             The mean IoU of the fine head if it is the best in this folder so far, else None.
@@ -74,10 +73,7 @@ class QuickValidation:
 
 @contextlib.contextmanager
 def without_cudnn_benchmark():
-    """Turn off cuDNN's benchmark mode in this context.
-
-    Images have many sizes, and trying all algorithms for each new size takes more time and memory than the passes.
-    """
+    """Turn off cuDNN's benchmark mode, as trying all algorithms for each image size costs more than the passes."""
     previous, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -90,11 +86,8 @@ def draw_panel(engine, normalization, sample, classes, ignore_index):
     """Draw image, truth, the prediction of each head and the difference of the heads, side by side.
 
     Args:
-        engine: of the run.
-        normalization: of the network's input.
         sample: an item of the training data.
         classes: its `ClassTable`.
-        ignore_index: label of pixels that do not count.
 
     Returns:
         (H, W · pictures, 3) uint8.

@@ -59,7 +59,13 @@ from utils.devices.select import (
 from utils.imaging.classes import IGNORE_INDEX
 from utils.inference.sliding import fitting_size
 from utils.ops.normalization import NORMALIZATIONS, Normalization
-from utils.parallel.launch import crops_at_once, join_processes, leave_processes, start_processes, started_by_torchrun
+from utils.parallel.launch import (
+    crops_per_device,
+    join_processes,
+    leave_processes,
+    start_processes,
+    started_by_torchrun,
+)
 from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size
 from utils.runs import snapshots
 from utils.runs.trackers import SERVICES, check_packages
@@ -287,7 +293,7 @@ def parse_and_check(argv=None):
     classes = folders.read_table(args.classes, args.images_dir, args.data_list)
     if started_by_torchrun() or args.parallel == "none":
         devices = [own_device(devices)]
-    crops = crops_at_once(args.batch_size, args.accumulate, devices)
+    crops = crops_per_device(args.batch_size, args.accumulate, devices)
     check(args, devices, classes)
     if args.parallel == "dp":
         for device in devices:
@@ -456,7 +462,7 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
     data, learning, machine, results = options.data, options.learning, options.machine, options.results
     config = make_config(options, dataset)
     if begin.snapshot is not None:
-        resume.compare(begin.snapshot.path, begin.snapshot.config, config)
+        resume.check_same_run(begin.snapshot.path, begin.snapshot.config, config)
     network, account = make_network(options, config, begin, devices, processes, allow_partial)
     engine = make_engine(
         network, devices=devices, processes=processes, normalization=options.normalization,
@@ -529,7 +535,7 @@ def perform(run):
     with run.log:
         stopped = train(run)
         if run.engine.skipped:
-            run.log.say(f"{plural(run.engine.skipped, 'step')} skipped, because gradients overflowed in half "
+            run.log.info(f"{plural(run.engine.skipped, 'step')} skipped, because gradients overflowed in half "
                         "precision")
     if run.snapshots.writes:
         draw_curves(run.snapshots.folder)
@@ -543,7 +549,7 @@ def train(run):
     """
     engine, log, num_steps = run.engine, run.log, run.schedule.num_steps
     if run.start >= num_steps:
-        log.say(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
+        log.info(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
     engine.train_mode()
     window, waited, images = time.monotonic(), 0.0, 0
     history = History(engine, saved=run.start)
@@ -571,7 +577,7 @@ def train(run):
                 memory.reset_peak(engine.devices[0])
                 keeping, norms = count_input_keeping_norms(engine.network)
                 if keeping:
-                    log.say(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
+                    log.info(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
             if logged:
                 now = time.monotonic()
                 log.metric(step, {"lr": engine.optimizer.param_groups[0]["lr"], "loss": loss}
@@ -586,11 +592,11 @@ def train(run):
                 if best is not None:
                     run.snapshots.save_best(step, best)
             if step % run.save_every == 0 or last or stopping:
-                run.snapshots.save(step, history.sound)
+                run.snapshots.save(step, history.healthy)
                 history.saved = step
-                log.say(f"saved the snapshot of step {step}")
+                log.info(f"saved the snapshot of step {step}")
             if stopping:
-                log.say(f"stopped after step {step}; the same command with --resume goes on")
+                log.info(f"stopped after step {step}; the same command with --resume goes on")
                 break
             if logged:      # pictures, validation and snapshots do not count
                 window, waited, images = time.monotonic(), 0.0, 0

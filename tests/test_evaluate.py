@@ -148,7 +148,7 @@ def test_own_pictures_beside_the_results_stay(streets, snapshot, tmp_path, capsy
     run(streets, snapshot, tmp_path, *SMALL, "--overwrite")
     run(streets, snapshot, tmp_path, *SMALL, "--overwrite")
     assert (tmp_path / "color/holiday.png").read_bytes() == b"mine" and len(list((tmp_path / "color").iterdir())) == 4
-    assert "1 file left there, which no run is recorded to have written, such as color/holi" in capsys.readouterr().out
+    assert "1 file left there, which no run has recorded, such as color/holi" in capsys.readouterr().out
 
 
 def full(monkeypatch, when):

@@ -33,7 +33,7 @@ from utils.common.errors import UserError
 from utils.devices import memory
 from utils.runs import log as log_module
 from utils.runs import snapshots
-from utils.runs.log import RunLog, about_this_run
+from utils.runs.log import RunLog, describe_run
 
 
 def words(streets, folder, *more, steps=4):
@@ -121,7 +121,7 @@ def test_the_commit_of_an_outer_repository_is_not_ours(tmp_path, monkeypatch):
     for folder, expected in ((tmp_path / "ACFNet", None), (tmp_path, git("rev-parse", "HEAD"))):
         folder.mkdir(exist_ok=True)
         monkeypatch.setattr(log_module, "__file__", str(folder / "utils/runs/log.py"))
-        assert about_this_run({}, [])["git_commit"] == expected
+        assert describe_run({}, [])["git_commit"] == expected
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path):
@@ -482,8 +482,9 @@ def test_the_sentence_about_memory_builds_nothing():
             recompute="none", amp=amp, model="acfnet", backbone=backbone,
             recompute_choices=BACKBONES[backbone].recompute_choices(), norm="inplace_abn")
         assert re.match(f"out of memory: expected room for 4 crops of 769×769 .*{figure}", str(error)), str(error)
-    assert memory.ran_out(MemoryError()) and memory.ran_out(RuntimeError("[enforce fail] can't allocate memory"))
-    assert not memory.ran_out(RuntimeError("a bug"))
+    assert memory.is_out_of_memory(MemoryError())
+    assert memory.is_out_of_memory(RuntimeError("[enforce fail] can't allocate memory"))
+    assert not memory.is_out_of_memory(RuntimeError("a bug"))
 
 
 @pytest.mark.parametrize("more, message", [

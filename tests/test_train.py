@@ -362,12 +362,12 @@ def test_labels_that_do_not_fit_the_classes_are_found_before_the_first_step(stre
 def test_weights_that_a_step_has_ruined_are_not_called_the_state_before(streets, tmp_path):
     """The step before had a normal loss and wrote weights of 1e28, which a regular snapshot holds."""
     with pytest.raises(UserError, match=r"step 2: expected a finite loss, found .*'fine': nan.* learning rate .*"
-                                        r"images: drawn_00.*, drawn_00.*; training had left its course before, and no "
-                                        r"snapshot of this start trained on normally: a lower --learning-rate from "
-                                        r"the beginning and another --snapshot-dir may help"):
+                                        r"images: drawn_00.*, drawn_00.*; training had already diverged, and no "
+                                        r"snapshot of this start was followed by a normal loss: a lower "
+                                        r"--learning-rate from the beginning and another --snapshot-dir may help"):
         run(streets, tmp_path / "a", "--learning-rate", "1e30", "--save-pred-every", "1", steps=9)
     assert [step for step, _ in snapshots.list_snapshots(tmp_path / "a")] == [1]
-    with pytest.raises(UserError, match="training had left its course before, so that state is not saved, and no"):
+    with pytest.raises(UserError, match="training had already diverged, so this state is not saved, and no"):
         run(streets, tmp_path / "b", "--learning-rate", "1e30", steps=9)
     assert not snapshots.list_snapshots(tmp_path / "b")
 
@@ -388,16 +388,17 @@ def finite_losses_then(monkeypatch, losses, last):
 
 @pytest.mark.parametrize("losses, last, keep, kept, advice", [
     # A batch, or a gradient, at fault: the state before is sound, becomes the newest, and pushes nothing out.
-    ([3, 3, 3, 3, 3], float("nan"), "2", [2, 4, 5], "the state before is the snapshot of step 5: a lower"),
-    ([3, 3, 3, 3, 3], 3.0, "1", [2, 4, 5], "the state before is the snapshot of step 5: a lower"),
-    ([3, 3, 3, 3], float("nan"), "1", [2, 4], "the state before is the snapshot of step 4: a lower"),
-    # Training leaves its course after the third step, long before its numbers overflow.
-    ([3, 2, 2, 50, 1e3, 1e9, 1e20], float("nan"), "1", [2, 6], "so that state is not saved; the newest snapshot that "
-     "trained on normally is CS_scenes_2.pth: --resume with that file and another --snapshot-dir and a lower"),
-    ([3, 2, 2, 50, 1e3, 1e9, 1e20, 1e20], 1e20, "2", [2, 6, 8], "before; the newest snapshot that trained on normally "
-     "is CS_scenes_2.pth"),
-    ([3, 9, 9, 9, 9], 1e5, "1", [2, 4], "the newest snapshot that trained on normally is CS_scenes_4.pth: --resume "
-     "with that file and a lower")])
+    ([3, 3, 3, 3, 3], float("nan"), "2", [2, 4, 5], "the state before this step is the snapshot of step 5: a lower"),
+    ([3, 3, 3, 3, 3], 3.0, "1", [2, 4, 5], "the state before this step is the snapshot of step 5: a lower"),
+    ([3, 3, 3, 3], float("nan"), "1", [2, 4], "the state before this step is the snapshot of step 4: a lower"),
+    # Training diverges after the third step, long before its numbers overflow.
+    ([3, 2, 2, 50, 1e3, 1e9, 1e20], float("nan"), "1", [2, 6], "so this state is not saved; the newest snapshot that "
+     "was followed by a normal loss is CS_scenes_2.pth: --resume with that file and another --snapshot-dir and a "
+     "lower"),
+    ([3, 2, 2, 50, 1e3, 1e9, 1e20, 1e20], 1e20, "2", [2, 6, 8], "diverged; the newest snapshot that was followed by a "
+     "normal loss is CS_scenes_2.pth"),
+    ([3, 9, 9, 9, 9], 1e5, "1", [2, 4], "the newest snapshot that was followed by a normal loss is CS_scenes_4.pth: "
+     "--resume with that file and a lower")])
 def test_a_divergence_keeps_and_names_the_newest_sound_snapshot(streets, tmp_path, monkeypatch, losses, last, keep,
                                                                  kept, advice):
     folder = tmp_path / "s"

@@ -118,7 +118,7 @@ import torch
 from utils.common import command
 from utils.parallel import launch
 
-launch.MEETING = timedelta(seconds=60)
+launch.MEET_TIMEOUT = timedelta(seconds=60)
 command.run(lambda: launch.join_processes(torch.device("cpu")))
 END
 join() {            # HOST RANK

@@ -26,7 +26,7 @@ from dataset.streets import write_dataset
 from dataset.transforms import train_transform
 from utils.common import flags
 from utils.imaging.decode import read_ids, read_image
-from utils.parallel.workers import one_thread
+from utils.parallel.workers import disable_opencv_threads
 
 SIZE = (769, 769)
 
@@ -69,7 +69,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--noise", type=float, default=2.0, help="its deviation, of 255, beside the scenes' own")
     args = parser.parse_args()
-    one_thread()
+    disable_opencv_threads()
     torch.set_num_threads(1)
     classes, transform = ClassTable.read(), train_transform(SIZE)
     with tempfile.TemporaryDirectory() as folder:

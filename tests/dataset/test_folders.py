@@ -234,8 +234,8 @@ def test_training_and_evaluation(tmp_path, capsys):
     assert (out / "classes.csv").read_text() == BINARY
     resume = [*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 2, "--resume")]
     (tmp_path / "ships.csv").write_text(BINARY.replace("foreground", "ship"))
-    assert "found another table (background, foreground); --classes with that table goes on with that run" in refusal(
-        train.main, [*resume, "--classes", str(tmp_path / "ships.csv")])
+    assert ("found another table (background, foreground); use --classes with that table to continue that run"
+            in refusal(train.main, [*resume, "--classes", str(tmp_path / "ships.csv")]))
     train.main([*resume, "--classes", str(out / "classes.csv")])
     path = out / "CS_scenes_2.pth"
     assert ClassTable(files.load(path)["config"]["classes"]).as_csv() == BINARY

@@ -26,7 +26,7 @@ from utils.common import command, flags
 from utils.common.errors import UserError
 from utils.common.files import write_json
 from utils.devices.driver import unusable_gpu
-from utils.runs.log import about_this_run
+from utils.runs.log import describe_run
 
 from . import evaluation, norms, several, speed, steps
 from .rows import Rows
@@ -52,7 +52,7 @@ SECTIONS = {
 
 def about(device):
     """The machine, the driver, the versions and the commit: plain values."""
-    found = about_this_run({}, [device])
+    found = describe_run({}, [device])
     driver = Path("/proc/driver/nvidia/version")
     number = re.search(r"Kernel Module.*?\s([\d.]+)\s", driver.read_text()) if driver.exists() else None
     found |= {"driver": number[1] if number else "unknown", "gpus": torch.cuda.device_count(),

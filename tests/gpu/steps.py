@@ -256,7 +256,7 @@ def out_of_memory(device):
         raise AssertionError("expected too little memory for a petabyte, found enough")
     except RuntimeError as error:
         words = str(error)
-    assert memory.ran_out(words), f"expected it to be recognized, found {words[:200]}"
+    assert memory.is_out_of_memory(words), f"expected it to be recognized, found {words[:200]}"
     sentence = str(memory.out_of_memory_error(
         words, crops=8, input_size=(769, 769), accumulate=1, recompute="none", recompute_choices=RECOMPUTE, amp="bf16",
         model="acfnet", backbone="eca_resnet101", norm="inplace_abn"))

@@ -1,1 +1,1 @@
-"""Devices: which to use, in which precision, with how much memory."""
+"""Choice of devices, precision, and memory."""

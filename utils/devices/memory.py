@@ -1,4 +1,4 @@
-"""Memory: what a network keeps for its backward pass, counted; what a process has used; whether it ran out."""
+"""Memory: estimates for training and inference, peak and free memory of a device, out-of-memory errors."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from ..ops.upsampling import grid_of
 
 try:
     import resource
-except ImportError:     # not on Windows
+except ImportError:     # on Windows
     resource = None
 
 
@@ -22,18 +22,26 @@ TABLE = Path(__file__).with_name("memory.json")     # written by `python -m test
 
 
 def table_key(*, model, backbone, norm, recompute, amp):
-    """Under which `TABLE` has a network's bytes per pixel."""
+    """Return the key of a network in `TABLE`."""
     return f"{model} {backbone} {norm} {recompute} {'bf16' if amp == 'fp16' else amp}"
 
 
-def bytes_a_pixel(**network):
-    """What a network, named as for `table_key`, keeps for its backward pass, a pixel of its input; None where the
-    table does not know it. Nothing is built: this is asked when the memory has run out."""
+def bytes_per_pixel(**network):
+    """Look up the bytes that a network keeps for its backward pass per pixel of its input.
+
+    The network is not built, because this is called after the memory has run out.
+
+    Args:
+        network: arguments of `table_key`.
+
+    Returns:
+        A number; None if `TABLE` does not have the network.
+    """
     return json.loads(TABLE.read_text(encoding="utf-8")).get(table_key(**network))
 
 
 def peak_bytes(device):
-    """The most memory used so far: of a GPU what PyTorch allocated on it, on the CPU that of the process."""
+    """Return the peak memory in bytes: of PyTorch's allocations on a GPU, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -42,45 +50,46 @@ def peak_bytes(device):
 
 
 def reset_peak(device):
-    """Count the most memory from now on; a process has only one peak in its life."""
+    """Reset the peak memory of a GPU; the peak of a process on the CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def ran_out(error):
-    """Whether an error, or its text, is for too little memory, on a GPU or a CPU."""
+def is_out_of_memory(error):
+    """Whether an error, or its text, means that a GPU or CPU ran out of memory."""
     return isinstance(error, MemoryError) or any(
         text in str(error) for text in ("out of memory", "can't allocate memory", "not enough memory",
-                                        "_ALLOC_FAILED", "_ALLOCATION_FAILED"))       # of cuBLAS and cuDNN
+                                        "_ALLOC_FAILED", "_ALLOCATION_FAILED"))       # cuBLAS and cuDNN
 
 
 def catch_out_of_memory(work, make_error):
-    """What `work()` returns; where the memory runs out meanwhile, `make_error(first words found)` is raised."""
+    """Return `work()`; if the memory runs out, raise `make_error(problem)` with the first line of the error."""
     try:
         return work()
-    except (RuntimeError, MemoryError) as error:        # torch's of memory are RuntimeErrors
-        if not ran_out(error):
+    except (RuntimeError, MemoryError) as error:        # PyTorch raises RuntimeError when memory runs out
+        if not is_out_of_memory(error):
             raise
-        found = (str(error).strip() or "no memory left").splitlines()[0][:160]
-    raise make_error(found)        # outside of the block above: its traceback holds the memory that ran out
+        problem = (str(error).strip() or "no memory left").splitlines()[0][:160]
+    raise make_error(problem)       # outside the except block, whose traceback keeps tensors alive
 
 
-def out_of_memory_error(found, *, crops, input_size, accumulate, recompute, recompute_choices, amp, model, backbone,
+def out_of_memory_error(problem, *, crops, input_size, accumulate, recompute, recompute_choices, amp, model, backbone,
                         norm):
-    """The `UserError` for too little memory in training.
+    """Make the `UserError` for too little memory in training, with flags that reduce the memory.
 
     Args:
-        found: the error's first words.
-        crops: of a pass on one device, input_size (height, width) each.
+        problem: first line of the original error.
+        crops: crops per pass on one device.
+        input_size: (height, width) of a crop in pixels.
         accumulate: parts of a batch.
-        recompute_choices: what `recompute` could be, from none to the most.
-        model, backbone, norm, recompute, amp: as for `bytes_a_pixel`.
+        recompute_choices: possible values of `recompute`, from none to the most recomputation.
+        model, backbone, norm, recompute, amp: as for `table_key`.
     """
     pixels = input_size[0] * input_size[1]
 
     def kept(recompute, amp, parts=1):
-        """" 1.2 GB", or nothing for a network that nobody has counted."""
-        size = bytes_a_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
+        """Format the kept memory, such as " 1.2 GB"; "" for a network that is not in the table."""
+        size = bytes_per_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
         return f" {size * crops * pixels / parts / 1e9:.1f} GB" if size else ""
 
     now = kept(recompute, amp)
@@ -91,14 +100,14 @@ def out_of_memory_error(found, *, crops, input_size, accumulate, recompute, reco
     if crops > 1:
         choices.append(f"--accumulate {2 * accumulate}{kept(recompute, amp, 2) or ' half as much'}")
     choices.append("a smaller --input-size less in proportion to its pixels")
-    what = f"about{now}" if now else "most of the memory"
+    amount = f"about{now}" if now else "most of the memory"
     return UserError(f"out of memory: expected room for {crops} crops of {input_size[0]}×{input_size[1]} on a device, "
-                     f"which keep {what} for the backward pass besides the weights, found: {found}; what helps, and "
-                     f"what it would keep: {', '.join(choices)}")
+                     f"which keep {amount} for the backward pass besides the weights, found: {problem}; remedies, with "
+                     f"the memory kept then: {', '.join(choices)}")
 
 
 def free_bytes(device):
-    """Memory that can still be had on a device, swap space included; infinite where nobody tells."""
+    """Return the free memory of a device in bytes, swap space included; infinity if it is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -107,27 +116,33 @@ def free_bytes(device):
         with open("/proc/meminfo", encoding="ascii") as file:
             sizes = {name: int(size.split()[0]) << 10 for name, size in (line.split(":") for line in file)}
         limits.append(sizes["MemAvailable"] + sizes["SwapFree"])
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):     # of a container
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):     # limit of a container
         with contextlib.suppress(OSError, ValueError):
             limits.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))     # elsewhere: all that there is
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))     # all memory of the machine
     return min(limits, default=math.inf)
 
 
 @torch.inference_mode()
-def passing_bytes(network, device, autocast=None):
-    """What a forward pass in evaluation holds at once, at the least: (bytes per pixel of its input, maps of logits).
+def measure_forward_pass(network, device, autocast=None):
+    """Measure a lower bound of the memory of a forward pass in evaluation, by a pass over a small image.
 
-    Found by one small pass: the largest input and output of a module. Maps are counted over all heads.
+    Args:
+        network: in evaluation mode, on the device.
+        device: `torch.device`.
+        autocast: dtype of PyTorch's autocast, or None.
+
+    Returns:
+        (bytes per input pixel of the module with the largest input and output, logit maps of all heads).
     """
-    most = 0
+    largest = 0
 
     def measure(module, args, output):
-        nonlocal most
+        nonlocal largest
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
                     for tensor in (*args, output) if isinstance(tensor, torch.Tensor)}
-        most = max(most, sum(storages.values()))
+        largest = max(largest, sum(storages.values()))
 
     hooks = [module.register_forward_hook(measure) for module in network.modules()]
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -135,5 +150,6 @@ def passing_bytes(network, device, autocast=None):
         outputs = network(torch.zeros(1, 3, 8 * step + rest, 8 * step + rest, device=device))
     for hook in hooks:
         hook.remove()
-    # 9 logits to a side, or 72 pixels: taken by itself the border of a crop so small would count too much.
-    return most / ((8 + rest) * step) ** 2, sum(logits.shape[1] for logits in outputs.values())
+    # At stride 8 the image has 65 pixels and 9 logits per side. It is counted as 9 · 8 = 72 pixels, because the border
+    # of such a small image would otherwise have too much weight.
+    return largest / ((8 + rest) * step) ** 2, sum(logits.shape[1] for logits in outputs.values())

@@ -1,4 +1,4 @@
-"""Mixed precision: PyTorch's autocast, or NVIDIA apex where somebody still has it."""
+"""Mixed precision: PyTorch's autocast, or apex.amp of NVIDIA's older apex versions."""
 
 import functools
 import math
@@ -13,20 +13,21 @@ from ..common.messages import logger
 from ..ops.autocast import apex_casting
 
 CHOICES = ("off", "bf16", "fp16", "apex")
-PRECISIONS = ("off", "fp16", "bf16")       # what `best_precision` finds, the best one last
-OPT_LEVELS = ("O0", "O1", "O2", "O3")      # of apex; `Precision` takes the first two
+PRECISIONS = ("off", "fp16", "bf16")       # results of `best_precision`, the best one last
+OPT_LEVELS = ("O0", "O1", "O2", "O3")      # of apex; `Precision` supports the first two
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": None}
 
 
 class Precision:
-    """How losses are scaled and gradients found.
+    """Mixed precision of a training run: autocast, loss scaling and gradients.
 
     Args:
         amp: `off`; `bf16`, autocast; `fp16`, autocast with a gradient scaler; `apex`, NVIDIA's apex.amp.
-        device: where training runs.
-        opt_level: of apex: `O0`, float32; `O1`, casts like those of autocast to float16, with a loss scale.
+        device: on which training runs.
+        opt_level: of apex: `O0`, float32; `O1`, casts to float16 as autocast does, with a loss scale.
 
-    Raises `UserError` where the device or an installed apex does not do it, and for other levels of apex.
+    Raises:
+        UserError: if the device or the installed apex does not support this, and for other levels of apex.
     """
 
     def __init__(self, amp, device, opt_level="O1"):
@@ -42,23 +43,27 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def prepare(self, network, optimizer):
-        """Network and optimizer, as apex wants them; unchanged otherwise. To be called before they are wrapped.
+        """Prepare network and optimizer for apex; return them unchanged otherwise.
 
-        With O1 apex patches functions of PyTorch for the whole process. Here they cast in the forward passes of
-        training alone (`apex_casts`), and not inside `without_autocast`, as PyTorch's own autocast does it.
+        Call this before the network is wrapped, as for several devices. With O1 apex patches functions of PyTorch for
+        the whole process. Here these functions cast only in the forward passes of training (`apex_casts`), and not
+        inside `without_autocast`, like PyTorch's own autocast.
+
+        Returns:
+            (network, optimizer).
         """
         if self.apex is None:
             return network, optimizer
         network, optimizer = self.apex.initialize(network, optimizer, opt_level=self.opt_level)
         if self.casts:
             handle = self.apex._amp_state.handle
-            # apex has one switch for all threads, of which replicas on several GPUs would turn it at the same time.
+            # apex has one switch for all threads, but replicas on several GPUs need one per thread.
             handle.is_active = lambda: apex_casting.active
-            # Looking up a cast weight fails with autograd graphs of today. Only CCNet uses one twice in a pass.
+            # apex's cache of cast weights fails with current autograd. Only CCNet uses a weight twice in a pass.
             handle._enable_caching = False
         else:
-            # The `forward` of O0 casts to float32, which images and logits are, but a copy of the network, such as an
-            # average of the weights or a replica, would call that of the original.
+            # The `forward` that O0 sets casts to float32, which images and logits already are. Copies of the network,
+            # such as replicas and the average of the weights, would call the `forward` of the original.
             del network.forward
         return network, optimizer
 
@@ -68,10 +73,14 @@ class Precision:
         return self.apex is not None and self.opt_level == "O1"
 
     def backward(self, loss, optimizer, last=True):
-        """Add the gradients of a loss, times the scale, to those there are.
+        """Add the scaled gradients of a loss to the existing gradients.
 
-        last: whether `step` comes next. By itself apex would put aside the gradients of the parts before, and
-        `DistributedDataParallel` would add up those of the last part alone.
+        Args:
+            loss: scalar tensor.
+            optimizer: whose parameters get the gradients.
+            last: whether this is the last part of the batch. Before the last part apex must not unscale: it would put
+                the gradients of the earlier parts aside, and `DistributedDataParallel` would sum those of the last
+                part only.
         """
         if self.apex is not None:
             with self.apex.scale_loss(loss, optimizer, delay_unscale=not last) as scaled:
@@ -81,25 +90,25 @@ class Precision:
 
     @staticmethod
     def gradients(optimizer):
-        """The gradients that a step will use, times the scale: a list of tensors."""
+        """Return the scaled gradients that the next step will use: a list of tensors."""
         return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def gradient_norm(self, optimizer):
-        """The Euclidean norm of all gradients, which stay as they are, without the scale: scalar tensor."""
+        """Return the Euclidean norm of all gradients without the scale, a scalar tensor; gradients are not changed."""
         norm = total_norm(self.gradients(optimizer))
         return norm / self.scaler.scale(torch.ones_like(norm))
 
     def skips_overflow(self):
-        """Whether `step` leaves out a step whose gradients are not finite, and the next one may do better.
+        """Whether `step` skips a step with gradients that are not finite, so that a smaller scale may help.
 
-        Not below a scale of 1: then it is not the scale that makes them overflow.
+        Below a scale of 1 the overflow is not due to the scale.
         """
-        if self.casts:      # apex has halved the scale by now
+        if self.casts:      # apex has already halved the scale
             return self.apex.state_dict()["loss_scaler0"]["loss_scale"] >= 0.5
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def step(self, optimizer):
-        """Take a step; with fp16 one whose gradients overflow is left out."""
+        """Take an optimizer step; with fp16 a step whose gradients overflow is skipped."""
         if self.apex is not None:
             optimizer.step()
         else:
@@ -107,22 +116,22 @@ class Precision:
             self.scaler.update()
 
     def state_dict(self):
-        """The state of the loss scale: plain values, empty where nothing is scaled."""
+        """Return the state of the loss scale: plain values, empty without a scale."""
         return self.scaler.state_dict() if self.apex is None else self.apex.state_dict()
 
     def load_state_dict(self, state):
-        """What `state_dict` gave; of another kind of scaling, nothing, so that the scale starts anew."""
-        fixed = {"loss_scaler0": {"loss_scale": 1.0, "unskipped": 0}}      # of O0, which names it as O1 does
-        if self.apex is not None and (not self.casts or state == fixed):
+        """Load a state of `state_dict`; one of another kind of scaling is ignored, and the scale starts anew."""
+        fixed_scale = {"loss_scaler0": {"loss_scale": 1.0, "unskipped": 0}}     # of O0, with the same names as of O1
+        if self.apex is not None and (not self.casts or state == fixed_scale):
             return
         if state and state.keys() == self.state_dict().keys():
             (self.scaler if self.apex is None else self.apex).load_state_dict(state)
 
 
 def best_precision(device):
-    """What a device computes in fastest without harm: `bf16`, `fp16` on older GPUs, or `off`.
+    """Return the fastest precision that a device supports without harm: `bf16`, `fp16` on older GPUs, or `off`.
 
-    A CPU with instructions for bf16 may be slower by them than in float32, so it is timed, once per process.
+    A CPU with instructions for bf16 may be slower in bf16 than in float32, so it is timed, once per process.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -134,9 +143,9 @@ def best_precision(device):
 
 
 def describe_default(device):
-    """Why `best_precision` is what it is on a device: the end of a sentence."""
+    """Return the reason for the `best_precision` of a device, a phrase for a message."""
     if device.type == "cuda":
-        return "the best that every GPU has instructions for"
+        return "the best precision that every GPU has instructions for"
     if not cpu_computes_in_bf16():
         return "the CPU has no instructions for bf16"
     times = ", ".join(f"{1000 * seconds:.1f} ms with {name}" for name, seconds in convolution_seconds().items())
@@ -147,38 +156,40 @@ def describe_default(device):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def convolution_seconds():
-    """Seconds that a convolution like those of a backbone takes on this CPU, forward and backward: {--amp: seconds}.
+    """Time a convolution like those of a backbone on this CPU, forward and backward.
 
-    The shortest of three each, in turn, after one that prepares the kernels; some 50 ms in all on two cores.
+    Takes the shortest of three runs for each precision, after a warmup run; about 50 ms in total on two cores.
+
+    Returns:
+        {--amp: seconds}.
     """
     image, weight = (torch.ones(size, requires_grad=True) for size in ((1, 128, 33, 33), (128, 128, 3, 3)))
     seconds = {"off": math.inf, "bf16": math.inf}
     for turn in range(4):
         for amp in seconds:
-            began = time.perf_counter()
+            start = time.perf_counter()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp == "bf16"):
                 total = F.conv2d(image, weight, padding=2, dilation=2).sum()
             torch.autograd.grad(total, (image, weight))
             if turn:
-                seconds[amp] = min(seconds[amp], time.perf_counter() - began)
+                seconds[amp] = min(seconds[amp], time.perf_counter() - start)
     return seconds
 
 
 def exact_float32(amp, device):
-    """Let `--amp off` compute in fp32 on a GPU: PyTorch's convolutions would take TF32 there, and says so."""
+    """With `--amp off`, turn off TF32 on a GPU, which PyTorch uses for convolutions by default, and log that."""
     if amp == "off" and device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
-        logger.info("--amp off: fp32, exactly; convolutions do not round to TF32, which is PyTorch's default and "
-                    "faster")
+        logger.info("--amp off: fp32, exactly; convolutions do not round to TF32, PyTorch's faster default")
 
 
 def _import_apex():
-    """apex.amp, imported only when it is asked for."""
+    """Import apex.amp. Raises `UserError` if it is not installed."""
     try:
         from apex import amp
     except ImportError:
         amp = None
     if not hasattr(amp, "initialize"):
         raise UserError("--amp apex: expected NVIDIA's apex with apex.amp, found none: it was removed after tag 25.05 "
-                        "(pip's package apex is another one); build apex from its tag 25.04, or use --amp bf16")
+                        "(apex on PyPI is another package); build apex from its tag 25.04, or use --amp bf16")
     return amp

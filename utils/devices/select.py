@@ -1,4 +1,4 @@
-"""Choose the devices to compute on, and prepare them."""
+"""Choice and preparation of the devices of a run."""
 
 import os
 import warnings
@@ -8,25 +8,32 @@ import torch
 from ..common.errors import UserError, plural
 from ..common.limits import available_cores
 from ..common.messages import logger
-from ..parallel.launch import launched
+from ..parallel.launch import torchrun_ranks
 from ..parallel.processes import gather_from_ranks
-from .driver import lacks_kernels, unusable_gpu
+from .driver import missing_kernels, unusable_gpu
 from .precision import PRECISIONS, best_precision, exact_float32
 
 
 def select_devices(gpu=None):
-    """Parse `--gpu`: "0,1", "cpu", or None for all visible GPUs, else the CPU.
+    """Choose devices by the value of `--gpu`.
 
-    Returns a list of `torch.device`. Raises `UserError` naming the GPUs there are, or why one cannot be used; if
-    none is asked for, that is a warning.
+    Args:
+        gpu: ids such as "0,1", "cpu", or None for all visible GPUs, else the CPU. With None a GPU that cannot be used
+            causes only a warning.
+
+    Returns:
+        A list of `torch.device`.
+
+    Raises:
+        UserError: if an id does not exist, or a GPU cannot be used.
     """
-    with warnings.catch_warnings():     # PyTorch's own words about a driver that is too old
+    with warnings.catch_warnings():     # PyTorch's own warning about an old driver
         warnings.simplefilter("ignore")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     reason = unusable_gpu() if count == 0 and gpu != "cpu" else None
     if gpu is None:
         devices = [torch.device("cuda", i) for i in range(count)]
-        if count == 1:          # with several each process asks its own: this one perhaps only starts them
+        if count == 1:          # of several GPUs each process checks its own; this one may only start the others
             reason = _missing_kernels(devices[0])
         if reason:
             logger.warning(f"warning: computing on the CPU, many times slower: expected a GPU, found {reason}")
@@ -41,65 +48,83 @@ def select_devices(gpu=None):
     if unknown or len(set(ids)) < len(ids):
         if reason:
             raise UserError(f"--gpu {gpu}: expected a GPU that can be used, found {reason} (--gpu cpu uses the CPU)")
-        there = f"GPUs 0 to {count - 1}" if count else "no GPU (--gpu cpu uses the CPU)"
-        raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {there}")
+        existing = f"GPUs 0 to {count - 1}" if count else "no GPU (--gpu cpu uses the CPU)"
+        raise UserError(f"--gpu {gpu}: expected different ids of GPUs that exist; this machine has {existing}")
     devices = [torch.device("cuda", i) for i in ids]
-    if len(devices) == 1:       # as above
+    if len(devices) == 1:       # of several GPUs each process checks its own
         check_kernels(devices[0])
     return devices
 
 
 def check_kernels(device):
-    """Raise `UserError` where PyTorch was not built for a GPU. That makes a CUDA context. A CPU is always fit."""
+    """Raise `UserError` if PyTorch has no kernels for a GPU. Creates a CUDA context. Does nothing for a CPU."""
     if device.type == "cuda" and (reason := _missing_kernels(device)):
         raise UserError(f"--gpu {device.index}: expected a GPU that can be used, found {reason} (--gpu cpu uses the "
                         "CPU)")
 
 
 def _missing_kernels(device):
-    with warnings.catch_warnings():     # PyTorch's own words about every GPU of the machine
+    with warnings.catch_warnings():     # PyTorch's own warnings about each GPU of the machine
         warnings.simplefilter("ignore")
-        return lacks_kernels(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device),
+        return missing_kernels(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device),
                              torch.cuda.get_arch_list())
 
 
 def shared_precision(devices, processes):
-    """The best precision that all devices of the run have: they may be of different kinds, and gradients of which one
-    alone is scaled cannot be added up. devices: of this process; processes: `Processes`, or None."""
-    found = gather_from_ranks(processes, [best_precision(device) for device in devices])
-    return min(sum(found, []), key=PRECISIONS.index)
+    """Return the best precision that all devices of the run support.
+
+    The devices may be of different kinds, and scaled gradients cannot be added to gradients without a scale.
+
+    Args:
+        devices: of this process.
+        processes: `Processes`, or None.
+    """
+    precisions = gather_from_ranks(processes, [best_precision(device) for device in devices])
+    return min(sum(precisions, []), key=PRECISIONS.index)
 
 
 def prepare_device(device, channels_last, amp):
-    """Set what a process that trains sets for its device, and say what was not asked for.
+    """Configure PyTorch for training on a device, and log the defaults that are chosen.
 
-    channels_last: whether feature maps have their channels innermost; None for what suits the device. Returns it.
+    Args:
+        device: of this process.
+        channels_last: whether feature maps have their channels innermost; None for the default of the device.
+        amp: value of `--amp`.
+
+    Returns:
+        Whether feature maps have their channels innermost.
     """
     on_gpu = device.type == "cuda"
     if channels_last is None:
         channels_last = on_gpu
-        logger.info("--channels-last: the default on a GPU, whose convolutions are made for it" if on_gpu else
+        logger.info("--channels-last: the default on a GPU, whose convolutions are optimized for it" if on_gpu else
                     "--no-channels-last: the default on a CPU, where it makes no difference")
     if on_gpu:
-        torch.cuda.set_device(device)               # for the thread that pins memory, too
-        torch.backends.cudnn.benchmark = True       # crops are of one size, for which it finds the fastest kernels
+        torch.cuda.set_device(device)               # also used by the thread that pins memory
+        torch.backends.cudnn.benchmark = True       # all crops have the same size
     exact_float32(amp, device)
     return channels_last
 
 
 def share_cores(devices, workers=None):
-    """How this process uses the cores of the machine, which it may share with others of the same run.
+    """Divide the cores of the machine among the processes of the run on it, and this process's workers.
 
-    Without a GPU each process computes on its share of the cores. Returns (worker processes that read samples,
-    a sentence about it): as many as asked for, else what the share allows, at most 8, and on the CPU, where
-    they take turns with the network, at most 2.
+    Without a GPU each process computes on its share of the cores. By default the number of workers fits the share of
+    the process: at most 8 per device, and at most 2 on the CPU, where they compete with the network for cores.
+
+    Args:
+        devices: of this process.
+        workers: number of worker processes that read samples; None for the default.
+
+    Returns:
+        (workers, a sentence for the log).
     """
-    place = launched()
-    local = 1 if place is None else place.local_size
+    ranks = torchrun_ranks()
+    local = 1 if ranks is None else ranks.local_size
     cores = available_cores()
     share = max(1, cores // local)
     on_cpu = devices[0].type == "cpu"
-    # torchrun itself allows one thread, whatever there is; and PyTorch does not know a container's limit.
+    # torchrun always sets one thread, and PyTorch does not know the limit of a container.
     if on_cpu and (local > 1 or torch.get_num_threads() > share and "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(share)
     if workers is None:
@@ -110,12 +135,16 @@ def share_cores(devices, workers=None):
 
 
 def own_device(devices):
-    """The device of this process among those of the machine, which it uses from now on.
+    """Return the device of this process, and make it the current one.
 
-    Raises `UserError` if there is none left for it, or PyTorch was not built for it.
+    Args:
+        devices: of the machine.
+
+    Raises:
+        UserError: if there are fewer devices than processes, or PyTorch has no kernels for the device.
     """
-    place = launched()
-    local = 0 if place is None else place.local_rank
+    ranks = torchrun_ranks()
+    local = 0 if ranks is None else ranks.local_rank
     if devices[0].type == "cpu":
         return devices[0]
     if local >= len(devices):

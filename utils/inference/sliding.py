@@ -147,7 +147,7 @@ class SlidingPredictor:
     def _network_memory(self):
         """`memory.passing_bytes` of the network; zeros if it is not a module."""
         known = isinstance(self.network, torch.nn.Module)
-        return memory.passing_bytes(self.network, self.device, self.autocast) if known else (0, 0)
+        return memory.measure_forward_pass(self.network, self.device, self.autocast) if known else (0, 0)
 
     def _check_memory(self, passes):
         """Raise `MemoryError` if the device has less memory than the passes over an image need at minimum."""

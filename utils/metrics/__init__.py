@@ -1,4 +1,4 @@
-"""How good predictions are: scores, charts, the report."""
+"""Scores of predictions, charts and the HTML report."""
 
 from .iou import ConfusionMatrix
 

@@ -1,4 +1,4 @@
-"""Charts of scores and of training. Files are written whole or not at all."""
+"""Charts of scores and of training. Picture files are written atomically."""
 
 import contextlib
 import functools
@@ -17,17 +17,16 @@ COLORS = ("#222222", "#1f5f99", "#d1791e", "#7a9a3a", "#8a4f9e", "#c23b3b", "#3a
 
 @contextlib.contextmanager
 def _default_settings():
-    """Draw as matplotlib does by itself, whatever the user's files and variables say of backends, LaTeX and styles.
-    Afterward they hold again."""
-    # matplotlib cannot be imported where this names a backend of another environment, such as a notebook's.
+    """Use matplotlib's default settings in this context, regardless of the user's backend, LaTeX and style settings."""
+    # matplotlib cannot be imported while this variable names a backend of another environment, such as a notebook's.
     fresh, backend = "matplotlib" not in sys.modules, os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib  # not before: training does without
+        import matplotlib  # imported here: training does not need it
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if fresh and backend:
-        with contextlib.suppress(ValueError):       # for what the user draws, as the import would have set it
+        with contextlib.suppress(ValueError):       # as the import would have set it, for the user's own figures
             matplotlib.rcParams["backend"] = backend
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     with matplotlib.rc_context(defaults):
@@ -35,8 +34,10 @@ def _default_settings():
 
 
 def chart(draw):
-    """Decorate a function that draws with matplotlib: it does not depend on the user's settings, and what it cannot
-    draw is missing, in a line: scores and weights are what counts. A full disk still raises `UserError`."""
+    """Decorate a function to draw with matplotlib's default settings, and to log a warning if drawing fails.
+
+    `UserError`, such as for a full disk, is still raised.
+    """
     @functools.wraps(draw)
     def wrapper(*args, **options):
         try:
@@ -46,7 +47,7 @@ def chart(draw):
             raise
         except Exception as error:
             logger.warning(f"{draw.__name__.replace('_', ' ')}: expected to draw it, found: {first_line(error)}; it "
-                           "is missing")
+                           "is left out")
     return wrapper
 
 
@@ -58,7 +59,7 @@ def new_figure(width, height):
 
 @chart
 def confusion_picture(path, matrix, names):
-    """Confusion matrix (N, N + 1), rows the truth, in per cent of each row → PNG at `path`."""
+    """Draw a confusion matrix (N, N + 1), a row per true class, in percent of each row; path: of the PNG."""
     matrix = np.asarray(matrix, float)
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     columns = [*names, "void"] if matrix[:, -1].any() else list(names)
@@ -73,15 +74,17 @@ def confusion_picture(path, matrix, names):
         value = share[row, column]
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if value > 60 else "black")
-    figure.colorbar(picture, label="% of the true class's pixels", shrink=0.8)
+    figure.colorbar(picture, label="% of the pixels of the true class", shrink=0.8)
     write_picture(path, lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 @chart
 def iou_chart(path, class_iou, palette):
-    """Bars of every head's IoU by class → PNG at `path`.
+    """Draw the IoU of each class as bars, one per head, as a PNG.
 
-    class_iou: {head: {class name: fraction or None}}; palette (N, 3) uint8 RGB colors the class names' marks.
+    Args:
+        class_iou: {head: {class name: fraction or None}}.
+        palette: (N, 3) uint8 RGB, colors of the marks beside the class names.
     """
     heads = list(class_iou)
     names = list(class_iou[heads[0]])
@@ -93,9 +96,8 @@ def iou_chart(path, class_iou, palette):
         places = np.arange(len(names)) + (k - (len(heads) - 1) / 2) * thickness
         bars = axes.barh(places, values, thickness * 0.92, label=head, color=("#1f5f99", "#a9c4dd")[k % 2])
         if k == 0:
-            known = [class_iou[head][name] is not None for name in names]
-            axes.bar_label(bars, [f"{v:.1f}" if k else "not in the data" for v, k in zip(values, known, strict=True)],
-                           fontsize=7, padding=2)
+            axes.bar_label(bars, ["not in the data" if class_iou[head][name] is None else f"{value:.1f}"
+                                  for name, value in zip(names, values, strict=True)], fontsize=7, padding=2)
     axes.scatter(np.full(len(names), -2), np.arange(len(names)), marker="s", s=40, clip_on=False,
                  c=np.asarray(palette[:len(names)]) / 255)
     axes.set_yticks(range(len(names)), names)
@@ -110,23 +112,22 @@ def iou_chart(path, class_iou, palette):
 
 @chart
 def reliability_chart(calibration):
-    """Accuracy and share of the pixels by their confidence, a column for each head → PNG, as bytes; None if it cannot
-    be drawn.
+    """Draw accuracy and share of the pixels by confidence, a column for each head.
 
-    calibration: {head: `Calibration.scores`}.
+    calibration: {head: `Calibration.scores`}. Returns the PNG as bytes; None if it could not be drawn.
     """
     figure = new_figure(8, 5)
     rows = figure.subplots(2, len(calibration), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
-    for (upper, lower), (head, found) in zip(rows.T, calibration.items(), strict=True):
-        bins = len(found["pixels"])
-        places, pixels = (np.arange(bins) + 0.5) / bins, np.array(found["pixels"])
-        accuracy, confidence = (np.array([np.nan if v is None else v for v in found[name]], float)
+    for (upper, lower), (head, scores) in zip(rows.T, calibration.items(), strict=True):
+        bins = len(scores["pixels"])
+        places, pixels = (np.arange(bins) + 0.5) / bins, np.array(scores["pixels"])
+        accuracy, confidence = (np.array([np.nan if v is None else v for v in scores[name]], float)
                                 for name in ("accuracy", "confidence"))
-        upper.bar(places, accuracy, 0.92 / bins, color="#1f5f99", label="right")
+        upper.bar(places, accuracy, 0.92 / bins, color="#1f5f99", label="accuracy")
         upper.bar(places, confidence - accuracy, 0.92 / bins, accuracy, color="#c23b3b40", edgecolor="#c23b3b",
-                  linewidth=0.6, label="gap to the confidence")
+                  linewidth=0.6, label="gap between accuracy and confidence")
         upper.plot([0, 1], [0, 1], color=COLORS[0], linewidth=0.8, linestyle="--")
-        upper.set_title(f"{head}: expected calibration error {100 * found['expected_calibration_error']:.2f} %",
+        upper.set_title(f"{head}: expected calibration error {100 * scores['expected_calibration_error']:.2f} %",
                         fontsize=10)
         lower.bar(places, 100 * pixels / pixels.sum(), 0.92 / bins, color=COLORS[-1])
         lower.set_xlabel("confidence")
@@ -134,7 +135,7 @@ def reliability_chart(calibration):
         for axes in (upper, lower):
             axes.spines[["top", "right"]].set_visible(False)
     upper.set_ylim(0, 1)
-    rows[0, 0].set_ylabel("share that is right")
+    rows[0, 0].set_ylabel("accuracy")
     rows[1, 0].set_ylabel("pixels, %")
     rows[0, 0].legend(loc="upper left", frameon=False)
     file = io.BytesIO()
@@ -144,9 +145,11 @@ def reliability_chart(calibration):
 
 @chart
 def frequency_chart(path, pixels, palette):
-    """Share of each class in each split, on a logarithmic scale → PNG at `path`.
+    """Draw the share of each class in each split on a logarithmic scale as a PNG.
 
-    pixels: {split: {class name: pixels}}; palette (N, 3) uint8 RGB colors the class names' marks.
+    Args:
+        pixels: {split: {class name: pixels}}.
+        palette: (N, 3) uint8 RGB, colors of the marks beside the class names.
     """
     splits = {name: values for name, values in pixels.items() if sum(values.values())}
     names = list(next(iter(pixels.values())))
@@ -173,9 +176,9 @@ def frequency_chart(path, pixels, palette):
 
 @chart
 def training_curves(path, metrics, quick):
-    """Losses, learning rate and quick validation over the steps → PNG at `path`.
+    """Draw losses, learning rate and quick validation over the steps as a PNG.
 
-    metrics, quick: the lines of `metrics.jsonl` and `quick_validation.jsonl`.
+    metrics, quick: the entries of `metrics.jsonl` and `quick_validation.jsonl`.
     """
     heads = [name.removeprefix("quick_mean_iou_") for name in (quick[0] if quick else ())
              if name.startswith("quick_mean_iou_")]
@@ -208,7 +211,7 @@ def training_curves(path, metrics, quick):
 
 
 def _smooth(values):
-    """Running mean over a twentieth of the values, ending at each."""
+    """Running mean: of each value and those before it, over a window of a twentieth of all values."""
     width = max(1, len(values) // 20)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

@@ -1,4 +1,4 @@
-"""One pass over a data set: predictions compared with the truth, image by image."""
+"""Evaluation of a network on a data set, image by image."""
 
 import itertools
 from collections import defaultdict
@@ -17,14 +17,15 @@ from .report import WorstImages
 
 
 class ScoredImage(NamedTuple):
-    """An image of a data set, and what a network makes of it by the richest protocol.
+    """An image of a data set with the predictions of a network.
+
+    The richest protocol is multi-scale if the predictor makes several passes over an image, else single-scale.
 
     Attributes:
         item: of the data set, {"image": (3, H, W) uint8, "label": (H, W) train ids, "name", ...}.
-        probabilities: {head: (N, H, W)}, on the device, as the next three.
-        confidence: {head: (H, W)}, the largest probability of each pixel.
-        labels: {head: (H, W)}, its class.
-        truth: (H, W) train ids.
+        probabilities: {head: (N, H, W)} of the richest protocol, on the device.
+        confidence, labels: {head: (H, W)}, the largest probability and its train id, on the device.
+        truth: (H, W) train ids, on the device.
         matrices: {protocol: {head: ConfusionMatrix}} of this image, the richest protocol last.
     """
 
@@ -67,11 +68,11 @@ def score(predictor, items, num_classes, ignore_index=IGNORE_INDEX):
 
 
 def add_matrices(total, part):
-    """Add the matrices of an image or of a process, which may have had no image, to a total.
+    """Add the matrices of an image or of a process to a total.
 
     Args:
-        total: {protocol: {head: ConfusionMatrix}}, the richest protocol last; changed.
-        part: the same.
+        total: {protocol: {head: ConfusionMatrix}}, the richest protocol last; changed in place.
+        part: the same, or empty for a process that had no image.
     """
     for protocol, heads in part.items():
         for head, matrix in heads.items():
@@ -80,40 +81,41 @@ def add_matrices(total, part):
 
 
 def sum_of_matrices(parts):
-    """The total of several {protocol: {head: ConfusionMatrix}}, none of which is changed."""
+    """Sum several {protocol: {head: ConfusionMatrix}} without changing them."""
     total = {}
     for part in parts:
         add_matrices(total, part)
     return total
 
 
-def load_items(dataset, workers, processes, what):
-    """This process's share of a data set, with progress.
+def load_items(dataset, workers, processes, description):
+    """Iterate over this process's share of a data set, and show the progress.
 
     Args:
         dataset: of images, with `read_first_image`.
         workers: processes that read images.
-        processes: `Processes` that share it, or None.
-        what: the word for the work that is in progress.
+        processes: `Processes` that share the data set, or None.
+        description: of the work, for the progress line.
     """
     if workers:
         dataset.read_first_image()
-    return progress(Loader(share_items(dataset, processes), workers=workers), what, "image")
+    return progress(Loader(share_items(dataset, processes), workers=workers), description, "image")
 
 
 class Evaluation:
-    """One pass over a data set, each process over its share, and all that is counted on the way.
+    """One pass over a data set, in which each process evaluates its share.
 
     Args:
         dataset: with labels; a `CityscapesDataset`.
-        pictures: `Pictures`, which gets the predictions.
-        tolerance: of boundaries, in pixels, or None.
+        pictures: `Pictures`, which receives the predictions.
+        tolerance: of the boundary F-score, in pixels; None to leave the score out.
 
-    Attributes, after `run` of all processes:
+    Attributes (of all processes after `run`):
         matrices: {protocol: {head: ConfusionMatrix}}, the richest protocol last.
         calibration: {head: `Calibration`} of the richest protocol.
         worst: `WorstImages`.
-        instances: `InstanceIoU`; boundaries: `BoundaryF`; None without instances and without tolerance.
+        instances: `InstanceIoU`, or None if the data set has no instances.
+        boundaries: `BoundaryF`, or None without a tolerance.
     """
 
     def __init__(self, dataset, pictures, tolerance=None):
@@ -126,7 +128,7 @@ class Evaluation:
         self.boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
 
     def run(self, predictor, workers, processes=None):
-        """Predict and count.
+        """Predict all images and add up the scores.
 
         Args:
             predictor: `SlidingPredictor`.
@@ -144,7 +146,7 @@ class Evaluation:
             self.instances = None
 
     def _count(self, image):
-        """Count a `ScoredImage` in everything but the matrices."""
+        """Add a `ScoredImage` to all scores but the matrices."""
         for head, values in image.labels.items():
             self.calibration[head].update(image.confidence[head], values, image.truth)
         item, labels = image.item, {head: values.cpu() for head, values in image.labels.items()}
@@ -159,12 +161,12 @@ class Evaluation:
                                    {head: values.numpy() for head, values in labels.items()})
 
     def _merge(self, processes):
-        """Add what the other processes have counted."""
+        """Add the counts of the other processes."""
         self.matrices = sum_of_matrices(processes.gather_objects(self.matrices))
         self.worst.merge(processes.gather_objects(self.worst.kept))
-        for scored in filter(None, (self.instances, self.boundaries)):
-            for terms in processes.gather_objects(scored.terms):
-                scored.terms |= terms
+        for metric in filter(None, (self.instances, self.boundaries)):
+            for terms in processes.gather_objects(metric.terms):
+                metric.terms |= terms
         counts = processes.gather_objects(dict(self.calibration))
         self.calibration.clear()
         for head, calibration in itertools.chain.from_iterable(part.items() for part in counts):
@@ -172,15 +174,15 @@ class Evaluation:
 
     @property
     def headline(self):
-        """{head: ConfusionMatrix} of the richest protocol that was run."""
+        """{head: ConfusionMatrix} of the richest protocol."""
         return list(self.matrices.values())[-1]
 
     def result(self, checkpoint, protocol):
-        """What `result.json` holds. The first score is the headline's fine head's.
+        """Return the content of `result.json`; its first score is the mean IoU of the headline's fine head.
 
         Args:
             checkpoint: path of the snapshot.
-            protocol: plain values.
+            protocol: plain values that describe the evaluation.
         """
         names = self.classes.names
         scores = {name: {head: matrix.scores(names, self.classes.categories) for head, matrix in heads.items()}
@@ -196,6 +198,6 @@ class Evaluation:
             "mean_iou": richest["fine"]["mean_iou"],
             **{name: heads["fine"] for name, heads in scores.items()},
             **({"coarse": coarse} if coarse else {}),
-            "calibration": {head: one.scores() for head, one in self.calibration.items()},
+            "calibration": {head: counts.scores() for head, counts in self.calibration.items()},
             "num_images": len(self.dataset), "checkpoint": str(checkpoint), "protocol": protocol,
         }

@@ -1,4 +1,4 @@
-"""Scores of a segmentation, as cityscapesScripts' pixel-level evaluation computes them."""
+"""IoU, accuracy and instance-weighted IoU, computed as the pixel-level evaluation of cityscapesScripts does."""
 
 import functools
 import operator
@@ -8,7 +8,7 @@ import torch
 
 
 class Counts:
-    """Whole numbers that stay on the device of what is counted, so that nobody waits for it until they are read."""
+    """Integer counts that stay on the device of the predictions, so that the host waits only when they are read."""
 
     def __init__(self, *shape):
         self._counts = torch.zeros(shape, dtype=torch.int64)
@@ -18,7 +18,7 @@ class Counts:
         self._counts = self._counts.to(other._counts.device) + other._counts
 
     def _count(self, counts):
-        # To a GPU the host need not wait for the copy; from a GPU it must.
+        # A copy to a GPU can run asynchronously; the host must wait for a copy from a GPU.
         self._counts = self._counts.to(counts.device, non_blocking=self._counts.is_cpu) + counts
 
     def __getstate__(self):     # another process may not have the device
@@ -30,19 +30,21 @@ class ConfusionMatrix(Counts):
 
     Args:
         num_classes: N.
-        ignore_index: truth that does not count; as a prediction it is void and counts as a miss.
+        ignore_index: label of pixels that do not count. A prediction that is no class, such as this one, is void and
+            counts as a miss.
     """
 
     def __init__(self, num_classes, ignore_index=255):
-        # Of each cell of the matrix, of ignored pixels, and of those whose truth makes no sense.
+        # The cells of the matrix, then the ignored pixels, then the pixels with an invalid label.
         super().__init__(num_classes * (num_classes + 1) + 2)
         self.num_classes, self.ignore_index = num_classes, ignore_index
 
     @property
     def matrix(self):
-        """(N, N + 1) int64 tensor on the CPU, rows the truth, the last column void predictions.
+        """(N, N + 1) int64 tensor on the CPU: a row per true class, the last column void predictions.
 
-        Raises ValueError where a label held on a GPU a value that is neither a class nor the ignore index.
+        Raises:
+            ValueError: if a label on a GPU had a value that is neither a class nor the ignore index.
         """
         counts = self._counts.cpu()
         if counts[-1]:
@@ -51,47 +53,48 @@ class ConfusionMatrix(Counts):
         return counts[:-2].view(self.num_classes, self.num_classes + 1)
 
     def update(self, prediction, label):
-        """Add maps of train ids, any shape, any integer dtype; tensors (any device) or NumPy arrays.
+        """Add maps of train ids of any shape and any integer dtype: tensors on any device, or NumPy arrays.
 
-        Raises ValueError where the label holds a value that is neither a class nor the ignore index; on a GPU, that
-        is found when `matrix` is read.
+        Raises:
+            ValueError: if the label has a value that is neither a class nor the ignore index. For labels on a GPU,
+                `matrix` raises it when it is read.
         """
         prediction, label = (torch.as_tensor(a).reshape(-1).long() for a in (prediction, label))
         n = self.num_classes
         ignored, invalid = n * (n + 1), n * (n + 1) + 1
         prediction = torch.where((prediction >= 0) & (prediction < n), prediction, n)
-        place = torch.where((label >= 0) & (label < n), label * (n + 1) + prediction, invalid)
-        place = torch.where(label == self.ignore_index, ignored, place)
-        # bincount is several times as fast on a CPU; on a GPU the host would wait for the largest value.
-        counts = torch.bincount(place, minlength=invalid + 1) if place.is_cpu else torch.zeros(
-            invalid + 1, dtype=torch.int64, device=place.device).scatter_add_(0, place, torch.ones_like(place))
+        cell = torch.where((label >= 0) & (label < n), label * (n + 1) + prediction, invalid)
+        cell = torch.where(label == self.ignore_index, ignored, cell)
+        # bincount is several times as fast on a CPU; on a GPU it would make the host wait for the largest value.
+        counts = torch.bincount(cell, minlength=invalid + 1) if cell.is_cpu else torch.zeros(
+            invalid + 1, dtype=torch.int64, device=cell.device).scatter_add_(0, cell, torch.ones_like(cell))
         if counts.is_cpu and counts[-1]:
-            wrong = label[place == invalid]
+            wrong = label[cell == invalid]
             raise ValueError(f"label: expected train ids 0 to {n - 1} or {self.ignore_index}, "
                              f"found {int(wrong.min())} to {int(wrong.max())}")
         self._count(counts)
 
     def class_iou(self):
-        """(N,) float64: TP / (TP + FP + FN); NaN where all three are zero."""
+        """IoU of each class, (N,) float64: TP / (TP + FP + FN); NaN where all three are zero."""
         return self._iou(np.eye(self.num_classes, dtype=bool))
 
     def mean_iou(self):
-        """Mean over the classes that are not NaN; NaN if all are."""
+        """Mean IoU over the classes whose IoU is not NaN; NaN if there are none."""
         return mean_of_known(self.class_iou())
 
     def category_iou(self, categories):
-        """categories: N names. Returns {name: IoU}, in order of first appearance."""
+        """IoU of each category, {name: IoU} in order of first appearance; categories: N names, one for each class."""
         names = list(dict.fromkeys(categories))
         member = np.array([[category == name for category in categories] for name in names])
         return dict(zip(names, self._iou(member).tolist(), strict=True))
 
     def pixel_accuracy(self):
-        """Share of the labeled pixels that are right; NaN without any."""
+        """Share of the labeled pixels that are predicted correctly; NaN if there are no labeled pixels."""
         total = int(self.matrix.sum())
         return int(self.matrix.diagonal().sum()) / total if total else float("nan")
 
     def _iou(self, member):
-        """member (K, N) bool, the classes of each group → (K,) IoU of the groups."""
+        """Compute the IoU (K,) of groups of classes; member (K, N) bool marks the classes of each group."""
         matrix = self.matrix.cpu().numpy()
         member = member.astype(np.int64)
         inner = matrix[:, :-1]
@@ -100,7 +103,7 @@ class ConfusionMatrix(Counts):
         return np.divide(true, union, out=np.full(len(member), np.nan), where=union > 0)
 
     def scores(self, names, categories):
-        """All scores as one dict of plain values, fractions; None for NaN."""
+        """All scores as one dict of plain values, fractions, None for NaN; names and categories: of the N classes."""
         class_iou = self.class_iou()
         category_iou = self.category_iou(categories)
         return {
@@ -114,19 +117,20 @@ class ConfusionMatrix(Counts):
 
 
 class InstanceIoU:
-    """Instance-weighted IoU (iIoU), as cityscapesScripts computes it: every instance counts as one of average size.
+    """Instance-weighted IoU (iIoU), as cityscapesScripts computes it: every instance gets the weight of an average one.
 
-    Each image gives terms, which are added up one after the other in the order of the images, so that the last
-    digit does not depend on how many processes share them.
+    The terms of all images are added up in the order of the images, so that the last digit does not depend on how many
+    processes share the images.
 
     Args:
-        average_sizes: {label id: pixels of an average instance}, of the classes that have instances.
-        train_ids: {label id: train id}, of the classes that are scored.
+        average_sizes: {label id: average pixels per instance} for the classes that have instances.
+        train_ids: {label id: train id} for the classes that are scored.
         categories: N names, by train id.
-        whole_categories: names of the categories all of whose classes have instances.
+        whole_categories: names of the categories whose classes all have instances.
 
     Attributes:
-        terms: {number of the image: [(label id, pixels found, of them or their category, size in pixels), ...]}.
+        terms: {image number: [(label id, pixels predicted as its class, pixels predicted as its category, size in
+            pixels) for each instance]}.
     """
 
     def __init__(self, average_sizes, train_ids, categories, whole_categories):
@@ -139,20 +143,20 @@ class InstanceIoU:
         train ids (H, W), both NumPy arrays."""
         category = np.array([*map(self.categories.index, self.categories), -1])
         prediction = np.where(prediction < len(self.categories), prediction, len(self.categories))
-        found, places = np.unique(instances, return_inverse=True)
-        places = places.reshape(instances.shape)
+        instance_ids, indices = np.unique(instances, return_inverse=True)
+        indices = indices.reshape(instances.shape)
         terms = self.terms[number] = []
-        for index in np.flatnonzero(found > 1000):
-            label = int(found[index]) // 1000
+        for index in np.flatnonzero(instance_ids > 1000):
+            label = int(instance_ids[index]) // 1000
             train_id = self.train_ids.get(label)
             if train_id is None or label not in self.average_sizes:
                 continue
-            inside = prediction[places == index]
+            inside = prediction[indices == index]
             terms.append((label, int((inside == train_id).sum()),
                           int((category[inside] == category[train_id]).sum()), inside.size))
 
     def scores(self, matrix, names):
-        """Class and category iIoU and their means, given the `ConfusionMatrix` of the same images; None for NaN."""
+        """Class and category iIoU and their means, None where undefined; matrix: `ConfusionMatrix` of the images."""
         n = len(names)
         without = {train_id for label, train_id in self.train_ids.items() if label not in self.average_sizes}
         hit, missed = [0.0] * n, [0.0] * n
@@ -182,14 +186,14 @@ def _ratio(true, false_positive, false_negative):
 
 
 def mean_of_scores(values):
-    """Mean of the values that are not None; None without any."""
+    """Mean of the values that are not None; None if there are none."""
     return none_if_nan(mean_of_known([value for value in values if value is not None]))
 
 
 def mean_of_known(values):
-    """Mean of the values that are not NaN, summed in order as the official script does; NaN without any."""
+    """Mean of the values that are not NaN, summed in order as in the official script; NaN if there are none."""
     known = [float(value) for value in values if value == value]
-    total = functools.reduce(operator.add, known, 0.0)      # `sum` rounds in another way from Python 3.12 on
+    total = functools.reduce(operator.add, known, 0.0)      # `sum` rounds differently since Python 3.12
     return total / len(known) if known else float("nan")
 
 

@@ -1,1 +1,1 @@
-"""Processes, replicas in threads, and worker processes."""
+"""Distributed processes, replicas in threads, and worker processes."""

@@ -1,4 +1,4 @@
-"""Start processes, learn which of them this one is, and let them meet."""
+"""Launching the processes of a run, their ranks, and their process group."""
 
 import logging
 import os
@@ -17,8 +17,8 @@ from .interfaces import choose_interface, local_address
 from .processes import Processes
 
 
-class Place(NamedTuple):
-    """Of a process among those that torchrun started: in the whole run, and on its host."""
+class Ranks(NamedTuple):
+    """Rank and number of processes, in the run and on this host, as torchrun sets them."""
 
     size: int
     rank: int
@@ -26,76 +26,92 @@ class Place(NamedTuple):
     local_rank: int
 
 
-def launched():
-    """The `Place` of this process; None if torchrun did not start it. Raises `UserError` where the variables that
-    torchrun sets are missing or senseless."""
-    if "LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":     # also set for a single pod
+def torchrun_ranks():
+    """Read the `Ranks` of this process from the environment.
+
+    Returns:
+        `Ranks`; None if torchrun did not start this process.
+
+    Raises:
+        UserError: if a variable that torchrun sets is missing or invalid.
+    """
+    # Kubeflow sets WORLD_SIZE for a single pod, too.
+    if "LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return None
-    size = _variable("WORLD_SIZE", 1, 1 << 20)
-    rank = _variable("RANK", 0, size - 1)
-    local_size = _variable("LOCAL_WORLD_SIZE", 1, size)
-    local_rank = _variable("LOCAL_RANK", 0, local_size - 1)
-    _variable("MASTER_PORT", 1, 65535)
+    size = _read_variable("WORLD_SIZE", 1, 1 << 20)
+    rank = _read_variable("RANK", 0, size - 1)
+    local_size = _read_variable("LOCAL_WORLD_SIZE", 1, size)
+    local_rank = _read_variable("LOCAL_RANK", 0, local_size - 1)
+    _read_variable("MASTER_PORT", 1, 65535)
     if not os.environ.get("MASTER_ADDR", "").strip():
         raise UserError("MASTER_ADDR: expected the address of the first host, as torchrun sets it, found none")
-    return Place(size, rank, local_size, local_rank)
+    return Ranks(size, rank, local_size, local_rank)
 
 
-def _warn_of_tasks():
-    """Say so where srun started this command several times, which alone does not make the tasks share their work."""
+def _warn_about_srun_tasks():
+    """Warn if srun started this command several times, as these tasks do not share their work."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
     if tasks != "1":
         logger.warning(f"warning: SLURM_STEP_NUM_TASKS {tasks}: srun started this command as {tasks} tasks; each of "
-                       "them runs alone and shares no work with the others, for which srun must start one torchrun "
+                       "them runs alone and shares no work with the others; to share it, let srun start one torchrun "
                        "per node (README.md)")
 
 
-def _variable(name, least, most):
-    found = os.environ.get(name)
-    if found is None or not found.isascii() or not found.isdigit() or len(found) > 9 or not least <= int(found) <= most:
-        raise UserError(f"{name}: expected a number from {least} to {most}, as torchrun sets it, found "
-                        f"{'none' if found is None else repr(found[:40])}; without WORLD_SIZE and LOCAL_RANK the "
+def _read_variable(name, low, high):
+    """Read a whole number from `low` to `high` from an environment variable."""
+    text = os.environ.get(name)
+    if text is None or not text.isascii() or not text.isdigit() or len(text) > 9 or not low <= int(text) <= high:
+        raise UserError(f"{name}: expected a number from {low} to {high}, as torchrun sets it, found "
+                        f"{'none' if text is None else repr(text[:40])}; without WORLD_SIZE and LOCAL_RANK the "
                         "command runs alone")
-    return int(found)
+    return int(text)
 
 
 def started_by_torchrun():
-    return launched() is not None
+    return torchrun_ranks() is not None
 
 
-def processes_started():
-    """How many processes torchrun started, over all nodes; 1 without it."""
-    place = launched()
-    return 1 if place is None else place.size
+def crops_per_device(batch_size, accumulate, devices):
+    """Divide a batch among devices and parts.
 
+    Args:
+        batch_size: crops per step, over all devices.
+        accumulate: parts of the batch, one after the other.
+        devices: of this process.
 
-def crops_at_once(batch_size, accumulate, devices):
-    """Crops that each device takes at once. Raises `UserError` where devices and parts do not share them alike.
+    Returns:
+        Crops that each device processes at a time.
 
-    batch_size: crops a step, over all devices; accumulate: parts of it; devices: of this process.
+    Raises:
+        UserError: if the batch cannot be divided equally.
     """
-    sharing = max(len(devices), processes_started())
+    ranks = torchrun_ranks()
+    sharing = max(len(devices), 1 if ranks is None else ranks.size)
     if batch_size % (sharing * accumulate):
-        of = f" times {accumulate} parts of --accumulate" if accumulate > 1 else ""
-        raise UserError(f"--batch-size {batch_size}: expected a multiple of the {sharing} devices{of} that share it")
+        parts = f" times {accumulate} parts of --accumulate" if accumulate > 1 else ""
+        raise UserError(f"--batch-size {batch_size}: expected a multiple of the {sharing} devices{parts} that share it")
     return batch_size // accumulate // sharing
 
 
 def start_processes(count, argv=None):
-    """Run this command in `count` processes, as torchrun would, and exit with their status. Does not return.
+    """Run this command in several processes, as torchrun does, and exit with their status. Does not return.
 
-    When one of them ends with an error, or a signal ends this process, the others get half a minute to follow.
+    If one of them fails, or a signal ends this process, the others get half a minute to end.
+
+    Args:
+        count: number of processes.
+        argv: arguments of the command; None for those of this process.
     """
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if _is_interactive():
-        logger.warning("error: --gpu: expected one GPU in a notebook or an interactive session, where there is no "
-                       f"script to start a process for each, found {count}; --gpu 0 takes one, and !python train.py "
+        logger.warning("error: --gpu: expected one GPU in a notebook or an interactive session, which has no script to "
+                       f"start in a process per GPU, found {count}; --gpu 0 takes one, and !python train.py "
                        "(or evaluate.py) with the same flags takes all")
         sys.exit(2)
-    _warn_of_tasks()
+    _warn_about_srun_tasks()
     words = sys.argv[1:] if argv is None else argv
     # The processes report their own errors; the launcher's long report of a failure would hide them.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -106,88 +122,96 @@ def start_processes(count, argv=None):
     try:
         elastic_launch(config, sys.executable)("-u", sys.argv[0], *words)
     except ChildFailedError as error:
-        found = {failure.exitcode for failure in error.failures.values()}
-        # Status 2: a process found the user's input at fault, and the others failed because they lost it.
-        first = 2 if 2 in found else error.get_first_failure()[1].exitcode
-        sys.exit(first if first > 0 else 128 - first)
+        statuses = {failure.exitcode for failure in error.failures.values()}
+        # Status 2: a process has reported an error of the user's input; the others failed because it ended.
+        status = 2 if 2 in statuses else error.get_first_failure()[1].exitcode
+        sys.exit(status if status > 0 else 128 - status)
     except api.SignalException as error:
-        sys.exit(128 + error.sigval)    # the processes were told, have saved and ended
+        sys.exit(128 + error.sigval)    # the processes got the signal, saved a snapshot and ended
     sys.exit(0)
 
 
 def _is_interactive():
-    """Whether a notebook or an interactive Python is at work, and not a script (also by IPython's %run)."""
+    """Whether this is a notebook or an interactive Python and not a script, which IPython's %run can also start."""
     script = sys.argv[0]
     return not hasattr(sys.modules["__main__"], "__file__") and (
         "IPython" in sys.modules or script.endswith("kernel_launcher.py") or not os.path.isfile(script))
 
 
-MEETING = timedelta(minutes=5)      # how long processes wait for each other at the start
-WAITING = timedelta(hours=12)       # and later for what the first one does alone, such as filling a cache
+MEET_TIMEOUT = timedelta(minutes=5)     # for all processes to meet at the start
+WORK_TIMEOUT = timedelta(hours=12)      # later, for what the first process does alone, such as filling a cache
 
 
 def join_processes(device):
-    """Join the processes that torchrun started. Returns `Processes`, or None if this one is alone.
+    """Join the processes that torchrun started.
 
-    Raises `UserError` where they do not meet within `MEETING`, or fail to reach each other then. Code of gloo or NCCL
-    that goes on waiting for longer cannot be interrupted: there the process ends with the same sentence.
+    Code of gloo or NCCL that waits longer than `MEET_TIMEOUT` cannot be interrupted; then the process exits with the
+    message of the error below.
+
+    Args:
+        device: of this process.
+
+    Returns:
+        `Processes`, or None if this process is alone.
+
+    Raises:
+        UserError: if the processes do not meet within `MEET_TIMEOUT`, or cannot reach each other afterward.
     """
-    place = launched()
-    if place is None:
-        _warn_of_tasks()
+    ranks = torchrun_ranks()
+    if ranks is None:
+        _warn_about_srun_tasks()
         return None
     if not dist.is_initialized():
-        store = _meet(place)
-        choose_interface(place, store)
-        _connect(place, store, device)
-    return Processes() if place.size > 1 else None
+        store = _meet(ranks)
+        choose_interface(ranks, store)
+        _connect(ranks, store, device)
+    return Processes() if ranks.size > 1 else None
 
 
-def _connect(place, store, device):
-    """Make the process group of the run, and use it once. Raises `UserError`, or ends the process, as described in
-    `join_processes`."""
+def _connect(ranks, store, device):
+    """Make the process group of the run and test it; errors as in `join_processes`."""
     on_gpu = device.type == "cuda"
-    seconds = MEETING.total_seconds()
-    expected = (f"MASTER_ADDR {os.environ['MASTER_ADDR']}: expected the {place.size} processes of the run, which have "
+    seconds = MEET_TIMEOUT.total_seconds()
+    expected = (f"MASTER_ADDR {os.environ['MASTER_ADDR']}: expected the {ranks.size} processes of the run, which have "
                 f"met there, to reach each other within {seconds:.0f} s, found: ")
     gloo, nccl = (os.environ.get(name) or "not set" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
     remedy = (f"; set GLOO_SOCKET_IFNAME (now {gloo}) and, for GPUs, NCCL_SOCKET_IFNAME (now {nccl}) on each host to "
-              "its interface toward the others, where no firewall may keep them apart")
-    with give_up_after(seconds, f"{expected}no answer to process {place.rank}{remedy}"):
+              "its interface toward the others, and allow the connections in firewalls")
+    with give_up_after(seconds, f"{expected}no answer to process {ranks.rank}{remedy}"):
         try:
-            # Tensors on a GPU go by NCCL; plain objects stay in the memory of the host.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=place.rank,
-                                    world_size=place.size, timeout=WAITING, device_id=device if on_gpu else None)
-            _exchange(device)
+            # NCCL exchanges tensors on a GPU, gloo exchanges plain objects in host memory.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=ranks.rank,
+                                    world_size=ranks.size, timeout=WORK_TIMEOUT, device_id=device if on_gpu else None)
+            _try_all_reduce(device)
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{expected}{first_line(error)}{remedy}") from None
 
 
-def _exchange(device):
-    """A sum over all processes by gloo and, with GPUs, by NCCL, some of whose connections are made only then."""
-    for where in dict.fromkeys((torch.device("cpu"), device)):      # in the same order everywhere
-        dist.all_reduce(torch.zeros(1, device=where))
+def _try_all_reduce(device):
+    """Compute a sum over all processes with gloo and, on GPUs, with NCCL, which opens some connections only then."""
+    for each in dict.fromkeys((torch.device("cpu"), device)):       # the same order in all processes
+        dist.all_reduce(torch.zeros(1, device=each))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _meet(place):
-    """The store of the run, when all of its processes have come there."""
+def _meet(ranks):
+    """Wait for all processes of the run, and return their common store."""
     try:
-        store, *_ = next(rendezvous("env://", timeout=MEETING))
+        store, *_ = next(rendezvous("env://", timeout=MEET_TIMEOUT))
         address = local_address(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-        store.set(f"met/{place.rank}", address)
-        store.wait([f"met/{rank}" for rank in range(place.size)], MEETING)
+        store.set(f"met/{ranks.rank}", address)
+        store.wait([f"met/{rank}" for rank in range(ranks.size)], MEET_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"MASTER_ADDR, MASTER_PORT {where}: expected the {place.size} processes of the run to meet "
-                        f"there within {MEETING.total_seconds():.0f} s, found: {first_line(error)}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"MASTER_ADDR, MASTER_PORT {address}: expected the {ranks.size} processes of the run to meet "
+                        f"there within {MEET_TIMEOUT.total_seconds():.0f} s, found: {first_line(error)}"
                         ) from None
-    store.set_timeout(WAITING)
+    store.set_timeout(WORK_TIMEOUT)
     return store
 
 
 def leave_processes():
-    """End what `join_processes` began, when all are done."""
+    """Destroy the process group of `join_processes`, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

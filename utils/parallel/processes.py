@@ -1,4 +1,4 @@
-"""Processes that share a batch: who they are, what they exchange, and which part of the work is whose."""
+"""Processes that share a batch: communication between them, and their shares of the work."""
 
 import warnings
 
@@ -13,45 +13,50 @@ from .replicas import DataParallel, Replicas, current_replica
 
 
 class Processes:
-    """The processes of a torch.distributed group, each with a part of the batch."""
+    """The processes of a torch.distributed group, each with a part of the batch.
+
+    Args:
+        group: process group; None for the default one.
+    """
 
     def __init__(self, group=None):
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def gather(self, tensor):
-        """A tensor of the same shape from each process → all of them, in order of rank."""
+        """Gather a tensor of the same shape from each process: a list of tensors in order of rank."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(gathered, tensor.contiguous(), group=self.group)
         return gathered
 
     def all_reduce(self, tensor):
-        """The sum of a tensor over all processes."""
+        """Return the sum of a tensor over all processes."""
         tensor = tensor.clone()
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def barrier(self):
-        """Until all have come here."""
+        """Wait until all processes have reached this call."""
         dist.barrier(self.group)
 
     def broadcast(self, value):
-        """A plain value of the first process, for all."""
+        """Return the plain value of the first process in all processes."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather_objects(self, value):
-        """A plain value from each process → all of them, in order of rank."""
+        """Gather a plain value from each process: a list in order of rank."""
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
 
 def find_peers(group=None):
-    """`Replicas` or `Processes` that share a batch with the caller; None if it is alone.
+    """Return the `Replicas` or `Processes` that share a batch with the caller; None if it is alone.
 
-    group: process group, None for the default one.
+    Args:
+        group: process group; None for the default one.
     """
     replica = current_replica()
     if replica is not None:
@@ -62,28 +67,44 @@ def find_peers(group=None):
 
 
 def rank_and_size(processes):
-    """Of this process among those of the run, `Processes` or None: (0, 1) if it is alone."""
+    """Return (rank, number of processes) of the run; processes: `Processes`, or None if this process is alone."""
     return (0, 1) if processes is None else (processes.rank, processes.size)
 
 
 def broadcast_from_rank0(processes, make):
-    """What `make()` returns in the first process, for all: a plain value. processes: `Processes`, or None."""
+    """Call `make()` in the first process, and return its plain value in all processes.
+
+    Args:
+        processes: `Processes`, or None if this process is alone.
+        make: function without arguments.
+    """
     if processes is None:
         return make()
     return processes.broadcast(make() if processes.rank == 0 else None)
 
 
 def gather_from_ranks(processes, value):
-    """The plain value of each process of the run, in order of rank. processes: `Processes`, or None for this alone."""
+    """Gather a plain value from each process: a list in order of rank.
+
+    Args:
+        processes: `Processes`, or None if this process is alone.
+        value: of this process.
+    """
     return [value] if processes is None else processes.gather_objects(value)
 
 
 def share_batches(module, devices, processes):
-    """Wrap a module so that processes, or several devices of this one, share each batch."""
+    """Wrap a module so that processes, or several devices of this process, share each batch.
+
+    Args:
+        module: on the first device.
+        devices: of this process.
+        processes: `Processes`, or None if this process is alone.
+    """
     if processes is not None:
         logger.info(f"{processes.size} processes share each batch, and the statistics of its norms")
-        # Of a channels-last input the gradient of a weight of one pixel, or of one input channel, has other strides
-        # than the weight, but the same order in memory: what PyTorch warns of costs nothing.
+        # With channels-last inputs the gradient of a weight with one pixel or one input channel has other strides than
+        # the weight, but the same order in memory. PyTorch's warning about slow strides does not apply.
         warnings.filterwarnings("ignore", r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, "
                                 r"(\d+, 1, 1|1, \d+, \d+)\]", UserWarning)
         return DistributedDataParallel(module, **no_buffer_sync())
@@ -94,6 +115,6 @@ def share_batches(module, devices, processes):
 
 
 def share_items(dataset, processes):
-    """This process's part of a data set, without padding: every item is in exactly one part."""
+    """Return this process's part of a data set; each item is in exactly one part, without padding."""
     rank, size = rank_and_size(processes)
     return Subset(dataset, range(rank, len(dataset), size))

@@ -1,6 +1,6 @@
-"""Replicas of a module in threads of one process, which work on parts of a batch: all that `--parallel dp` needs.
+"""Replicas of a module in threads of one process, for `--parallel dp`.
 
-Several GPUs are processes by default, since threads wait for each other's turn to run Python.
+By default each GPU has a process of its own, as threads of one process cannot run Python code at the same time.
 """
 
 import functools
@@ -11,23 +11,37 @@ from torch import nn
 
 
 class ReplicaStopped(RuntimeError):
-    """Another replica failed or left, so this one cannot go on."""
+    """Another replica has failed or ended, so that this one cannot continue."""
 
 
 class ReplicaGroup:
-    """Threads that run the same code on parts of a batch and exchange values along the way."""
+    """Threads that run the same code on parts of a batch and exchange values.
+
+    Args:
+        size: number of threads.
+    """
 
     def __init__(self, size):
         self.size = size
         self.changed = threading.Condition()
         self.values, self.arrived, self.round, self.result = [None] * size, 0, 0, None
-        self.name = self.stopped = None     # of the value exchanged; why no more can be
+        self.name = None        # of the value that is being exchanged
+        self.stopped = None     # reason why no more values can be exchanged
 
     def exchange(self, rank, value, name):
-        """Give a value, get everybody's in order of rank.
+        """Exchange a value with all replicas.
 
-        Raises `ReplicaStopped` if one of them cannot come, and `RuntimeError` if one comes with a value of another
-        name: it is at another place of the code.
+        Args:
+            rank: of this replica.
+            value: of this replica.
+            name: must be the same in all replicas; a different name shows that they run different code.
+
+        Returns:
+            The values of all replicas, in order of rank.
+
+        Raises:
+            ReplicaStopped: if another replica has ended.
+            RuntimeError: if the names differ.
         """
         with self.changed:
             if self.stopped:
@@ -50,25 +64,30 @@ class ReplicaGroup:
             return self.result      # the next round cannot end before this replica joins it
 
     def leave(self, rank, failed):
-        """A replica has ended; those that wait for it, now or later, are told."""
+        """Mark a replica as ended, so that `exchange` of the others raises `ReplicaStopped`."""
         with self.changed:
             self.stopped = self.stopped or f"replica {rank} {'failed' if failed else 'ended'} before the others"
             self.changed.notify_all()
 
 
 class Replicas:
-    """The threads of a `ReplicaGroup`, each with a part of the batch. Values only: no gradient flows."""
+    """The threads of a `ReplicaGroup`, each with a part of the batch.
+
+    Args:
+        group: `ReplicaGroup`.
+        rank: of this thread.
+    """
 
     def __init__(self, group, rank):
         self.group, self.rank, self.size = group, rank, group.size
 
     def gather(self, tensor):
-        """A tensor of the same shape from each replica → all of them, in order of rank."""
+        """Gather a tensor of the same shape from each replica, without gradients: a list in order of rank."""
         return [other.to(tensor.device) for other in self.share(tensor.detach())]
 
     def share(self, tensor):
-        """As `gather`, but as they are, with their place in the graph."""
-        # Dtype and shape name what is given: statistics and tokens of norms with so many channels, OHEM's losses.
+        """Gather like `gather`, but keep the tensors on their devices and in the autograd graph."""
+        # Dtype and shape tell the statistics and tokens of different norms and the losses of OHEM apart.
         name = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         return self.group.exchange(self.rank, tensor, name)
 
@@ -77,19 +96,22 @@ _thread = threading.local()
 
 
 def current_replica():
-    """(group, rank) of the calling thread if `run_replicas` started it, else None."""
+    """Return (group, rank) of the calling thread if `run_replicas` started it, else None."""
     return getattr(_thread, "replica", None)
 
 
 def run_replicas(functions, devices=None):
-    """Call the functions at the same time, one a thread, and return their results in order.
+    """Call functions in parallel, each in a thread.
 
-    Each thread is a replica of one group (`current_replica`) and computes under the caller's grad mode and
-    autocast. The first error ends all of them and is raised; none is left waiting.
+    The threads are replicas of one group (`current_replica`), with the caller's grad mode and autocast. The first
+    error ends all threads and is raised.
 
     Args:
         functions: without arguments.
         devices: CUDA device of each thread, or None.
+
+    Returns:
+        The results of the functions, in order.
     """
     group = ReplicaGroup(len(functions))
     results, errors = [None] * len(functions), []
@@ -131,11 +153,11 @@ class DataParallel(nn.DataParallel):
 
 
 class ThreadReplicas(nn.Module):
-    """What `DataParallel` does on GPUs, on one device: parts of the batch in threads, parameters shared.
+    """`DataParallel` on a single device: threads process parts of the batch with shared parameters.
 
     Args:
         module: called with tensors; returns a tensor, or a dict, list or tuple of tensors.
-        size: number of replicas. Parts differ by one entry at most, as `torch.tensor_split` cuts them.
+        size: number of replicas. The sizes of their parts differ by one at most, as with `torch.tensor_split`.
     """
 
     def __init__(self, module, size):
@@ -143,7 +165,7 @@ class ThreadReplicas(nn.Module):
         self.module, self.size = module, size
 
     def forward(self, *tensors):
-        """Tensors (B, ...) → the outputs of all parts, joined along their first dimension."""
+        """Call the module on parts of tensors (B, ...), and join the outputs along their first dimension."""
         parts = zip(*(tensor.tensor_split(self.size) for tensor in tensors), strict=True)
         return _join(run_replicas([functools.partial(self.module, *part) for part in parts]))
 

@@ -1,4 +1,4 @@
-"""Processes that read samples, or do other work beside this one. They end in one sentence where they cannot go on."""
+"""Worker processes that read samples or call functions, with errors in one sentence."""
 
 import contextlib
 import io
@@ -13,26 +13,26 @@ from ..common.command import leave_signals_to_the_parent
 from ..common.errors import UserError, first_line
 from ..common.limits import MORE_SHARED_MEMORY, available_cores, shared_memory
 
-MOST_WORKERS = 32       # by default: disks hardly serve more, and each takes memory
+MOST_WORKERS = 32       # largest default: each worker needs memory, and disks hardly serve more
 
 
 class Loader(DataLoader):
-    """A `DataLoader` that raises `UserError` where worker processes cannot be started or lack shared memory.
+    """A `DataLoader` that raises `UserError` if worker processes cannot be started or lack shared memory.
 
-    Its generator is its own: what is random elsewhere does not depend on whether something was loaded.
+    It has its own random generator, so that loading does not change other random numbers.
 
     Args:
-        dataset: whose items are plain values or dicts, with tensors as values.
-        batch_size: items that are collated; None for single items, as they are.
-        workers: processes; with 0 this one loads.
-        prefetch: batches that each of them is ahead at most.
-        options: of `DataLoader`.
+        dataset: whose items are plain values, or dicts with tensors as values.
+        batch_size: items per batch; None for single items that are not collated.
+        workers: number of worker processes; 0 to load in this process.
+        prefetch: largest number of batches that each worker loads in advance.
+        options: other arguments of `DataLoader`.
     """
 
     def __init__(self, dataset, batch_size=None, *, workers=0, prefetch=2, **options):
-        hand_over = HandOver(batch_size is not None, workers * prefetch)
+        collate = SharedMemoryCollate(batch_size is not None, workers * prefetch)
         super().__init__(dataset, batch_size, num_workers=workers, prefetch_factor=prefetch if workers else None,
-                         collate_fn=hand_over, worker_init_fn=start_worker, generator=torch.Generator(), **options)
+                         collate_fn=collate, worker_init_fn=init_worker, generator=torch.Generator(), **options)
 
     def __iter__(self):
         try:
@@ -40,17 +40,20 @@ class Loader(DataLoader):
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "start new thread" not in str(error):
                 raise
-            # PyTorch's iterator is only half made, and complains about that when it is deleted.
+            # PyTorch's iterator is incomplete, and prints an error when it is deleted.
             with contextlib.redirect_stderr(io.StringIO()):
                 traceback.clear_frames(error.__traceback__)
             memory = shared_memory()
-            raise UserError(f"--num-workers {self.num_workers}: expected to start so many processes that read samples, "
+            raise UserError(f"--num-workers {self.num_workers}: expected to start this many worker processes, "
                             f"found: {first_line(error)}{memory and f' ({memory})'}; {MORE_SHARED_MEMORY}") from None
 
 
 def _end_workers_on_error(iterator):
-    """Iterate. An error that a worker has sent holds itself, and the iterator with it, which as garbage of that kind
-    could not tell the workers to end any more: it would wait for them in vain."""
+    """Iterate, and delete the iterator when a worker sends an error.
+
+    The error of a worker refers to itself and to the iterator. If the garbage collector deleted the iterator later, it
+    could no longer tell the workers to end, and would wait for them forever.
+    """
     try:
         yield from iterator
     except Exception as error:
@@ -59,15 +62,15 @@ def _end_workers_on_error(iterator):
         raise
 
 
-class HandOver:
-    """Collates samples, and puts their tensors into shared memory as long as errors can be reported.
+class SharedMemoryCollate:
+    """Collates samples and moves their tensors to shared memory, so that a lack of it is reported as an error.
 
-    PyTorch would leave single samples to a thread of the worker, which prints its errors and goes on without the
-    sample: the parent would wait forever.
+    PyTorch would move single samples in a thread of the worker, which prints an error and skips the sample, and the
+    parent process would wait for it forever.
 
     Args:
-        collate: whether samples become a batch.
-        batches: that wait for the parent at most.
+        collate: whether samples are collated to a batch.
+        batches: largest number of batches that wait for the parent process.
     """
 
     def __init__(self, collate, batches):
@@ -85,8 +88,8 @@ class HandOver:
                 raise
             size = sum(tensor.nbytes for sample in (samples if self.collate else [samples]) for tensor in
                        _tensors(sample)) / 1e6
-            raise UserError(f"shared memory: expected room for what processes that read samples hand over, {size:.1f} "
-                            f"MB for each batch and {self.batches * size:.1f} MB for the {self.batches} that may wait, "
+            raise UserError(f"shared memory: expected room for the samples that worker processes read, {size:.1f} MB "
+                            f"for each batch and {self.batches * size:.1f} MB for the {self.batches} that may wait, "
                             f"found {shared_memory() or first_line(error)}; {MORE_SHARED_MEMORY}") from None
 
 
@@ -94,21 +97,21 @@ def _tensors(item):
     return [value for value in item.values() if torch.is_tensor(value)] if isinstance(item, dict) else []
 
 
-def start_worker(worker):
-    """A process of a `Loader` begins: it leaves signals to the parent, and other cores to other workers."""
+def init_worker(worker):
+    """Initialize a worker process of a `Loader`: the parent handles signals, and OpenCV uses no threads."""
     leave_signals_to_the_parent(worker)
-    if hasattr(signal, "SIGBUS"):       # for want of shared memory: the parent says so, instead of PyTorch in here
+    if hasattr(signal, "SIGBUS"):       # sent without shared memory; the parent reports it, not PyTorch's handler here
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
-    one_thread()
+    disable_opencv_threads()
 
 
-def one_thread():
-    """Let OpenCV use no threads of its own: there is a worker process for each core already."""
+def disable_opencv_threads():
+    """Turn off the threads of OpenCV, as there is a worker process for each core."""
     cv2.setNumThreads(0)
 
 
 class Jobs(torch.utils.data.Dataset):
-    """A function over a list as a data set, so that a `Loader`'s workers call it."""
+    """A data set that calls a function for each argument in a list, for use in a `Loader`."""
 
     def __init__(self, function, arguments):
         self.function, self.arguments = function, arguments
@@ -121,13 +124,17 @@ class Jobs(torch.utils.data.Dataset):
 
 
 def do_jobs(function, arguments, workers):
-    """What a function makes of each argument, in order, by so many worker processes: a `Loader`.
+    """Call a function for each argument in worker processes.
 
     Args:
-        workers: None for one per core that this process may use, at most `MOST_WORKERS`; 0 for this process itself.
+        function: of one argument.
+        arguments: list of arguments.
+        workers: number of worker processes; None for one per core that this process may use, at most `MOST_WORKERS`; 0
+            to call the function in this process.
+
+    Returns:
+        A `Loader` that yields the results in order.
     """
-    return Loader(Jobs(function, arguments), workers=default_workers() if workers is None else workers)
-
-
-def default_workers():
-    return min(available_cores(), MOST_WORKERS)
+    if workers is None:
+        workers = min(available_cores(), MOST_WORKERS)
+    return Loader(Jobs(function, arguments), workers=workers)

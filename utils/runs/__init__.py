@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: snapshots, logs, results."""
+"""The files of a run: snapshots, logs and results."""

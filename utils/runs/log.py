@@ -1,4 +1,4 @@
-"""What a training run tells: a progress line, `metrics.jsonl`, TensorBoard, services that keep experiments."""
+"""Logging of a training run: progress, `metrics.jsonl`, TensorBoard, experiment trackers."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from .trackers import start_trackers
 
 try:
     import fcntl
-except ImportError:     # not on Windows: nothing keeps two runs out of one folder there
+except ImportError:     # on Windows, where run folders are not locked
     fcntl = None
 
 METRICS = "metrics.jsonl"
@@ -37,36 +37,38 @@ QUICK = "quick_validation.jsonl"
 
 
 class RunLog:
-    """Progress of a run of `num_steps` steps, in the console and in files below `folder`.
+    """Log of a run in the console and in files of its folder.
 
-    On a terminal progress is a bar; elsewhere it is one plain line each time something is logged. To be used in
-    `with`: no other run can write to the folder meanwhile. Raises `UserError` where the folder cannot be written
-    or another run writes there.
+    Progress is a bar on a terminal; elsewhere it is one plain line each time metrics are logged. The log is a context
+    manager. Its folder is locked against other runs until the context ends.
 
     Args:
-        folder: where `metrics.jsonl`, `quick_validation.jsonl`, `runs.json` and `tensorboard/` go.
-        num_steps: steps in all.
-        start: steps done before; lines of later ones, which will be done again, are dropped.
-        about: plain values that describe this start of the run, for `runs.json`.
-        track: names of services that are told too (`utils.trackers`).
+        folder: for `metrics.jsonl`, `quick_validation.jsonl`, `runs.json` and `tensorboard/`.
+        num_steps: total number of steps.
+        start: steps done before. Log entries of later steps are removed, as these steps will be done again.
+        description: plain values that describe this start of the run, for `runs.json`.
+        track: names of experiment trackers that also get the log (`utils.runs.trackers`).
+
+    Raises:
+        UserError: if the folder cannot be written, or another run writes there.
     """
 
-    def __init__(self, folder, num_steps, start=0, about=None, track=()):
+    def __init__(self, folder, num_steps, start=0, description=None, track=()):
         self.folder = Path(folder)
-        self.about, self.track, self.trackers = about or {}, track, []
+        self.description, self.track, self.trackers = description or {}, track, []
         self.lock = _lock(self.folder)
         snapshots.remove_unfinished(self.folder)
         self.num_steps = num_steps
-        self.first = start
+        self.start = start
         self.started = time.monotonic()
         self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
-        _remember(self.folder / "runs.json", self.about)
-        self.files = {name: _continued(self.folder / name, start) for name in (METRICS, QUICK)}
+        _append_run(self.folder / "runs.json", self.description)
+        self.files = {name: _open_at_step(self.folder / name, start) for name in (METRICS, QUICK)}
         self.board = Board(self.folder / "tensorboard")
 
     def __enter__(self):
-        self.trackers = start_trackers(self.track, self.folder, self.first > 0, self.about)
+        self.trackers = start_trackers(self.track, self.folder, self.start > 0, self.description)
         return self
 
     def __exit__(self, *error):
@@ -77,19 +79,25 @@ class RunLog:
             file.close()
 
     def step(self):
+        """Advance the progress bar by a step."""
         self.bar.update()
 
     def metric(self, step, values, seconds):
-        """values: {name: number}, with loss, lr, images_per_second, seconds_data among them; seconds: since the
-        last time."""
+        """Log the metrics of a step.
+
+        Args:
+            step: number of the step.
+            values: {name: number}, with at least loss, lr, images_per_second and seconds_data.
+            seconds: since metrics were logged last.
+        """
         self._write(METRICS, {"step": step, **values})
-        self._numbers(values, step)
+        self._scalars(values, step)
         terms = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
                           if name.startswith("loss"))
         speed = (f"{values['images_per_second']:.1f} images/s, {100 * values['seconds_data'] / seconds:.0f} % of the "
                  "time waiting for data")
         if self.bar.disable:
-            done = step - self.first
+            done = step - self.start
             left = (time.monotonic() - self.started) / done * (self.num_steps - step)
             logger.info(f"step {step}/{self.num_steps}  {terms}  lr {values['lr']:.2e}  {speed}  "
                         f"{duration(left)} left")
@@ -97,7 +105,12 @@ class RunLog:
             self.bar.set_postfix_str(f"{terms}  lr {values['lr']:.2e}  {speed}")
 
     def quick_validation(self, step, scores):
-        """scores: {head: `ConfusionMatrix.scores`}. Named quick everywhere: it is not the official protocol."""
+        """Log a quick validation, which is not the official protocol; hence "quick" in all names.
+
+        Args:
+            step: steps done.
+            scores: {head: scores as of `ConfusionMatrix.scores`}.
+        """
         values, curves = {"step": step}, {}
         for head, score in scores.items():
             values[f"quick_mean_iou_{head}"] = score["mean_iou"]
@@ -105,22 +118,22 @@ class RunLog:
             curves[f"quick_mean_iou/{head}"] = score["mean_iou"] or 0
             curves |= {f"quick_class_iou_{head}/{name}": iou for name, iou in score["class_iou"].items()}
         self._write(QUICK, values)
-        self._numbers(curves, step)
-        self.say(f"quick validation after step {step} (whole images at scale 1, not the official protocol): mIoU "
-                 + ", ".join(f"{head} {100 * (score['mean_iou'] or 0):.2f} %" for head, score in scores.items()))
+        self._scalars(curves, step)
+        self.info(f"quick validation after step {step} (whole images at scale 1, not the official protocol): mIoU "
+                  + ", ".join(f"{head} {100 * (score['mean_iou'] or 0):.2f} %" for head, score in scores.items()))
 
     def picture(self, name, image, step):
-        """image (H, W, 3) uint8."""
+        """Log a picture; image (H, W, 3) uint8."""
         self.board.add(summary.image(name, image, dataformats="HWC"), step)
         for tracker in self.trackers:
             tracker.picture(name, image, step)
 
-    def say(self, text):
-        """A line that stays, above the bar."""
+    def info(self, text):
+        """Print a line above the progress bar."""
         logger.info(text)
 
-    def _numbers(self, values, step):
-        """Points of curves; values: {name: number, or None where there is none}."""
+    def _scalars(self, values, step):
+        """Log the scalars of a step to TensorBoard and the trackers; values: {name: number, or None to skip}."""
         values = {name: value for name, value in values.items() if value is not None}
         for name, value in values.items():
             self.board.add(summary.scalar(name, value), step)
@@ -132,26 +145,28 @@ class RunLog:
 
 
 class Lines:
-    """A file that grows by whole entries. What cannot be written, as on a full disk, is left out, and that is said
-    once: a log is not worth a training."""
+    """A file to which complete entries are appended.
+
+    Entries that cannot be written, as on a full disk, are left out with one warning: logging must never stop a run.
+    """
 
     def __init__(self, path):
         self.path, self.failed = path, False
-        with _as_sentence(path, "a file to write to"):
+        with _path_errors(path, "a file to write to"):
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115, open as long as the run
 
     def append(self, entry):
-        """entry: bytes."""
+        """Append an entry of bytes, completely or not at all."""
         end = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(entry) != len(entry):
                 raise OSError("no room for the whole entry")
         except OSError as error:
             with contextlib.suppress(OSError):
-                self.file.truncate(end)     # half an entry would spoil the next one
+                self.file.truncate(end)     # part of an entry would corrupt the next one
             if not self.failed:
-                logger.warning(f"{self.path}: expected to write there, found: {error}; training goes on, and what "
-                               "does not fit is missing in this file")
+                logger.warning(f"{self.path}: expected to write there, found: {error}; training goes on, and this file "
+                               "lacks the entries that cannot be written")
             self.failed = True
 
     def close(self):
@@ -159,21 +174,23 @@ class Lines:
 
 
 class Board:
-    """A TensorBoard file in a folder, written by this thread: that of `SummaryWriter` dies with a full disk, and
-    the run would wait for it forever."""
+    """A TensorBoard file in a folder, written by the calling thread.
+
+    The writer thread of `SummaryWriter` dies when the disk is full, and the run would then wait for it forever.
+    """
 
     def __init__(self, folder):
-        with _as_sentence(folder, "a folder to write to"):
+        with _path_errors(folder, "a folder to write to"):
             folder.mkdir(parents=True, exist_ok=True)
         self.lines = Lines(folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}")
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add(self, values, step):
-        """values: what `tensorboardX.summary` makes."""
+        """Add the values of a step, as made by `tensorboardX.summary`."""
         self._append(Event(wall_time=time.time(), step=step, summary=values))
 
     def _append(self, event):
-        """As a TFRecord: length, its checksum, the data, their checksum."""
+        """Append an event as a TFRecord: length, checksum of the length, data, checksum of the data."""
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         self.lines.append(b"".join((length, struct.pack("<I", masked_crc32c(length)), data,
@@ -184,7 +201,7 @@ class Board:
 
 
 class NoLog:
-    """A `RunLog` of which nothing is seen, for all processes but the first."""
+    """A `RunLog` that logs nothing, for all processes but the first."""
 
     def __enter__(self):
         return self
@@ -192,14 +209,22 @@ class NoLog:
     def __exit__(self, *error):
         pass
 
-    def _nothing(self, *args):
+    def _ignore(self, *args):
         pass
 
-    step = metric = quick_validation = picture = say = _nothing
+    step = metric = quick_validation = picture = info = _ignore
 
 
-def about_this_run(arguments, devices):
-    """What one would need to know to repeat a run: command, flags, versions, code, machine; plain values."""
+def describe_run(arguments, devices):
+    """Describe what is needed to repeat a run: command, flags, versions, code and machine.
+
+    Args:
+        arguments: {flag name: plain value}.
+        devices: of the run.
+
+    Returns:
+        A dict of plain values.
+    """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("torchvision", "numpy", "opencv-python", "Pillow", "inplace-abn", "apex"):
         try:
@@ -214,38 +239,43 @@ def about_this_run(arguments, devices):
 
 
 def read_lines(path):
-    """The entries of a file of JSON lines that have a step; none without the file. What else stands there, such as
-    a last line that was cut off, is left out."""
+    """Read the entries of a file of JSON lines that have a step.
+
+    Other lines, such as an incomplete last one, are skipped. Without the file there are no entries.
+
+    Raises:
+        UserError: if the file cannot be read as text.
+    """
     if not path.exists():
         return []
-    with _as_sentence(path, "a text file of JSON lines"):
+    with _path_errors(path, "a text file of JSON lines"):
         text = path.read_text(encoding="utf-8")
-    found = []
+    entries = []
     for line in text.splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and type(entry.get("step")) is int:
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
-def _continued(path, step):
-    """A file of JSON lines opened to go on after a step, without lines of later steps."""
+def _open_at_step(path, step):
+    """Open a file of JSON lines to append the entries after a step; remove those of later steps."""
     if path.exists():
-        found = read_lines(path)
-        strange = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()) - len(found)
-        if strange > 1:     # a killed run leaves one that is cut off
-            logger.info(f"{path}: {strange} lines without a step are left out")
-        kept = "".join(json.dumps(line) + "\n" for line in found if line["step"] <= step)
+        entries = read_lines(path)
+        skipped = sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()) - len(entries)
+        if skipped > 1:     # one incomplete line is normal after a killed run
+            logger.info(f"{path}: {skipped} lines without a step are left out")
+        kept = "".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step)
         files.write_atomically(path, lambda file: file.write(kept.encode()))
     return Lines(path)
 
 
 @contextlib.contextmanager
-def _as_sentence(path, expected):
-    """Turn what goes wrong with a path of the run's folder into a `UserError`."""
+def _path_errors(path, expected):
+    """Raise errors of a path in the run's folder as `UserError`; expected: what it should be."""
     try:
         yield
     except UnicodeDecodeError:
@@ -255,18 +285,18 @@ def _as_sentence(path, expected):
 
 
 def _lock(folder):
-    """The folder's lock file, held until it is closed or the process ends. The folder is made."""
+    """Make a folder and lock it; return its lock file, which holds the lock until it is closed or the process ends."""
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # It follows no link, empties no file that lies there, and does not wait for the other end of a pipe.
+        # Follow no link, truncate no existing file, and do not wait for the other end of a pipe.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
                                  | getattr(os, "O_NONBLOCK", 0), 0o666), "rb")
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("not a regular file")
     except OSError as error:
-        what = "an ordinary file .lock there" if os.path.lexists(path) else "a folder to write to"
-        raise UserError(f"--snapshot-dir {folder}: expected {what}, found: {error}") from None
+        expected = "an ordinary file .lock there" if os.path.lexists(path) else "a folder to write to"
+        raise UserError(f"--snapshot-dir {folder}: expected {expected}, found: {error}") from None
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -275,37 +305,36 @@ def _lock(folder):
         raise UserError(f"--snapshot-dir {folder}: expected a folder to which no other run is writing, found one "
                         "in use") from None
     except OSError:
-        pass        # a file system without locks
+        pass        # the file system does not support locks
     return file
 
 
-def _remember(path, about):
-    """Add one start of a run to the list in `runs.json`."""
-    before = []
+def _append_run(path, description):
+    """Add the description of a run's start to the list in `runs.json`."""
+    runs = []
     if os.path.lexists(path):
-        with _as_sentence(path, "the list of this folder's runs"):
+        with _path_errors(path, "the list of this folder's runs"):
             text = path.read_text(encoding="utf-8")
         try:
-            before = json.loads(text)
+            runs = json.loads(text)
         except (ValueError, RecursionError):
-            before = None
-        if not isinstance(before, list):
-            raise UserError(f"{path}: expected the list of this folder's runs, found something else; without the file "
-                            "a new list begins")
-    files.write_json(path, [*before, about])
+            runs = None
+        if not isinstance(runs, list):
+            raise UserError(f"{path}: expected the list of this folder's runs, found something else; remove "
+                            "the file to begin a new list")
+    files.write_json(path, [*runs, description])
 
 
 def _git(*words):
-    """The output of a git command on this code; None outside a checkout, also where an outer folder is one of something
-    else."""
+    """Return the output of a git command on this code; None if its root folder is not the root of a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def output(*words):
         try:
-            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+            process = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
         except OSError:
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return process.stdout.strip() if process.returncode == 0 else None
 
     top = output("rev-parse", "--show-toplevel")
     return output(*words) if top and Path(top).resolve() == root else None

@@ -1,1 +1,1 @@
-"""Training: the step, its optimizer, how a run goes on, and what is looked at meanwhile."""
+"""Training: steps, optimizers, resuming, and validation during a run."""

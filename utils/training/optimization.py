@@ -1,4 +1,4 @@
-"""Which parameters learn, by which steps, and at which rate."""
+"""Optimizers, the learning rate schedule, and the moving average of the weights."""
 
 import copy
 from collections import defaultdict
@@ -8,12 +8,12 @@ import torch
 
 from ..common.errors import UserError
 
-# What each keeps of every parameter: "step" is a number as a tensor, all else has the parameter's shape.
+# State of each optimizer per parameter: "step" is a scalar tensor, the others have the shape of the parameter.
 OPTIMIZERS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
 
 
 def check(*, kind, momentum, ema, warmup_steps, num_steps):
-    """Raise `UserError` for flags that would learn nothing; kind: the one of --optimizer."""
+    """Raise `UserError` for flags with which nothing would be learned; kind: value of --optimizer."""
     if kind == "adamw" and momentum == 1:
         raise UserError("--momentum 1: expected less than 1 with --optimizer adamw")
     if ema == 1:
@@ -24,18 +24,21 @@ def check(*, kind, momentum, ema, warmup_steps, num_steps):
 
 def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate: float = 1e-2, momentum: float = 0.9,
                    weight_decay: float = 1e-4, head_lr_factor: float = 1.0) -> torch.optim.Optimizer:
-    """The optimizer of a network, in two groups: its backbone, and all that comes after.
+    """Make the optimizer of a network with two parameter groups: the backbone and all other parameters.
 
-    Parameters are numbered in the network's own order, which snapshots rely on; those that do not learn are among
-    them, and stay as they are.
+    The parameters keep the order of the network, which snapshots rely on. Frozen parameters are included; the optimizer
+    does not change them.
 
     Args:
-        network: with a `backbone`, its first module.
+        network: with a `backbone` as its first module.
         kind: `sgd`, or `adamw` (Loshchilov and Hutter, ICLR 2019).
-        momentum: of SGD; of AdamW, the decay of the mean gradient, beta 1.
-        head_lr_factor: the rate of all but the backbone, as a multiple of `learning_rate`.
+        learning_rate: of the backbone.
+        momentum: of SGD; for AdamW beta 1, the decay of the mean gradient.
+        weight_decay: of all parameters.
+        head_lr_factor: learning rate of the other parameters, as a multiple of `learning_rate`.
 
-    Raises ValueError for another kind.
+    Raises:
+        ValueError: for another kind.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"kind of optimizer: expected one of {', '.join(OPTIMIZERS)}, found {kind!r}")
@@ -49,12 +52,12 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
 
 @dataclass(frozen=True)
 class PolySchedule:
-    """By which factor the rate of every parameter group is multiplied: (1 - step / num_steps) ^ power.
+    """Poly schedule: the learning rate of each parameter group is multiplied by (1 - step / num_steps) ^ power.
 
     Attributes:
         num_steps: of the run.
-        power: of the paper, 0.9.
-        warmup_steps: over so many steps at the beginning the factor also grows from 0, linearly.
+        power: 0.9 in the paper.
+        warmup_steps: number of steps at the beginning over which the factor also grows linearly from 0.
     """
 
     num_steps: int
@@ -62,42 +65,42 @@ class PolySchedule:
     warmup_steps: int = 0
 
     def factor(self, step):
-        """At a step, from 0."""
+        """Return the factor of a step; the first step is 0."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warmup * (1 - step / self.num_steps) ** self.power
 
 
 def average_of_weights(network):
-    """A copy of the network, for `update_average`."""
+    """Copy a network for `update_average`."""
     average = copy.deepcopy(network).requires_grad_(False)
-    average.__dict__.pop("forward", None)       # a wrapper of others, such as apex, would call the original's
+    average.__dict__.pop("forward", None)       # set by a library such as apex; it would call the original network
     return average
 
 
 @torch.no_grad()
 def update_average(average, network, decay, updates):
-    """After a step: the average's weights become d · average + (1 - d) · weights, and its running statistics the
-    network's own, with d = min(decay, (1 + updates) / (10 + updates)).
+    """Update the moving average of the weights after a step.
 
-    So the weights of the start, which are random in the heads, are soon forgotten, as in TensorFlow's
-    `ExponentialMovingAverage` with `num_updates`. PyTorch's `AveragedModel` has its count on the device, for which the
-    host would wait in every step.
+    The average becomes d · average + (1 - d) · weights, with d = min(decay, (1 + updates) / (10 + updates)); running
+    statistics are copied from the network. The first updates have a small d, so that the initial values, which are
+    random in the heads, soon lose their influence, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+    PyTorch's `AveragedModel` has its count of updates on the device, for which the host would wait in every step.
 
     Args:
         average: of `average_of_weights`.
-        network: the one that learns.
-        decay: at most.
-        updates: of this average, before this one.
+        network: in training.
+        decay: largest decay d.
+        updates: number of earlier updates of this average.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-    for copied, buffers in zip(buffers_by_dtype(average), buffers_by_dtype(network), strict=True):
-        torch._foreach_copy_(copied, buffers)
+    for targets, sources in zip(buffers_by_dtype(average), buffers_by_dtype(network), strict=True):
+        torch._foreach_copy_(targets, sources)
 
 
 def buffers_by_dtype(network):
-    """Its buffers as a list of each dtype: on a GPU one kernel copies those of a list."""
-    kinds = defaultdict(list)
+    """Group the buffers of a network into a list per dtype, which a single kernel can copy on a GPU."""
+    groups = defaultdict(list)
     for buffer in network.buffers():
-        kinds[buffer.dtype].append(buffer)
-    return list(kinds.values())
+        groups[buffer.dtype].append(buffer)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""What a training is made of."""
+"""The objects and settings of a training run."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,19 +11,21 @@ from .resume import SnapshotFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What `train.train` needs.
+    """All that `train.train` needs.
 
     Attributes:
-        engine: takes the steps.
-        schedule: their number, and the factor of the rates.
+        engine: takes the optimization steps.
+        schedule: number of steps, and factor of the learning rates.
         start: steps done before.
-        accumulate: parts in which a batch goes through.
-        batches: those parts, {"image", "label", "name"} of this process, for the steps that are left.
-        log: what is said of each step.
-        snapshots: writes them.
-        panel: () → a picture of what the network does, (H, W, 3) uint8; None for none.
-        validate: (step, () → whether to stop early) → a score if it is the best so far, else None; None for none.
-        save_every, val_every, log_every, panel_every: steps between these; also after the last one.
+        accumulate: parts of each batch.
+        batches: yields the parts of the remaining steps, {"image", "label", "name"} of this process.
+        log: logs progress, metrics and pictures.
+        snapshots: writes the snapshots.
+        panel: function that returns a picture of the predictions, (H, W, 3) uint8; None for no pictures.
+        validate: function of (step, stop_requested) that returns the score if it is the best so far, else None;
+            `stop_requested()` is whether to stop early. None for no validation.
+        save_every, val_every, log_every, panel_every: steps between snapshots, validations, log entries and pictures;
+            all are also done after the last step.
     """
 
     engine: Engine

@@ -1,4 +1,4 @@
-"""The state of the random generators, of the CPU and of every device."""
+"""Seeds and states of the random generators of the CPU and the devices."""
 
 import random
 
@@ -14,7 +14,7 @@ def seed_generators(seed):
 
 
 def random_state(devices=()):
-    """The states of all random generators of this process, and of those of its CUDA devices: plain values."""
+    """Return the states of all random generators of this process and its CUDA devices as plain values."""
     kind, keys, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "python": random.getstate(),
             "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -22,10 +22,10 @@ def random_state(devices=()):
 
 
 def set_random_state(state, devices=()):
-    """What `random_state` gave, of the same number of devices."""
+    """Restore states of `random_state`, which must be of the same number of devices."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    for device, one in zip((d for d in devices if d.type == "cuda"), state["cuda"], strict=True):
-        torch.cuda.set_rng_state(one, device)
+    for device, cuda_state in zip((d for d in devices if d.type == "cuda"), state["cuda"], strict=True):
+        torch.cuda.set_rng_state(cuda_state, device)

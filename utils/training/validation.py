@@ -1,4 +1,4 @@
-"""What is looked at while a network learns: a quick score, a picture, and curves."""
+"""Quick validation, pictures of predictions, and curves during training."""
 
 import contextlib
 import itertools
@@ -19,39 +19,46 @@ from ..runs.log import METRICS, QUICK, read_lines
 
 
 class QuickValidation:
-    """Scores the network that an engine trains: whole images, scale 1, no mirror.
+    """Scores the network of an engine on whole images, at scale 1 and without mirroring.
 
     Args:
-        engine: all its processes share the images.
+        engine: of the run; its processes share the images.
         dataset: with labels; a `CityscapesDataset`.
         normalization: of the network's input.
-        ignore_index: label that does not count.
+        ignore_index: label of pixels that do not count.
         workers: processes that read images.
         log: `RunLog` or `NoLog`.
-        highest: the best result so far, a fraction, or None; that of the first process counts.
+        highest: the best mean IoU so far, a fraction, or None; the value of the first process counts.
     """
 
     def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, highest=None):
         self.engine, self.classes, self.log, self.ignore_index = engine, dataset.classes, log, ignore_index
         self.loader = Loader(share_items(dataset, engine.processes), workers=workers)
-        # Not the network itself: compiled code would be compiled anew for every size of image.
+        # `forward` bypasses compiled code, which would be compiled again for each image size.
         self.predictor = SlidingPredictor(engine.scored_network.forward, None, normalization=normalization,
                                           device=engine.devices[0], autocast=engine.precision.autocast)
         self.highest = -1.0 if highest is None else highest
         if engine.processes is not None:
-            self.highest = engine.processes.broadcast(self.highest)     # all must save at the same steps
+            self.highest = engine.processes.broadcast(self.highest)     # all processes must save at the same steps
 
-    def __call__(self, step, asked):
-        """Score and log; returns the mean IoU of the fine head if it has never been better in this folder, else
-        None. asked: () → whether the training is to stop, which does not wait for all images."""
+    def __call__(self, step, stop_requested):
+        """Score the network and log the scores.
+
+        Args:
+            step: steps done.
+            stop_requested: function that returns whether to stop early, without scores.
+
+        Returns:
+            The mean IoU of the fine head if it is the best in this folder so far, else None.
+        """
         self.engine.scored_network.eval()
-        items = itertools.takewhile(lambda _: not asked(), progress(self.loader, "quick validation", "image"))
+        items = itertools.takewhile(lambda _: not stop_requested(), progress(self.loader, "quick validation", "image"))
         with without_cudnn_benchmark():
             total = sum_of_matrices(image.matrices for image in score(
                 self.predictor, items, self.classes.num_classes, self.ignore_index))
         self.engine.train_mode()
-        if any(gather_from_ranks(self.engine.processes, asked())):
-            self.log.say(f"the quick validation of step {step} is left out")
+        if any(gather_from_ranks(self.engine.processes, stop_requested())):
+            self.log.info(f"the quick validation of step {step} is left out")
             return None
         if self.engine.processes is not None:
             total = sum_of_matrices(self.engine.processes.gather_objects(total))
@@ -66,23 +73,27 @@ class QuickValidation:
 
 @contextlib.contextmanager
 def without_cudnn_benchmark():
-    """Inside, cuDNN does not try all its ways for every size of image that it has not seen: images have many, and the
-    trials take more time and memory than the passes."""
-    tries, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    """Turn off cuDNN's benchmark mode, as trying all algorithms for each image size costs more than the passes."""
+    previous, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = tries
+        torch.backends.cudnn.benchmark = previous
 
 
 @torch.no_grad()
 def draw_panel(engine, normalization, sample, classes, ignore_index):
-    """Image, truth, the result of each head and where they differ, side by side: (H, W · pictures, 3) uint8.
+    """Draw image, truth, the prediction of each head and the difference of the heads, side by side.
 
-    sample: an item of the training data; classes: its `ClassTable`.
+    Args:
+        sample: an item of the training data.
+        classes: its `ClassTable`.
+
+    Returns:
+        (H, W · pictures, 3) uint8.
     """
     network = engine.scored_network.eval()
-    # Not the network itself: what is compiled for training would be compiled anew.
+    # `forward` bypasses code that was compiled for training and would be compiled again.
     outputs = network.forward(normalization(sample["image"][None].to(engine.devices[0])))
     engine.train_mode()
     truth = sample["label"].numpy()
@@ -95,10 +106,10 @@ def draw_panel(engine, normalization, sample, classes, ignore_index):
 
 
 def draw_curves(folder):
-    """curves.png of the run in a folder, or a word why it is missing: on a full disk, the snapshots are what counts."""
+    """Draw curves.png of the run in a folder; errors, such as of a full disk, are only logged."""
     metrics, quick = (read_lines(folder / name) for name in (METRICS, QUICK))
     try:
         if metrics:
             charts.training_curves(folder / "curves.png", metrics, quick)
     except (OSError, UserError) as error:
-        logger.info(f"curves.png is missing: {error}")
+        logger.info(f"curves.png is left out: {error}")

@@ -19,7 +19,7 @@ from networks.weights.start import read_snapshot, read_weights
 from tests.conftest import randomize
 from utils.common.compat import torch_version
 from utils.common.errors import UserError
-from utils.devices.memory import passing_bytes
+from utils.devices.memory import measure_forward_pass
 from utils.inference.sliding import SlidingPredictor
 from utils.ops.normalization import Normalization
 from utils.ops.upsampling import round_size
@@ -318,7 +318,7 @@ def test_folding_norms_leaves_timm_alone_and_memory_is_probed_at_its_stride():
     images = torch.randn(1, 3, 64, 96)
     folded = fold_norms(network)
     assert torch.allclose(folded(images)["fine"], network(images)["fine"], atol=1e-5)
-    a_pixel, maps = passing_bytes(folded, torch.device("cpu"))
+    a_pixel, maps = measure_forward_pass(folded, torch.device("cpu"))
     assert 12 < a_pixel < 10000 and maps == 10
 
 

@@ -267,7 +267,7 @@ def test_the_average_goes_on_by_its_updates_or_by_the_steps_of_an_older_snapshot
                                  processes=None, average=copy.deepcopy(network))
         resume.restore(found, engine)
         assert engine.average_updates == expected
-        assert ("it goes on as after 7 updates" in capsys.readouterr().out) == (updates is DELETE)
+        assert ("it continues as after 7 updates" in capsys.readouterr().out) == (updates is DELETE)
 
 
 def resumed(found, network):
@@ -373,17 +373,17 @@ def test_a_list_that_was_moved_is_the_same_and_a_shorter_one_is_not(streets, tmp
 
 def test_resume_notices_a_changed_list_and_takes_a_moved_one(sound, files):
     def config(count, sha256, **arguments):
-        names = (*resume.SAME_RUN, *resume.NEW_COURSE, "data_list")
+        names = (*resume.SAME_RUN, *resume.MAY_CHANGE, "data_list")
         arguments = dict.fromkeys(names) | {"loss_weights": "fine=0.7"} | arguments
         return Config({}, None, [], (), arguments, {"count": count, "sha256": sha256})
 
-    resume.compare("x.pth", config(9, "a", data_list=["old.txt"]), config(9, "a", data_list=["new.txt"]))
+    resume.check_same_run("x.pth", config(9, "a", data_list=["old.txt"]), config(9, "a", data_list=["new.txt"]))
     with pytest.raises(UserError, match="x.pth: expected a run on the 8 pairs .* of --data-list, found one on 9"):
-        resume.compare("x.pth", config(9, "a", data_list=["l"]), config(8, "b", data_list=["l"]))
+        resume.check_same_run("x.pth", config(9, "a", data_list=["l"]), config(8, "b", data_list=["l"]))
     old = config(9, "a", data_list=["old.txt"])
     old.samples = None      # as snapshots of before have it: names are all there is to compare
     with pytest.raises(UserError, match=r"expected a run with --data-list \['new.txt'\], found \['old.txt'\]"):
-        resume.compare("x.pth", old, config(9, "a", data_list=["new.txt"]))
+        resume.check_same_run("x.pth", old, config(9, "a", data_list=["new.txt"]))
 
 
 def test_classes_of_one_name_are_refused():

@@ -10,7 +10,7 @@ from networks import predictor
 from networks.predictor import load
 from utils.common.errors import UserError
 from utils.devices import select
-from utils.devices.driver import lacks_kernels, unusable_gpu
+from utils.devices.driver import missing_kernels, unusable_gpu
 
 # As the driver writes them, the second one since its kernel modules are open.
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Sep 12 19:41:22 UTC 2023\nGCC version:  gcc 11\n"
@@ -34,11 +34,11 @@ def ask(machine, text, cuda):
      "CUDA 12"),
     (CLOSED, "470.223.02", "12.1", "needs driver 525 or newer; install that, or a PyTorch built for CUDA 11"),
     (CLOSED, "390.157", "12.1", "needs driver 525 or newer; install that"),
-    (OPEN, "580.65.06", None, "built for the CPU alone; install a PyTorch built for CUDA 13"),
+    (OPEN, "580.65.06", None, "built for the CPU only; install a PyTorch built for CUDA 13"),
     (CLOSED, "390.157", None, "install driver 450 or newer and a PyTorch built for CUDA"),
-    (OPEN, "580.65.06", "14.0", "which driver CUDA 14.0 needs is not known here: see NVIDIA's list, or install a "
-     "PyTorch built for CUDA 13"),
-    (OPEN, "580.65.06", "13.0", "cannot use though the driver is new enough")])
+    (OPEN, "580.65.06", "14.0", "for the driver that CUDA 14.0 needs see NVIDIA's list, or install a PyTorch "
+     "built for CUDA 13"),
+    (OPEN, "580.65.06", "13.0", "cannot use although the driver is new enough")])
 def test_driver_and_build_are_named_with_what_to_install(machine, text, driver, cuda, said):
     found = ask(machine, text.format(driver), cuda)
     assert f"a GPU with driver {driver}" in found and said in found and "2.15.0" in found
@@ -61,7 +61,7 @@ CUDA13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
     ((7, 0), [], None), ((9, 0), ["gfx90a", "gfx942"], None)])
 def test_a_gpu_without_kernels_is_told_from_what_was_built(capability, archs, instead, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")      # for others the wheels were built for less
-    found = lacks_kernels("Tesla X", capability, archs, "2.14.1", "13.0")
+    found = missing_kernels("Tesla X", capability, archs, "2.14.1", "13.0")
     assert found is None if instead is None else found.startswith("Tesla X of compute capability ") and instead in found
 
 

@@ -15,14 +15,14 @@ from networks.backbones.names import BACKBONES
 from networks.backbones.resnet import RECOMPUTE
 from networks.build import build_network
 from tests.benchmarks.memory import AMP, COUNTED, COUNTED_MODELS, NoConvolutions, kept_bytes, measure
-from utils.devices.memory import bytes_a_pixel, free_bytes, passing_bytes, ran_out
+from utils.devices.memory import bytes_per_pixel, free_bytes, is_out_of_memory, measure_forward_pass
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
           (torch.bfloat16, "full"): 900}
 
 
 @pytest.mark.parametrize("autocast, recompute", BOUNDS)
-def test_bytes_a_pixel_of_the_whole_network(autocast, recompute):
+def test_bytes_per_pixel_of_the_whole_network(autocast, recompute):
     with NoConvolutions():      # on CPUs without instructions for bf16 they would take many minutes
         parts, pixels = measure("eca_resnet101", autocast, recompute, (257, 257))
     kept = sum(parts.values()) / pixels
@@ -34,15 +34,15 @@ def test_bytes_a_pixel_of_the_whole_network(autocast, recompute):
 def test_the_table_says_what_is_counted(recompute, amp):
     parts, pixels = measure("resnet18", AMP[amp], recompute, (129, 129), model="acfnet_resnet")
     network = {"backbone": "resnet18", "norm": "inplace_abn", "recompute": recompute, "amp": amp}
-    assert bytes_a_pixel(model="acfnet_resnet", **network) == pytest.approx(sum(parts.values()) / pixels, rel=0.02)
-    assert bytes_a_pixel(model="another", **network) is None
+    assert bytes_per_pixel(model="acfnet_resnet", **network) == pytest.approx(sum(parts.values()) / pixels, rel=0.02)
+    assert bytes_per_pixel(model="another", **network) is None
 
 
 def test_the_table_has_every_usual_network():
     for backbone, model, norm, recompute, amp in itertools.product(COUNTED, COUNTED_MODELS, NORMS, RECOMPUTE, (
             "off", "bf16", "fp16")):
         if recompute in BACKBONES[backbone].recompute_choices():
-            size = bytes_a_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
+            size = bytes_per_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
             assert 100 < size < 20000, (model, backbone, norm, recompute, amp)
 
 
@@ -98,7 +98,8 @@ def test_light_costs_at_most_8_per_cent_more_multiplications():
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"])
 def test_every_way_of_running_out_is_recognized(error):
-    assert ran_out(error) and not ran_out("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`")
 
 
 class LiveTensors(TorchDispatchMode):
@@ -120,11 +121,11 @@ class LiveTensors(TorchDispatchMode):
 @pytest.mark.parametrize("backbone", ["eca_resnet18", "eca_resnet50"])
 def test_a_pass_takes_at_least_what_is_said(backbone):
     network = fold_norms(build_network("acfnet_resnet", 19, backbone))
-    a_pixel, maps = passing_bytes(network, torch.device("cpu"))
+    a_pixel, maps = measure_forward_pass(network, torch.device("cpu"))
     with LiveTensors() as live, torch.no_grad():
         network(torch.zeros(1, 3, 257, 257))
     assert maps == 38 and 0.25 < a_pixel * 257 ** 2 / live.most <= 1
-    assert 0.4 < passing_bytes(network, torch.device("cpu"), torch.bfloat16)[0] / a_pixel < 0.7
+    assert 0.4 < measure_forward_pass(network, torch.device("cpu"), torch.bfloat16)[0] / a_pixel < 0.7
 
 
 def test_free_memory_is_that_of_the_machine():

@@ -67,5 +67,6 @@ def test_a_chart_that_cannot_be_drawn_is_a_line(tmp_path, monkeypatch, capsys):
         charts.confusion_picture(tmp_path / "file/a.png", matrix, ["road", "car"])
     monkeypatch.setattr(charts, "new_figure", lambda *size: 1 / 0)
     charts.confusion_picture(tmp_path / "a.png", matrix, ["road", "car"])
-    assert capsys.readouterr().err == "confusion picture: expected to draw it, found: division by zero; it is missing\n"
+    assert capsys.readouterr().err == (
+        "confusion picture: expected to draw it, found: division by zero; it is left out\n")
     assert not (tmp_path / "a.png").exists() and charts.reliability_chart({}) is None

@@ -13,7 +13,7 @@ import torch
 
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
 from utils.metrics.iou import ConfusionMatrix
-from utils.metrics.report import EACH_CLASS, OVERALL, WorstImages
+from utils.metrics.report import WORST_OVERALL, WORST_PER_CLASS, WorstImages
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -43,10 +43,10 @@ def test_the_worst_images_of_all_and_of_each_class_are_kept():
         return ((predicted == index) & (truth == index)).sum() / union if union else np.nan
 
     means = {name: np.nanmean([iou(truth, p, i) for i in range(3)]) for name, truth, p in scenes}
-    expected = set(sorted(means, key=means.get)[:OVERALL])
+    expected = set(sorted(means, key=means.get)[:WORST_OVERALL])
     for index in range(3):
         having = [(iou(truth, p, index), name) for name, truth, p in scenes if (truth == index).any()]
-        expected |= {name for _, name in sorted(having)[:EACH_CLASS]}
+        expected |= {name for _, name in sorted(having)[:WORST_PER_CLASS]}
     for order in (range(60), reversed(range(60))):
         worst = WorstImages(names, lambda m: np.zeros((*m.shape, 3), np.uint8))
         for number in order:

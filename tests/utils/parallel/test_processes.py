@@ -28,7 +28,7 @@ from utils.devices.precision import Precision
 from utils.devices.select import share_cores
 from utils.ops.normalization import Normalization
 from utils.parallel import interfaces, launch
-from utils.parallel.launch import Place, launched
+from utils.parallel.launch import Ranks, torchrun_ranks
 from utils.parallel.processes import Processes, share_batches
 from utils.parallel.replicas import ThreadReplicas
 from utils.training.engine import Engine, NetworkWithLoss, step_loss
@@ -162,10 +162,10 @@ TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK
 def test_the_place_among_processes(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    assert launched() is None
+    assert torchrun_ranks() is None
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert launched() == (8, 5, 4, 1)
+    assert torchrun_ranks() == (8, 5, 4, 1)
 
 
 def test_a_single_pod_runs_alone(monkeypatch):
@@ -174,7 +174,7 @@ def test_a_single_pod_runs_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    assert launched() is None
+    assert torchrun_ranks() is None
 
 
 @pytest.mark.parametrize("tasks, warned", [(None, False), ("1", False), ("2", True)])
@@ -198,7 +198,7 @@ def test_senseless_variables_are_a_sentence(monkeypatch, name, value):
         monkeypatch.setenv(other, good)
     monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
     with pytest.raises(UserError, match=f"^{name}: expected .*as torchrun sets it, found "):
-        launched()
+        torchrun_ranks()
 
 
 @pytest.mark.parametrize("rank, address", [("0", "localhost"), ("1", "localhost"), ("1", "nowhere.invalid")])
@@ -206,7 +206,7 @@ def test_nobody_waits_forever_for_the_others(rank, address):
     port = free_port()
     code = ("from datetime import timedelta\nimport torch\n"
             "from utils.common import command\nfrom utils.parallel import launch\n"
-            "launch.MEETING = timedelta(seconds=2)\n"
+            "launch.MEET_TIMEOUT = timedelta(seconds=2)\n"
             "command.run(lambda: launch.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": address,
                  "MASTER_PORT": str(port)}
@@ -219,7 +219,7 @@ def test_nobody_waits_forever_for_the_others(rank, address):
 
 SEPARATED = {
     "refused": "os.environ['GLOO_SOCKET_IFNAME'] = 'nowhere'",
-    "silent": "launch._exchange = lambda device: time.sleep(600)",
+    "silent": "launch._try_all_reduce = lambda device: time.sleep(600)",
 }
 
 
@@ -229,7 +229,7 @@ def test_processes_that_meet_but_do_not_reach_each_other_end_in_a_sentence(fault
     code = ("import os, time\nfrom datetime import timedelta\nimport torch\n"
             "from utils.common import command\nfrom utils.parallel import launch\n"
             "meet = launch._meet\n"
-            "def meet_and_hurry(place):\n    store = meet(place)\n    launch.MEETING = timedelta(seconds=3)\n"
+            "def meet_and_hurry(ranks):\n    store = meet(ranks)\n    launch.MEET_TIMEOUT = timedelta(seconds=3)\n"
             "    return store\n"
             "launch._meet = meet_and_hurry\n"
             f"if os.environ['RANK'] == '1':\n    {SEPARATED[fault]}\n"
@@ -270,17 +270,17 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_hosts(monkeypatch, caps
     store.set("met/1", other)
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    interfaces.choose_interface(Place(2, 0, 1, 0), store)
+    interfaces.choose_interface(Ranks(2, 0, 1, 0), store)
     chosen = os.environ.pop("GLOO_SOCKET_IFNAME", None)
     assert chosen == expected
     assert capsys.readouterr().out.startswith(
-        f"GLOO_SOCKET_IFNAME: not set; gloo uses {expected}, " if expected else "GLOO_SOCKET_IFNAME: not set; which ")
+        f"GLOO_SOCKET_IFNAME: not set; gloo uses {expected}, " if expected else "GLOO_SOCKET_IFNAME: not set; the ")
 
 
-@pytest.mark.parametrize("place, chosen", [(Place(2, 0, 2, 0), None), (Place(2, 0, 1, 0), "eth7")])
-def test_one_host_or_a_chosen_interface_stay_as_they_are(monkeypatch, capsys, place, chosen):
+@pytest.mark.parametrize("ranks, chosen", [(Ranks(2, 0, 2, 0), None), (Ranks(2, 0, 1, 0), "eth7")])
+def test_one_host_or_a_chosen_interface_stay_as_they_are(monkeypatch, capsys, ranks, chosen):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen) if chosen else monkeypatch.delenv("GLOO_SOCKET_IFNAME", False)
-    interfaces.choose_interface(place, store=None)
+    interfaces.choose_interface(ranks, store=None)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen and not capsys.readouterr().out
 
 
@@ -305,7 +305,7 @@ def test_the_line_for_slurm_starts_one_run(tmp_path):
     (tmp_path / "script.py").write_text(
         "import torch\nfrom utils.common import command\nfrom utils.parallel import launch\n"
         "def main():\n    processes = launch.join_processes(torch.device('cpu'))\n"
-        "    print(processes.gather_objects(tuple(launch.launched())))\n    launch.leave_processes()\n"
+        "    print(processes.gather_objects(tuple(launch.torchrun_ranks())))\n    launch.leave_processes()\n"
         "command.run(main)\n")
     commands = {
         "srun": 'test "$1 $2" = "--ntasks-per-node 1" || exit 9\nshift 2\n'
@@ -447,9 +447,9 @@ def test_gpus_of_different_kinds_compute_in_what_all_of_them_have(monkeypatch):
 def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
     asked = {}
-    monkeypatch.setattr(launch, "_meet", lambda place: "store")
-    monkeypatch.setattr(launch, "choose_interface", lambda place, store: asked.update(interface_for=store))
-    monkeypatch.setattr(launch, "_exchange", lambda device: asked.update(exchanged_on=device))
+    monkeypatch.setattr(launch, "_meet", lambda ranks: "store")
+    monkeypatch.setattr(launch, "choose_interface", lambda ranks, store: asked.update(interface_for=store))
+    monkeypatch.setattr(launch, "_try_all_reduce", lambda device: asked.update(exchanged_on=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
     monkeypatch.setattr(launch, "Processes", lambda: None)
     for name, value in TORCHRUN.items():

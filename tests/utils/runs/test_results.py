@@ -33,7 +33,7 @@ def test_only_what_is_recorded_is_replaced(tmp_path, capsys):
     write(folder, ["result.json", "labelIds/b.png"])
     assert listing(folder) == {"result.json": b"ours", "labelIds": False, "labelIds/b.png": b"ours",
                                "labelIds/mine.png": b"mine", RECORD: (folder / RECORD).read_bytes()}
-    assert "1 file left there, which no run is recorded to have written, such as labelIds/m" in capsys.readouterr().out
+    assert "1 file left there, which no run has recorded, such as labelIds/m" in capsys.readouterr().out
 
 
 def test_what_was_not_written_after_all_is_not_recorded(tmp_path):

@@ -91,14 +91,14 @@ def test_what_is_in_the_files_goes_there_too_and_resume_goes_on_there(streets, t
     assert [(step, what) for kind, step, what in told if kind == "picture"] == [
         (step, ("image_truth_coarse_fine_difference", 3, "uint8")) for step in (2, 4)]
     assert first.told[-1] == second.told[-1] == ("close", None, False)
-    assert "knows no earlier run" not in capsys.readouterr().out
+    assert "has no earlier run" not in capsys.readouterr().out
 
 
 def test_a_run_that_was_not_told_begins_anew_there(streets, tmp_path, serve, capsys):
     run(streets, tmp_path, "--num-steps", "1")
     serve("mlflow", Kept)
     run(streets, tmp_path, "--num-steps", "2", "--resume", "--log", "mlflow", "mlflow")
-    assert len(Kept.began) == 1 and "knows no earlier run there, so a new one begins" in capsys.readouterr().out
+    assert len(Kept.began) == 1 and "has no earlier run there, so a new one begins" in capsys.readouterr().out
 
 
 def test_a_service_that_fails_costs_nothing_but_one_line(streets, tmp_path, serve, capsys):
@@ -112,11 +112,11 @@ def test_a_service_that_fails_costs_nothing_but_one_line(streets, tmp_path, serv
 def test_a_service_that_hangs_is_left_behind(tmp_path, serve, monkeypatch, capsys):
     blocked = threading.Event()
     serve("wandb", type("Hanging", (Kept,), {"numbers": lambda self, values, step: blocked.wait(30)}))
-    monkeypatch.setattr(trackers, "PATIENCE", 0.05)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT", 0.05)
     with RunLog(tmp_path, 500, track=["wandb"]) as log:
         for step in range(1, 301):
             log.metric(step, NUMBERS, 1.0)
-        assert log.trackers[0].entries.qsize() <= trackers.BEHIND
+        assert log.trackers[0].entries.qsize() <= trackers.MAX_QUEUED
     assert len(lines(tmp_path / "metrics.jsonl")) == 300
     assert capsys.readouterr().err.count("--log wandb: ") == 1
     blocked.set()

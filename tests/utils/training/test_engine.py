@@ -19,7 +19,7 @@ from utils.ops.normalization import Normalization
 from utils.parallel.processes import Processes
 from utils.training import seeds
 from utils.training.engine import Engine, NetworkWithLoss, NotFinite
-from utils.training.history import Course
+from utils.training.history import LossMonitor
 
 CPU = torch.device("cpu")
 
@@ -158,9 +158,9 @@ def test_the_host_waits_once_a_step(amp, parts, expected, monkeypatch):
 
 
 def test_a_loss_is_normal_up_to_three_times_the_median():
-    course = Course()
-    assert [course.add(loss) for loss in (5.0, 4.0, 3.0, 11.9, 13.6, 1e9, float("nan"), float("inf"), 3.0)] == \
+    monitor = LossMonitor()
+    assert [monitor.add(loss) for loss in (5.0, 4.0, 3.0, 11.9, 13.6, 1e9, float("nan"), float("inf"), 3.0)] == \
         [True, True, True, True, False, False, False, False, True]
     for _ in range(300):
-        course.add(1.0)
-    assert course.normal and not course.add(3.1)
+        monitor.add(1.0)
+    assert monitor.normal and not monitor.add(3.1)

@@ -2,7 +2,7 @@
 
 Each part gives its count, mean and centered second moment; Chan, Golub, LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances", 1979, combines them. There are two settings: processes of
-torch.distributed, and threads of `utils.replicas.run_replicas`.
+torch.distributed, and threads of `utils.parallel.replicas.run_replicas`.
 """
 
 import torch.distributed as dist

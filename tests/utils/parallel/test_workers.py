@@ -16,8 +16,8 @@ PROGRAM = """
 import multiprocessing, os, signal, sys
 import torch
 from utils.common import command
-from utils.logger import progress
-from utils.workers import Jobs, Loader, do_jobs
+from utils.common.progress import progress
+from utils.parallel.workers import Jobs, Loader, do_jobs
 
 multiprocessing.set_start_method("fork")
 fork, calls = os.fork, []

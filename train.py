@@ -82,6 +82,7 @@ def get_parser():
     parser = flags.Parser(description="Train ACFNet.", epilog=__doc__)
     add_data(parser)
     add_network(parser)
+    add_learning(parser)
     add_run(parser)
     return parser
 
@@ -120,7 +121,7 @@ def add_data(parser):
 
 
 def add_network(parser):
-    """Flags of the network, the loss and the optimizer."""
+    """Flags of the network and its initial weights."""
     net = parser.add_argument_group("network")
     net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: ACF on ASPP; acfnet_resnet: ACF on a "
                      "3×3 convolution; base: ASPP without ACF; the others are models to compare with "
@@ -162,6 +163,9 @@ def add_network(parser):
     net.add_argument("--allow-partial", action="store_true", help="accept a --restore-from that initializes less than "
                      "half of the backbone's values")
 
+
+def add_learning(parser):
+    """Flags of the loss and the optimizer."""
     optim = parser.add_argument_group("loss and optimization")
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(default: sgd)")
     optim.add_argument("--learning-rate", type=flags.positive(float), default=1e-2,

@@ -12,11 +12,13 @@ import sys
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without the usage text.
 
-    Flags cannot be abbreviated, since run_local.sh forwards some by name; descriptions keep their line breaks.
+    The usage is one line. Flags cannot be abbreviated, because run_local.sh forwards some by name; descriptions keep
+    their line breaks.
     """
 
     def __init__(self, **options):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
+        super().__init__(**{"usage": "%(prog)s [flags]", "formatter_class": argparse.RawDescriptionHelpFormatter,
+                            "allow_abbrev": False} | options)
 
     def parse_args(self, args=None, namespace=None):
         """Parse as argparse does; the error for an unknown flag names similar flags."""

@@ -1,4 +1,4 @@
-"""One training step, however many devices and parts its batch is shared by."""
+"""One training step of a batch, which devices may share and which may be processed in parts."""
 
 import math
 import re
@@ -19,21 +19,24 @@ from ..parallel.processes import Processes, share_batches
 from .optimization import average_of_weights, buffers_by_dtype, update_average
 from .seeds import random_state, set_random_state
 
-# Of what the compiler would keep for the backward pass if it computed nothing again, the share it may keep.
+# Memory that compiled code may keep for the backward pass, as a share of what it keeps without recomputation.
 COMPILED_BUDGET = 0.8
-# What norms of PyTorch and ours say of an input that has no variance.
+# Error message of the norms, PyTorch's and ours, for an input without variance.
 ONE_VALUE = re.compile("more than (1|one) value (per|a) channel")
 
 
 def compile_network(network, **options):
-    """Compile a network in place, as `nn.Module.compile` with these options does; dropout draws what it would draw
-    without.
+    """Compile a network in place, as `nn.Module.compile` does. Dropout draws the same numbers as without.
 
-    By itself the compiler keeps the input and the output of a norm, half as much again as in-place norms do. Given a
-    budget (`activation_memory_budget`, PyTorch 2.4 and newer), it computes norms and activations again, but no
-    convolution, and keeps less than they do.
+    By default the compiler keeps the input and the output of a norm, half as much again as in-place norms keep. With a
+    memory budget (`activation_memory_budget`, PyTorch 2.4 and newer), it recomputes norms and activations, but no
+    convolution, and keeps less than in-place norms.
+
+    Args:
+        network: nn.Module.
+        **options: of `nn.Module.compile`.
     """
-    import torch._functorch.config  # imported here: it takes seconds
+    import torch._functorch.config  # here, because the import takes seconds
     import torch._inductor.config
 
     torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
@@ -42,19 +45,28 @@ def compile_network(network, **options):
 
 
 def check_compile(*, devices, parallel, recompute, amp):
-    """Raise `UserError` where --compile cannot work; arguments: devices of this process, and the flags' values."""
+    """Check whether --compile can work.
+
+    Args:
+        devices: of this process.
+        parallel, recompute, amp: values of the flags.
+
+    Raises:
+        UserError: if it cannot.
+    """
     if len(devices) > 1 and parallel == "dp":
         raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
                         "replicas cannot share compiled code")
     if recompute != "none":
         raise UserError(f"--compile: expected --recompute none with it, found {recompute}, which cannot be "
-                        "compiled; compiled code decides by itself what it computes again")
+                        "compiled; the compiler itself chooses what to recompute")
     if amp == "apex":
-        raise UserError("--compile: expected --amp off, bf16 or fp16 with it, found apex, whose patched functions were "
-                        "never compiled")
+        raise UserError("--compile: expected --amp off, bf16 or fp16 with it, found apex, which replaces functions and "
+                        "was not tested with compiled code")
     if torch_version() < COMPILER:
         raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, COMPILER))} or newer, found "
-                        f"{torch.__version__}, whose compiled code was not tested, or updates running statistics twice")
+                        f"{torch.__version__}, which was not tested with --compile, or updates running statistics "
+                        "twice")
 
 
 class NetworkWithLoss(nn.Module):
@@ -63,9 +75,11 @@ class NetworkWithLoss(nn.Module):
     Its outputs are a row per device, so that `nn.DataParallel` gathers a few numbers and no logits.
 
     Args:
-        network, criterion, normalization: of the input, as in `make_engine`.
+        network: nn.Module.
+        criterion: of `loss.criterion`.
+        normalization: `Normalization` of the input.
         autocast: dtype of PyTorch's autocast, or None.
-        apex: whether apex casts in its place.
+        apex: whether apex casts instead.
     """
 
     def __init__(self, network, criterion, normalization, autocast, apex=False):
@@ -114,22 +128,23 @@ def _add_up(sums, processes):
 
 @contextmanager
 def _enough_values(images):
-    """Makes a `UserError` of what norms, ours and PyTorch's, say of one value per channel. images: (B, 3, H, W)."""
+    """Raise a `UserError` in place of the error that norms raise for one value per channel. images: (B, 3, H, W)."""
     try:
         yield
     except (ValueError, RuntimeError) as error:         # the latter of a compiled network
         if not ONE_VALUE.search(str(error)):
             raise
         count, _, height, width = images.shape
-        raise UserError("--batch-size, --input-size: expected more or larger crops at a time, as a norm of this "
-                        f"network sees one value per channel, which has no variance, found {count} of {height}×{width}"
-                        ) from None
+        raise UserError("--batch-size, --input-size: expected more or larger crops per forward pass, because one value "
+                        f"per channel at a norm has no variance, found {count} of {height}×{width}") from None
 
 
 class NotFinite(ArithmeticError):
-    """A loss term or the gradient is infinite or not a number; nothing was learnt from it.
+    """A loss term or the gradient is infinite or NaN; the weights were not updated.
 
-    what: "loss" or "gradient"; terms: {name: float} of the losses and `gradient_norm`.
+    Attributes:
+        what: "loss" or "gradient".
+        terms: {name: float} of the losses and `gradient_norm`.
     """
 
     def __init__(self, terms):
@@ -139,22 +154,25 @@ class NotFinite(ArithmeticError):
 
 
 class Engine:
-    """Takes optimization steps.
+    """Carries out training steps.
 
     Args:
-        module: `NetworkWithLoss` as it is called: alone, in `DataParallel` or `DistributedDataParallel`.
-        network: the one inside, on its device and in its dtype.
+        module: `NetworkWithLoss`, possibly wrapped in `DataParallel` or `DistributedDataParallel`.
+        network: the network in it, on its device and in its dtype.
         criterion: of `loss.criterion`.
-        optimizer, precision: as `Precision.prepare` gave them.
-        devices: those this process uses; the first one takes the batches.
+        optimizer: from `Precision.prepare`.
+        precision: `Precision`.
+        devices: of this process; batches are moved to the first one.
         processes: `Processes` that share each batch, or None.
         memory_format: of images.
-        frozen: modules of the network that do not learn, and whose norms keep their statistics.
-        clip_gradient: the most that the norm of all gradients may be, or None.
-        ema: the most that the decay of a moving average of the weights may be (`optimization.update_average`), or None.
+        frozen: modules of the network that are not trained, and whose norms keep their statistics.
+        clip_gradient: maximum norm of the gradient, or None.
+        ema: maximum decay of a moving average of the weights (`optimization.update_average`), or None.
 
-    `skipped` counts the steps that were left out because gradients overflowed in half precision, `average_updates` the
-    updates of the moving average since the run began.
+    Attributes:
+        skipped: number of steps skipped because gradients overflowed in half precision.
+        average: network with the moving average of the weights, or None.
+        average_updates: number of updates of the moving average since the run began.
     """
 
     def __init__(self, module, network, criterion, optimizer, precision, devices, *, processes=None,
@@ -166,40 +184,43 @@ class Engine:
         self.frozen, self.clip_gradient, self.ema = frozen, clip_gradient, ema
         self.average = None if ema is None else average_of_weights(network)
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the rate that a schedule multiplies
+            group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the base rate of a schedule
         self.skipped = self.average_updates = 0
-        self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
+        self._looking_ahead = defaultdict(list)     # {function: layers that decide together by calling it}
         for layer in network.modules():
             if (precision.autocast is not None or precision.casts) and hasattr(layer, "look_ahead"):
                 self._looking_ahead[layer.look_ahead].append(layer)
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
     def train_mode(self):
-        """Put the network into training mode, but for what is frozen."""
+        """Set the network to training mode, except for frozen modules."""
         self.network.train()
         for module in self.frozen:
             module.eval()
 
     @property
     def scored_network(self):
-        """The network whose results count: with the average of the weights, where there is one."""
+        """The network to evaluate: with the moving average of the weights if there is one."""
         return self.network if self.average is None else self.average
 
     def step(self, batches, factor=1.0, stop=False):
-        """Learn from one batch. The host waits for the device once, when everything but the update is queued.
+        """Train on one batch. The host waits for the device once, when everything but the update is queued.
 
         Args:
-            batches: its parts, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of this
-                process.
-            factor: by which the rate of each parameter group is multiplied.
-            stop: whether this process was asked to stop.
+            batches: parts of the batch, each {"image": (B, 3, H, W) uint8, "label": (B, H, W)[, "jitter": (B, 4)]} of
+                this process.
+            factor: multiplies the learning rate of each parameter group.
+            stop: whether a stop of this process was requested.
 
         Returns:
-            ({name: float} of the terms and `gradient_norm`, None if it overflowed in half precision; whether any
-            process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
-            before the step; `UserError` where a norm sees one value per channel.
+            ({name: float} of the terms and `gradient_norm`, which is None if it overflowed in half precision; whether a
+            stop of any process was requested).
+
+        Raises:
+            NotFinite: in all processes, with the state as it was before the step.
+            UserError: a norm has one value per channel.
         """
-        for decide, layers in self._looking_ahead.items():      # together, for the host waits each time
+        for decide, layers in self._looking_ahead.items():      # in one call, because the host waits in each
             decide(layers, len(batches) * len(self.devices))
         for buffers, kept in self._statistics:
             torch._foreach_copy_(kept, buffers)
@@ -238,9 +259,14 @@ class Engine:
         return float(total_norm([weight.detach() for weight in self.network.parameters()]))
 
     def _read(self, terms, stop):
-        """Everything the host needs to know of a step, over all processes, in one exchange and one copy.
+        """Read what the host needs of a step, over all processes, with one exchange and one copy.
 
-        terms (T,), equal in all processes → ({name: float} with `gradient_norm`, whether any was asked to stop).
+        Args:
+            terms: (T,), equal in all processes.
+            stop: as in `step`.
+
+        Returns:
+            ({name: float} with `gradient_norm`, whether a stop of any process was requested).
         """
         norm = self.precision.gradient_norm(self.optimizer)
         values = torch.cat([terms.double(), norm.double()[None], torch.full_like(norm[None], stop).double()])
@@ -253,7 +279,7 @@ class Engine:
         return {name: value / world for name, value in named.items()}, stop > 0
 
     def _place(self, batch):
-        """A batch's images and labels, on the first device."""
+        """Move the images and labels of a batch to the first device."""
         images = batch["image"].to(self.devices[0], non_blocking=True)
         if "jitter" in batch:
             images = apply_jitter(images, batch["jitter"])
@@ -270,7 +296,7 @@ class Engine:
         return {name: value if value is None else self.processes.all_reduce(value) for name, value in divisors.items()}
 
     def _exchange_gradients(self, last):
-        """Processes add up their gradients in the last part only."""
+        """A context in which processes add up their gradients, in the last part of a batch only."""
         if last or not isinstance(self.module, DistributedDataParallel):
             return nullcontext()
         return self.module.no_sync()
@@ -288,10 +314,13 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
                 processes: Processes | None = None, memory_format: torch.memory_format = torch.contiguous_format,
                 freeze: tuple[str, ...] = (), clip_gradient: float | None = None, ema: float | None = None,
                 compiled: bool = False) -> Engine:
-    """The `Engine` that trains a network, which lies on the first device.
+    """Make the `Engine` of a network.
 
-    freeze: names of the stages that do not learn; compiled: whether the network is to be; the rest as in `Engine` and
-    `NetworkWithLoss`.
+    Args:
+        network: on the first device.
+        freeze: names of the stages to freeze.
+        compiled: whether to compile the network.
+        others: as in `Engine` and `NetworkWithLoss`.
     """
     frozen = network.backbone.first_stages(freeze)
     for module in frozen:

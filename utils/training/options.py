@@ -1,4 +1,4 @@
-"""Options of a training run, resolved: nothing is left open, and nothing changes them."""
+"""Resolved options of a training run, which nothing changes afterward."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """From which samples a run learns, and how they are drawn; names are those of the flags.
+    """Training samples and how they are drawn. Fields are named like the flags.
 
     Attributes:
-        input_size: (height, width) of the crops in pixels, such that logits fit them.
+        input_size: (height, width) of the crops in pixels, rounded to a size that fits the network.
         batch_size: images per step, over all devices.
     """
 
@@ -31,11 +31,11 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningOptions:
-    """The loss and the steps; names are those of the flags.
+    """The loss and the optimizer. Fields are named like the flags.
 
     Attributes:
         loss_weights: {head: factor}.
-        accumulate: parts in which a batch goes through.
+        accumulate: number of parts in which a batch is processed.
     """
 
     optimizer: str
@@ -59,12 +59,12 @@ class LearningOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """How a run computes; names are those of the flags.
+    """How a run computes. Fields are named like the flags.
 
     Attributes:
         abn_backend: one of `libs.backend.CHOICES`.
         amp: mixed precision, one of `utils.devices.precision.CHOICES`.
-        channels_last: whether feature maps have their channels innermost.
+        channels_last: whether feature maps are in channels-last memory format.
     """
 
     abn_backend: str
@@ -81,7 +81,7 @@ class MachineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
-    """What a run writes, where, and after how many steps; names are those of the flags."""
+    """What a run writes, where, and after how many steps. Fields are named like the flags."""
 
     snapshot_dir: str
     save_pred_every: int

@@ -117,7 +117,8 @@ def torch_version():
 
 @contextlib.contextmanager
 def opencv_silent():
-    """Context in which OpenCV prints nothing about files that it cannot open."""
+    """Context in which OpenCV, and FFmpeg in it, print nothing about files that they cannot open."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")       # read when the first video is opened
     logging = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging     # OpenCV 5 moved the function
     before = logging.setLogLevel(0)
     try:

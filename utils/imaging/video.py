@@ -30,7 +30,6 @@ CODECS = ("vp09", "mp4v")       # VP9, which browsers play; MPEG-4, which every 
 # frames until a file is closed, and there may be three videos.
 MIN_FREE_BYTES, MIN_FREE_BYTES_PER_PIXEL = 16 * 10 ** 6, 10
 MAX_FAILED_READS = 250          # consecutive frames that cannot be read before reading stops
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")      # silences FFmpeg, since our messages report errors
 
 
 def is_video(path):

@@ -386,10 +386,9 @@ def main(argv=None):
         begin = None        # frees its memory for training
         return perform(run)
 
-    stopped = memory.catch_out_of_memory(work, lambda error: memory.out_of_memory_error(
-        error, crops=crops, input_size=options.data.input_size, accumulate=args.accumulate, recompute=args.recompute,
-        amp=options.machine.amp, model=args.model + "+acf" * args.acf, backbone=options.network["backbone"],
-        norm=args.norm, recompute_choices=find_backbone(options.network["backbone"]).recompute_choices()))
+    stopped = memory.catch_out_of_memory(work, lambda problem: memory.out_of_memory_error(
+        problem, crops=crops, input_size=options.data.input_size, accumulate=args.accumulate, recompute=args.recompute,
+        recompute_choices=find_backbone(options.network["backbone"]).recompute_choices(), amp=options.machine.amp))
     leave_processes()
     if stopped:     # the exit status says that the training is not finished
         raise command.Interrupted(stopped)

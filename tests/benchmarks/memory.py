@@ -2,7 +2,6 @@
 
     python -m tests.benchmarks.memory [--backbone eca_resnet101] [--amp bf16] [--recompute light] [--size 257,257]
     python -m tests.benchmarks.memory --all          every combination, as a table
-    python -m tests.benchmarks.memory --write        count anew what train.py says where the memory does not suffice
 
 Two crops, 19 classes. Every storage that is alive after the forward pass because of the graph counts once:
 what autograd functions saved, and what they hold otherwise. Parameters, their low-precision copies, the images
@@ -10,22 +9,17 @@ and the logits that are returned do not count.
 """
 
 import gc
-import itertools
 from collections import defaultdict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from libs.abn import NORMS
 from networks.backbones.names import BACKBONES
 from networks.backbones.resnet import RECOMPUTE
 from networks.build import build_network
-from utils.common import files, flags
-from utils.devices.memory import TABLE, table_key
+from utils.common import flags
 
 AMP = {"off": None, "bf16": torch.bfloat16}
-COUNTED = ("resnet18", "eca_resnet18", "eca_resnet50", "eca_resnet101")     # backbones in the table of train.py
-COUNTED_MODELS = ("acfnet", "acfnet_resnet", "base")
 
 
 def measure(backbone, autocast, recompute, size, norm="inplace_abn", model="acfnet"):
@@ -46,26 +40,6 @@ class NoConvolutions(TorchDispatchMode):
         return torch.zeros(result.shape, dtype=result.dtype)
 
 
-def write():
-    """Count the usual networks with crops of 129×129, and write `utils.devices.memory.TABLE`."""
-    counted, images = {}, torch.randn(2, 3, 129, 129)
-    for backbone, model, norm, recompute in itertools.product(COUNTED, COUNTED_MODELS, NORMS, RECOMPUTE):
-        if recompute not in BACKBONES[backbone].recompute_choices():
-            continue
-        with torch.device("meta"):      # drawing random weights would take longer than everything else
-            network = build_network(model, backbone=backbone, norm=norm, recompute=recompute)
-        network.to_empty(device="cpu")
-        for name, tensor in network.state_dict().items():
-            tensor.fill_(0 if name.endswith(("bias", "mean")) else 1)
-        for amp, dtype in AMP.items():
-            with NoConvolutions():
-                parts, _ = kept_bytes(network, images, dtype)
-            key = table_key(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
-            counted[key] = round(sum(parts.values()) / images[:, 0].numel())
-            print(f"{key}: {counted[key]} bytes per pixel", flush=True)
-    files.write_json(TABLE, counted)
-
-
 def main():
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--backbone", choices=BACKBONES, default="eca_resnet101")
@@ -74,11 +48,7 @@ def main():
     parser.add_argument("--norm", choices=("inplace_abn", "bn"), default="inplace_abn")
     parser.add_argument("--size", type=flags.size, default=(257, 257))
     parser.add_argument("--all", action="store_true", help="every combination of --amp and --recompute, and --norm bn")
-    parser.add_argument("--write", action="store_true", help="write the table in utils/")
     args = parser.parse_args()
-    if args.write:
-        write()
-        return
     if not args.all:
         parts, pixels = measure(args.backbone, AMP[args.amp], args.recompute, args.size, args.norm)
         for part, size in parts.items():

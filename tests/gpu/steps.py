@@ -258,8 +258,8 @@ def out_of_memory(device):
         words = str(error)
     assert memory.is_out_of_memory(words), f"expected it to be recognized, found {words[:200]}"
     sentence = str(memory.out_of_memory_error(
-        words, crops=8, input_size=(769, 769), accumulate=1, recompute="none", recompute_choices=RECOMPUTE, amp="bf16",
-        model="acfnet", backbone="eca_resnet101", norm="inplace_abn"))
+        words, crops=8, input_size=(769, 769), accumulate=1, recompute="none", recompute_choices=RECOMPUTE,
+        amp="bf16"))
     assert sentence.startswith("out of memory: expected room for 8 crops of 769×769") and "--recompute" in sentence
     return sentence[:60]
 

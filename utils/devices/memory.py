@@ -1,7 +1,6 @@
-"""Memory: estimates for training and inference, peak and free memory of a device, out-of-memory errors."""
+"""Memory of a device: peak, free, needed for inference; out-of-memory errors."""
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -16,28 +15,6 @@ try:
     import resource
 except ImportError:     # on Windows
     resource = None
-
-
-TABLE = Path(__file__).with_name("memory.json")     # written by `python -m tests.benchmarks.memory --write`
-
-
-def table_key(*, model, backbone, norm, recompute, amp):
-    """Return the key of a network in `TABLE`."""
-    return f"{model} {backbone} {norm} {recompute} {'bf16' if amp == 'fp16' else amp}"
-
-
-def bytes_per_pixel(**network):
-    """Look up the bytes that a network keeps for its backward pass per pixel of its input.
-
-    The network is not built, because this is called after the memory has run out.
-
-    Args:
-        network: arguments of `table_key`.
-
-    Returns:
-        A number; None if `TABLE` does not have the network.
-    """
-    return json.loads(TABLE.read_text(encoding="utf-8")).get(table_key(**network))
 
 
 def peak_bytes(device):
@@ -73,8 +50,7 @@ def catch_out_of_memory(work, make_error):
     raise make_error(problem)       # outside the except block, whose traceback keeps tensors alive
 
 
-def out_of_memory_error(problem, *, crops, input_size, accumulate, recompute, recompute_choices, amp, model, backbone,
-                        norm):
+def out_of_memory_error(problem, *, crops, input_size, accumulate, recompute, recompute_choices, amp):
     """Make the `UserError` for too little memory in training, with flags that reduce the memory.
 
     Args:
@@ -82,28 +58,15 @@ def out_of_memory_error(problem, *, crops, input_size, accumulate, recompute, re
         crops: crops per pass on one device.
         input_size: (height, width) of a crop in pixels.
         accumulate: parts of a batch.
+        recompute: as `--recompute`.
         recompute_choices: possible values of `recompute`, from none to the most recomputation.
-        model, backbone, norm, recompute, amp: as for `table_key`.
+        amp: as `--amp`.
     """
-    pixels = input_size[0] * input_size[1]
-
-    def kept(recompute, amp, parts=1):
-        """Format the kept memory, such as " 1.2 GB"; "" for a network that is not in the table."""
-        size = bytes_per_pixel(model=model, backbone=backbone, norm=norm, recompute=recompute, amp=amp)
-        return f" {size * crops * pixels / parts / 1e9:.1f} GB" if size else ""
-
-    now = kept(recompute, amp)
     more = recompute_choices[recompute_choices.index(recompute) + 1:] if recompute in recompute_choices else ()
-    choices = [f"--recompute {kind}{kept(kind, amp)}" for kind in more]
-    if amp == "off":
-        choices.insert(0, f"--amp bf16{kept(recompute, 'bf16')}")
-    if crops > 1:
-        choices.append(f"--accumulate {2 * accumulate}{kept(recompute, amp, 2) or ' half as much'}")
-    choices.append("a smaller --input-size less in proportion to its pixels")
-    amount = f"about{now}" if now else "most of the memory"
+    remedies = (["--amp bf16"] * (amp == "off") + [f"--recompute {choice}" for choice in more]
+                + [f"--accumulate {2 * accumulate}"] * (crops > 1) + ["a smaller --input-size"])
     return UserError(f"out of memory: expected room for {crops} crops of {input_size[0]}×{input_size[1]} on a device, "
-                     f"which keep {amount} for the backward pass besides the weights, found: {problem}; remedies, with "
-                     f"the memory kept then: {', '.join(choices)}")
+                     f"found: {problem}; these need less memory: {', '.join(remedies)}")
 
 
 def free_bytes(device):

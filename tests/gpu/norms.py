@@ -63,7 +63,7 @@ def compare(device, kind, dtype, layout, activation, training, parts, shape=(8, 
     expected = in_float64(norm, x, dy, activation, training)
     backend.set_backend(norm, "package" if parts == "package" else "torch")
     if parts == "process":
-        norm._exchange = lambda x: Processes()
+        norm._find_peers = lambda x: Processes()
     x.requires_grad_()
     module = nn.Sequential(Copy(), norm)
     y = (ThreadReplicas(module, 2) if parts == "replicas" else module)(x)

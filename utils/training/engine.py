@@ -168,10 +168,10 @@ class Engine:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the rate that a schedule multiplies
         self.skipped = self.average_updates = 0
-        self._looking_ahead = defaultdict(list)     # layers by the function with which they decide together
+        self._deciding_layers = defaultdict(list)     # layers by the function with which they decide together
         for layer in network.modules():
-            if (precision.autocast is not None or precision.casts) and hasattr(layer, "look_ahead"):
-                self._looking_ahead[layer.look_ahead].append(layer)
+            if (precision.autocast is not None or precision.casts) and hasattr(layer, "decide_kept_inputs"):
+                self._deciding_layers[layer.decide_kept_inputs].append(layer)
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
     def train_mode(self):
@@ -199,7 +199,7 @@ class Engine:
             process was asked to stop). Raises `NotFinite`, in all processes alike, with the state as it was
             before the step; `UserError` where a norm sees one value per channel.
         """
-        for decide, layers in self._looking_ahead.items():      # together, for the host waits each time
+        for decide, layers in self._deciding_layers.items():      # together, for the host waits each time
             decide(layers, len(batches) * len(self.devices))
         for buffers, kept in self._statistics:
             torch._foreach_copy_(kept, buffers)

@@ -117,7 +117,7 @@ def test_the_package_is_a_backend(monkeypatch):
     for a, b in zip(gradients(layer, x, dy), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert calls == [1]
-    with pytest.raises(RuntimeError, match="found torch.bfloat16 on cpu; the backend torch does this"):
+    with pytest.raises(RuntimeError, match="found torch.bfloat16 on cpu; the backend torch supports this"):
         layer(x.bfloat16())
     backend.set_backend(layer, "auto")
     gradients(layer, x, dy)
@@ -126,8 +126,8 @@ def test_the_package_is_a_backend(monkeypatch):
 
 def test_a_missing_package_is_said(monkeypatch):
     monkeypatch.setattr(backend, "package", lambda: None)
-    assert "not installed; not needed" in backend.describe("auto")
-    with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found none that imports"):
+    assert "optional package inplace_abn is not installed" in backend.describe("auto")
+    with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found that it cannot be imported"):
         backend.set_backend(InPlaceABN(3), "package")
     with pytest.raises(ValueError, match="expected one of auto, torch, package"):
         backend.set_backend(InPlaceABN(3), "other")

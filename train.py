@@ -31,7 +31,7 @@ from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
 from dataset.weights import class_weights
 from libs import backend
-from libs.abn import NORMS, count_input_keeping_norms
+from libs.abn import NORMS, count_input_keeping_norms, set_backend
 from loss.criterion import SegmentationCriterion
 from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
 from networks.backbones.resnet import RECOMPUTE
@@ -521,7 +521,7 @@ def make_network(options, config, begin, devices, processes, allow_partial):
         devices[0], memory_format=options.machine.memory_format)
     synchronize_norms(network, devices, processes)
     if config.network["norm"] == "inplace_abn":
-        backend.set_backend(network, options.machine.abn_backend)
+        set_backend(network, options.machine.abn_backend)
         logger.info(backend.describe(options.machine.abn_backend))
     resume.check_room(options.results.snapshot_dir, network, options.learning.optimizer, options.learning.ema)
     if begin.weights is not None:

@@ -1,7 +1,7 @@
-"""Activated batch normalization: the layers of the `inplace_abn` package 1.1.0 in PyTorch alone.
+"""Activated batch normalization: the layers of the `inplace_abn` package 1.1.0, implemented in PyTorch.
 
-Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
-CVPR 2018. A layer is a batch norm and the activation after it. In a network of your own:
+Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", CVPR 2018. A layer
+is a batch norm followed by an activation. In a network of your own:
 
     import torch
     from libs.abn import InPlaceABN
@@ -21,13 +21,13 @@ from utils.ops.autocast import without_autocast
 from utils.parallel.replicas import Replicas
 
 from . import backend, functions, kernels, recompute
-from .synchronize import combine, find_exchange
+from .synchronize import combine, find_norm_peers
 
 HALF = (torch.float16, torch.bfloat16)
-# Rounding y to half precision shifts the recovered x̂ by about ε · sqrt(x̂² + r²), r = |bias| / (|weight| + eps);
-# rounding x, which no norm escapes, by ε · |x̂|. So over a layer, where x̂ is about one, the error is at most twice
-# that of a norm that keeps its input while the root mean square of r is at most the square root of two.
-LARGEST_RATIO = 2 ** 0.5
+# Rounding y to half precision shifts the recovered x̂ by about ε · sqrt(x̂² + r²), where r = |bias| / (|weight| + eps).
+# Rounding x, which happens with every norm, shifts x̂ by ε · |x̂|. In a whole layer, where x̂ is about one, the error is
+# at most twice that of a norm that keeps its input, if the root mean square of r is at most this ratio.
+MAX_RATIO = 2 ** 0.5
 CHECK_EVERY = 256       # forward passes
 ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity")
 
@@ -38,7 +38,7 @@ class ABN(nn.Module):
     Args:
         num_features: channels C of the input.
         eps: added to the variance.
-        momentum: weight of the newest batch in the running statistics; None for their plain average.
+        momentum: weight of the newest batch in the running statistics; None to average all batches equally.
         affine: learn `weight` and `bias`.
         track_running_stats: keep `running_mean` and (unbiased) `running_var` for evaluation.
         activation: `leaky_relu`, `relu`, `elu` or `identity`.
@@ -75,109 +75,119 @@ class ABN(nn.Module):
             self.num_batches_tracked.zero_()
 
     def reset_parameters(self):
-        """Set the running statistics, weight and bias to their first values."""
+        """Set the running statistics, weight and bias to their initial values."""
         self.reset_running_stats()
         if self.affine:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def _momentum_and_training(self):
-        """Count this batch; return the weight it has in the running statistics, and whether to use its own."""
+    def _count_batch(self):
+        """Count this batch in training, and return its weight in the running statistics."""
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return momentum, self._uses_batch()
+        return momentum
 
     def forward(self, x):
-        """x (B, C, ...) → (B, C, ...), same dtype."""
-        if self._uses_batch() and (recompute.active() or self._exchange(x) is not None):
-            return self._forward_in_parts(x)
-        momentum, training = self._momentum_and_training()
+        """Normalize and activate x (B, C, ...): same shape, same dtype."""
+        training = self._uses_batch_statistics()
+        if training and (recompute.active() or self._find_peers(x) is not None):
+            return self._forward_shared(x)
+        momentum = self._count_batch()
         x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps)
         return functions.activate_(x, self._settings(x))
 
     @outside_compiled_code
-    def _forward_in_parts(self, x):
+    def _forward_shared(self, x):
+        """Forward pass with statistics that parts of the batch share, or that recomputation uses again."""
         with without_autocast(x):
-            return self._run(x, self._settings(x))
+            return self._normalize(x, self._settings(x))
 
     def _settings(self, x):
-        return functions.Settings(self.eps, self.activation, self.activation_param, self._uses_batch(),
+        return functions.Settings(self.eps, self.activation, self.activation_param, self._uses_batch_statistics(),
                                   absolute=False, keep_input=True)
 
-    def _uses_batch(self):
-        """Whether the statistics are those of the batch."""
+    def _uses_batch_statistics(self):
+        """Whether to normalize with the statistics of the batch instead of the running ones."""
         return self.training or self.running_mean is None
 
-    def _exchange(self, x):
-        """How to reach the other parts of the batch (`libs.synchronize`); None: there are none."""
+    def _find_peers(self, x):
+        """`Processes` or `Replicas` that share the batch with this layer, or None (`libs.synchronize`)."""
         return None
 
-    def _run(self, x, settings):
+    def _normalize(self, x, settings):
+        """Normalize and activate x by the autograd functions of `libs.functions`."""
         if settings.training:
-            mean, invstd, count, exchange = recompute.remembered(lambda: self._batch_statistics(x))
+            mean, invstd, count, peers = recompute.compute_once(lambda: self._batch_statistics(x))
         else:
             dtype = functions.statistics_dtype(x)
-            mean, invstd, count = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt(), None
-            exchange = None     # nothing to share
-        if not isinstance(exchange, Replicas):
-            return functions.Normalize.apply(x, self.weight, self.bias, mean, invstd, count, settings, exchange)
+            mean, invstd = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt()
+            count = peers = None
+        if not isinstance(peers, Replicas):
+            return functions.Normalize.apply(x, self.weight, self.bias, mean, invstd, count, settings, peers)
         kept = x if settings.keep_input else None
-        y, token = functions.NormaliseReplica.apply(x, self.weight, self.bias, mean, invstd, count, settings)
+        y, token = functions.NormalizeReplica.apply(x, self.weight, self.bias, mean, invstd, count, settings)
         if not recompute.replaying():
-            token = functions.Gather.apply(exchange.rank, *exchange.share(token))
-        return functions.MeasureReplica.apply(y, token, kept, self.weight, self.bias, mean, invstd, settings)
+            token = functions.Gather.apply(peers.rank, *peers.share(token))
+        return functions.SumReplica.apply(y, token, kept, self.weight, self.bias, mean, invstd, settings)
 
     @torch.no_grad()
     def _batch_statistics(self, x):
-        """Mean and 1 / sqrt(var + eps) (C,) of the whole batch, its values per channel, and with whom it is shared.
+        """Compute the statistics of the whole batch, and update the running statistics.
 
-        The values are a number, or on a GPU those of each part (P,). Updates the running statistics.
+        Returns:
+            (mean (C,), 1 / sqrt(var + eps) (C,), count, peers): `count` is the number of values per channel, an int, or
+            on a GPU that shares the batch a tensor () or (P,) whose sum it is; `peers` as from `_find_peers`.
         """
-        exchange, own = self._exchange(x), functions.values_a_channel(x)
-        # On a GPU each operation on (C,) costs the host as much as one on a map: few kernels do it all.
-        if exchange is None:
-            self._check_count(own, x)
-            mean, var = functions.local_statistics(x, *self._running(exchange))
-            return mean, (var + self.eps).rsqrt(), own, None
-        if kernels.serve(x):
-            return *functions.shared_statistics(x, exchange, self.eps, *self._running(exchange)), exchange
-        count, mean, var = self._gather_statistics(x, own, exchange)
+        peers, local_count = self._find_peers(x), functions.values_per_channel(x)
+        # On a GPU an operation on (C,) costs the host as much time as one on a map, so few kernels do all the work.
+        if peers is None:
+            self._check_count(local_count, x)
+            mean, var = functions.local_statistics(x, **self._running_arguments(peers))
+            return mean, (var + self.eps).rsqrt(), local_count, None
+        if kernels.supports(x):
+            return *functions.shared_statistics(x, peers, self.eps, **self._running_arguments(peers)), peers
+        count, mean, var = self._gather_statistics(x, local_count, peers)
         self._check_count(count, x)
-        if running := self._running(exchange):
-            running_mean, running_var, momentum = running
+        if running := self._running_arguments(peers):
+            running_mean, running_var, momentum = running.values()
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-        return mean, (var + self.eps).rsqrt(), count, exchange
+        return mean, (var + self.eps).rsqrt(), count, peers
 
-    def _running(self, exchange):
-        """[running mean, running variance, weight of this batch, which is counted]; none where they stay as they are:
-        of several replicas the first one updates them."""
-        if not self.training or not self.track_running_stats or isinstance(exchange, Replicas) and exchange.rank:
-            return []
-        return [self.running_mean, self.running_var, self._momentum_and_training()[0]]
+    def _running_arguments(self, peers):
+        """Count this batch, and return the arguments for the update of the running statistics; {} without an update.
 
-    def _gather_statistics(self, x, own, exchange):
-        """Count, mean and variance (C,) of all parts of the batch.
+        Of several replicas, only the first one counts and updates.
+        """
+        if not self.training or not self.track_running_stats or isinstance(peers, Replicas) and peers.rank:
+            return {}
+        return {"running_mean": self.running_mean, "running_var": self.running_var, "momentum": self._count_batch()}
 
-        own: values per channel of this part.
+    def _gather_statistics(self, x, local_count, peers):
+        """Compute (count, mean (C,), variance (C,)) of the whole batch.
+
+        Args:
+            x: (B, C, ...), this part of the batch.
+            local_count: values per channel of this part.
+            peers: `Processes` or `Replicas` that share the batch.
         """
         mean, var = functions.local_statistics(x)
-        count = torch.full((1,), own, dtype=torch.double, device=mean.device)       # torch.tensor would wait
-        parts = torch.stack(exchange.gather(torch.cat([count, mean.double(), (var * own).double()])))   # (P, 1 + 2C)
-        counts, means, moments = parts[:, 0], *parts[:, 1:].chunk(2, dim=1)
+        count = torch.full((1,), local_count, dtype=torch.double, device=mean.device)   # torch.tensor would wait
+        parts = torch.stack(peers.gather(torch.cat([count, mean.double(), (var * local_count).double()])))
+        counts, means, moments = parts[:, 0], *parts[:, 1:].chunk(2, dim=1)             # (P,), (P, C), (P, C)
         count, mean, moment = (values.to(mean.dtype) for values in combine(counts, means, moments))
         return count if x.is_cuda else int(count), mean, moment / count
 
     def _check_count(self, count, x):
-        if not isinstance(count, torch.Tensor) and count <= 1:      # tensors stay on the GPU
+        if not isinstance(count, torch.Tensor) and count <= 1:      # reading a tensor would wait for the GPU
             raise ValueError(f"{type(self).__name__}: expected more than one value per channel in training, found an "
                              f"input of shape {tuple(x.shape)}")
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        # Version 1 files, of the first `inplace_abn` releases, do not count batches.
+        # State dicts of version 1, from the first releases of `inplace_abn`, have no count of batches.
         key = prefix + "num_batches_tracked"
         if (local_metadata.get("version") or 1) < 2 and self.track_running_stats and key not in state_dict:
             state_dict[key] = torch.tensor(0, dtype=torch.long)
@@ -192,35 +202,42 @@ class ABN(nn.Module):
 class InPlaceABN(ABN):
     """ABN with y = act(x̂ · (|weight| + eps) + bias) that overwrites its input with its output.
 
-    For the backward pass x̂ is found again from the output, so one buffer is kept for norm, activation and
-    the convolution that follows. In half precision this division by |weight| + eps loses x̂ where |bias| is
-    many times larger; a layer where that matters keeps its input instead (`keeps_input`).
+    The backward pass recovers x̂ from the output, so that the norm, the activation and the next convolution save one
+    tensor together. In half precision the division by |weight| + eps makes x̂ inaccurate where |bias| is many times
+    larger; a layer with many such channels keeps its input instead (`keeps_input`).
 
-    Arguments as in `ABN`; `leaky_relu` with a slope above zero, `elu` or `identity`.
+    Arguments as in `ABN`, with an activation that has an inverse: `leaky_relu` or `elu` with a parameter above zero, or
+    `identity`.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
                  activation="leaky_relu", activation_param=0.01):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, activation_param)
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine,
+                         track_running_stats=track_running_stats, activation=activation,
+                         activation_param=activation_param)
         if activation == "relu" or (activation in ("leaky_relu", "elu") and activation_param <= 0):
-            raise ValueError("InPlaceABN: expected an activation that can be undone (identity, leaky_relu or elu with "
+            raise ValueError("InPlaceABN: expected an activation that has an inverse (identity, leaky_relu or elu with "
                              f"a parameter above zero), found {activation} with {activation_param}")
-        self.backend = "auto"       # `libs.backend.set_backend` chooses another
+        self.backend = "auto"       # changed by `set_backend`
         # Replicas, which `nn.DataParallel` makes anew for each pass, share this object with the layer they copy.
         self._choice = SimpleNamespace(keeps_input=False, passes_left=0)
 
     def forward(self, x):
-        """x (B, C, ...) → (B, C, ...), same dtype, in the storage of x. Raises ValueError with one value per channel.
+        """Normalize and activate x (B, C, ...): same shape, same dtype, in the storage of x.
 
-        Compiled, and alone, it is written in operations that the compiler knows, so that the graph stays whole: what
-        is kept for the backward pass is then the compiler's to choose, and x is not overwritten.
+        In compiled code, unless statistics are shared or recomputed, the layer consists of operations that the compiler
+        knows, so that the graph is not split. The compiler then decides what is saved for the backward pass, and x is
+        not overwritten.
+
+        Raises:
+            ValueError: in training, if a channel has only one value.
         """
-        if torch.compiler.is_compiling() and not recompute.active() and self._exchange(x) is None:
+        if torch.compiler.is_compiling() and not recompute.active() and self._find_peers(x) is None:
             return self._forward_compiled(x)
         return self._forward_in_place(x)
 
     def _forward_compiled(self, x):
-        momentum, training = self._momentum_and_training()
+        training, momentum = self._uses_batch_statistics(), self._count_batch()
         weight = None if self.weight is None else self.weight.abs() + self.eps
         z = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, training, momentum, self.eps)
         return functions.activate_(z, super()._settings(z))
@@ -230,43 +247,52 @@ class InPlaceABN(ABN):
         with without_autocast(x):
             settings = self._settings(x)
             recomputed = recompute.active()
-            shared = settings.training and not recomputed and self._exchange(x) is not None
-            if backend.uses_package(self.backend, x, settings, shared, recomputed):
-                return self._run_package(x)
-            return self._run(x, settings)
+            shared = settings.training and not recomputed and self._find_peers(x) is not None
+            if backend.uses_package(self.backend, x, settings, shared=shared, recomputed=recomputed):
+                return self._normalize_with_package(x)
+            return self._normalize(x, settings)
 
-    def _run_package(self, x):
-        momentum, training = self._momentum_and_training()
+    def _normalize_with_package(self, x):
+        training, momentum = self._uses_batch_statistics(), self._count_batch()
         return backend.package()(x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum,
                                  self.eps, self.activation, self.activation_param)
 
     def _settings(self, x):
-        keep = x.dtype in HALF and self._uses_batch() and self._is_ill_conditioned()
-        return functions.Settings(self.eps, self.activation, self.activation_param, self._uses_batch(),
-                                  absolute=True, keep_input=keep)
+        keep_input = x.dtype in HALF and self._uses_batch_statistics() and self._must_keep_input()
+        return functions.Settings(self.eps, self.activation, self.activation_param, self._uses_batch_statistics(),
+                                  absolute=True, keep_input=keep_input)
 
     @torch.no_grad()
-    def _is_ill_conditioned(self):
-        """Looked at now and then: on a GPU the answer waits for everything before it."""
+    def _must_keep_input(self):
+        """Whether this forward pass in half precision has to keep the input; counts the pass."""
         if not recompute.replaying() and self.weight is not None:
-            self.look_ahead([self], 1)
+            self.decide_kept_inputs([self], 1)
             self._choice.passes_left -= 1
         return self.keeps_input
 
     @property
     def keeps_input(self):
+        """Whether the layer keeps its input in half precision, by the last decision."""
         return self._choice.keeps_input
 
     @staticmethod
     @torch.no_grad()
-    def look_ahead(norms, passes):
-        """Decide which norms keep their input, if that falls due within so many forward passes: the host waits once."""
+    def decide_kept_inputs(norms, passes):
+        """Decide which norms keep their input, if this is due within a number of forward passes.
+
+        A decision holds for `CHECK_EVERY` passes, because the host has to wait for the GPU. For several norms together
+        it waits only once.
+
+        Args:
+            norms: `InPlaceABN` layers.
+            passes: forward passes of each layer for which the decisions must last.
+        """
         norms = [norm for norm in norms if norm.weight is not None]
         if not norms or min(norm._choice.passes_left for norm in norms) >= passes:
             return
         ratios = torch.stack([(norm.bias.abs() / (norm.weight.abs() + norm.eps)).square().mean() for norm in norms])
         for norm, ratio in zip(norms, ratios.sqrt().tolist(), strict=True):
-            norm._choice.keeps_input, norm._choice.passes_left = ratio > LARGEST_RATIO, max(CHECK_EVERY, passes)
+            norm._choice.keeps_input, norm._choice.passes_left = ratio > MAX_RATIO, max(CHECK_EVERY, passes)
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -274,37 +300,63 @@ class InPlaceABN(ABN):
 
 
 class _Synchronized:
-    """Mixed into a norm: the statistics of the whole batch, over all processes or replicas that share it.
+    """Mixin of a norm that uses the statistics of the whole batch, over all processes or replicas that share it.
 
-    Alone the norm is what it is without. Raises RuntimeError where parts of a batch cannot reach each other.
+    If the batch is not shared, the norm behaves as without this mixin. `forward` raises RuntimeError if parts of a
+    batch cannot exchange statistics.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True,
                  activation="leaky_relu", activation_param=0.01, group=None):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, activation, activation_param)
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine,
+                         track_running_stats=track_running_stats, activation=activation,
+                         activation_param=activation_param)
         self.group = group
 
     def set_group(self, group):
-        """Synchronize with another process group from now on; not between forward and backward."""
+        """Synchronize with another process group from now on. Not to be called between forward and backward pass."""
         self.group = group
 
-    def _exchange(self, x):
-        return find_exchange(x, self.group, getattr(self, "_is_replica", False))
+    def _find_peers(self, x):
+        return find_norm_peers(x, self.group, getattr(self, "_is_replica", False))
 
 
 class InPlaceABNSync(_Synchronized, InPlaceABN):
     """`InPlaceABN` with the statistics of the whole batch.
 
-    Args as there; group: process group, None for the default one, looked up in each forward pass.
+    Arguments as in `InPlaceABN`, and:
+        group: process group, looked up in each forward pass; None for the default one.
     """
 
 
 class ABNSync(_Synchronized, ABN):
-    """`ABN` with the statistics of the whole batch. Args as in `InPlaceABNSync`."""
+    """`ABN` with the statistics of the whole batch. Arguments as in `InPlaceABNSync`."""
+
+
+def set_backend(network, choice):
+    """Choose the kernels of all in-place norms of a network.
+
+    Args:
+        network: nn.Module.
+        choice: `torch`, `package` or `auto`, the default of a norm. `auto` uses the package on a GPU in float16 or
+            float32, if it is installed and statistics are neither shared nor recomputed; otherwise PyTorch.
+
+    Raises:
+        ValueError: if there is no such choice.
+        RuntimeError: if `package` is chosen and the package cannot be imported.
+    """
+    if choice not in backend.CHOICES:
+        raise ValueError(f"backend: expected one of {', '.join(backend.CHOICES)}, found {choice!r}")
+    if choice == "package" and backend.package() is None:
+        raise RuntimeError("backend package: expected the package inplace_abn (libs/requirements-extensions.txt), "
+                           "found that it cannot be imported")
+    for module in network.modules():
+        if isinstance(module, InPlaceABN):
+            module.backend = choice
 
 
 def count_input_keeping_norms(module):
-    """(number of in-place norms that keep their input because of half precision, number of in-place norms)."""
+    """Count in-place norms: (number of those that keep their input because of half precision, number of all)."""
     norms = [m for m in module.modules() if isinstance(m, InPlaceABN)]
     return sum(norm.keeps_input for norm in norms), len(norms)
 

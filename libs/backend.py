@@ -1,4 +1,4 @@
-"""The kernels of in-place norms: those of PyTorch, or on a GPU those of the `inplace_abn` package."""
+"""Choice of the kernels of in-place norms: PyTorch's, or those of the `inplace_abn` package."""
 
 import functools
 import importlib
@@ -10,79 +10,61 @@ from utils.common.errors import UserError
 CHOICES = ("auto", "torch", "package")
 
 
-def set_backend(network, choice):
-    """Choose the kernels of all in-place norms of a network.
+def check(choice, *, amp, recompute, shared):
+    """Check whether the package supports a training run, if it is chosen.
 
     Args:
-        network: nn.Module.
-        choice: `torch`; `package`; or `auto`, as norms are made: the package on a GPU in float16 or float32, if it is
-            installed, no statistics are shared and nothing is recomputed, else PyTorch.
+        choice, amp, recompute: values of --abn-backend, --amp and --recompute.
+        shared: whether several devices share each batch.
 
     Raises:
-        ValueError: another choice.
-        RuntimeError: `package`, which cannot be imported.
-    """
-    if choice not in CHOICES:
-        raise ValueError(f"backend: expected one of {', '.join(CHOICES)}, found {choice!r}")
-    if choice == "package" and package() is None:
-        raise RuntimeError("backend package: expected the package inplace_abn (libs/requirements-extensions.txt), "
-                           "found none that imports")
-    for module in network.modules():
-        if hasattr(module, "backend"):
-            module.backend = choice
-
-
-def check(choice, *, amp, recompute, shared):
-    """Raise `UserError` for a training that the package cannot run, or if it is not installed.
-
-    Args:
-        choice: the value of --abn-backend.
-        amp: mixed precision, as `--amp`.
-        recompute: as `--recompute`.
-        shared: whether several devices share a batch.
+        UserError: if the package does not support the run, or cannot be imported.
     """
     if choice != "package":
         return
     if package() is None:
         raise UserError("--abn-backend package: expected the package inplace_abn (libs/requirements-extensions.txt), "
-                        "found none that imports")
+                        "found that it cannot be imported")
     conflicts = ([f"--amp {amp}"] * (amp == "bf16") + [f"--recompute {recompute}"] * (recompute != "none")
                  + ["several devices"] * shared)
     if conflicts:
         raise UserError("--abn-backend package: expected --amp off or fp16, no --recompute and one device, found "
-                        f"{', '.join(conflicts)}; --abn-backend torch does this")
+                        f"{', '.join(conflicts)}; --abn-backend torch supports this")
 
 
 @functools.cache
 def package():
-    """The function `inplace_abn` of the package, or None if it cannot be imported."""
+    """Return the function `inplace_abn` of the package, or None if it cannot be imported."""
     try:
         return importlib.import_module("inplace_abn.functions").inplace_abn
-    except Exception:  # noqa: BLE001, a broken extension raises anything when it is loaded
+    except Exception:  # noqa: BLE001, loading a broken extension can raise any error
         return None
 
 
 def describe(choice):
-    """One sentence: the kernels that in-place norms with this choice use."""
+    """Describe the kernels that in-place norms use with this choice, in one sentence."""
     if choice == "torch":
-        return "in-place norms run on PyTorch's own kernels"
+        return "in-place norms use PyTorch's kernels"
     if package() is None:
-        return "in-place norms run on PyTorch's own kernels (the package inplace_abn is not installed; not needed)"
+        return "in-place norms use PyTorch's kernels (the optional package inplace_abn is not installed)"
     if choice == "package":
-        return "in-place norms run on the kernels of the package inplace_abn"
-    return ("in-place norms run on the kernels of the package inplace_abn on a GPU in float16 and float32 where "
-            "nothing is shared between devices, and on PyTorch's own otherwise")
+        return "in-place norms use the kernels of the package inplace_abn"
+    return ("in-place norms use the kernels of the package inplace_abn on a GPU in float16 and float32 if no "
+            "statistics are shared, otherwise PyTorch's kernels")
 
 
 def uses_package(choice, x, settings, shared, recomputed):
-    """Whether a layer runs on the kernels of the package. Raises RuntimeError if it must and cannot.
+    """Whether a layer uses the kernels of the package in this forward pass.
 
     Args:
         choice: of the layer, one of `CHOICES`.
-        x: its input.
+        x: input of the layer.
         settings: `libs.functions.Settings`.
         shared: whether statistics are shared with other devices.
         recomputed: whether the layer is inside a checkpoint.
+
+    Raises:
+        RuntimeError: if the choice is `package`, and the package does not support this forward pass.
     """
     if choice == "torch" or (choice == "auto" and not x.is_cuda):
         return False
@@ -91,5 +73,5 @@ def uses_package(choice, x, settings, shared, recomputed):
     if choice == "package" and not supported:
         raise RuntimeError("backend package: expected float32 (on a GPU also float16), statistics of one device and "
                            f"no checkpoint, found {x.dtype} on {x.device}{', shared' * shared}"
-                           f"{', recomputed' * recomputed}; the backend torch does this")
+                           f"{', recomputed' * recomputed}; the backend torch supports this")
     return supported and package() is not None

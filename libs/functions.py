@@ -1,9 +1,9 @@
-"""Batch norm with activation as autograd functions that keep one buffer.
+"""Batch norm with activation, as autograd functions that save one large tensor for the backward pass.
 
-Symbols: x the input, x̂ = (x - mean) / sqrt(var + eps), z = x̂ · γ + β, y = act(z). In place, y overwrites x
-and the backward pass finds z and x̂ from y (Rota Bulo et al. 2018, section 3, variant I). Otherwise x is kept.
+Symbols: x is the input, x̂ = (x - mean) / sqrt(var + eps), z = x̂ · γ + β, y = act(z). In place, y overwrites x, and the
+backward pass recovers z and x̂ from y (Rota Bulo et al. 2018, section 3, variant I). Otherwise x is saved.
 
-Per-channel values are (C,) in float64 for float64 inputs and in float32 for all others.
+Values per channel are vectors (C,), in float64 for float64 inputs and in float32 for all others.
 """
 
 import contextlib
@@ -17,7 +17,14 @@ from . import kernels
 
 
 class Settings(NamedTuple):
-    """What a layer is: see `libs.abn.ABN`; `absolute`: γ is |weight| + eps; `keep_input`: not in place."""
+    """Settings of a layer in one forward pass.
+
+    Attributes:
+        eps, activation, activation_param: as in `libs.abn.ABN`.
+        training: normalize with the statistics of the batch.
+        absolute: γ is |weight| + eps instead of weight.
+        keep_input: write the output to a new tensor, and save the input. False: overwrite the input with the output.
+    """
 
     eps: float
     activation: str
@@ -28,50 +35,71 @@ class Settings(NamedTuple):
 
 
 def statistics_dtype(x):
+    """Dtype in which statistics of x are computed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def values_a_channel(x):
+def values_per_channel(x):
+    """Number of values in each channel of x (B, C, ...)."""
     return x.numel() // max(x.shape[1], 1)
 
 
 def local_statistics(x, running_mean=None, running_var=None, momentum=0.0):
-    """x (B, C, ...) → mean and variance (C,), not the unbiased one. Updates running statistics, if they are given."""
+    """Compute mean and biased variance, (C,) each, of x (B, C, ...). Updates running statistics if they are given."""
     dtype = statistics_dtype(x)
-    with in_dtype((running_mean, running_var), dtype) as running:
-        updated = [x.new_zeros(x.shape[1], dtype=dtype) if one is None else one for one in running]
+    with running_in_dtype((running_mean, running_var), dtype) as running:
+        updated = [x.new_zeros(x.shape[1], dtype=dtype) if buffer is None else buffer for buffer in running]
         return updated if x.is_meta else torch.ops.aten.batch_norm_update_stats(x, *updated, momentum)
 
 
-def shared_statistics(x, exchange, eps, running_mean=None, running_var=None, momentum=0.0):
-    """x (B, C, ...), a part of a batch on a GPU → mean and 1 / sqrt(var + eps) (C,) of the batch, and the values a
-    channel of each of its parts (P,). Updates running statistics, if they are given."""
+def shared_statistics(x, peers, eps, running_mean=None, running_var=None, momentum=0.0):
+    """Compute the statistics of a batch whose parts are on several GPUs.
+
+    Args:
+        x: (B, C, ...), this part of the batch.
+        peers: `Processes` or `Replicas` that share the batch.
+        eps: added to the variance.
+        running_mean, running_var, momentum: running statistics (C,) to update, or None, and the weight of this batch.
+
+    Returns:
+        (mean (C,), 1 / sqrt(var + eps) (C,), counts (P,)): the statistics of the batch, and the number of values per
+        channel in each of its P parts.
+    """
     mean, invstd = kernels.statistics(x, eps)
-    count = mean.new_full((1,), values_a_channel(x))        # a copy of a list would wait
-    parts = torch.stack(exchange.gather(torch.cat([mean, invstd, count])))                          # (P, 2C + 1)
+    count = mean.new_full((1,), values_per_channel(x))      # a tensor made from a list would make the host wait
+    parts = torch.stack(peers.gather(torch.cat([mean, invstd, count])))                             # (P, 2C + 1)
     means, invstds, counts = parts.split([len(mean), len(mean), 1], dim=1)
     counts = counts.flatten()
-    with in_dtype((running_mean, running_var), mean.dtype) as running:
-        return *kernels.combined_statistics(means, invstds, counts, *running, momentum, eps), counts
+    with running_in_dtype((running_mean, running_var), mean.dtype) as (running_mean, running_var):
+        mean, invstd = kernels.combined_statistics(means, invstds, counts, running_mean=running_mean,
+                                                   running_var=running_var, momentum=momentum, eps=eps)
+    return mean, invstd, counts
 
 
 @contextlib.contextmanager
-def in_dtype(running, dtype):
-    """Running statistics, (C,) or None, as kernels want them, which update them: those of a module in half precision
-    as copies, written back at the end."""
-    updated = [None if one is None else one.to(dtype) for one in running]
-    yield updated
-    for one, new in zip(running, updated, strict=True):
-        if new is not one:
-            one.copy_(new)
+def running_in_dtype(running, dtype):
+    """Context that converts running statistics to the dtype in which a kernel updates them.
+
+    Buffers of another dtype, such as those of a module in half precision, are copied, and the updated copies are
+    written back at the end.
+
+    Args:
+        running: buffers (C,), or None for those that do not exist.
+        dtype: of the kernel.
+    """
+    converted = [None if buffer is None else buffer.to(dtype) for buffer in running]
+    yield converted
+    for buffer, updated in zip(running, converted, strict=True):
+        if updated is not buffer:
+            buffer.copy_(updated)
 
 
-def along(vector, x):
-    """(C,) → (1, C, 1, ...), to be used with x (B, C, ...)."""
+def along_channels(vector, x):
+    """Reshape a vector (C,) to (1, C, 1, ...), which broadcasts to x (B, C, ...)."""
     return vector.view(1, -1, *[1] * (x.ndim - 2))
 
 
-def factors(weight, bias, settings, like):
+def gamma_and_beta(weight, bias, settings, like):
     """γ and β (C,) in the dtype of `like`; ones and zeros without affine parameters."""
     if weight is None:
         return torch.ones_like(like), torch.zeros_like(like)
@@ -80,6 +108,7 @@ def factors(weight, bias, settings, like):
 
 
 def activate_(z, settings):
+    """Apply the activation in place."""
     if settings.activation == "leaky_relu":
         return F.leaky_relu(z, settings.activation_param, inplace=True)
     if settings.activation == "relu":
@@ -90,19 +119,19 @@ def activate_(z, settings):
 
 
 def undo_activation(y, dy, settings):
-    """Output y and its gradient → z and dL/dz. relu cannot be undone, so layers with it keep their input."""
+    """Compute z and dL/dz from the output y and dL/dy. Layers with relu, which has no inverse, keep their input."""
     param = settings.activation_param
     if settings.activation == "leaky_relu":
         return F.leaky_relu(y, 1 / param), torch.ops.aten.leaky_relu_backward(dy, y, param, True)
     if settings.activation == "elu":
-        # Far below zero y rounds to -α and z would be -∞. The clamp keeps it finite; its gradient is zero there.
+        # Far below zero y rounds to -α, so that z would be -∞. The clamp keeps z finite; dL/dz is zero there.
         below = torch.log((y / param + 1).clamp_min(torch.finfo(y.dtype).tiny))
         return torch.where(y < 0, below, y), torch.ops.aten.elu_backward(dy, param, 1, 1, True, y)
     return y, dy
 
 
-def through_activation(z, dy, settings):
-    """z and dL/dy → dL/dz."""
+def activation_backward(z, dy, settings):
+    """Compute dL/dz from z and dL/dy."""
     param = settings.activation_param
     if settings.activation == "leaky_relu":
         return torch.ops.aten.leaky_relu_backward(dy, z, param, False)
@@ -114,71 +143,85 @@ def through_activation(z, dy, settings):
 
 
 def affine(x, mean, invstd, gamma, beta, out):
-    """x̂ · γ + β (B, C, ...) in `out`, which may be x; from half precision on a CPU a new map in the statistics' dtype,
-    so that the activation comes before rounding."""
-    if kernels.serve(x):
-        return kernels.transform(x, gamma, beta, mean, invstd, out)
+    """Compute z = x̂ · γ + β (B, C, ...).
+
+    Args:
+        x: (B, C, ...).
+        mean, invstd, gamma, beta: (C,).
+        out: map for the result, which may be x. It is not used for half precision on a CPU: there z is a new map in
+            the dtype of the statistics, so that the activation is applied before rounding.
+    """
+    if kernels.supports(x):
+        return kernels.transform(x, mean, invstd, gamma=gamma, beta=beta, out=out)
     scale = gamma * invstd
-    shift = along(beta - mean * scale, x)
-    return torch.mul(x, along(scale, x), out=out if x.dtype == invstd.dtype else None).add_(shift)
+    shift = along_channels(beta - mean * scale, x)
+    return torch.mul(x, along_channels(scale, x), out=out if x.dtype == invstd.dtype else None).add_(shift)
 
 
 def normalize(x, mean, invstd, gamma, beta, settings):
-    """y (B, C, ...): in the storage of x unless the input is to be kept."""
+    """Compute y (B, C, ...), in the storage of x unless the input is kept."""
     out = torch.empty_like(x) if settings.keep_input else x
-    z = activate_(affine(x, mean, invstd, gamma, beta, out), settings)
+    z = activate_(affine(x, mean, invstd, gamma=gamma, beta=beta, out=out), settings)
     return z if z is out else out.copy_(z)
 
 
 class Operands(NamedTuple):
-    """What the backward pass computes with: dL/dz, and x̂ = (source - center) · scale."""
+    """Operands of the backward pass: dL/dz, and the terms of x̂ = (source - center) · scale."""
 
-    source: torch.Tensor        # (B, C, ...): the kept input x, or z found again from y
+    source: torch.Tensor        # (B, C, ...): the saved input x, or z recovered from y
     dz: torch.Tensor            # (B, C, ...)
     center: torch.Tensor        # (C,)
     scale: torch.Tensor         # (C,)
 
 
-def operands(buffer, dy, mean, invstd, gamma, beta, settings):
-    """The kept buffer (x or y) and dL/dy, both (B, C, ...) → `Operands`.
+def backward_operands(saved, dy, mean, invstd, gamma, beta, settings):
+    """Compute the `Operands` from the saved map (x or y) and dL/dy, both (B, C, ...).
 
-    Maps are in the statistics' dtype, but where CUDA's kernels serve: those take half precision as it is.
+    Maps are converted to the dtype of the statistics, except for CUDA's kernels, which accept half precision.
     """
-    if kernels.serve(buffer):
-        dy = kernels.laid_out_like(dy, buffer)
+    if kernels.supports(saved):
+        dy = kernels.match_layout(dy, saved)
     else:
-        buffer, dy = buffer.to(invstd.dtype), dy.to(invstd.dtype)
+        saved, dy = saved.to(invstd.dtype), dy.to(invstd.dtype)
     if not settings.keep_input:
-        z, dz = undo_activation(buffer, dy, settings)
+        z, dz = undo_activation(saved, dy, settings)
         return Operands(z, dz, beta, 1 / gamma)
     if settings.activation == "identity":
-        return Operands(buffer, dy, mean, invstd)
-    z = affine(buffer, mean, invstd, gamma, beta, torch.empty_like(buffer))
-    return Operands(buffer, through_activation(z, dy, settings), mean, invstd)
+        return Operands(saved, dy, mean, invstd)
+    z = affine(saved, mean, invstd, gamma=gamma, beta=beta, out=torch.empty_like(saved))
+    return Operands(saved, activation_backward(z, dy, settings), mean, invstd)
 
 
-def channel_sums(found):
-    """`Operands` → (2, C): the sums over each channel of dL/dz and of x̂ · dL/dz."""
-    if kernels.serve(found.source):
-        return kernels.backward_sums(*found)
-    dims = [0, *range(2, found.dz.ndim)]
-    centered = found.source - along(found.center, found.source)
-    return torch.stack([found.dz.sum(dims), (centered * found.dz).sum(dims) * found.scale])
+def channel_sums(operands):
+    """Sum dL/dz and x̂ · dL/dz over each channel: (2, C)."""
+    if kernels.supports(operands.source):
+        return kernels.backward_sums(*operands)
+    source, dz, center, scale = operands
+    dims = [0, *range(2, dz.ndim)]
+    centered = source - along_channels(center, source)
+    return torch.stack([dz.sum(dims), (centered * dz).sum(dims) * scale])
 
 
-def input_gradient(found, factor, totals, count):
-    """dL/dx in training, from `Operands` and factor γ / sqrt(var + eps) (C,); totals (2, C) and count are those of
-    the whole batch."""
-    if kernels.serve(found.source):
-        return kernels.backward_elements(*found, factor, totals, count)
-    source, dz, center, scale = found
+def input_gradient(operands, factor, totals, count):
+    """Compute dL/dx in training.
+
+    Args:
+        operands: `Operands` of this part of the batch.
+        factor: γ / sqrt(var + eps), (C,).
+        totals: (2, C), `channel_sums` of the whole batch.
+        count: values per channel of the whole batch; an int, or a tensor as in `Normalize`.
+    """
+    if kernels.supports(operands.source):
+        return kernels.backward_elements(*operands, factor=factor, totals=totals, count=count)
+    source, dz, center, scale = operands
     mean_dz, mean_normal_dz = totals / count
-    dx = torch.addcmul(dz - along(mean_dz, dz), source - along(center, source), -along(mean_normal_dz * scale, dz))
-    return dx.mul_(along(factor, dz))
+    dx = torch.addcmul(dz - along_channels(mean_dz, dz), source - along_channels(center, source),
+                       -along_channels(mean_normal_dz * scale, dz))
+    return dx.mul_(along_channels(factor, dz))
 
 
 def parameter_gradients(sums, weight, settings):
-    """The two sums (C,) of this part → gradients of weight and bias; (None, None) without them."""
+    """Gradients of weight and bias from the `channel_sums` of this part; (None, None) without affine parameters."""
     if weight is None:
         return None, None
     d_gamma = sums[1]
@@ -187,21 +230,30 @@ def parameter_gradients(sums, weight, settings):
     return d_gamma.to(weight.dtype), sums[0].to(weight.dtype)
 
 
-def gradients_alone(found, factor, count, eps):
-    """dL/dx and the sums of `channel_sums`, as a pair, in training without other parts. On a CPU one call of ATen's
-    kernel, for which `source` is the input, `center` its mean and `scale` its inverse deviation."""
-    if kernels.serve(found.source):
-        return kernels.backward_alone(*found, factor, count)
+def unshared_gradients(operands, factor, count, eps):
+    """Compute dL/dx and the pair of `channel_sums` in training, for a batch that is not shared.
+
+    On a CPU this is one call of ATen's kernel, with `source` as its input, `center` as the mean and `scale` as
+    1 / sqrt(var + eps).
+
+    Args:
+        operands: `Operands`.
+        factor: γ / sqrt(var + eps), (C,).
+        count: values per channel.
+        eps: as in `libs.abn.ABN`.
+    """
+    if kernels.supports(operands.source):
+        return kernels.backward_unshared(*operands, factor=factor, count=count)
+    source, dz, center, scale = operands
     dx, sum_normal_dz, sum_dz = torch.ops.aten.native_batch_norm_backward(
-        found.dz, found.source, factor / found.scale, None, None, found.center, found.scale, True, eps,
-        [True, True, True])
+        dz, source, factor / scale, None, None, center, scale, True, eps, [True, True, True])
     return dx, (sum_dz, sum_normal_dz)
 
 
-def normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
-    """`normalize`, and in ctx what the backward pass needs: one large buffer, x or y."""
-    gamma, beta = factors(weight, bias, settings, invstd)
-    y = normalize(x, mean, invstd, gamma, beta, settings)
+def normalize_and_save(ctx, x, weight, bias, mean, invstd, count, settings):
+    """Compute y as `normalize` does, and save in ctx what the backward pass needs, with one large tensor: x or y."""
+    gamma, beta = gamma_and_beta(weight, bias, settings, invstd)
+    y = normalize(x, mean, invstd, gamma=gamma, beta=beta, settings=settings)
     ctx.count, ctx.settings = count, settings
     if not settings.keep_input:
         ctx.mark_dirty(x)
@@ -210,54 +262,65 @@ def normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings):
 
 
 class Normalize(torch.autograd.Function):
-    """The layer alone, or one of several processes: backward sums over them with `processes.total`."""
+    """The layer in one process, which may share the batch with others: x (B, C, ...) → y (B, C, ...).
+
+    Args:
+        x: (B, C, ...).
+        weight, bias: (C,), or None.
+        mean, invstd: (C,), used to normalize.
+        count: values per channel of the whole batch: an int, or a tensor () or (P,) whose sum it is. None if
+            `settings.training` is False.
+        settings: `Settings`.
+        processes: `Processes` that share the batch, over which the backward pass sums; None if the batch is not shared.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, invstd, count, settings, processes):
         ctx.processes = processes
-        return normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
+        return normalize_and_save(ctx, x, weight, bias, mean=mean, invstd=invstd, count=count, settings=settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        buffer, mean, invstd, gamma, beta, weight = ctx.saved_tensors
+        saved, mean, invstd, gamma, beta, weight = ctx.saved_tensors
         settings, processes = ctx.settings, ctx.processes
-        found = operands(buffer, dy, mean, invstd, gamma, beta, settings)
+        operands = backward_operands(saved, dy, mean, invstd, gamma=gamma, beta=beta, settings=settings)
         factor = gamma * invstd
         if settings.training and not processes:
-            dx, sums = gradients_alone(found, factor, ctx.count, settings.eps)
+            dx, sums = unshared_gradients(operands, factor, ctx.count, settings.eps)
         else:
-            sums = channel_sums(found)
+            sums = channel_sums(operands)
             if not settings.training:
-                dx = found.dz * along(factor, found.dz)
+                dx = operands.dz * along_channels(factor, operands.dz)
             else:
-                dx = input_gradient(found, factor, processes.all_reduce(sums), ctx.count)
+                dx = input_gradient(operands, factor, processes.all_reduce(sums), ctx.count)
         return dx.to(dy.dtype), *parameter_gradients(sums, weight, settings), None, None, None, None, None
 
 
-class NormaliseReplica(torch.autograd.Function):
-    """The layer in one of several threads, first half: (y, token).
+class NormalizeReplica(torch.autograd.Function):
+    """First half of the layer in a replica, which is one of several threads: x → (y, token).
 
-    The token is empty going forward. Coming back it brings the sums of all replicas: from each one's
-    `MeasureReplica` through `Gather` to here, by the edges of the graph alone.
+    The token (2, C) has no content in the forward pass. Its gradient is the sum of the `channel_sums` of all replicas:
+    it comes from the `SumReplica` of each of them, through `Gather`, by the edges of the autograd graph alone.
+    Arguments as in `Normalize`.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, invstd, count, settings):
-        y = normalize_and_keep(ctx, x, weight, bias, mean, invstd, count, settings)
+        y = normalize_and_save(ctx, x, weight, bias, mean=mean, invstd=invstd, count=count, settings=settings)
         return y, torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, totals):
-        buffer, mean, invstd, gamma, beta, _ = ctx.saved_tensors
-        found = operands(buffer, dy, mean, invstd, gamma, beta, ctx.settings)
-        dx = input_gradient(found, gamma * invstd, totals, ctx.count)
+        saved, mean, invstd, gamma, beta, _ = ctx.saved_tensors
+        operands = backward_operands(saved, dy, mean, invstd, gamma=gamma, beta=beta, settings=ctx.settings)
+        dx = input_gradient(operands, gamma * invstd, totals, ctx.count)
         return dx.to(dy.dtype), None, None, None, None, None, None
 
 
 class Gather(torch.autograd.Function):
-    """Tokens of all replicas → one for this replica; its gradient goes back to all of them."""
+    """Tokens of all replicas → the token of this replica, whose gradient goes back to all of them."""
 
     @staticmethod
     def forward(ctx, rank, *tokens):
@@ -270,19 +333,22 @@ class Gather(torch.autograd.Function):
         return None, *(sums.to(device) for device in ctx.devices)
 
 
-class MeasureReplica(torch.autograd.Function):
-    """The layer in one of several threads, second half: y unchanged; backward measures this replica's sums."""
+class SumReplica(torch.autograd.Function):
+    """Second half of the layer in a replica: y is unchanged; the backward pass computes this replica's `channel_sums`.
+
+    They are the gradient of the token. `x` is the input if it is kept, else None; other arguments as in `Normalize`.
+    """
 
     @staticmethod
     def forward(ctx, y, token, x, weight, bias, mean, invstd, settings):
+        gamma, beta = gamma_and_beta(weight, bias, settings, invstd)
         ctx.settings = settings
-        ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, *factors(weight, bias, settings, invstd),
-                              weight)
+        ctx.save_for_backward(x if settings.keep_input else y, mean, invstd, gamma, beta, weight)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        buffer, mean, invstd, gamma, beta, weight = ctx.saved_tensors
-        sums = channel_sums(operands(buffer, dy, mean, invstd, gamma, beta, ctx.settings))
+        saved, mean, invstd, gamma, beta, weight = ctx.saved_tensors
+        sums = channel_sums(backward_operands(saved, dy, mean, invstd, gamma=gamma, beta=beta, settings=ctx.settings))
         return dy, sums, None, *parameter_gradients(sums, weight, ctx.settings), None, None, None

@@ -1,7 +1,7 @@
 """Activation checkpointing for modules with batch norms.
 
-Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. What is computed again reuses
-the statistics of the first time: no second update of the running ones, no second exchange.
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. The recomputation in the backward pass
+reuses the batch statistics of the forward pass: it neither updates running statistics nor exchanges statistics again.
 """
 
 import threading
@@ -20,44 +20,46 @@ class Tape:
         self.entries = []
 
     def recording(self):
+        """Context of the forward pass, in which norms append their statistics."""
         return _Mode(self, replaying=False)
 
     def replaying(self):
+        """Context of the recomputation, in which norms read their statistics."""
         return _Mode(self, replaying=True)
 
 
 class _Mode:
-    """While it is entered, norms in this thread write to the tape or read from it."""
+    """Context in which norms of this thread write to a tape or read from it."""
 
     def __init__(self, tape, replaying):
-        self.tape, self.replaying, self.place = tape, replaying, 0
+        self.tape, self.replaying = tape, replaying
 
     def __enter__(self):
-        self.before = getattr(_thread, "mode", None)
-        self.place = 0
+        self.outer = getattr(_thread, "mode", None)
+        self.position = 0
         _thread.mode = self
 
     def __exit__(self, *error):
-        _thread.mode = self.before
+        _thread.mode = self.outer
 
     def next(self):
-        self.place += 1
-        return self.tape.entries[self.place - 1]
+        self.position += 1
+        return self.tape.entries[self.position - 1]
 
 
 def replaying():
-    """Whether this thread computes something again."""
+    """Whether this thread recomputes activations."""
     mode = getattr(_thread, "mode", None)
     return mode is not None and mode.replaying
 
 
 def active():
-    """Whether this thread is inside a checkpoint, for the first time or again."""
+    """Whether this thread is inside a checkpoint, in the forward pass or in the recomputation."""
     return getattr(_thread, "mode", None) is not None
 
 
-def remembered(compute):
-    """`compute()`, or what it returned when this place was reached the first time."""
+def compute_once(compute):
+    """Return `compute()`; in the recomputation, return what it returned at the same place in the forward pass."""
     mode = getattr(_thread, "mode", None)
     if mode is None:
         return compute()
@@ -69,7 +71,7 @@ def remembered(compute):
 
 
 def checkpoint(function, *args):
-    """Call a function of tensors; what it saves for backward is dropped and computed again when needed."""
+    """Call a function of tensors; what it saves for the backward pass is freed, and recomputed when needed."""
     tape = Tape()
     return torch_checkpoint(with_current_casts(function), *args, use_reentrant=False,
                             context_fn=lambda: (tape.recording(), tape.replaying()))

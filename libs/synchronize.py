@@ -1,8 +1,8 @@
-"""Statistics of the whole batch, whoever holds its parts.
+"""Statistics of a batch whose parts are in several processes or threads.
 
-Each part gives its count, mean and centered second moment; Chan, Golub, LeVeque, "Updating formulae and a
-pairwise algorithm for computing sample variances", 1979, combines them. There are two settings: processes of
-torch.distributed, and threads of `utils.parallel.replicas.run_replicas`.
+Count, mean and centered second moment of each part are combined as in Chan, Golub, LeVeque, "Updating formulae and a
+pairwise algorithm for computing sample variances", 1979. The processes are those of torch.distributed, the threads
+those of `utils.parallel.replicas.run_replicas`.
 """
 
 import torch.distributed as dist
@@ -12,25 +12,35 @@ from utils.parallel.replicas import current_replica
 
 
 def combine(counts, means, moments):
-    """counts (P,), means and centered second moments (P, C) of P parts → count (), mean (C,), moment (C,)."""
+    """Combine the statistics of P parts of a batch.
+
+    Args:
+        counts: (P,), values per channel.
+        means: (P, C).
+        moments: (P, C), centered second moments: sums of squared distances from the mean of the part.
+
+    Returns:
+        (count (), mean (C,), moment (C,)) of the batch.
+    """
     count = counts.sum()
     shares = (counts / count)[:, None]                                                     # (P, 1)
     mean = (shares * means).sum(0)
     return count, mean, moments.sum(0) + (counts[:, None] * (means - mean) ** 2).sum(0)
 
 
-def find_exchange(x, group=None, is_replica=False):
-    """`Processes` or `Replicas` by which a layer whose input is `x` reaches the other parts of the batch, or None.
+def find_norm_peers(x, group=None, is_replica=False):
+    """Find the `Processes` or `Replicas` that share a batch with a norm; None if the batch is not shared.
 
-    Gradients of replicas meet in the autograd graph (`libs.functions.Gather`), so that the backward pass, which may
-    run all of them in one thread, waits for nobody.
+    Replicas exchange gradients through the autograd graph (`libs.functions.Gather`). The backward pass may run all of
+    them in one thread, so none of them may wait for another there.
 
     Args:
-        x: the input.
-        group: process group; None for the default one, looked up now.
-        is_replica: the layer is a copy that `nn.DataParallel` made.
+        x: input of the norm.
+        group: process group, looked up now; None for the default one.
+        is_replica: whether the norm is a copy made by `nn.DataParallel`.
 
-    Raises RuntimeError where synchronization is asked for and cannot be had.
+    Raises:
+        RuntimeError: if the parts of a batch cannot exchange statistics.
     """
     if current_replica() is None:
         if is_replica:

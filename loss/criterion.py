@@ -1,4 +1,4 @@
-"""The training loss: a weighted sum of losses of a network's outputs."""
+"""The training loss: a weighted sum of the losses of a network's outputs."""
 
 from torch import nn
 
@@ -7,20 +7,20 @@ from utils.ops.upsampling import upsample
 from .cross_entropy import CrossEntropy
 from .ohem import BatchOhemCrossEntropy
 
-WEIGHTS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}      # of ACFNet, in the paper
+WEIGHTS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}      # of ACFNet, as in the paper
 
 
 class SegmentationCriterion(nn.Module):
-    """Named losses of a network's outputs, at the size of the labels.
+    """Losses of a network's outputs by name, computed at the size of the labels.
 
-    A loss of another kind is a class with the methods of `CrossEntropy`, chosen here.
+    To add another kind of loss, write a class with the methods of `CrossEntropy`, and use it in `__init__`.
 
     Args:
-        weights: {output: factor of its loss}; None for those of ACFNet. Outputs without a factor are not used.
+        weights: {name of an output: weight of its loss}; None for those of ACFNet. Other outputs are not used.
         ignore_index: label of pixels that do not count.
-        ohem: count only the hardest pixels in the fine term.
-        ohem_thres: probability of the true class up to which a pixel always counts.
-        ohem_keep: pixels that count at least, for every two images of the batch.
+        ohem: whether only the hardest pixels count in the loss of the output "fine".
+        ohem_thres: pixels whose true class has at most this probability always count.
+        ohem_keep: minimum number of pixels that count, per two images of the batch.
         class_weights: (N,), as in `CrossEntropy`.
     """
 
@@ -33,33 +33,33 @@ class SegmentationCriterion(nn.Module):
             if ohem and name == "fine" else CrossEntropy(ignore_index, class_weights) for name in self.weights})
 
     def sums(self, outputs, labels):
-        """What these images add to each term.
+        """Add up the losses of pixels for each term.
 
         Args:
             outputs: {name: logits (B, N, h, w)}.
             labels: (B, H, W).
 
         Returns:
-            {name: (K,)}; sums over devices are the sums of a batch.
+            {name: (K,)}, as from `CrossEntropy.sums`. Added up over devices, they are the sums of the batch.
         """
         return {name: term.sums(upsample(outputs[name], labels.shape[-2:]), labels)
                 for name, term in self.terms.items() if name in outputs}
 
     def divisors(self, labels):
-        """{name: scalar, or None if the logits decide it} for labels (B, H, W), as in `CrossEntropy.divisor`."""
+        """Divisors of the terms for labels (B, H, W): {name: scalar or None}, as from `CrossEntropy.divisor`."""
         return {name: term.divisor(labels) for name, term in self.terms.items()}
 
     def combine(self, sums, divisors=None, parts=1):
-        """Losses of a batch, before weighting.
+        """Compute the losses of a batch, without their weights.
 
         Args:
-            sums: {name: (K,)}, over all its images; or of one part of several, one after the other.
-            divisors: with several parts, those of all labels of the batch. A term without one is the mean over the
-                parts, because what counts in the other parts is not known yet.
-            parts: their number. The results of all parts add up to the losses of the batch.
+            sums: {name: (K,)}, `sums` of all images of the batch, or of one part if it is processed in several parts.
+            divisors: with several parts, `divisors` of all labels of the batch. A term whose divisor is None becomes
+                the mean over the parts, because it is unknown which pixels of the later parts will count.
+            parts: number of parts.
 
         Returns:
-            {name: scalar}.
+            {name: scalar}. With several parts, their results add up to the losses of the batch.
         """
         divisors = divisors or {}
         losses = {name: self.terms[name].combine(values, divisors.get(name)) for name, values in sums.items()}
@@ -67,9 +67,12 @@ class SegmentationCriterion(nn.Module):
                 for name, loss in losses.items()}
 
     def forward(self, outputs, labels):
-        """Logits by name, labels (B, H, W) → {name: scalar loss}, before weighting; 0 if nothing is labeled."""
+        """Map outputs {name: logits (B, N, h, w)} and labels (B, H, W) to {name: scalar loss}, without the weights.
+
+        Losses are 0 if no pixel has a label.
+        """
         return self.combine(self.sums(outputs, labels))
 
     def total(self, losses):
-        """{name: scalar} → their weighted sum."""
+        """Weighted sum of losses {name: scalar}."""
         return sum(self.weights[name] * loss for name, loss in losses.items())

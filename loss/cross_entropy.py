@@ -1,4 +1,4 @@
-"""Cross-entropy over the labeled pixels, a term of the training loss."""
+"""Cross-entropy over the labeled pixels: a term of the training loss."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,13 @@ from utils.ops.autocast import at_least_float32
 class CrossEntropy(nn.Module):
     """Mean cross-entropy over the labeled pixels of a batch.
 
-    Like every term, it has two steps, because several devices may share a batch: `sums` adds up the pixels at hand, and
-    `combine` makes the loss of the batch from the sums over all its pixels. Both are 0 if no pixel has a label.
+    Like every term of the loss it is computed in two steps, because several devices may share a batch: `sums` adds up
+    the losses of some pixels, and `combine` computes the loss of the batch from the sums over all its pixels. Both are
+    0 if no pixel has a label.
 
     Args:
         ignore_index: label of pixels that do not count.
-        class_weights: (N,) weights of the pixels of each class, in the sum and in what it is divided by, as in
+        class_weights: (N,) weight of the pixels of each class, in both the sum and the divisor of the mean, as in
             `torch.nn.CrossEntropyLoss`; None for 1.
     """
 
@@ -26,15 +27,15 @@ class CrossEntropy(nn.Module):
                              torch.as_tensor(class_weights, dtype=torch.float32), persistent=False)
 
     def select(self, losses, valid, images):
-        """Which pixels count.
+        """Select the pixels that count.
 
         Args:
             losses: (P,) cross-entropies without class weights.
             valid: (P,) bool, whether a pixel has a label.
-            images: number of images that the pixels come from.
+            images: number of images to which the pixels belong.
 
         Returns:
-            (P,) bool.
+            (P,) bool, True for pixels that count.
         """
         return valid
 
@@ -46,8 +47,8 @@ class CrossEntropy(nn.Module):
             labels: (B, H, W), any integer dtype.
 
         Returns:
-            (2,) in the dtype of the logits, at least float32: the sum of the losses of the pixels that count, and their
-            number; with class weights the weighted sum, and the sum of the weights.
+            (2,) in the dtype of the logits, at least float32: the sum of the losses of the pixels that count, and the
+            number of these pixels. With class weights: the weighted sum, and the sum of the weights.
         """
         labels = labels.long()
         losses = F.cross_entropy(at_least_float32(logits), labels, ignore_index=self.ignore_index,
@@ -56,22 +57,22 @@ class CrossEntropy(nn.Module):
         weights = self._weights(labels.flatten(), counted)
         if self.class_weights is not None:
             losses = losses * weights.where(counted, 1)
-        # where, not a product: 0 · inf would be nan.
+        # torch.where instead of a product with the mask, because 0 · inf is nan.
         return torch.stack([torch.where(counted, losses, 0).sum(), weights.sum().to(losses.dtype)])
 
     def divisor(self, labels):
-        """What the losses of labels (B, H, W) are divided by, if the labels alone decide it, else None; scalar."""
+        """Divisor of the mean for labels (B, H, W), as a scalar; None if it also depends on the logits."""
         return self._weights(labels.long(), labels != self.ignore_index).sum()
 
     def combine(self, sums, divisor=None):
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            sums: (2,), those of all its pixels; or of some of them, with a divisor.
-            divisor: `divisor` of all labels of the batch. The loss is then the share of the pixels in `sums`.
+            sums: (2,), `sums` of all pixels of the batch or, with a divisor, of a part of them.
+            divisor: `divisor` of all labels of the batch; None for the second value of `sums`.
 
         Returns:
-            Scalar.
+            Scalar: the loss of the batch; if `sums` is that of a part of the pixels, their share of it.
         """
         total, count = sums
         if divisor is not None:
@@ -79,12 +80,11 @@ class CrossEntropy(nn.Module):
         return total / count.where(count > 0, 1)
 
     def forward(self, logits, labels):
-        """logits (B, N, H, W), labels (B, H, W) of any integer dtype → scalar."""
+        """Map logits (B, N, H, W) and labels (B, H, W), of any integer dtype, to a scalar loss."""
         return self.combine(self.sums(logits, labels))
 
     def _weights(self, labels, counted):
-        """What each pixel counts for, in the shape of labels and counted: the weight of its class, or whether it
-        counts."""
+        """Weight of each pixel where `counted`, else 0: its class weight, or True without class weights."""
         if self.class_weights is None:
             return counted
         return self.class_weights[labels.where(counted, 0)].where(counted, 0)

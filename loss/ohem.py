@@ -1,4 +1,4 @@
-"""Online hard example mining over pixels. Shrivastava et al., CVPR 2016, in the form segmentation uses."""
+"""Online hard example mining (OHEM) over pixels: Shrivastava et al., CVPR 2016, as it is used in segmentation."""
 
 import math
 
@@ -11,47 +11,49 @@ from .cross_entropy import CrossEntropy
 
 
 def keep_hardest(pixel_losses, valid, thres, min_kept, peers=None):
-    """Which pixels count: those with p ≤ max(thres, k-th smallest p), p the probability of the true class.
+    """Select pixels with p ≤ max(thres, k-th smallest p), where p is the probability of the true class.
 
     Args:
         pixel_losses: (P,) cross-entropies, -log p.
-        valid: (P,) bool, False where the label is to be ignored.
+        valid: (P,) bool, False where the label is ignored.
         thres: probability.
-        min_kept: k, pixels. Ties with the k-th are kept; with fewer valid pixels than k all are.
-        peers: `utils.parallel.processes.Processes` or `utils.parallel.replicas.Replicas`, each with as many pixels of
-            the batch, among all of which the k-th smallest is taken; None if these are all.
+        min_kept: k, in pixels. Ties with the k-th pixel are kept. If fewer than k pixels are valid, all of them are.
+        peers: `utils.parallel.processes.Processes` or `utils.parallel.replicas.Replicas` that share the batch, with the
+            same number of pixels each; the k-th smallest is taken over the pixels of all. None if the batch is not
+            shared.
 
     Returns:
-        (P,) bool.
+        (P,) bool, True for the selected pixels.
     """
-    # In the order of losses: largest first. Ignored pixels sort last.
-    limit = -math.log(thres) if thres > 0 else math.inf
+    # In terms of losses: p ≤ thres is loss ≥ -log(thres), and the k-th smallest p is the k-th largest loss. Pixels that
+    # are not valid have the smallest loss.
+    min_loss = -math.log(thres) if thres > 0 else math.inf
     if min_kept > 0:
-        ranked = pixel_losses.detach().masked_fill(~valid, -math.inf)
-        if peers is not None:       # the k hardest of all are among the k hardest of each
-            hardest = ranked.topk(min(min_kept, len(ranked)), sorted=False).values
-            ranked = torch.cat(peers.gather(hardest))
-        k = min(min_kept, len(ranked))
-        limit = kth_smallest(ranked, len(ranked) - k + 1).clamp(max=limit)
-    # Not "≥": a loss that is not a number must reach the sum and be seen.
-    return ~(pixel_losses < limit) & valid
+        losses = pixel_losses.detach().masked_fill(~valid, -math.inf)
+        if peers is not None:       # the k hardest pixels of the batch are among the k hardest of each peer
+            hardest = losses.topk(min(min_kept, len(losses)), sorted=False).values
+            losses = torch.cat(peers.gather(hardest))
+        k = min(min_kept, len(losses))
+        min_loss = kth_smallest(losses, len(losses) - k + 1).clamp(max=min_loss)
+    # Not "≥": a loss that is not a number must not be dropped, so that it shows in the sum.
+    return ~(pixel_losses < min_loss) & valid
 
 
 def kth_smallest(values, k):
-    """The k-th smallest of values (P,), k from 1, as a scalar tensor on their device."""
-    if values.is_cpu:       # NumPy reads the same memory and selects ten times faster than kthvalue
+    """Return the k-th smallest of values (P,), k from 1, as a scalar tensor on their device."""
+    if values.is_cpu:       # NumPy reads the same memory, and is ten times faster than kthvalue
         return values.new_tensor(np.partition(values.numpy(), k - 1)[k - 1])
     return values.topk(len(values) - k + 1, sorted=False).values.min()      # kthvalue uses one block of a GPU
 
 
 class OhemCrossEntropy(CrossEntropy):
-    """Mean cross-entropy over the hardest pixels. Runs on the device, without a host copy.
+    """Mean cross-entropy over the hardest pixels. Computed on the device, without copies to the host.
 
     Args:
         thres: pixels whose true class has at most this probability always count.
-        min_kept: never fewer than this many pixels of a call (or all that are valid).
+        min_kept: minimum number of pixels of a call that count; all valid ones, if there are fewer.
         ignore_index: label of pixels that do not count.
-        class_weights: as in `CrossEntropy`; which pixels are the hardest does not depend on them.
+        class_weights: as in `CrossEntropy`. They do not influence which pixels are the hardest.
     """
 
     def __init__(self, thres=0.7, min_kept=100000, ignore_index=255, class_weights=None):
@@ -63,16 +65,16 @@ class OhemCrossEntropy(CrossEntropy):
         return keep_hardest(losses, valid, self.thres, self.min_kept)
 
     def divisor(self, labels):
-        return None     # the logits decide
+        return None     # depends on the logits
 
 
 class BatchOhemCrossEntropy(OhemCrossEntropy):
-    """`OhemCrossEntropy` over a batch that processes or replicas share: they agree on its hardest pixels.
+    """`OhemCrossEntropy` over the hardest pixels of a batch, which processes or replicas may share.
 
-    Args as there, but min_kept: pixels for every two images of the batch.
+    Arguments as in `OhemCrossEntropy`, but `min_kept` is the number of pixels per two images of the batch.
     """
 
     def select(self, losses, valid, images):
         peers = find_peers()
-        images *= 1 if peers is None else peers.size
-        return keep_hardest(losses, valid, self.thres, self.min_kept * images // 2, peers)
+        images_in_batch = images * (1 if peers is None else peers.size)
+        return keep_hardest(losses, valid, self.thres, self.min_kept * images_in_batch // 2, peers=peers)

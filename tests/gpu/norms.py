@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs import backend
-from libs.abn import ABNSync, InPlaceABNSync
+from libs.abn import ABNSync, InPlaceABNSync, set_backend
 from utils.parallel.processes import Processes
 from utils.parallel.replicas import ThreadReplicas
 
@@ -61,9 +61,9 @@ def compare(device, kind, dtype, layout, activation, training, parts, shape=(8, 
              for offset in (1, 0))
     norm = make_norm(kind, shape[1], activation, device).train(training)
     expected = in_float64(norm, x, dy, activation, training)
-    backend.set_backend(norm, "package" if parts == "package" else "torch")
+    set_backend(norm, "package" if parts == "package" else "torch")
     if parts == "process":
-        norm._exchange = lambda x: Processes()
+        norm._find_peers = lambda x: Processes()
     x.requires_grad_()
     module = nn.Sequential(Copy(), norm)
     y = (ThreadReplicas(module, 2) if parts == "replicas" else module)(x)

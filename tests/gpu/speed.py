@@ -20,6 +20,7 @@ from dataset.sampling import EpochSampler
 from dataset.streets import write_dataset
 from dataset.transforms import train_transform
 from libs import backend
+from libs.abn import set_backend
 from tests.benchmarks.engine import matmul_rate
 from utils.devices import memory
 from utils.devices.precision import AUTOCAST
@@ -68,7 +69,7 @@ def kind_of(kernel):
 def build(device, tf32, abn_backend, **options):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     engine = make_engine(device, dropout=True, **options)
-    backend.set_backend(engine.network, abn_backend)
+    set_backend(engine.network, abn_backend)
     return engine
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libs import abn, backend, functions, kernels, recompute
-from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, count_input_keeping_norms
+from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, count_input_keeping_norms, set_backend
 from libs.synchronize import combine
 from networks.build import build_network
 from tests.conftest import SHARED
@@ -110,27 +110,27 @@ def test_the_package_is_a_backend(monkeypatch):
     layer = randomized(InPlaceABNSync(5))
     x, dy = torch.randn(4, 5, 6, 7), torch.randn(4, 5, 6, 7)
     expected = gradients(copy.deepcopy(layer), x, dy)
-    backend.set_backend(layer, "package")
+    set_backend(layer, "package")
     calls = []
     package = backend.package()
     monkeypatch.setattr(backend, "package", lambda: lambda *args: calls.append(1) or package(*args))
     for a, b in zip(gradients(layer, x, dy), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert calls == [1]
-    with pytest.raises(RuntimeError, match="found torch.bfloat16 on cpu; the backend torch does this"):
+    with pytest.raises(RuntimeError, match="found torch.bfloat16 on cpu; the backend torch supports this"):
         layer(x.bfloat16())
-    backend.set_backend(layer, "auto")
+    set_backend(layer, "auto")
     gradients(layer, x, dy)
     assert calls == [1]
 
 
 def test_a_missing_package_is_said(monkeypatch):
     monkeypatch.setattr(backend, "package", lambda: None)
-    assert "not installed; not needed" in backend.describe("auto")
-    with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found none that imports"):
-        backend.set_backend(InPlaceABN(3), "package")
+    assert "optional package inplace_abn is not installed" in backend.describe("auto")
+    with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found that it cannot be imported"):
+        set_backend(InPlaceABN(3), "package")
     with pytest.raises(ValueError, match="expected one of auto, torch, package"):
-        backend.set_backend(InPlaceABN(3), "other")
+        set_backend(InPlaceABN(3), "other")
 
 
 # ---- on its own ----
@@ -249,7 +249,7 @@ def test_extremes_stay_finite():
 
 def test_what_cannot_be_undone_is_refused():
     for options in ({"activation": "relu"}, {"activation_param": 0.0}, {"activation": "elu", "activation_param": -1}):
-        with pytest.raises(ValueError, match="activation that can be undone"):
+        with pytest.raises(ValueError, match="activation that has an inverse"):
             InPlaceABN(3, **options)
     with pytest.raises(ValueError, match="expected one of leaky_relu, relu, elu, identity, found 'gelu'"):
         ABN(3, activation="gelu")
@@ -370,7 +370,7 @@ def cuda_kernels(monkeypatch):
                            ("stats", stats), ("gather_stats_with_counts", gather)):
         monkeypatch.setattr(torch, f"batch_norm_{name}", kernel(function))
     monkeypatch.setattr(functions, "local_statistics", kernel(update_stats))
-    monkeypatch.setattr(kernels, "serve", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(kernels, "supports", lambda x: x.dtype != torch.float64)
     return watch
 
 
@@ -388,14 +388,14 @@ def test_the_path_of_cuda(cuda_kernels, monkeypatch, kind, activation, layout, d
     with torch.no_grad():
         layer.weight.copy_(layer.weight.sign() * layer.weight.abs().clamp(min=0.3))
     if kind == "kept":
-        monkeypatch.setattr(InPlaceABN, "_is_ill_conditioned", lambda self: True)
+        monkeypatch.setattr(InPlaceABN, "_must_keep_input", lambda self: True)
     truth = nn.BatchNorm2d(5, momentum=layer.momentum).double()
     truth.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
     if kind is not ABNSync:
         truth.weight.data = truth.weight.data.abs() + layer.eps
     if setting != "two replicas":      # an ordinary norm that is alone is ATen's own
         shared = setting == "process" or kind is ABNSync
-        monkeypatch.setattr(layer, "_exchange", lambda x: OneProcess() if shared else None, raising=False)
+        monkeypatch.setattr(layer, "_find_peers", lambda x: OneProcess() if shared else None, raising=False)
     x = (torch.randn(4, 5, 6, 7) * 2 + 1).to(dtype).contiguous(memory_format=layout)
     dy = torch.randn(4, 5, 6, 7).to(dtype)              # of another layout than x, once in two
     x.requires_grad_()
@@ -612,7 +612,7 @@ def test_gradients_on_real_weights_are_at_most_twice_as_rough():
 
 
 def test_the_rule_is_needed(monkeypatch):
-    monkeypatch.setattr(abn, "LARGEST_RATIO", math.inf)
+    monkeypatch.setattr(abn, "MAX_RATIO", math.inf)
     ratios = [ours[1] / plain[1] for (ours, plain), _ in (half_errors(w, b) for _, w, b in real_norms())]
     assert max(ratios) > 10
 
@@ -680,7 +680,7 @@ def test_replicas_tell_the_layer_they_copy_whether_it_keeps_its_input():
             run_replicas([lambda m=copied: m(torch.randn(2, 3, 4, 4).bfloat16())])
     assert layer.keeps_input and count_input_keeping_norms(layer) == (1, 1) and looks == [True] + [False] * 5
     layer.load_state_dict(InPlaceABNSync(3).state_dict())
-    InPlaceABN.look_ahead([layer], 4)
+    InPlaceABN.decide_kept_inputs([layer], 4)
     assert not layer.keeps_input
 
 
@@ -690,7 +690,7 @@ def test_norms_of_a_network_decide_in_one_read(monkeypatch):
     reads, read = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or read(self))
     for _ in range(200):
-        InPlaceABN.look_ahead(norms, 2)
+        InPlaceABN.decide_kept_inputs(norms, 2)
         for norm in norms * 2:
             norm(torch.randn(2, 3, 2, 2).bfloat16())
     assert [norm.keeps_input for norm in norms] == [False, False, True, False, False]

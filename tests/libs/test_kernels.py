@@ -55,7 +55,7 @@ class Twice:
 
 def test_no_tensor_is_made_from_a_list(monkeypatch):
     norm = InPlaceABNSync(4)
-    monkeypatch.setattr(norm, "_exchange", lambda x: Twice())
+    monkeypatch.setattr(norm, "_find_peers", lambda x: Twice())
     x = torch.randn(3, 4, 5, 6)
     expected = F.leaky_relu(F.batch_norm(x, None, None, torch.full((4,), 1 + 1e-5), None, True), 0.01)
     with NoListBecomesATensor():

@@ -186,10 +186,10 @@ class Engine:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])     # PyTorch's name for the base rate of a schedule
         self.skipped = self.average_updates = 0
-        self._looking_ahead = defaultdict(list)     # {function: layers that decide together by calling it}
+        self._deciding_layers = defaultdict(list)     # {function: layers that decide together by calling it}
         for layer in network.modules():
-            if (precision.autocast is not None or precision.casts) and hasattr(layer, "look_ahead"):
-                self._looking_ahead[layer.look_ahead].append(layer)
+            if (precision.autocast is not None or precision.casts) and hasattr(layer, "decide_kept_inputs"):
+                self._deciding_layers[layer.decide_kept_inputs].append(layer)
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
     def train_mode(self):
@@ -220,7 +220,7 @@ class Engine:
             NotFinite: in all processes, with the state as it was before the step.
             UserError: a norm has one value per channel.
         """
-        for decide, layers in self._looking_ahead.items():      # in one call, because the host waits in each
+        for decide, layers in self._deciding_layers.items():      # in one call, because the host waits in each
             decide(layers, len(batches) * len(self.devices))
         for buffers, kept in self._statistics:
             torch._foreach_copy_(kept, buffers)

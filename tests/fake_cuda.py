@@ -110,9 +110,9 @@ class FakeDevice(TorchDispatchMode):
         name = function.name().removeprefix("aten::").split(".")[0]
         if name in COMPOSITE and function._can_decompose():
             with self:
-                found = function.decompose(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
+                actual = function.decompose(*args, **kwargs)
+            if actual is not NotImplemented:
+                return actual
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
         if on_gpu and function.namespace == "aten" and not function.is_view and name not in NO_KERNEL:
@@ -193,8 +193,8 @@ class FakeDevice(TorchDispatchMode):
     def batch_norm_backward_reduce(self, dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
         self.take(x, mean, invstd, *[weight] * (weight is not None))
         need_alike(x, dy)
-        return tuple(x.new_empty(x.shape[1] if asked else 0, dtype=torch.float32)
-                     for asked in (input_g, input_g, weight_g, bias_g))
+        return tuple(x.new_empty(x.shape[1] if requested else 0, dtype=torch.float32)
+                     for requested in (input_g, input_g, weight_g, bias_g))
 
     def batch_norm_backward_elemt(self, dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
         self.take(x, mean, invstd, weight, sum_dy, sum_dy_xmu)

@@ -53,8 +53,8 @@ def test_flags_are_these(script, names):
 def test_torchrun_leaves_every_flag_to_the_script(script):
     """argparse, before Python 3.12.4, also looks behind the script for what might abbreviate a flag of torchrun."""
     for flag in flags(script.get_parser()) - {"--log"}:     # which is --track there
-        found = torchrun.get_args_parser().parse_args(["--nproc_per_node", "4", "x.py", flag, "1"])
-        assert found.training_script_args == [flag, "1"]
+        actual = torchrun.get_args_parser().parse_args(["--nproc_per_node", "4", "x.py", flag, "1"])
+        assert actual.training_script_args == [flag, "1"]
 
 
 @pytest.mark.parametrize("script", [train, evaluate], ids=["train", "evaluate"])
@@ -95,27 +95,27 @@ def commands(text):
 @pytest.mark.parametrize("source", ["seed", "README.md", "train.py", "evaluate.py"])
 def test_documented_commands_parse(source):
     text = SEED if source == "seed" else (ROOT / source).read_text()
-    found = commands(text)
-    assert len(found) >= 2 or source == "train.py"
-    for script, line in found:
+    actual = commands(text)
+    assert len(actual) >= 2 or source == "train.py"
+    for script, line in actual:
         parser = {"train": train, "evaluate": evaluate}[script].get_parser()
         words = [re.sub(r"\$\{?\w+\}?", "/data", word) for word in shlex.split(line, comments=True)]
         parser.parse_args(words)
 
 
-@pytest.mark.parametrize("script, words, said", [
+@pytest.mark.parametrize("script, words, output", [
     (train, ["--lerning-rate", "1"], "--lerning-rate: expected a flag of this command, perhaps --learning-rate, found"),
     (train, ["--snapshot=x"], "--snapshot: expected a flag of this command, perhaps --snapshot-dir, found an unknown"),
     (train, ["--val", "x"], "perhaps --val-every or --val-split or --val-list, found"),
     (train, ["-gpu", "0"], "-gpu: expected a flag of this command, perhaps --gpu, found"),
     (train, ["--teacher"], "--teacher: expected a flag of this command, found an unknown one"),
     (evaluate, ["--restore", "x"], "--restore: expected a flag of this command, perhaps --restore-from, found")])
-def test_an_unknown_flag_is_told_with_those_like_it(script, words, said, capsys):
+def test_an_unknown_flag_is_told_with_those_like_it(script, words, output, capsys):
     """Also what is the beginning of one: run_local.sh would not know it, and torchrun takes some for its own."""
     with pytest.raises(SystemExit) as caught:
         script.get_parser().parse_args(words)
     (error,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and error.startswith("error: -") and said in error
+    assert caught.value.code == 2 and error.startswith("error: -") and output in error
 
 
 def test_a_stray_word_is_named(capsys):
@@ -175,9 +175,9 @@ def takes_a_path(action):
 
 @pytest.mark.parametrize("script", [train, evaluate], ids=["train", "evaluate"])
 def test_no_path_may_be_empty(script, capsys):
-    found = [action for action in script.get_parser()._actions if takes_a_path(action)]
-    assert len(found) >= 7
-    for action in found:
+    actual = [action for action in script.get_parser()._actions if takes_a_path(action)]
+    assert len(actual) >= 7
+    for action in actual:
         with pytest.raises(SystemExit):
             script.get_parser().parse_args([action.option_strings[0], ""])
         assert f"argument {action.option_strings[0]}: expected a path, found an empty one" in capsys.readouterr().err

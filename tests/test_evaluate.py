@@ -49,8 +49,8 @@ def official_result(truths, predictions, monkeypatch):
     return official.evaluateImgLists([str(p) for p in predictions], [str(t) for t in truths], official.args)
 
 
-def same(found, expected):
-    return found == expected or (found is None and np.isnan(expected))
+def same(actual, expected):
+    return actual == expected or (actual is None and np.isnan(expected))
 
 
 def test_scores_equal_the_official_script_on_the_written_files(streets, snapshot, tmp_path, monkeypatch, capsys):
@@ -237,9 +237,9 @@ command.run(evaluate.main)
             f"sys.argv[0] = {str(script)!r}; command.run(lambda: start_processes(2, sys.argv[1:]))")
     status, _, error = finish(start("-c", code, "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu",
                                     "--num-workers", "0", "--amp", "off", "--output-dir", tmp_path / "r", *SMALL))
-    (said,) = [line for line in error.splitlines() if "error: " in line]
-    assert status == 2 and said.startswith("[process 1] error: out of memory: expected room for")
-    assert "found: CUDA out of memory. Tried to allocate 9 GiB; what helps: a --batch-size below 4, wi" in said
+    (output,) = [line for line in error.splitlines() if "error: " in line]
+    assert status == 2 and output.startswith("[process 1] error: out of memory: expected room for")
+    assert "found: CUDA out of memory. Tried to allocate 9 GiB; what helps: a --batch-size below 4, wi" in output
     assert "Traceback" not in error
 
 

@@ -121,9 +121,9 @@ def outcome(words, monkeypatch):
     except (UserError, SystemExit) as error:
         return str(error)
     run, = made
-    found = sorted(map(str, walk(run, {})))
+    actual = sorted(map(str, walk(run, {})))
     network = run.engine.network
-    return [*found, network._compiled_call_impl is not None, network.head.fine.weight.stride(),
+    return [*actual, network._compiled_call_impl is not None, network.head.fine.weight.stride(),
             run.engine.network.backbone.conv1.weight.stride() if hasattr(network.backbone.conv1, "weight") else "",
             [name for name, parameter in network.named_parameters() if parameter.requires_grad],
             {norm.backend for norm in network.modules() if hasattr(norm, "backend")}]
@@ -169,28 +169,28 @@ def small_inputs(folder):
 
 def written(folder):
     """{name: content} of the files that a command wrote; scores without what only repeats its flags."""
-    found = {}
+    actual = {}
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.suffix != ".html":
             name = path.relative_to(folder).as_posix()
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            actual[name] = hashlib.sha256(path.read_bytes()).hexdigest()
             if path.name == "result.json":
                 content = json.loads(path.read_text())
-                found[name] = {key: content[key] for key in content if key not in ("checkpoint", "protocol")}
-    return found
+                actual[name] = {key: content[key] for key in content if key not in ("checkpoint", "protocol")}
+    return actual
 
 
 def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
     """The files it writes, or what it asks of the network and of workers; each command in a folder of its own."""
     small_inputs(tmp_path / "inputs")
-    asked, numbers, forward = [], itertools.count(), SlidingPredictor._forward
+    requested, numbers, forward = [], itertools.count(), SlidingPredictor._forward
 
     def noted(self, crops):
-        asked.append((tuple(crops.shape), self.autocast))
+        requested.append((tuple(crops.shape), self.autocast))
         return forward(self, crops)
 
     def loader(items, **options):
-        asked.append(options)
+        requested.append(options)
         return items
 
     def exported(path, target, **options):
@@ -211,13 +211,13 @@ def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
         for path in (tmp_path / "inputs").iterdir():
             (folder / path.name).symlink_to(path)
         monkeypatch.chdir(folder)
-        asked.clear()
+        requested.clear()
         refused = None
         try:
             evaluate.main(words)
         except (UserError, SystemExit) as error:
             refused = str(error)
-        return refused, written(folder), list(asked)
+        return refused, written(folder), list(requested)
 
     base = ["--restore-from", "plain.pth", "--data-dir", "data", "--gpu", "cpu", "--num-workers", "0", "--amp", "off",
             "--scales", "1.0", "--no-flip", "--save", "labels", "--output-dir", "results"]

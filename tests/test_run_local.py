@@ -35,15 +35,15 @@ def run(project, *words):
                           env={**os.environ, "PATH": path}, cwd=project.parent)
 
 
-@pytest.mark.parametrize("names, found", [
+@pytest.mark.parametrize("names, actual", [
     ((), "found 0;"), (("a.pth", "b.pth.tar"), "found 2: dataset/a.pth dataset/b.pth.tar;")])
-def test_none_or_several_weights_are_one_sentence(project, streets, names, found):
+def test_none_or_several_weights_are_one_sentence(project, streets, names, actual):
     for name in names:
         torch.save({}, project / "dataset" / name)
     done = run(project, streets)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "dataset/: expected one file of backbone weights" in done.stderr and found in done.stderr
+    assert "dataset/: expected one file of backbone weights" in done.stderr and actual in done.stderr
     assert not (project / "snapshots").exists()
 
 
@@ -115,12 +115,12 @@ def test_evaluation_is_not_told_of_apex(project, monkeypatch):
         assert args.amp is None and args.gpu == "0"
 
 
-@pytest.mark.parametrize("words, found", [
+@pytest.mark.parametrize("words, actual", [
     (("--data-list", "a.lst"), "none"), (("--data-dir", "x"), "none"), (("--images-dir=x",), "none"),
     (("--labels-dir", "x"), "none"), (("data", "--from-scratch", "--data-dir", "x"), "this flag beside data")])
-def test_data_are_named_by_the_first_word_alone(project, monkeypatch, words, found):
+def test_data_are_named_by_the_first_word_alone(project, monkeypatch, words, actual):
     flag = next(word for word in words if "-d" in word or "-l" in word).split("=")[0]
-    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first argument, found {found}"):
+    with pytest.raises(UserError, match=f"{flag}: expected the data's folder as the first argument, found {actual}"):
         words_of(project, monkeypatch, *words)
 
 
@@ -147,13 +147,13 @@ def test_the_range_is_that_of_the_training_as_it_is(project, monkeypatch, capsys
         assert "fine 50.0 %\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, output", [
     (("--gpu", "7", "--snapshot-dir", "project/a/b"), "--gpu 7: expected different ids of GPUs that exist"),
     (("--snapshot-dir", "project/train.py"), "train.py/.writable: expected to write a file there")])
-def test_wrong_words_end_before_anything_is_drawn(project, words, said):
+def test_wrong_words_end_before_anything_is_drawn(project, words, output):
     words = [word.replace("project", project.name) for word in words]
     done = run(project, *words)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2 and output in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (project / "demo").exists() and not (project / "a").exists()
 
 
@@ -186,8 +186,8 @@ def test_the_end_is_announced_from_the_measured_rate(tmp_path, capsys):
     for count in (1, 2, 3):
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n" + '{"step": 7' * (count == 1))
         watch()
-    said, = capsys.readouterr().out.splitlines()
-    assert said == "at 10.0 images/s training and scoring take 7 minutes more, 8 in all"    # 1000 · 4 / 10 s, and 12 %
+    output, = capsys.readouterr().out.splitlines()
+    assert output == "at 10.0 images/s training and scoring take 7 minutes more, 8 in all"   # 1000 · 4 / 10 s, and 12 %
 
 
 def test_a_run_that_goes_on_is_measured_anew(tmp_path, capsys):

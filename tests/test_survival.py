@@ -158,13 +158,13 @@ def test_two_runs_do_not_write_to_one_folder(streets, tmp_path):
     train.main(words(streets, tmp_path / "s", steps=1))
 
 
-@pytest.mark.parametrize("more, found", [(("--batch-size", "2"), "--batch-size 2, found 4"),
+@pytest.mark.parametrize("more, actual", [(("--batch-size", "2"), "--batch-size 2, found 4"),
                                          (("--random-seed", "9"), "--random-seed 9, found 1234"),
                                          (("--model", "base"), "--model base, found acfnet_resnet")])
-def test_the_folder_of_another_run(streets, tmp_path, more, found):
+def test_the_folder_of_another_run(streets, tmp_path, more, actual):
     train.main(words(streets, tmp_path / "s", steps=1))
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "s").iterdir())
-    with pytest.raises(UserError, match=f"expected a run with {found}; another --snapshot-dir starts another run"):
+    with pytest.raises(UserError, match=f"expected a run with {actual}; another --snapshot-dir starts another run"):
         train.main(words(streets, tmp_path / "s", *more, "--resume"))
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "s").iterdir()) == before
 
@@ -232,8 +232,8 @@ def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets,
     assert status == 0, error
     assert [step for step, _ in snapshots.list_snapshots(tmp_path / "s")] == [12]
     for name in ("metrics.jsonl", "events.out.tfevents"):
-        said = [line for line in error.splitlines() if name in line]
-        assert len(said) == 1 and "expected to write there" in said[0] and "training goes on" in said[0]
+        output = [line for line in error.splitlines() if name in line]
+        assert len(output) == 1 and "expected to write there" in output[0] and "training goes on" in output[0]
     steps = [json.loads(line)["step"] for line in open(tmp_path / "s/metrics.jsonl")]     # whole lines only
     assert 2 < len(steps) < 12 and steps == sorted(set(steps)) and "Traceback" not in error
     assert "step 12/12" in out
@@ -250,7 +250,7 @@ def test_the_tensorboard_file_holds_whole_records(tmp_path):
         theirs.add_image("panel", np.full((4, 6, 3), 7, np.uint8), 2, dataformats="HWC")
 
     def events(folder):
-        (path,), found = folder.iterdir(), []
+        (path,), actual = folder.iterdir(), []
         data = path.read_bytes()
         while data:
             length, = struct.unpack("<Q", data[:8])
@@ -258,8 +258,8 @@ def test_the_tensorboard_file_holds_whole_records(tmp_path):
             assert struct.unpack("<I", data[12 + length:16 + length]) == (masked_crc32c(data[12:12 + length]),)
             event, data = Event.FromString(data[12:12 + length]), data[16 + length:]
             event.wall_time = 0
-            found.append(event)
-        return found
+            actual.append(event)
+        return actual
 
     assert events(tmp_path / "tensorboard") == events(tmp_path / "theirs") and len(events(tmp_path / "theirs")) == 6
 
@@ -325,16 +325,16 @@ def test_the_account_of_an_error(monkeypatch):
     monkeypatch.setattr(command_module, "_among_processes", lambda: True)
     for text in ("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3",
                  "NCCL error: remote process exited or there was a network error, NCCL version 2.27\nncclRemoteError"):
-        status, said = account(RuntimeError(text))
-        assert status == 1 and said.startswith("another process of this run has ended") and "Traceback" not in said
+        status, output = account(RuntimeError(text))
+        assert status == 1 and output.startswith("another process of this run has ended") and "Traceback" not in output
     for error in (RuntimeError("NCCL error: invalid usage\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA"),
                   RuntimeError("[/gloo/transport/tcp/device.cc:80] Unable to find interface for: eth7"),
                   BrokenPipeError(32, "Broken pipe"), ValueError("connection reset by peer"),
                   RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: a bug")):
-        status, said = account(error)
-        assert status == 1 and "Traceback" in said and str(error).splitlines()[-1] in said
-    status, said = account(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
-    assert status == 2 and said.startswith("error: a process that reads samples died")
+        status, output = account(error)
+        assert status == 1 and "Traceback" in output and str(error).splitlines()[-1] in output
+    status, output = account(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    assert status == 2 and output.startswith("error: a process that reads samples died")
 
 
 def test_the_error_of_one_process_comes_first_and_is_the_status(streets, tmp_path):

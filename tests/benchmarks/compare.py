@@ -174,17 +174,17 @@ def run_all(comparison, gpus, every=60.0):
     to stop is passed on to those at work, and raises `command.Interrupted` when they have saved.
     """
     waiting = deque((variant, seed) for seed in range(comparison.seeds) for variant in comparison.variants)
-    failed, working, told, said = [], [], False, time.monotonic()
+    failed, working, received, output = [], [], False, time.monotonic()
     with StopRequest() as stop:
         workers = [work(comparison, waiting, gpu, stop, failed) for gpu in gpus]
         try:
             while working := [pair for worker in workers if (pair := next(worker, None))]:
-                if stop.requested and not told:
-                    told = True
+                if stop.requested and not received:
+                    received = True
                     for _, process in working:
                         process.send_signal(stop.number)
-                if time.monotonic() - said > every:
-                    said = time.monotonic()
+                if time.monotonic() - output > every:
+                    output = time.monotonic()
                     for run, _ in working:
                         say(run, comparison.stage(*run))
                 time.sleep(0.1)
@@ -249,7 +249,7 @@ def interval(values):
 
 def find_costs(comparison, device):
     """{name: what a network costs} of every variant of which a run is finished; counted once, and kept in a file."""
-    found, image = {}, None
+    actual, image = {}, None
     for variant in comparison.variants:
         seed = next((seed for seed in range(comparison.seeds) if comparison.result(variant, seed)), None)
         if seed is None:
@@ -260,8 +260,8 @@ def find_costs(comparison, device):
                 image = read_image(comparison.validation_data().pairs[0][0])
             say((variant, seed), "counting and timing")
             files.write_json(path, cost(comparison, comparison.snapshot(variant, seed), image, device))
-        found[variant.name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        actual[variant.name] = json.loads(path.read_text(encoding="utf-8"))
+    return actual
 
 
 def cost(comparison, path, image, device):
@@ -376,21 +376,22 @@ def check(comparison, gpu):
         _, root, _, classes, _ = train.parse_and_check(comparison.training_words(variant, 0, gpu))
     evaluate.check(evaluate.get_parser().parse_args(comparison.scoring_words(variant, 0, gpu)))
     CityscapesDataset(root, args.split, args.data_list, classes), comparison.validation_data()
-    asked = {name: os.path.abspath(value) if name in FOLDERS and value else value for name, value in vars(args).items()
-             if name not in FREE} | {"steps": comparison.steps, "protocol": comparison.protocol}
-    asked = json.loads(json.dumps(asked))
+    requested = {name: os.path.abspath(value) if name in FOLDERS and value else value
+                 for name, value in vars(args).items() if name not in FREE}
+    requested |= {"steps": comparison.steps, "protocol": comparison.protocol}
+    requested = json.loads(json.dumps(requested))
     path = comparison.folder / "compare.json"
     if path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise UserError(f"{path}: expected the flags of a comparison, found something else") from None
-        for name, value in asked.items():
+        for name, value in requested.items():
             if before.get(name, value) != value:
                 raise UserError(f"--output-dir {comparison.folder}: expected a comparison with the same "
                                 f"{name.replace('_', '-')}, found {before[name]} there and {value} here; another "
                                 "folder begins another one")
-    files.write_json(path, asked)
+    files.write_json(path, requested)
 
 
 def compare(comparison, devices):
@@ -412,18 +413,18 @@ def compare(comparison, devices):
 
 def models(text):
     """Flag type: names of models, +acf behind those that shall have the ACF head → `Variant`s."""
-    found = []
+    actual = []
     for name in flags.words(text):
         model, plus, _ = name.partition("+acf")
         if model not in MODELS or name != model + plus:
             raise argparse.ArgumentTypeError(f"expected models of {', '.join(MODELS)}, with or without +acf, found "
                                              f"{name!r:.60}")
-        found.append(Variant(name, ("--model", model, *["--acf"] * bool(plus))))
-        if found.count(found[-1]) > 1:
+        actual.append(Variant(name, ("--model", model, *["--acf"] * bool(plus))))
+        if actual.count(actual[-1]) > 1:
             raise argparse.ArgumentTypeError(f"expected every model once, found {name} twice")
-    if not found:
+    if not actual:
         raise argparse.ArgumentTypeError("expected models, found none")
-    return tuple(found)
+    return tuple(actual)
 
 
 def get_parser():

@@ -99,10 +99,10 @@ def measure(network, data, val, every, size, device, autocast):
                             ("coarse right", differ & (chosen["coarse"] == labels)),
                             ("fine right", differ & (chosen["own centers"] == labels))):
             pixels[name] += int(which.sum())
-    scores = {name: 100 * found.mean_iou() for name, found in matrices.items()}
+    scores = {name: 100 * actual.mean_iou() for name, actual in matrices.items()}
     own = scores.pop("own centers")
     scores = {"own centers": own} | {f"own centers - {name}": own - score for name, score in scores.items()}
-    sizes = {name: float(torch.stack(found).mean().sqrt()) for name, found in squares.items()}
+    sizes = {name: float(torch.stack(actual).mean().sqrt()) for name, actual in squares.items()}
     return scores, sizes, {name: 100 * count / pixels["all"] for name, count in pixels.items() if name != "all"}
 
 
@@ -121,15 +121,15 @@ def main(argv=None):
                  for name in ("train", "val"))
     runs = {model: [path for run in sorted(args.folder.glob(f"{model}_seed*"))
                     for _, path in snapshots.list_snapshots(run)[-1:]] for model in ("acfnet", "acfnet_resnet")}
-    paths = [(model, path) for model, found in runs.items() for path in found]
+    paths = [(model, path) for model, actual in runs.items() for path in actual]
     if not paths:
         raise UserError(f"{args.folder}: expected networks with ACF of tests.benchmarks.camvid, found none")
-    found = {}
+    actual = {}
     for model, path in progress(paths, "networks", "network", every=60):
         network, _ = load_network(path, device)
-        found.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
+        actual.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
     titles = "mean IoU, %, with M from", "root mean square of", "pixels, %, where coarse and fine"
-    for model, runs in found.items():
+    for model, runs in actual.items():
         print(f"{model}, {len(runs)} networks, mean ± 95 %")
         for title, parts in zip(titles, zip(*runs, strict=True), strict=True):
             print(f"  {title}")

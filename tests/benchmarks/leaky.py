@@ -19,13 +19,13 @@ def main():
     parser = flags.Parser(description=__doc__)
     parser.add_argument("weights")
     weights = read_weights(parser.parse_args().weights)
-    found = weights.structure
+    actual = weights.structure
     state = {key.removeprefix("backbone."): value for key, value in weights.state.items()}
     classifier = {key: state.pop(f"fc.{key}").float() for key in ("weight", "bias") if f"fc.{key}" in state}
     networks = {}
     for activation in ("relu", "leaky_relu"):
-        networks[activation] = build_backbone(found["backbone"], "bn", activation, found["stem"],
-                                              found["average_downsample"], found["eca_kernels"], 32)
+        networks[activation] = build_backbone(actual["backbone"], "bn", activation, actual["stem"],
+                                              actual["average_downsample"], actual["eca_kernels"], 32)
         networks[activation].load_state_dict(state)
         networks[activation].eval()
     shifts, same, count = [[] for _ in range(4)], 0, 0

@@ -101,14 +101,14 @@ def kept_bytes(network, images, autocast=None):
 def _live(excluded):
     """{storage pointer: bytes} of every tensor Python knows, but for those that `excluded(tensor)` leaves out."""
     gc.collect()
-    found = {}
+    actual = {}
     for thing in gc.get_objects():
         if type(thing) not in (torch.Tensor, torch.nn.Parameter) or thing.layout != torch.strided:
             continue        # sparse ones have no storage of their own
         if not excluded(thing):
             storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+            actual[storage.data_ptr()] = storage.nbytes()
+    return actual
 
 
 if __name__ == "__main__":

@@ -80,10 +80,10 @@ def test_true_centers_see_the_truth_and_only_that():
     torch.testing.assert_close(network(images), plain(images))
     assert (network(torch.cat([images, truth[:, None]], 1))["fine"] - plain(images)["fine"]).abs().max() > 1e-3
     features, coarse = torch.randn(1, 128, 5, 5), torch.randn(1, 3, 5, 5)
-    found, keys = network.head.acf.class_centers(features, coarse), network.head.acf.ccb.conv(features)
+    actual, keys = network.head.acf.class_centers(features, coarse), network.head.acf.ccb.conv(features)
     small = torch.nn.functional.interpolate(truth[None], size=(5, 5), mode="nearest-exact")[0]
     for number in range(3):
-        torch.testing.assert_close(found[0, number], keys[0][:, small[0] == number].mean(1))
+        torch.testing.assert_close(actual[0, number], keys[0][:, small[0] == number].mean(1))
 
 
 def test_a_folder_of_something_else_is_a_sentence(tmp_path):

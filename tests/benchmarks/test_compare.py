@@ -263,11 +263,11 @@ def test_bad_input_is_one_sentence_before_anything_is_written(streets, tmp_path,
     try:
         compare.main(words(streets, tmp_path / "r", "--gpu", "cpu", *more))
     except UserError as error:
-        said = str(error)
+        output = str(error)
     except SystemExit as error:
-        said = capsys.readouterr().err
+        output = capsys.readouterr().err
         assert error.code == 2
-    assert re.search(sentence, said) and len(said.strip().splitlines()) == 1
+    assert re.search(sentence, output) and len(output.strip().splitlines()) == 1
     assert not Path(tmp_path / "r").exists()
 
 

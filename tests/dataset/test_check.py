@@ -89,9 +89,9 @@ def test_the_account_is_given_where_every_label_map_is_wrong(tmp_path, monkeypat
     with pytest.raises(SystemExit) as caught:
         main()
     out = capsys.readouterr().out
-    found = json.loads((tmp_path / "r/check.json").read_text())["splits"][str(tmp_path / "l.txt")]
-    assert caught.value.code == 1 and found["pairs"] == 2 and "2 pairs; sizes 8×6 (2)" in out
-    assert any(problem["kind"] == "nothing labeled" for problem in found["problems"])
+    actual = json.loads((tmp_path / "r/check.json").read_text())["splits"][str(tmp_path / "l.txt")]
+    assert caught.value.code == 1 and actual["pairs"] == 2 and "2 pairs; sizes 8×6 (2)" in out
+    assert any(problem["kind"] == "nothing labeled" for problem in actual["problems"])
     assert "; check.json and pictures of valid pairs" in out
 
 

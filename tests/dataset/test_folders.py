@@ -114,8 +114,8 @@ def test_a_run_is_known_again_when_the_folders_are_moved(tmp_path):
 def test_what_is_no_pair_is_a_sentence(tmp_path, spoil, message):
     folders = make(tmp_path, *"abcde")
     spoil(tmp_path)
-    said = refusal(CityscapesDataset, folders)
-    assert message.format(images=folders[0], labels=folders[1]) in said and said.startswith("--"), said
+    output = refusal(CityscapesDataset, folders)
+    assert message.format(images=folders[0], labels=folders[1]) in output and output.startswith("--"), output
 
 
 @pytest.mark.parametrize("text, message", [
@@ -221,16 +221,17 @@ def test_validation_has_images_of_its_own(tmp_path):
     assert "--val-list: expected --data-list with it" in refusal(check_validation, plain, None, "v", "val")
     check_validation(divided, None, None, "val:2+train:1")
     for typo in ("vall", "val+tset"):
-        said = f"--val-split {typo}: expected names of folders in {divided[0]} and {divided[1]}, found train, val"
-        assert refusal(check_validation, divided, None, None, typo) == said
+        output = f"--val-split {typo}: expected names of folders in {divided[0]} and {divided[1]}, found train, val"
+        assert refusal(check_validation, divided, None, None, typo) == output
 
 
 def test_training_and_evaluation(tmp_path, capsys):
     folders = make(tmp_path / "data", "train/a", "train/b", "val/a", "val/c")
     out = tmp_path / "s"
     train.main([*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 1, "--val-every", 1)])
-    said = capsys.readouterr().out
-    assert "reading ids: 4/4" in said and "train: 2 images, 2 classes\n" in said and "val: 2 images, 2 classes" in said
+    output = capsys.readouterr().out
+    for line in ("reading ids: 4/4", "train: 2 images, 2 classes\n", "val: 2 images, 2 classes"):
+        assert line in output
     assert (out / "classes.csv").read_text() == BINARY
     resume = [*SMALL, *words(folders, "--snapshot-dir", out, "--batch-size", 2, "--num-steps", 2, "--resume")]
     (tmp_path / "ships.csv").write_text(BINARY.replace("foreground", "ship"))
@@ -286,8 +287,8 @@ def test_the_check(tmp_path, monkeypatch, capsys, stems, splits):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", "1")])
     check.main()
-    found = json.loads((tmp_path / "runs/check_data/check.json").read_text())["splits"]
-    assert [Path(name).name for name in found] == splits and not any(one["official"] for one in found.values())
+    actual = json.loads((tmp_path / "runs/check_data/check.json").read_text())["splits"]
+    assert [Path(name).name for name in actual] == splits and not any(one["official"] for one in actual.values())
     assert (tmp_path / "runs/check_data/classes.csv").read_text() == BINARY and "0 problems" in capsys.readouterr().out
     (tmp_path / "some.txt").write_text("a\n")
     if splits == ["images"]:
@@ -307,10 +308,10 @@ def test_the_check_names_all_that_have_no_partner(tmp_path, monkeypatch, capsys)
         monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", "1", *more)])
         with pytest.raises(SystemExit, match="1"):
             check.main()
-        out, (found,) = capsys.readouterr().out, json.loads(Path("runs/check_data/check.json").read_text())[
+        out, (actual,) = capsys.readouterr().out, json.loads(Path("runs/check_data/check.json").read_text())[
             "splits"].values()
-        assert f"{len(found['problems'])} problems" in out
-        return found["pairs"], [(one["kind"], one["text"].partition(":")[0]) for one in found["problems"]]
+        assert f"{len(actual['problems'])} problems" in out
+        return actual["pairs"], [(one["kind"], one["text"].partition(":")[0]) for one in actual["problems"]]
 
     assert checked() == (3, [("label map missing", f"{folders[0]}/b.jpg"), ("label map missing", f"{folders[0]}/d.png"),
                              ("image missing", f"{folders[1]}/f.png")])
@@ -321,8 +322,8 @@ def test_the_check_names_all_that_have_no_partner(tmp_path, monkeypatch, capsys)
 
 
 def test_a_split_for_the_server_is_of_cityscapes(tmp_path):
-    said = refusal(evaluate.main, words(("A", "B"), "--restore-from", "x.pth", "--submission", "F", "--gpu", "cpu"))
-    assert said == "--submission: expected a Cityscapes folder in --data-dir, found --images-dir"
+    output = refusal(evaluate.main, words(("A", "B"), "--restore-from", "x.pth", "--submission", "F", "--gpu", "cpu"))
+    assert output == "--submission: expected a Cityscapes folder in --data-dir, found --images-dir"
 
 
 @pytest.mark.parametrize("where", ["images/c.jpg", "labels/c.png"])

@@ -145,9 +145,9 @@ def test_the_exported_network_gives_the_labels_of_the_whole_image(snapshot, tmp_
         images = np.stack([picture(height, width), picture(height, width)[::-1, ::-1]])
         outputs = session.run(None, {"images": images.transpose(0, 3, 1, 2).astype(np.float32)})
         for number, image in enumerate(images):
-            for head, found in zip(("fine", "coarse"), outputs, strict=True):
+            for head, actual in zip(("fine", "coarse"), outputs, strict=True):
                 probabilities = predictor.predict(image.copy())["single_scale"][head]
-                logits = torch.from_numpy(found[number])
+                logits = torch.from_numpy(actual[number])
                 torch.testing.assert_close(logits.log_softmax(0), probabilities.log(), rtol=0, atol=1e-4)
                 best = logits.topk(2, 0).values
                 differ = logits.argmax(0) != probabilities.argmax(0)

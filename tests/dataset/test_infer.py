@@ -89,11 +89,11 @@ def test_the_account_says_pixels_files_and_splits(tmp_path, capsys):
     rare, plain = np.zeros((10, 10)), np.zeros((10, 10))
     rare[0, :3], plain[:, :5], plain[0, 0] = 2, 1, 255
     infer(draw(tmp_path, train__a=plain, train__b=np.zeros((10, 10)), val__c=rare))
-    said = capsys.readouterr().out
-    assert "  class 0: 82.3 % of pixels in 3 of 3 files\n" in said       # (50 + 100 + 97) / 300
-    assert "  class 1: 16.3 % of pixels in 1 of 3 files, none in val\n" in said
-    assert "  class 2: 1 % of pixels in 1 of 3 files, none in train\n" in said
-    assert "  ignored (255): 0.333 % of pixels in 1 of 3 files, none in val\n" in said
+    output = capsys.readouterr().out
+    assert "  class 0: 82.3 % of pixels in 3 of 3 files\n" in output       # (50 + 100 + 97) / 300
+    assert "  class 1: 16.3 % of pixels in 1 of 3 files, none in val\n" in output
+    assert "  class 2: 1 % of pixels in 1 of 3 files, none in train\n" in output
+    assert "  ignored (255): 0.333 % of pixels in 1 of 3 files, none in val\n" in output
 
 
 def test_a_value_is_ignored_as_the_account_says(tmp_path, capsys):

@@ -26,9 +26,9 @@ def table(tmp_path):
 
 def test_cityscapes_table_is_the_official_one():
     classes = ClassTable.read()
-    found = [(r["name"], r["id"], r["train_id"], r["category"], (r["red"], r["green"], r["blue"]))
+    actual = [(r["name"], r["id"], r["train_id"], r["category"], (r["red"], r["green"], r["blue"]))
              for r in classes.rows]
-    assert found == [(x.name, x.id, x.trainId, x.category, x.color) for x in official]
+    assert actual == [(x.name, x.id, x.trainId, x.category, x.color) for x in official]
     evaluated = [x for x in official if not x.ignoreInEval]
     assert classes.names == [x.name for x in evaluated]
     assert classes.categories == [x.category for x in evaluated]
@@ -149,26 +149,26 @@ def test_colors_of_cityscapes_are_read_with_the_table(streets):
     for kind in ("train", "val"):
         for path in sorted((streets / "gtFine" / kind).glob("*/*_color.png")):
             ids = read_ids(path.with_name(path.name.replace("_color", "_labelIds")))
-            said = r"\(153, 153, 153\) to pole \(train id 5\), polegroup \(train id 255\): all its pixels are learned"
-            with pytest.warns(UserWarning, match=said) if 17 in ids else nullcontext():
+            output = r"\(153, 153, 153\) to pole \(train id 5\), polegroup \(train id 255\): all its pixels are learned"
+            with pytest.warns(UserWarning, match=output) if 17 in ids else nullcontext():
                 colors = ClassTable.read().encode(read_ids(path), path)
             assert np.array_equal(colors, ClassTable.read().encode(ids))
 
 
-@pytest.mark.parametrize("rows, found", [
+@pytest.mark.parametrize("rows, actual", [
     ("a,1,0,5,5,6,\nb,2,0,5,5,6,\n", 0), ("a,1,0,5,5,6,x\nb,2,255,5,5,6,x\n", 0),
     ("a,1,0,1,1,1,\nb,2,255,5,5,6,x\nc,3,255,5,5,6,y\n", 255),
     ("a,1,0,5,5,6,x\nb,2,1,5,5,6,x\n", r"a \(train id 0\), b \(train id 1\); use a map of ids"),
     ("a,1,0,5,5,6,x\nb,2,255,5,5,6,void\n", r"a \(train id 0\), b \(train id 255\)"),
     ("a,1,0,5,5,6,\nb,2,255,5,5,6,\n", r"a \(train id 0\), b \(train id 255\)")])
 @pytest.mark.filterwarnings("ignore:.*learned and scored as a")
-def test_a_color_of_several_rows(table, rows, found):
+def test_a_color_of_several_rows(table, rows, actual):
     classes = table("name,id,train_id,red,green,blue,category\n" + rows)
     colors = np.full((1, 1, 3), (5, 5, 6), np.uint8)
-    if isinstance(found, int):
-        assert classes.encode(colors).tolist() == [[found]]
+    if isinstance(actual, int):
+        assert classes.encode(colors).tolist() == [[actual]]
     else:
-        with pytest.raises(UserError, match=r"m\.png: expected a color for each class, found \(5, 5, 6\), .*" + found):
+        with pytest.raises(UserError, match=r"m\.png: expected a color for each class, found \(5, 5, 6\), .*" + actual):
             classes.encode(colors, "m.png")
 
 

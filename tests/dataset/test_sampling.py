@@ -36,8 +36,8 @@ def test_positions_are_pixels_of_their_class(streets):
         assert set(index[index[:, 0] == image, 1].tolist()) == present
     flat = np.zeros((30, 40), np.uint8)
     flat[:, 20:] = 3
-    found = np.array(class_positions(flat, 0))
-    assert Counter(found[:, 0].tolist()) == {0: 16, 3: 16} and (found[found[:, 0] == 3, 2] >= 20).all()
+    actual = np.array(class_positions(flat, 0))
+    assert Counter(actual[:, 0].tolist()) == {0: 16, 3: 16} and (actual[actual[:, 0] == 3, 2] >= 20).all()
 
 
 @pytest.mark.parametrize("scale_range", [None, (0.5, 2.0)])

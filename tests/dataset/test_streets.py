@@ -61,9 +61,9 @@ def test_the_hash_seed_of_the_process_does_not_matter():
     """Sets of strings come in another order in every process; scene 7 must hold two classes that take one place."""
     code = ("import hashlib; from dataset.streets import draw_scene; "
             "print(hashlib.sha256(b''.join(map(bytes, draw_scene(64, 128, 0, 'train', 7)))).hexdigest())")
-    found = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(seed)},
+    actual = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(seed)},
                             capture_output=True, text=True, check=True).stdout for seed in range(4)}
-    assert len(found) == 1 and len(found.pop()) == 65
+    assert len(actual) == 1 and len(actual.pop()) == 65
 
 
 def test_splits_show_different_streets():

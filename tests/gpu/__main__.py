@@ -52,16 +52,16 @@ SECTIONS = {
 
 def about(device):
     """The machine, the driver, the versions and the commit: plain values."""
-    found = describe_run({}, [device])
+    actual = describe_run({}, [device])
     driver = Path("/proc/driver/nvidia/version")
     number = re.search(r"Kernel Module.*?\s([\d.]+)\s", driver.read_text()) if driver.exists() else None
-    found |= {"driver": number[1] if number else "unknown", "gpus": torch.cuda.device_count(),
+    actual |= {"driver": number[1] if number else "unknown", "gpus": torch.cuda.device_count(),
               "processor": platform.machine(), "cores": os.cpu_count()}
     if device.type == "cuda":
-        found["memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
-        found["capability"] = list(torch.cuda.get_device_capability(device))
-        found["cudnn"] = torch.backends.cudnn.version()
-    return found
+        actual["memory_gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
+        actual["capability"] = list(torch.cuda.get_device_capability(device))
+        actual["cudnn"] = torch.backends.cudnn.version()
+    return actual
 
 
 def run_here(name, device, rehearsal, path):
@@ -153,12 +153,12 @@ def main():
     for name in ("about", *(args.sections or SECTIONS)):
         limit = 120 if name == "about" else SECTIONS[name][0]
         if args.sections is None and time.monotonic() - started > MINUTES * 60:
-            found = [{"section": name, "kind": "note", "name": "left out", "found":
+            actual = [{"section": name, "kind": "note", "name": "left out", "found":
                       f"{MINUTES} minutes are over; --sections {name} runs it"}]
         else:
-            found = examine(name, limit, args.rehearse, device)
-        print(*map(line, found), sep="\n", flush=True)
-        rows += found
+            actual = examine(name, limit, args.rehearse, device)
+        print(*map(line, actual), sep="\n", flush=True)
+        rows += actual
         write_json(args.output, {"rehearsal": args.rehearse, "rows": rows})
     failed = [row for row in rows if row["kind"] == "check" and not row["ok"]]
     print(f"{sum(row['kind'] == 'check' for row in rows)} checks, {len(failed)} failed; written to {args.output}")

@@ -71,8 +71,8 @@ def windows(device, amp, layout, size, window=(65, 65), *, scales, flip=True, **
     network = make_network(**shape).to(device, memory_format=layout)
     predictor = SlidingPredictor(network, window, scales=scales, flip=flip, autocast=AUTOCAST[amp],
                                  memory_format=layout)
-    found = predictor(make_image(size))
-    return f"probabilities {near(found, expected, 1e-4 if amp == 'off' else 0.1, 'probabilities'):.1e}"
+    actual = predictor(make_image(size))
+    return f"probabilities {near(actual, expected, 1e-4 if amp == 'off' else 0.1, 'probabilities'):.1e}"
 
 
 def scores(device, size, window=(65, 65), **shape):
@@ -84,13 +84,13 @@ def scores(device, size, window=(65, 65), **shape):
         label[:9] = 255
         items.append({"image": torch.randint(256, (3, *size), dtype=torch.uint8), "label": label})
     total = sum_of_matrices(image.matrices for image in score(predictor, items, 19))
-    found = total["single_scale"]["fine"].matrix.numpy()
+    actual = total["single_scale"]["fine"].matrix.numpy()
     expected = np.zeros((19, 20), dtype=np.int64)
     for item in items:
         predicted = predictor.labels(item["image"].permute(1, 2, 0)).cpu().numpy()
         known = item["label"].numpy() != 255
         np.add.at(expected, (item["label"].numpy()[known], predicted[known]), 1)
-    assert np.array_equal(found, expected), f"expected {expected.sum()} pixels counted, found {found.sum()}"
+    assert np.array_equal(actual, expected), f"expected {expected.sum()} pixels counted, found {actual.sum()}"
     return f"{expected.sum()} pixels counted alike"
 
 
@@ -100,10 +100,10 @@ def folded(device, amp, size=129, **shape):
     network = make_network(**shape).to(device)
     images = torch.randn(2, 3, size, size, device=device)
     with torch.autocast(device.type, dtype=AUTOCAST[amp], enabled=AUTOCAST[amp] is not None):
-        found = fold_norms(network).to(memory_format=torch.channels_last)(
+        actual = fold_norms(network).to(memory_format=torch.channels_last)(
             images.contiguous(memory_format=torch.channels_last))["fine"]
         expected = network(images)["fine"]
-    return f"logits {near(found, expected, 1e-4 if amp == 'off' else 0.1, 'logits'):.1e}"
+    return f"logits {near(actual, expected, 1e-4 if amp == 'off' else 0.1, 'logits'):.1e}"
 
 
 def section(rows, device, size=(129, 201), scales=(0.75, 1.0, 1.5), **shape):
@@ -148,9 +148,9 @@ def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size
     network = fold_norms(make_network(**shape)).to(device, memory_format=torch.channels_last)
     for name, scales, flip in (("single-scale", (1.0,), False),
                                ("multi-scale, mirrored", (0.75, 1.0, 1.25, 1.5, 1.75, 2.0), True)):
-        found = rows.figure(name, speed, device, network, scales, flip, size, window, batch_size, runs)
-        if found:
-            share = found["beyond_the_network"]
+        actual = rows.figure(name, speed, device, network, scales, flip, size, window, batch_size, runs)
+        if actual:
+            share = actual["beyond_the_network"]
             rows.goal(f"{name}: evaluation beyond the network", "at most 10 % of its time", f"{share:.1%}",
                       share <= 0.1)
     rows.figure("counting a map of one class", counting, device, size, runs)

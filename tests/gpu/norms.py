@@ -71,9 +71,9 @@ def compare(device, kind, dtype, layout, activation, training, parts, shape=(8, 
     if kind == "kept" and training and dtype != torch.float32:
         assert norm.keeps_input, "expected the norm to keep its input, found that it does not"
     assert y.dtype == dtype and y.is_contiguous(memory_format=layout), f"found {y.dtype}, strides {y.stride()}"
-    found = {"output": y, "dx": x.grad, "dweight": norm.weight.grad, "dbias": norm.bias.grad,
+    actual = {"output": y, "dx": x.grad, "dweight": norm.weight.grad, "dbias": norm.bias.grad,
              "mean": norm.running_mean, "var": norm.running_var}
-    return max(near(found[name], expected[name], TOLERANCES[dtype], name) for name in expected)
+    return max(near(actual[name], expected[name], TOLERANCES[dtype], name) for name in expected)
 
 
 def section(rows, device, shape=(8, 32, 33, 31)):

@@ -48,19 +48,20 @@ class Rows:
 def _words(error):
     """An error in one line, with the place in this project where it came up."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    said = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {said[:200]} ({frames[-1].filename.split('/')[-1]}:{frames[-1].lineno})"
+    output = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {output[:200]} ({frames[-1].filename.split('/')[-1]}:{frames[-1].lineno})"
 
 
-def distance(found, expected):
+def distance(actual, expected):
     """Euclidean norm of the difference, as a share of that of the expected tensor; both as float64 on the CPU."""
-    found, expected = (tensor.detach().cpu().double() for tensor in (found, expected))
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    actual, expected = (tensor.detach().cpu().double() for tensor in (actual, expected))
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
-def near(found, expected, tolerance, what):
+def near(actual, expected, tolerance, what):
     """Raise AssertionError unless a tensor is within a relative distance of another; returns the distance."""
-    assert found.shape == expected.shape, f"{what}: expected shape {tuple(expected.shape)}, found {tuple(found.shape)}"
-    error = distance(found, expected)
+    shape = tuple(expected.shape)
+    assert actual.shape == shape, f"{what}: expected shape {shape}, found {tuple(actual.shape)}"
+    error = distance(actual, expected)
     assert error <= tolerance, f"{what}: expected a distance of at most {tolerance:.1e}, found {error:.1e}"
     return error

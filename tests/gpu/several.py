@@ -56,13 +56,13 @@ def collectives(processes, device):
 
 def step_as_without(processes, device, **shape):
     """A step of DistributedDataParallel with one process equals one without it."""
-    found = []
+    actual = []
     for shared in (None, processes):
         engine = make_engine(device, processes=shared, **shape)
         terms, _ = engine.step([make_batch(33)])
-        found.append(([terms[head] for head in WEIGHTS],
+        actual.append(([terms[head] for head in WEIGHTS],
                       torch.cat([weight.detach().flatten() for weight in engine.network.parameters()])))
-    (alone, weights), (shared, same) = found
+    (alone, weights), (shared, same) = actual
     losses = near(torch.tensor(shared), torch.tensor(alone), 1e-6, "losses")
     return f"losses {losses:.1e}, weights {near(same, weights, 1e-6, 'weights'):.1e}"
 
@@ -70,14 +70,14 @@ def step_as_without(processes, device, **shape):
 def losses_of(devices, processes, steps, size, images, **shape):
     """Losses (steps, terms) of a run on these devices; `images` are those of the whole batch."""
     engine = make_engine(devices[0], devices=devices, processes=processes, **shape)
-    found = []
+    actual = []
     for seed in range(steps):
         batch = make_batch(size, seed, images)
         if processes is not None:
             batch = {key: value.chunk(processes.size)[processes.rank] for key, value in batch.items()}
         terms, _ = engine.step([batch])
-        found.append([terms[head] for head in WEIGHTS])
-    return found
+        actual.append([terms[head] for head in WEIGHTS])
+    return actual
 
 
 def work(rank, kind, world, port, folder, steps, size, images, shape):
@@ -97,15 +97,15 @@ def work(rank, kind, world, port, folder, steps, size, images, shape):
 def shared_by_processes(kind, world, steps, size, expected, **shape):
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (kind, world, free_port(), folder, steps, size, 2 * world, shape), nprocs=world)
-        found = json.loads(Path(folder, "losses.json").read_text())
-    return as_alone(found, expected)
+        actual = json.loads(Path(folder, "losses.json").read_text())
+    return as_alone(actual, expected)
 
 
-def as_alone(found, expected):
+def as_alone(actual, expected):
     """The first step's losses are one device's; later ones drift apart by what rounding grows to."""
-    found, expected = torch.tensor(found), torch.tensor(expected)
-    first = near(found[0], expected[0], 1e-5, "losses of the first step")
-    return f"losses of the first step {first:.1e}, of all {near(found, expected, 1e-2, 'losses of all steps'):.1e}"
+    actual, expected = torch.tensor(actual), torch.tensor(expected)
+    first = near(actual[0], expected[0], 1e-5, "losses of the first step")
+    return f"losses of the first step {first:.1e}, of all {near(actual, expected, 1e-2, 'losses of all steps'):.1e}"
 
 
 def section(rows, device, world=None, steps=20, size=129, **shape):

@@ -99,11 +99,11 @@ def measure(device, way, batch, runs, flops, rate, compiled=False, **shape):
         compile_network(engine.network)
     engine.step([batch])
     memory.reset_peak(device)
-    found = median_ms(lambda: engine.step([batch]), runs, device)
+    actual = median_ms(lambda: engine.step([batch]), runs, device)
     if device.type == "cuda":
-        found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return found | {"images_per_s": 1e3 * len(batch["image"]) / found["ms"],
-                    "of_matrix_products": 1e3 * flops / found["ms"] / rate} | shares(engine, batch, device)
+        actual["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return actual | {"images_per_s": 1e3 * len(batch["image"]) / actual["ms"],
+                    "of_matrix_products": 1e3 * flops / actual["ms"] / rate} | shares(engine, batch, device)
 
 
 def free(device):
@@ -133,11 +133,11 @@ def fitting_batch(device, size, images, **shape):
 
 def rates_of(device, size):
     """{(amp, tf32): FLOP/s of matrix products}."""
-    found = {}
+    actual = {}
     for amp, tf32 in (("bf16", True), ("fp16", True), ("off", True), ("off", False)):
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        found[amp, tf32] = matmul_rate(device, AUTOCAST[amp] or torch.float32, size)
-    return found
+        actual[amp, tf32] = matmul_rate(device, AUTOCAST[amp] or torch.float32, size)
+    return actual
 
 
 def section(rows, device, size=769, images=8, runs=5, ways=WAYS, product=8192, seconds=160, **shape):
@@ -151,7 +151,7 @@ def section(rows, device, size=769, images=8, runs=5, ways=WAYS, product=8192, s
     batch, flops = fitting_batch(device, size, images, **shape)
     images = len(batch["image"])
     rows.note("a step", f"{images} crops of {size}×{size}, {shape['backbone']}, {flops / 1e12:.2f} TFLOP")
-    found = {}
+    actual = {}
     for name in ways:
         way = PLAIN | WAYS[name]
         if time.monotonic() - started > seconds:
@@ -160,9 +160,9 @@ def section(rows, device, size=769, images=8, runs=5, ways=WAYS, product=8192, s
             rows.note(name, "not measured: the package is not installed")
         else:
             free(device)
-            found[name] = rows.figure(name, measure, device, way, batch, runs, flops, rates[way["amp"], way["tf32"]],
+            actual[name] = rows.figure(name, measure, device, way, batch, runs, flops, rates[way["amp"], way["tf32"]],
                                       **shape)
-    state_goals(rows, found)
+    state_goals(rows, actual)
     if device.type == "cuda":
         for count, recompute in ((2, "none"), (4, "light")):
             free(device)
@@ -174,9 +174,9 @@ def section(rows, device, size=769, images=8, runs=5, ways=WAYS, product=8192, s
                           f"{peak:.1f} GB", peak <= 12)
 
 
-def state_goals(rows, found):
+def state_goals(rows, actual):
     """found: {way: figures}, some of them missing or empty."""
-    ours, bn = found.get(IN_PLACE), found.get("bn, bf16")
+    ours, bn = actual.get(IN_PLACE), actual.get("bn, bf16")
     if ours:
         rows.goal("the bf16 step", "at least 45 % of the matrix-product rate", f"{ours['of_matrix_products']:.0%}",
                   ours["of_matrix_products"] >= 0.45)
@@ -191,13 +191,13 @@ def state_goals(rows, found):
 def compiled_as_eager(device, size, images, **shape):
     """Losses of two steps in fp32, compiled, against those without; dropout draws differ, so there is none."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    found = []
+    actual = []
     for compiled in (False, True):
         engine = make_engine(device, **shape)
         if compiled:
             compile_network(engine.network)
-        found.append([list(engine.step([make_batch(size, seed, images)])[0].values())[:-1] for seed in (0, 1)])
-    plain, same = map(torch.tensor, found)
+        actual.append([list(engine.step([make_batch(size, seed, images)])[0].values())[:-1] for seed in (0, 1)])
+    plain, same = map(torch.tensor, actual)
     return f"losses {near(same, plain, 1e-3, 'losses'):.1e}"
 
 
@@ -217,14 +217,14 @@ def compiled_section(rows, device, size=769, images=8, runs=5, product=8192, **s
 @contextlib.contextmanager
 def waits(device):
     """A list that the places fill where the host waits for the GPU, "file:line" of this project."""
-    found = []
+    actual = []
 
     def note(message, *args, **options):
         if "called a synchronizing" not in str(message):    # and not PyTorch's word that this mode is new
             return
         frames = [frame for frame in traceback.extract_stack(sys._getframe(1))
                   if Path(frame.filename).is_relative_to(ROOT) and "site-packages" not in frame.filename]
-        found.append(f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames else "elsewhere")
+        actual.append(f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames else "elsewhere")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -232,7 +232,7 @@ def waits(device):
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            yield actual
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
@@ -242,17 +242,17 @@ def count_waits(device, function):
     """{"waits", "where"} of one call of a function, after two that make what is made once."""
     for _ in range(2):
         function()
-    with waits(device) as found:
+    with waits(device) as actual:
         function()
-    places = collections.Counter(found)
-    return {"waits": len(found), "where": "; ".join(f"{place} ×{number}" for place, number in places.most_common())}
+    places = collections.Counter(actual)
+    return {"waits": len(actual), "where": "; ".join(f"{place} ×{number}" for place, number in places.most_common())}
 
 
 def a_wait_is_seen(device):
-    with waits(device) as found:
+    with waits(device) as actual:
         torch.ones(1, device=device).item()
-    assert len(found) == 1 and found[0].startswith("tests/gpu/speed.py:"), f"expected one, of this file, found {found}"
-    return found[0]
+    assert len(actual) == 1 and actual[0].startswith("tests/gpu/speed.py:"), f"expected one here, found {actual}"
+    return actual[0]
 
 
 def waits_section(rows, device, size=129, window=65, **shape):
@@ -265,9 +265,9 @@ def waits_section(rows, device, size=129, window=65, **shape):
     for name, (options, parts, expected) in (ways | {"fp16": ({"amp": "fp16"}, 1, 2)} if on_gpu else ways).items():
         engine = make_engine(device, **options, **shape)
         batch = [make_batch(size, seed) for seed in range(parts)]
-        found = rows.figure(f"of a step, {name}", count_waits, device, functools.partial(engine.step, batch, RATE))
-        if found and on_gpu:
-            rows.goal(f"of a step, {name}", f"{expected}", f"{found['waits']}", found["waits"] <= expected)
+        actual = rows.figure(f"of a step, {name}", count_waits, device, functools.partial(engine.step, batch, RATE))
+        if actual and on_gpu:
+            rows.goal(f"of a step, {name}", f"{expected}", f"{actual['waits']}", actual["waits"] <= expected)
     network = make_network(backbone="eca_resnet18", model="acfnet_resnet").to(device)
     predictor = SlidingPredictor(network, (window, window), autocast=torch.bfloat16)
     wide = window + 8 * (2 * window // 3)       # nine windows, each of which shares a third with the next

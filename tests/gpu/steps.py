@@ -90,8 +90,8 @@ def against_float64(device, amp, layout, norm, size=97, steps=3, **shape):
     names = [name for name in weights if amp == "off" or name in ("head.fine.weight", "head.coarse.weight")]
     now = dict(engine.network.named_parameters())
     before = {name: now[name].detach().cpu().double() for name in names}
-    found = [engine.step([make_batch(size, seed)])[0] for seed in range(steps)]
-    loss = near(torch.tensor([[terms[head] for head in WEIGHTS] for terms in found]), expected,
+    actual = [engine.step([make_batch(size, seed)])[0] for seed in range(steps)]
+    loss = near(torch.tensor([[terms[head] for head in WEIGHTS] for terms in actual]), expected,
                 1e-4 if amp == "off" else 2e-2, "losses")
     changes = [torch.cat([(after[name].detach().cpu().double() - before[name]).flatten() for name in names])
                for after in (now, weights)]
@@ -101,14 +101,14 @@ def against_float64(device, amp, layout, norm, size=97, steps=3, **shape):
 
 def recomputation(device, amp, recompute, size=97, **shape):
     """Losses, gradients and statistics with recomputation against those without."""
-    found = []
+    actual = []
     for kind in ("none", recompute):
         engine = make_engine(device, amp, dropout=True, recompute=kind, **shape)
         terms, _ = engine.step([make_batch(size)])
         values = {**{f"gradient of {name}": p.grad for name, p in engine.network.named_parameters()},
                   **dict(engine.network.named_buffers())}
-        found.append((list(terms.values()), values))
-    (terms, plain), (again, recomputed) = found
+        actual.append((list(terms.values()), values))
+    (terms, plain), (again, recomputed) = actual
     assert terms[:-1] == again[:-1], f"losses: expected {terms[:-1]}, found {again[:-1]}"
     # What is added up by atomics comes in any order on a GPU; elsewhere all is equal to the bit.
     joined = [torch.cat([values[name].double().flatten() for name in plain]) for values in (plain, recomputed)]
@@ -241,9 +241,9 @@ def exact_resume(device, amp, size, **shape):
         expected, _ = engine.step([batches[2]])
         again = make_engine(device, amp, dropout=True, **shape)
         resume.restore(read_snapshot(path, resuming=True), again)
-    found = state(again)
-    found["optimizer"]["param_groups"] = before["optimizer"]["param_groups"]       # of this run's flags
-    assert same(before, found), "expected the state that was saved, found another"
+    actual = state(again)
+    actual["optimizer"]["param_groups"] = before["optimizer"]["param_groups"]       # of this run's flags
+    assert same(before, actual), "expected the state that was saved, found another"
     terms, _ = again.step([batches[2]])
     assert list(terms.values())[:-1] == list(expected.values())[:-1], f"expected {expected}, found {terms}"
     return "state and the next losses equal to the bit"

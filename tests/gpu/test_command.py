@@ -44,9 +44,9 @@ def test_every_section_goes_through(name):
     assert [row for row in rows if row.get("failed") or not row.get("ok", True)] == []
     assert all(command.line(row) for row in rows)
     assert {row["kind"] for row in rows} - {"note", "goal"} == ({"figure"} if name in FIGURES else {"check"})
-    found = [row for row in rows if row["kind"] == "figure" and row["name"] != "matrix products, TFLOP/s"]
-    assert all(row.keys() - {"section", "kind", "name"} == FIGURES.get(row["name"], FIGURES[name]) for row in found)
-    for row in found if name == "speed" else ():
+    actual = [row for row in rows if row["kind"] == "figure" and row["name"] != "matrix products, TFLOP/s"]
+    assert all(row.keys() - {"section", "kind", "name"} == FIGURES.get(row["name"], FIGURES[name]) for row in actual)
+    for row in actual if name == "speed" else ():
         assert sum(row[kind] for kind in (*dict(speed.KINDS), "glue")) == pytest.approx(1)
 
 
@@ -67,8 +67,8 @@ def failures(check, *args, **options):
 def test_a_wrong_gradient_fails(monkeypatch):
     right = functions.parameter_gradients
     monkeypatch.setattr(functions, "parameter_gradients", lambda sums, *rest: right(1.1 * sums, *rest))
-    found = failures(norms.every_way, CPU, "in place", torch.bfloat16, "replicas", (4, 8, 9, 7))
-    assert len(found) == 1 and "dweight: expected a distance of at most" in found[0]
+    actual = failures(norms.every_way, CPU, "in place", torch.bfloat16, "replicas", (4, 8, 9, 7))
+    assert len(actual) == 1 and "dweight: expected a distance of at most" in actual[0]
 
 
 def test_a_step_that_learns_another_thing_fails(monkeypatch):
@@ -77,22 +77,23 @@ def test_a_step_that_learns_another_thing_fails(monkeypatch):
         assert not failures(steps.against_float64, CPU, amp, torch.contiguous_format, "inplace_abn", **shape)
     monkeypatch.setattr(steps, "RATE", 1.3e-3)
     for amp in ("off", "bf16"):
-        found = failures(steps.against_float64, CPU, amp, torch.contiguous_format, "inplace_abn", **shape)
-        assert len(found) == 1 and "change of the weights" in found[0]
+        actual = failures(steps.against_float64, CPU, amp, torch.contiguous_format, "inplace_abn", **shape)
+        assert len(actual) == 1 and "change of the weights" in actual[0]
 
 
 def test_a_section_that_fails_or_hangs_does_not_stop_the_next(monkeypatch, tmp_path, capsys):
     broken, late = command.examine("norms", 100, True, "nonsense"), command.examine("norms", 1, True, "cpu")
     assert "found 1: RuntimeError" in broken[-1]["found"] and "within 1 s, found none" in late[-1]["found"]
     assert not broken[-1]["ok"] and not late[-1]["ok"]
-    found = {"about": [], "norms": broken, "loader": [{"section": "loader", "kind": "note", "name": "x", "found": "y"}]}
-    monkeypatch.setattr(command, "examine", lambda name, *args: found[name])
+    note = {"section": "loader", "kind": "note", "name": "x", "found": "y"}
+    actual = {"about": [], "norms": broken, "loader": [note]}
+    monkeypatch.setattr(command, "examine", lambda name, *args: actual[name])
     monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--output", str(tmp_path / "found.json"), "--sections",
                                       "norms", "loader"])
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == 1 and "1 checks, 1 failed" in capsys.readouterr().out
-    assert json.loads((tmp_path / "found.json").read_text())["rows"] == broken + found["loader"]
+    assert json.loads((tmp_path / "found.json").read_text())["rows"] == broken + actual["loader"]
 
 
 def test_a_section_does_not_outlive_the_command(monkeypatch, tmp_path):
@@ -142,17 +143,17 @@ def test_kernels_are_told_by_name(kernel, kind):
 
 
 def test_waits_are_found_with_their_place():
-    with speed.waits(CPU) as found:
+    with speed.waits(CPU) as actual:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("another warning", stacklevel=1)
-    assert len(found) == 1 and found[0].startswith("tests/gpu/test_command.py:")
+    assert len(actual) == 1 and actual[0].startswith("tests/gpu/test_command.py:")
 
 
-@pytest.mark.parametrize("found, met", [({"ms": 100.0, "of_matrix_products": 0.5, "peak_gb": 6.0}, [True, True, True]),
+@pytest.mark.parametrize("actual, met", [({"ms": 100.0, "of_matrix_products": 0.5, "peak_gb": 6.0}, [True, True, True]),
                                         ({"ms": 106.0, "of_matrix_products": 0.4, "peak_gb": 7.0}, [False] * 3),
                                         ({}, [])])
-def test_goals_are_stated(found, met):
+def test_goals_are_stated(actual, met):
     rows = []
     speed.state_goals(Rows("speed", rows.append), {
-        speed.IN_PLACE: found, "bn, bf16": {"ms": 100.0, "peak_gb": 10.0}})
+        speed.IN_PLACE: actual, "bn, bf16": {"ms": 100.0, "peak_gb": 10.0}})
     assert [row["met"] for row in rows] == met

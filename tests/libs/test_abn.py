@@ -142,11 +142,11 @@ def test_a_missing_package_is_said(monkeypatch):
 def test_equals_ordinary_operations(activation, param, training, shape):
     layer = randomized(InPlaceABN(3, activation=activation, activation_param=param).double()).train(training)
     x, dy = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    found = gradients(copy.deepcopy(layer), x, dy)
+    actual = gradients(copy.deepcopy(layer), x, dy)
     x = x.requires_grad_()
     y = reference(layer, x)
     expected = [y, *torch.autograd.grad((y * dy).sum(), [x, layer.weight, layer.bias])]
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -157,9 +157,9 @@ def test_gradients_of_any_layout(activation, memory_format):
     layer = randomized(InPlaceABN(5, activation=activation, activation_param=0.3).double())
     for weight in (torch.ones(()).double(), torch.randn(3, 6, 4, 5).double().permute(0, 3, 2, 1)):
         x = torch.randn(3, 5, 4, 6).double().to(memory_format=memory_format).requires_grad_()
-        found = torch.autograd.grad((layer(x * 1) * weight).sum(), [x, layer.weight, layer.bias])
+        actual = torch.autograd.grad((layer(x * 1) * weight).sum(), [x, layer.weight, layer.bias])
         expected = torch.autograd.grad((reference(layer, x) * weight).sum(), [x, layer.weight, layer.bias])
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
@@ -209,9 +209,9 @@ def test_half_precision_with_parameters_in_float32(dtype):
     x, dy = (torch.randn(4, 8, 9, 9) + 3).to(dtype), torch.randn(4, 8, 9, 9).to(dtype)
     exact = gradients(copy.deepcopy(layer).double(), x.double(), dy.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = gradients(layer, x, dy)
+        actual = gradients(layer, x, dy)
     eps = torch.finfo(dtype).eps
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(actual, exact, strict=True):
         assert (a.double() - b).norm() < 1.5 * eps * b.norm()
     assert not layer.keeps_input
     torch.testing.assert_close(layer.running_var, layer.running_var.to(dtype).float(), rtol=eps, atol=0)
@@ -242,9 +242,9 @@ def test_extremes_stay_finite():
         layer.weight[1] = 0
     x = torch.randn(4, 3, 5, 5)
     x[:, 2] = 7.0
-    found = gradients(layer, x, torch.randn(4, 3, 5, 5))
-    assert all(value.isfinite().all() for value in found)
-    assert (found[1][:, 0] == 0).all()
+    actual = gradients(layer, x, torch.randn(4, 3, 5, 5))
+    assert all(value.isfinite().all() for value in actual)
+    assert (actual[1][:, 0] == 0).all()
 
 
 def test_what_cannot_be_undone_is_refused():
@@ -403,7 +403,7 @@ def test_the_path_of_cuda(cuda_kernels, monkeypatch, kind, activation, layout, d
     y = (ThreadReplicas(module, 2) if setting == "two replicas" else module)(x)
     cuda_kernels.values = x.numel() // 2
     with cuda_kernels:
-        found = [y.detach().clone(), *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
+        actual = [y.detach().clone(), *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
     assert dtype == torch.float32 or cuda_kernels.found == []
     exact = x.detach().double().requires_grad_()
     z = truth(exact)
@@ -412,7 +412,7 @@ def test_the_path_of_cuda(cuda_kernels, monkeypatch, kind, activation, layout, d
     expected = [z.detach(), *torch.autograd.grad(z, [exact, truth.weight, truth.bias], dy.double())]
     if kind is not ABNSync:
         expected[2] = expected[2] * layer.weight.sign()
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
     torch.testing.assert_close(layer.running_var, truth.running_var.float(), rtol=1e-2, atol=1e-3)
 
@@ -449,8 +449,8 @@ def test_thread_replicas_are_one_batch(size, batch):
     network = parts_network()
     x, dy = torch.randn(batch, 3, 9, 8).double(), torch.randn(batch, 4, 7, 6).double()
     expected = whole_batch(copy.deepcopy(network), x, dy)
-    found = whole_batch(ThreadReplicas(network, size), x, dy)
-    for a, b in zip(found, expected, strict=True):
+    actual = whole_batch(ThreadReplicas(network, size), x, dy)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -461,8 +461,8 @@ def test_whole_batch_means_batch_norm_of_torch():
     x, dy = torch.randn(6, 3, 4, 4).double(), torch.randn(6, 3, 4, 4).double()
     plain.weight.data.add_(layer.eps)
     replicas = ThreadReplicas(nn.Sequential(_Copy(), layer), 3)
-    found, expected = whole_batch(replicas, x, dy), whole_batch(nn.Sequential(plain, nn.LeakyReLU(0.01)), x, dy)
-    for a, b in zip(found, expected, strict=True):
+    actual, expected = whole_batch(replicas, x, dy), whole_batch(nn.Sequential(plain, nn.LeakyReLU(0.01)), x, dy)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -596,8 +596,8 @@ def half_errors(weight, bias):
     exact = grads(exact_module, exact_module.parameters(), x.double(), dy.double())
     errors = []
     for module, parameters in ((layer, [layer.weight, layer.bias]), (plain, list(plain.parameters()))):
-        found = grads(module, parameters, x.bfloat16(), dy.bfloat16())
-        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+        actual = grads(module, parameters, x.bfloat16(), dy.bfloat16())
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(actual, exact, strict=True)])
     return errors, layer.keeps_input
 
 
@@ -653,8 +653,8 @@ def test_recomputation_in_replicas_exchanges_once():
 
     x, dy = torch.randn(5, 3, 9, 8).double(), torch.randn(5, 4, 7, 6).double()
     expected = whole_batch(copy.deepcopy(network), x, dy)
-    found = whole_batch(ThreadReplicas(Checkpointed(network), 2), x, dy)
-    for a, b in zip(found, expected, strict=True):
+    actual = whole_batch(ThreadReplicas(Checkpointed(network), 2), x, dy)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 

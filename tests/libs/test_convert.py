@@ -22,13 +22,13 @@ def networks(backbone):
     return pair
 
 
-def assert_same_outputs(found, expected):
+def assert_same_outputs(actual, expected):
     images = torch.randn(1, 3, 33, 41, dtype=torch.float64)
     with torch.no_grad():
-        found, expected = found(images), expected(images)
-    assert found.keys() == expected.keys()
+        actual, expected = actual(images), expected(images)
+    assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -83,11 +83,11 @@ def test_folded_norms_change_no_logit(norm, activation, model, backbone):
     network.double().eval()
     images = torch.randn(2, 3, 65, 81)
     with torch.no_grad():
-        expected, found = network(images.double()), fold_norms(network)(images.double())
-    assert expected.keys() == found.keys()
+        expected, actual = network(images.double()), fold_norms(network)(images.double())
+    assert expected.keys() == actual.keys()
     for name, logits in expected.items():
         assert logits.std() > 0.05
-        torch.testing.assert_close(found[name], logits, rtol=1e-9, atol=1e-9 * float(logits.abs().max()))
+        torch.testing.assert_close(actual[name], logits, rtol=1e-9, atol=1e-9 * float(logits.abs().max()))
     assert not [m for m in fold_norms(network).modules() if isinstance(m, ABN)]
 
 
@@ -98,8 +98,8 @@ def test_folded_norms_of_the_ablations(ablations):
     network.double().eval()
     images = torch.randn(2, 3, 65, 81, dtype=torch.float64)
     with torch.no_grad():
-        expected, found = network(images)["fine"], fold_norms(network)(images)["fine"]
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+        expected, actual = network(images)["fine"], fold_norms(network)(images)["fine"]
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
 def test_folded_norms_in_float32():
@@ -111,6 +111,6 @@ def test_folded_norms_in_float32():
         for _ in range(30):
             network(images)
         network.eval()
-        expected, found = network(images), fold_norms(network)(images)
+        expected, actual = network(images), fold_norms(network)(images)
     for name, logits in expected.items():
-        torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-4 * max(1.0, float(logits.abs().max())))
+        torch.testing.assert_close(actual[name], logits, rtol=0, atol=1e-4 * max(1.0, float(logits.abs().max())))

@@ -31,8 +31,8 @@ def test_the_gradient_of_the_input(count, monkeypatch):
     normal = (z - beta[:, None, None]) / gamma[:, None, None]
     totals = torch.stack([dz.sum((0, 2, 3)), (normal * dz).sum((0, 2, 3))]).detach()
     invstd = (x.var((0, 2, 3), correction=0) + 1e-5).rsqrt().detach()
-    found = kernels.backward_elements(z.detach(), dz, beta, 1 / gamma, gamma * invstd, totals, count)
-    torch.testing.assert_close(found, x.grad, rtol=1e-9, atol=1e-9)
+    actual = kernels.backward_elements(z.detach(), dz, beta, 1 / gamma, gamma * invstd, totals, count)
+    torch.testing.assert_close(actual, x.grad, rtol=1e-9, atol=1e-9)
 
 
 class NoListBecomesATensor(TorchDispatchMode):
@@ -59,12 +59,12 @@ def test_no_tensor_is_made_from_a_list(monkeypatch):
     x = torch.randn(3, 4, 5, 6)
     expected = F.leaky_relu(F.batch_norm(x, None, None, torch.full((4,), 1 + 1e-5), None, True), 0.01)
     with NoListBecomesATensor():
-        found = norm(x.clone())
-    torch.testing.assert_close(found, expected)
+        actual = norm(x.clone())
+    torch.testing.assert_close(actual, expected)
     images = torch.randint(256, (2, 3, 5, 6), dtype=torch.uint8)
     expected = (images.numpy() - np.array([[[1.5]], [[2]], [[3]]])) / np.array([[[4]], [[5]], [[0.5]]])
     with NoListBecomesATensor():
-        found = Normalization("RGB", (1.5, 2.0, 3.0), (4.0, 5.0, 0.5))(images)
-    torch.testing.assert_close(found, torch.from_numpy(expected).float())
+        actual = Normalization("RGB", (1.5, 2.0, 3.0), (4.0, 5.0, 0.5))(images)
+    torch.testing.assert_close(actual, torch.from_numpy(expected).float())
     with pytest.raises(AssertionError, match="from a list or number"), NoListBecomesATensor():
         torch.ones(2).new_tensor([3])

@@ -65,9 +65,9 @@ def test_processes_share_the_statistics_of_the_whole_batch(tmp_path, world, kind
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y, **close)
     torch.testing.assert_close(torch.cat([part["x"] for part in parts]), expected[0], **close)
-    for found, value in zip(zip(*(part["parameters"] for part in parts), strict=True), expected[1:], strict=True):
-        torch.testing.assert_close(sum(found), value, rtol=1e-5, atol=1e-4)
+    for actual, value in zip(zip(*(part["parameters"] for part in parts), strict=True), expected[1:], strict=True):
+        torch.testing.assert_close(sum(actual), value, rtol=1e-5, atol=1e-4)
     buffers = [b for b in plain.buffers()]
     for part in parts:
-        for found, value in zip(part["buffers"], buffers, strict=True):
-            torch.testing.assert_close(found, value, **close)
+        for actual, value in zip(part["buffers"], buffers, strict=True):
+            torch.testing.assert_close(actual, value, **close)

@@ -59,10 +59,10 @@ def test_threshold_itself_is_hard():
 def test_fewer_valid_pixels_than_k():
     logits, labels = torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 255)
     labels[0, 0, :3] = torch.tensor([0, 1, 2])
-    found = OhemCrossEntropy(0.0, 10)(logits, labels)
-    torch.testing.assert_close(found, F.cross_entropy(logits, labels, ignore_index=255))
-    found = OhemCrossEntropy(0.0, 10**9)(logits, labels)
-    torch.testing.assert_close(found, F.cross_entropy(logits, labels, ignore_index=255))
+    actual = OhemCrossEntropy(0.0, 10)(logits, labels)
+    torch.testing.assert_close(actual, F.cross_entropy(logits, labels, ignore_index=255))
+    actual = OhemCrossEntropy(0.0, 10**9)(logits, labels)
+    torch.testing.assert_close(actual, F.cross_entropy(logits, labels, ignore_index=255))
 
 
 @pytest.mark.parametrize("ohem", [False, True])
@@ -136,9 +136,9 @@ def test_half_precision_logits_are_summed_in_float32():
     outputs = {"fine": torch.randn(1, 19, 17, 17)}
     labels = torch.randint(19, (1, 129, 129))
     exact = SegmentationCriterion()({"fine": outputs["fine"].bfloat16().double()}, labels)["fine"]
-    found = SegmentationCriterion()({"fine": outputs["fine"].bfloat16()}, labels)["fine"]
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(exact), rel=1e-5)
+    actual = SegmentationCriterion()({"fine": outputs["fine"].bfloat16()}, labels)["fine"]
+    assert actual.dtype == torch.float32
+    assert float(actual) == pytest.approx(float(exact), rel=1e-5)
 
 
 def test_base_network_has_no_coarse_term():
@@ -179,8 +179,8 @@ def test_shared_ohem_takes_one_exchange(monkeypatch):
     losses, valid = torch.rand(4, 50), torch.ones(4, 50, dtype=torch.bool)
     expected = keep_hardest(losses.flatten(), valid.flatten(), 0.0, 23).view(4, 50)
     parts = _Parts(list(losses[1:]))
-    found = keep_hardest(losses[0], valid[0], 0.0, 23, parts)
-    assert found.tolist() == expected[0].tolist() and 0 < found.sum() < 23 and parts.exchanges == 1
+    actual = keep_hardest(losses[0], valid[0], 0.0, 23, parts)
+    assert actual.tolist() == expected[0].tolist() and 0 < actual.sum() < 23 and parts.exchanges == 1
 
     parts = _Parts([])
     monkeypatch.setattr(ohem, "find_peers", lambda: parts)

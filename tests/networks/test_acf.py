@@ -45,10 +45,10 @@ def drawn(module, features, coarse):
                         for f, p in zip(features, probabilities, strict=True)])
 
 
-def assert_same_gradients(found, expected, watched, **tolerance):
+def assert_same_gradients(actual, expected, watched, **tolerance):
     """Of a random weighting of both results, with regard to the tensors watched."""
     weight = torch.randn_like(expected)
-    for a, b in zip(torch.autograd.grad((found * weight).sum(), watched),
+    for a, b in zip(torch.autograd.grad((actual * weight).sum(), watched),
                     torch.autograd.grad((expected * weight).sum(), watched), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
@@ -63,10 +63,10 @@ def test_module_and_its_gradients_equal_the_drawn_order():
     module = ACFModule(6, key_channels=5).double()
     features, coarse = inputs()
     watched = [features, coarse, *module.parameters()]
-    expected, found = drawn(module, features, coarse), module(features, coarse)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert_same_gradients(found, expected, watched, rtol=1e-10, atol=1e-12)
+    expected, actual = drawn(module, features, coarse), module(features, coarse)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(actual, expected, watched, rtol=1e-10, atol=1e-12)
 
 
 def test_centers_equal_the_drawn_ones():
@@ -86,15 +86,15 @@ def test_the_head_equals_the_drawn_one(training):
     features, _ = inputs()
     watched = [features, *head.parameters()]
     torch.manual_seed(7)
-    found = head(features)
+    actual = head(features)
     torch.manual_seed(7)
     coarse = head.coarse(F.dropout2d(features, 0.1, training))
     dropped = F.dropout2d(torch.cat([drawn(head.acf, features, coarse), features], dim=1), 0.1, training)
     expected = {"fine": head.fine(dropped), "coarse": coarse}
-    assert found.keys() == expected.keys() and head.fine.in_channels == 5 + 6
+    assert actual.keys() == expected.keys() and head.fine.in_channels == 5 + 6
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(found["fine"].square().sum(), watched),
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(actual["fine"].square().sum(), watched),
                                torch.autograd.grad(expected["fine"].square().sum(), watched), rtol=1e-9, atol=1e-11)
 
 
@@ -142,9 +142,9 @@ def test_class_without_mass_stays_finite(absence):
     coarse = torch.randn(2, 4, 9, 9)
     coarse[:, 2] -= absence
     coarse.requires_grad_()
-    found = module(features, coarse)
-    found.square().sum().backward()
-    for value in (found, features.grad, coarse.grad, *(p.grad for p in module.parameters())):
+    actual = module(features, coarse)
+    actual.square().sum().backward()
+    for value in (actual, features.grad, coarse.grad, *(p.grad for p in module.parameters())):
         assert value.isfinite().all()
 
 
@@ -155,11 +155,11 @@ def test_half_precision_inputs(dtype):
     coarse = 5 * torch.randn(2, 19, 31, 33)
     exact = module.double()(features.to(dtype).double(), coarse.to(dtype).double())
     module.float()
-    found = module(features.to(dtype), coarse.to(dtype))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+    actual = module(features.to(dtype), coarse.to(dtype))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(module(features.to(dtype), coarse.to(dtype)), found, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(module(features.to(dtype), coarse.to(dtype)), actual, rtol=1e-6, atol=1e-6)
 
 
 def test_network_under_autocast_is_close_to_float32():
@@ -168,10 +168,10 @@ def test_network_under_autocast_is_close_to_float32():
     with torch.no_grad():
         exact = network(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = network(images)
+            actual = network(images)
     for name in exact:
         scale = exact[name].abs().max()
-        assert (found[name].float() - exact[name]).abs().max() < 0.05 * scale, name
+        assert (actual[name].float() - exact[name]).abs().max() < 0.05 * scale, name
 
 
 def drawn_with_norms(head, features, coarse):
@@ -200,8 +200,8 @@ def test_ablations_compute_what_they_are_named_after(ablations):
     coarse = head.coarse(features) * 3
     expected = drawn_with_norms(head, features, coarse)
     head.coarse.forward = lambda x: coarse
-    found = head(features)["fine"]
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    actual = head(features)["fine"]
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
     plain = build_network("acfnet_resnet", 4, "resnet18").head
     assert not [module for module in plain.modules() if isinstance(module, InPlaceABN)]
 

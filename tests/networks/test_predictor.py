@@ -100,17 +100,17 @@ def test_predictions_are_those_of_evaluate(snapshot, tmp_path, words, options): 
     evaluate.main(["--restore-from", str(snapshot), "--images", str(tmp_path / "a.png"), "--output-dir",
                    str(tmp_path / "r"), "--gpu", "cpu", "--num-workers", "0", "--amp", "off", *words])
     network = load(snapshot, **PLAIN, **options)
-    found = network.predict(tmp_path / "a.png")
+    actual = network.predict(tmp_path / "a.png")
     written = {kind: np.asarray(Image.open(tmp_path / f"r/{kind}/a.png")) for kind in ("labelIds", "color")}
-    assert np.array_equal(found.ids, written["labelIds"]) and np.array_equal(found.colors, written["color"])
-    assert len(np.unique(found.ids)) > 1 and found.labels.shape == (40, 70) and found.labels.dtype == np.uint8
-    assert found.probabilities.shape == (19, 40, 70) and np.array_equal(found.probabilities.argmax(0), found.labels)
-    np.testing.assert_allclose(found.probabilities.sum(0), 1, rtol=1e-5)
+    assert np.array_equal(actual.ids, written["labelIds"]) and np.array_equal(actual.colors, written["color"])
+    assert len(np.unique(actual.ids)) > 1 and actual.labels.shape == (40, 70) and actual.labels.dtype == np.uint8
+    assert actual.probabilities.shape == (19, 40, 70) and np.array_equal(actual.probabilities.argmax(0), actual.labels)
+    np.testing.assert_allclose(actual.probabilities.sum(0), 1, rtol=1e-5)
     classes = ClassTable.read()
-    assert found.names == network.names == classes.names
-    assert np.array_equal(network.palette[found.labels], found.colors) and network.palette.shape == (19, 3)
+    assert actual.names == network.names == classes.names
+    assert np.array_equal(network.palette[actual.labels], actual.colors) and network.palette.shape == (19, 3)
     for same in (RGB, torch.from_numpy(RGB), Image.fromarray(RGB), str(tmp_path / "a.png")):
-        assert np.array_equal(network.predict(same).labels, found.labels)
+        assert np.array_equal(network.predict(same).labels, actual.labels)
 
 
 def pil(mode):

@@ -79,14 +79,14 @@ def test_a_file_where_the_venv_would_be(tmp_path, capsys):
     (tmp_path / ".venv").write_text("mine")
     with pytest.raises(SystemExit) as caught:
         environment.make_venv([], tmp_path / ".venv")
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.endswith("found a file of that name\n") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert caught.value.code == 2 and output.endswith("found a file of that name\n") and output.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, script, found", [
+@pytest.mark.parametrize("name, script, actual", [
     (None, "", "none"), ("python", "echo Python 2.7.18 >&2", "Python 2.7.18"),
     ("python3", "echo Python 3.8.1", "Python 3.8.1")])
-def test_only_an_old_python_is_named(tmp_path, name, script, found):
+def test_only_an_old_python_is_named(tmp_path, name, script, actual):
     (tmp_path / "tail").symlink_to(shutil.which("tail"))
     if name:
         (tmp_path / name).write_text(f"#!/bin/sh\n[ $1 = --version ] || exit 1\n{script}\n")
@@ -94,7 +94,7 @@ def test_only_an_old_python_is_named(tmp_path, name, script, found):
     done = subprocess.run([shutil.which("bash"), "-c", f". {ROOT}/utils/environment.sh; find_python"], cwd=tmp_path,
                           env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == (
-        f"error: expected Python 3.10 or newer as python or python3 on the PATH, found {found}\n")
+        f"error: expected Python 3.10 or newer as python or python3 on the PATH, found {actual}\n")
 
 
 def test_the_lowest_versions_are_those_of_the_files():
@@ -118,19 +118,19 @@ def test_a_venv_that_was_only_begun_or_is_too_old_is_made_again(tmp_path, monkey
     assert not (venv / "mine").exists() and python.exists()
 
 
-@pytest.mark.parametrize("said, reason", [
+@pytest.mark.parametrize("output, reason", [
     ("Retrying ... Failed to establish a new connection: [Errno -3] Temporary failure in name resolution\n"
      "ERROR: No matching distribution found for torch>=2.4", "no connection"),
     ("ERROR: No matching distribution found for torch>=2.4", "no package for Python"),
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "a full disk")])
-def test_the_cause_is_said_before_what_pip_says(tmp_path, monkeypatch, capfd, said, reason):
+def test_the_cause_is_said_before_what_pip_says(tmp_path, monkeypatch, capfd, output, reason):
     venv = tmp_path / ".venv"
     (venv / "bin").mkdir(parents=True)
     fake = venv / "bin/python"
-    fake.write_text(f"#!/bin/sh\n[ \"$1\" = -c ] && exit 0\ncat >&2 <<'EOF'\n{said}\nEOF\nexit 1\n")
+    fake.write_text(f"#!/bin/sh\n[ \"$1\" = -c ] && exit 0\ncat >&2 <<'EOF'\n{output}\nEOF\nexit 1\n")
     fake.chmod(0o755)
     with pytest.raises(SystemExit) as caught:
         environment.make_venv([tmp_path / "file.txt"], venv)
     lines = capfd.readouterr().err.splitlines()
     assert caught.value.code == 2 and lines[1].startswith("error: expected to install") and reason in lines[1]
-    assert lines[2:] == said.splitlines()
+    assert lines[2:] == output.splitlines()

@@ -28,10 +28,10 @@ def test_with_a_shortcut_it_is_timm_and_an_addition(layout, amp):
     rounded = [one.requires_grad_() for one in (x, shortcut)]
     expected = theirs.double()(exact[0]) + exact[1]
     with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
-        found = ours(*rounded)
+        actual = ours(*rounded)
     bound = {"rtol": 1e-5, "atol": 1e-5} if amp is None else {"rtol": 0.02, "atol": 0.02}
-    torch.testing.assert_close(found.double(), expected, **bound)
-    a = torch.autograd.grad((found * weight).sum(), [*rounded, ours.conv.weight])
+    torch.testing.assert_close(actual.double(), expected, **bound)
+    a = torch.autograd.grad((actual * weight).sum(), [*rounded, ours.conv.weight])
     b = torch.autograd.grad((expected * weight.double()).sum(), [*exact, theirs.conv.weight])
     for one, other in zip(a, b, strict=True):
         assert one.dtype == (torch.float32 if other is b[2] else x.dtype)

@@ -23,10 +23,10 @@ def test_dilated_resnet_equals_torchvision(depth):
         ours.train(training), theirs.train(training)
         with torch.no_grad():
             x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
-            for layer, found in zip((theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), ours(images),
+            for layer, actual in zip((theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), ours(images),
                                     strict=True):
                 x = layer(x)
-                torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(actual, x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("output_stride, sizes", [(8, (193, 97, 97, 97)), (16, (193, 97, 49, 49))])
@@ -73,8 +73,8 @@ def test_a_multi_grid_is_that_of_danet_as_published():
 @pytest.mark.parametrize("name, kernels", [("eca_resnet101", (3, 3, 5, 7)), ("eca_resnet50", (3, 5, 5, 7))])
 def test_eca_kernels_per_stage(name, kernels):
     network = build_backbone(name)
-    found = [{block.eca.conv.kernel_size[0] for block in getattr(network, f"layer{k}")} for k in (1, 2, 3, 4)]
-    assert found == [{k} for k in kernels]
+    actual = [{block.eca.conv.kernel_size[0] for block in getattr(network, f"layer{k}")} for k in (1, 2, 3, 4)]
+    assert actual == [{k} for k in kernels]
     assert network.state_dict()["layer3.5.eca.conv.weight"].shape == (1, 1, kernels[2])
     other = build_backbone(name, eca_kernels=(5, 5, 5, 7))      # as timm's
     assert other.layer1[0].eca.conv.kernel_size == (5,)

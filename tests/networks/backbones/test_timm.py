@@ -60,10 +60,10 @@ def test_a_family_is_trained_scored_and_exported(name, pair, tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="needs onnxscript")
     stride, grid = FAMILIES[name]
     snapshot = start(pair, tmp_path / "run", "--backbone", available(name), steps=3)
-    said = capsys.readouterr().out
-    assert f"timm:{name}, output stride {stride}{', the only one it has' * (stride != 8)};" in said
+    output = capsys.readouterr().out
+    assert f"timm:{name}, output stride {stride}{', the only one it has' * (stride != 8)};" in output
     size = round_size((65, 65), grid)
-    assert (f"rounded up to {size[0]}×{size[1]}" in said) == (size != (65, 65))
+    assert (f"rounded up to {size[0]}×{size[1]}" in output) == (size != (65, 65))
     losses = [json.loads(line)["loss"] for line in open(tmp_path / "run/metrics.jsonl")]
     assert len(losses) == 3 and all(np.isfinite(losses))
     with torch.device("meta"):
@@ -248,18 +248,18 @@ def test_a_file_of_another_network_is_a_sentence(kind, pair, tmp_path):
 
 def test_snapshots_go_round_without_flags(pair, tmp_path, capsys):
     first = start(pair, tmp_path / "first", "--backbone", "timm:convnext_atto")
-    found = read_snapshot(first, resuming=True)
-    assert found.config.network == {
+    actual = read_snapshot(first, resuming=True)
+    assert actual.config.network == {
         "model": "acfnet_resnet", "num_classes": 19, "norm": "inplace_abn", "activation": "leaky_relu", "ablations": [],
         "backbone": "timm:convnext_atto", "backbone_arguments": {"output_stride": 8}}
     start(pair, tmp_path / "first", "--resume", steps=2)
     assert "resumed" in capsys.readouterr().out
     second = start(pair, tmp_path / "second", "--restore-from", str(first), "--learning-rate", "1e-20",
                    "--weight-decay", "0", "--norm", "bn")
-    said = capsys.readouterr().out
-    assert "100.0% of the backbone's values" in said and "timm:convnext_atto" in said
+    output = capsys.readouterr().out
+    assert "100.0% of the backbone's values" in output and "timm:convnext_atto" in output
     kept = read_snapshot(second).model
-    assert all(torch.equal(kept[key], value) for key, value in found.model.items() if key.startswith("backbone."))
+    assert all(torch.equal(kept[key], value) for key, value in actual.model.items() if key.startswith("backbone."))
     with pytest.raises(UserError, match="--backbone resnet18: expected.*found timm:convnext_atto"):
         start(pair, tmp_path / "third", "--restore-from", str(first), "--backbone", "resnet18")
     with pytest.raises(UserError, match="--backbone timm:resnet10t: expected.*found timm:convnext_atto"):
@@ -286,8 +286,8 @@ def test_pretrained_weights_come_through_timm_or_it_is_a_sentence(pair, tmp_path
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", fetch)
     words = ["--backbone", "timm:resnet10t", "--pretrained", "--learning-rate", "1e-20", "--weight-decay", "0"]
-    found = read_snapshot(start(pair, tmp_path / "run", *words)).model
-    assert torch.equal(found["backbone.body.layer4.0.conv2.weight"], source["layer4.0.conv2.weight"])
+    actual = read_snapshot(start(pair, tmp_path / "run", *words)).model
+    assert torch.equal(actual["backbone.body.layer4.0.conv2.weight"], source["layer4.0.conv2.weight"])
     assert "100.0% of the backbone's values" in capsys.readouterr().out
     source.clear()
     with pytest.raises(UserError, match="--pretrained: expected weights of .*cache.*found: no route to host") as one:

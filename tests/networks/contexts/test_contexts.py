@@ -51,10 +51,10 @@ def weighted_mean(scores, vectors):
 
 
 def compare(module, x, expected, *others):
-    found = module(x, *others)
-    torch.testing.assert_close(found, expected)
+    actual = module(x, *others)
+    torch.testing.assert_close(actual, expected)
     watched = [x, *(one for one in others if one.requires_grad), *module.parameters()]
-    assert_same_gradients(found, expected, watched)
+    assert_same_gradients(actual, expected, watched)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -159,9 +159,9 @@ def test_regions_and_their_context(size):
                                                 values) for y, c in pixels(image)}, size)
         images.append(module.fine(module.join(torch.cat([module.up(context[None]), image[None]], 1)))[0])
     torch.testing.assert_close(module.regions(x, logits)[1, :, 2], objects[2])
-    found, expected = module(x, logits)["fine"], torch.stack(images)
-    torch.testing.assert_close(found, expected)
-    assert_same_gradients(found, expected, [x, logits, *module.parameters()])
+    actual, expected = module(x, logits)["fine"], torch.stack(images)
+    torch.testing.assert_close(actual, expected)
+    assert_same_gradients(actual, expected, [x, logits, *module.parameters()])
 
 
 @pytest.mark.parametrize("size", [(3, 5), (1, 2)])
@@ -206,9 +206,9 @@ def test_half_precision(make):
     x = torch.randn(2, 32, 6, 5)
     exact = module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = module(x)
+        actual = module(x)
     for one, other in zip(exact if isinstance(exact, tuple) else [exact],
-                          found if isinstance(found, tuple) else [found], strict=True):
+                          actual if isinstance(actual, tuple) else [actual], strict=True):
         assert other.dtype == torch.bfloat16
         assert (other - one).norm() < 0.05 * one.norm()
 

@@ -35,9 +35,9 @@ def reference(name, stride):
 
 
 def ours_from(weights, stride, **options):
-    found = weights.structure
-    network = build_backbone(found["backbone"], "bn", "relu", found["stem"], found["average_downsample"],
-                             found["eca_kernels"], output_stride=stride, **options)
+    actual = weights.structure
+    network = build_backbone(actual["backbone"], "bn", "relu", actual["stem"], actual["average_downsample"],
+                             actual["eca_kernels"], output_stride=stride, **options)
     network.load_state_dict({key.removeprefix("backbone."): value for key, value in weights.state.items()
                              if ".fc." not in key})
     return network.double().eval()
@@ -64,8 +64,8 @@ def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
     state = {key: value.contiguous() for key, value in theirs.state_dict().items()}
     save_file(state, tmp_path / f"{name}.safetensors")
     weights = read_weights(tmp_path / f"{name}.safetensors")
-    found = weights.structure
-    assert (found["backbone"], found["stem"], found["average_downsample"], found["eca_kernels"]) == expected
+    actual = weights.structure
+    assert (actual["backbone"], actual["stem"], actual["average_downsample"], actual["eca_kernels"]) == expected
     ours = ours_from(weights, stride)
     images = torch.randn(1, 3, 97, 129, dtype=torch.float64)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_timm_networks_compute_the_same(name, expected, stride, tmp_path):
     for a, b in zip(stages(ours, images), expected_maps, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
-    if found["eca_kernels"]:
+    if actual["eca_kernels"]:
         with torch.no_grad():
             ours.layer3[2].eca.conv.weight[0, 0, 1] += 0.3
         difference = stages(ours, images)[3] - expected_maps[3]

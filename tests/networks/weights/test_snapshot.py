@@ -202,8 +202,8 @@ def test_resume_passes_over_a_wrong_snapshot_and_says_so(sound, files, capsys, w
         start.find_snapshot("newest", "folder")
     files["CS_scenes_6.pth"] = sound | {"step": 6}
     assert start.find_snapshot("newest", "folder").step == 6
-    said = capsys.readouterr().out
-    assert said.startswith("CS_scenes_7.pth: ") and said.endswith("; taking the snapshot before it\n")
+    output = capsys.readouterr().out
+    assert output.startswith("CS_scenes_7.pth: ") and output.endswith("; taking the snapshot before it\n")
 
 
 @pytest.mark.parametrize("what", FOR_RESUMING)
@@ -226,8 +226,8 @@ def test_a_snapshot_of_the_old_layout_loads(sound, tmp_path):
     assert config.samples is None and ClassTable(config.classes).num_classes == 3
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 65, 65))["fine"].shape == (1, 3, 9, 9)
-    found = start.find_snapshot(path, tmp_path)
-    assert set(resumed(found, build_network(**found.config.network))) == {"momentum_buffer"}
+    actual = start.find_snapshot(path, tmp_path)
+    assert set(resumed(actual, build_network(**actual.config.network))) == {"momentum_buffer"}
     account = load_weights(build_network("acfnet_resnet", 5, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and account.family == "ours"
 
@@ -246,11 +246,11 @@ def test_a_snapshot_from_before_there_was_a_head_loads(sound, tmp_path):
     assert order != names and "coarse.weight" in old["model"]
     path = tmp_path / "CS_scenes_7.pth"
     snapshots.save(path, old)
-    found = read_snapshot(path, resuming=True)
-    assert found.model.keys() == sound["model"].keys()
-    assert all(torch.equal(value, sound["model"][name]) for name, value in found.model.items())
+    actual = read_snapshot(path, resuming=True)
+    assert actual.model.keys() == sound["model"].keys()
+    assert all(torch.equal(value, sound["model"][name]) for name, value in actual.model.items())
     for number in range(len(names)):
-        assert torch.equal(found.optimizer[number]["momentum_buffer"], momenta[number]["momentum_buffer"])
+        assert torch.equal(actual.optimizer[number]["momentum_buffer"], momenta[number]["momentum_buffer"])
     account = load_weights(build_network("acfnet_resnet", 3, "eca_resnet18"), read_weights(path))
     assert account.share == 1 and not account.ignored and not account.initialized
 
@@ -260,33 +260,33 @@ def test_the_average_goes_on_by_its_updates_or_by_the_steps_of_an_older_snapshot
     for updates, expected in ((5, 5), (DELETE, 7)):
         path = tmp_path / "CS_scenes_7.pth"
         snapshots.save(path, change(content, "average_updates", updates))
-        found = read_snapshot(path, resuming=True)
-        network = build_network(**found.config.network)
+        actual = read_snapshot(path, resuming=True)
+        network = build_network(**actual.config.network)
         engine = SimpleNamespace(network=network, optimizer=torch.optim.SGD(network.parameters(), 0.02, 0.5),
                                  precision=Precision("off", torch.device("cpu")), devices=[torch.device("cpu")],
                                  processes=None, average=copy.deepcopy(network))
-        resume.restore(found, engine)
+        resume.restore(actual, engine)
         assert engine.average_updates == expected
         assert ("it continues as after 7 updates" in capsys.readouterr().out) == (updates is DELETE)
 
 
-def resumed(found, network):
+def resumed(actual, network):
     """`resume.restore` into a network and a new optimizer; returns the state of its first parameter."""
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.5)
     engine = SimpleNamespace(network=network, optimizer=optimizer, precision=Precision("off", torch.device("cpu")),
                              devices=[torch.device("cpu")], processes=None, average=None)
     random.seed(1), np.random.seed(1)
-    resume.restore(found, engine)
+    resume.restore(actual, engine)
     return optimizer.state_dict()["state"].get(0, {})
 
 
 def test_momentum_and_decay_of_a_resumed_run_are_those_of_its_flags(sound, files):
     """The weights' momenta come from the snapshot, the factors from the command line, as the message says."""
     files["CS_scenes_7.pth"] = sound
-    found = read_snapshot("CS_scenes_7.pth", resuming=True)
-    network = build_network(**found.config.network)
+    actual = read_snapshot("CS_scenes_7.pth", resuming=True)
+    network = build_network(**actual.config.network)
     optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.5, weight_decay=0.25)
-    resume.restore(found, SimpleNamespace(network=network, optimizer=optimizer, processes=None, devices=[],
+    resume.restore(actual, SimpleNamespace(network=network, optimizer=optimizer, processes=None, devices=[],
                                           average=None, precision=Precision("off", torch.device("cpu"))))
     group, = optimizer.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
@@ -306,11 +306,11 @@ def test_flipped_bits_are_seen_wherever_they_are(sound, tmp_path):
         damaged[place] ^= 1
         path.write_bytes(damaged)
         try:
-            found = read_snapshot(path)
+            actual = read_snapshot(path)
         except UserError as error:
             assert "CS_scenes_7.pth: expected a file of tensors written by torch.save" in str(error)
         else:       # a bit between the entries, that nothing is read from
-            assert all(torch.equal(found.model[key], value) for key, value in sound["model"].items())
+            assert all(torch.equal(actual.model[key], value) for key, value in sound["model"].items())
             assert place not in (inside, inside + 4 * tensor.numel() - 80)
 
 
@@ -431,13 +431,13 @@ def test_any_field_replaced_by_any_value_works_or_is_a_sentence(sound, network, 
     content = change(content, place, (lambda before: other) if callable(other) else other)
     for resuming in (False, True):
         try:
-            found = parse("CS_scenes_7.pth", content, resuming)
+            actual = parse("CS_scenes_7.pth", content, resuming)
         except UserError as error:
             assert str(error).startswith("CS_scenes_7.pth: ") and "\n" not in str(error) and len(str(error)) < 400
             continue
         try:
-            ClassTable(found.config.classes)
+            ClassTable(actual.config.classes)
         except UserError:
             continue
         if resuming:
-            resumed(found, network)
+            resumed(actual, network)

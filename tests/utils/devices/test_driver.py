@@ -29,7 +29,7 @@ def ask(machine, text, cuda):
     return unusable_gpu(machine, machine, cuda, "2.15.0")
 
 
-@pytest.mark.parametrize("text, driver, cuda, said", [
+@pytest.mark.parametrize("text, driver, cuda, output", [
     (CLOSED, "535.104.05", "13.0", "CUDA 13.0, which needs driver 580 or newer; install that, or a PyTorch built for "
      "CUDA 12"),
     (CLOSED, "470.223.02", "12.1", "needs driver 525 or newer; install that, or a PyTorch built for CUDA 11"),
@@ -39,9 +39,9 @@ def ask(machine, text, cuda):
     (OPEN, "580.65.06", "14.0", "for the driver that CUDA 14.0 needs see NVIDIA's list, or install a PyTorch "
      "built for CUDA 13"),
     (OPEN, "580.65.06", "13.0", "cannot use although the driver is new enough")])
-def test_driver_and_build_are_named_with_what_to_install(machine, text, driver, cuda, said):
-    found = ask(machine, text.format(driver), cuda)
-    assert f"a GPU with driver {driver}" in found and said in found and "2.15.0" in found
+def test_driver_and_build_are_named_with_what_to_install(machine, text, driver, cuda, output):
+    actual = ask(machine, text.format(driver), cuda)
+    assert f"a GPU with driver {driver}" in actual and output in actual and "2.15.0" in actual
 
 
 def test_a_version_file_of_other_bytes_is_read(machine):
@@ -61,8 +61,11 @@ CUDA13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
     ((7, 0), [], None), ((9, 0), ["gfx90a", "gfx942"], None)])
 def test_a_gpu_without_kernels_is_told_from_what_was_built(capability, archs, instead, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")      # for others the wheels were built for less
-    found = missing_kernels("Tesla X", capability, archs, "2.14.1", "13.0")
-    assert found is None if instead is None else found.startswith("Tesla X of compute capability ") and instead in found
+    actual = missing_kernels("Tesla X", capability, archs, "2.14.1", "13.0")
+    if instead is None:
+        assert actual is None
+    else:
+        assert actual.startswith("Tesla X of compute capability ") and instead in actual
 
 
 def test_a_gpu_without_kernels_is_refused_by_the_process_that_computes_on_it(monkeypatch):

@@ -55,9 +55,9 @@ def run(recompute, norm, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputation_is_bit_equal(recompute, autocast):
     """Gradients, running statistics and outputs; statistics are updated once."""
-    expected, found = run("none", "inplace_abn", autocast), run(recompute, "inplace_abn", autocast)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    expected, actual = run("none", "inplace_abn", autocast), run(recompute, "inplace_abn", autocast)
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
 
 
 def test_light_costs_at_most_8_per_cent_more_multiplications():

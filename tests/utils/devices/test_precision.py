@@ -127,7 +127,7 @@ def test_fp16_scales_losses_and_leaves_out_steps_that_overflow():
 
 
 def test_missing_apex_names_the_tag_that_has_it(monkeypatch):
-    for found in (None, types.ModuleType("apex")):      # not installed; and pip's package of that name, without amp
-        monkeypatch.setitem(sys.modules, "apex", found)
+    for actual in (None, types.ModuleType("apex")):      # not installed; and pip's package of that name, without amp
+        monkeypatch.setitem(sys.modules, "apex", actual)
         with pytest.raises(UserError, match="removed after tag 25.05 .* build apex from its tag 25.04"):
             Precision("apex", CPU)

@@ -52,8 +52,8 @@ def test_plain_files_go_through_opencv_with_pillows_pixels(tmp_path, monkeypatch
     data, most = PLAIN[name]
     (tmp_path / "a").write_bytes(data)
     monkeypatch.setattr(decode, "load", lambda *file: pytest.fail("decoded by Pillow"))
-    found = read_image(tmp_path / "a")
-    assert found.dtype == np.uint8 and np.abs(found.astype(int) - by_pillow(data)).max() <= most
+    actual = read_image(tmp_path / "a")
+    assert actual.dtype == np.uint8 and np.abs(actual.astype(int) - by_pillow(data)).max() <= most
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -68,8 +68,8 @@ def test_plain_label_maps_go_through_opencv(tmp_path, monkeypatch, dtype):
     ids = LABEL.astype(dtype) * (1 if dtype == np.uint8 else 300)
     (tmp_path / "a.png").write_bytes(encoded(ids, "PNG"))
     monkeypatch.setattr(decode, "load", lambda *file: pytest.fail("decoded by Pillow"))
-    found = read_ids(tmp_path / "a.png")
-    assert found.dtype == dtype and np.array_equal(found, ids)
+    actual = read_ids(tmp_path / "a.png")
+    assert actual.dtype == dtype and np.array_equal(actual, ids)
 
 
 @pytest.mark.parametrize("read, data", [
@@ -207,11 +207,11 @@ def test_what_is_no_array_of_the_cache_is_said_once_and_replaced(tmp_path, what)
         DecodedCache(tmp_path / "c").read(path, read_image)
         other_content(DecodedCache(tmp_path / "c").array_path(path, read_image), what)
     cache = DecodedCache(tmp_path / "c")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as output:
         warnings.simplefilter("always")
         assert len(cache.missing([(path, read_image) for path in paths])[0]) == 2
         assert all(np.array_equal(cache.read(path, read_image), NOISE) for path in paths)
-    assert len(said) == 1 and "a.png, which is decoded again" in str(said[0].message)
+    assert len(output) == 1 and "a.png, which is decoded again" in str(output[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for path in paths:
@@ -244,8 +244,8 @@ def test_only_regular_files_are_read(tmp_path, read):
     sparse = tmp_path / "sparse"
     with open(sparse, "wb") as file:
         file.truncate(files.MAX_FILE_BYTES * 4)
-    for path, found in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder"),
+    for path, actual in ((tmp_path / "pipe", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder"),
                         (sparse, "4.3 GB"), (tmp_path / ("x" * 300), "one that cannot be read"),
                         (tmp_path / "gone", "no such file"), (tmp_path / "nul\0", "one that cannot be read")):
-        with pytest.raises(UserError, match=f"expected an image.*, found {found}"):
+        with pytest.raises(UserError, match=f"expected an image.*, found {actual}"):
             read(path)

@@ -144,9 +144,9 @@ def test_16_bits_that_hold_fewer_are_said(tmp_path, largest, remedy):
     write_png(tmp_path / "rgb.png", ramp[..., None].repeat(3, 2), 16, 2)
     for name in ("gray.png", "gray.tif", "rgb.tif", "five.tif", "rgb.png"):
         _, remarks = remarks_of(tmp_path / name)
-        said = [text for kind, text in remarks if kind == "dark"]
-        assert len(said) == (remedy is not None), name
-        assert remedy is None or str(largest) in said[0] and remedy in said[0] and name in said[0]
+        output = [text for kind, text in remarks if kind == "dark"]
+        assert len(output) == (remedy is not None), name
+        assert remedy is None or str(largest) in output[0] and remedy in output[0] and name in output[0]
 
 
 def test_12_bits_are_scaled_as_they_say(tmp_path):
@@ -192,10 +192,10 @@ def test_whole_numbers_of_any_kind_are_ids(tmp_path, dtype, options):
     if np.dtype(dtype).kind != "u":
         ids[:3] = -1
     tifffile.imwrite(tmp_path / "a.tif", ids, **options)
-    found = read_ids(tmp_path / "a.tif")
-    assert found.dtype.kind in "iu" and np.array_equal(found, ids)
+    actual = read_ids(tmp_path / "a.tif")
+    assert actual.dtype.kind in "iu" and np.array_equal(actual, ids)
     expected = np.where(ids.astype(int) < 0, IGNORE_INDEX, LABEL)
-    assert np.array_equal(ClassTable(ROWS).encode(found), expected)
+    assert np.array_equal(ClassTable(ROWS).encode(actual), expected)
 
 
 @pytest.mark.parametrize("photometric", ["miniswhite", "minisblack"])
@@ -302,11 +302,11 @@ def test_palettes_that_differ_are_said(tmp_path, first, second, refused, sentenc
         warnings.simplefilter("always")
         try:
             dataset.check_labels()
-            found = "".join(str(one.message) for one in caught)
+            actual = "".join(str(one.message) for one in caught)
         except UserError as error:
             assert refused
-            found = str(error)
-    assert re.search(sentence, found) and bool(found) == bool(sentence)
+            actual = str(error)
+    assert re.search(sentence, actual) and bool(actual) == bool(sentence)
     report, _ = check({"x": (dataset.pairs, [])}, ClassTable(ROWS), False, 1)
     kinds = [[one["kind"] for one in report["x"][name] if one["kind"] != "classes without pixels"]
              for name in ("problems", "remarks")]

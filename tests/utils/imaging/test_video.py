@@ -62,8 +62,8 @@ def read(path):
     """(frames (H, W, 3) RGB, frames/s) of a file."""
     capture, frames = cv2.VideoCapture(str(path)), []
     rate = capture.get(cv2.CAP_PROP_FPS)
-    while (found := capture.read())[0]:
-        frames.append(found[1][..., ::-1])
+    while (actual := capture.read())[0]:
+        frames.append(actual[1][..., ::-1])
     return frames, rate
 
 
@@ -176,16 +176,16 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-600])      # without the table of frames, which comes last
 
 
-@pytest.mark.parametrize("make, found", [
+@pytest.mark.parametrize("make, actual", [
     (cut, "expected a video that OpenCV can read, found one of another kind, or damaged"),
     (lambda path: path.write_text("text"), "expected a video that OpenCV can read"),
     (lambda path: path.write_bytes(b""), "expected a video that OpenCV can read"),
     (os.mkfifo, "expected a regular file")],
     ids=["cut", "text", "empty", "pipe"])
-def test_no_video(snapshot, tmp_path, capfd, make, found):  # noqa: F811
+def test_no_video(snapshot, tmp_path, capfd, make, actual):  # noqa: F811
     """One sentence, without OpenCV's and FFmpeg's own, and before anything is written."""
     make(tmp_path / "a.mp4")
-    with pytest.raises(UserError, match=f"a.mp4: {found}"):
+    with pytest.raises(UserError, match=f"a.mp4: {actual}"):
         predict(snapshot, tmp_path / "r", tmp_path / "a.mp4")
     assert capfd.readouterr().err == "" and not (tmp_path / "r").exists()
 
@@ -281,11 +281,11 @@ def test_a_full_disk_is_a_sentence(tmp_path):
 
 
 def test_before_the_disk_is_full_what_was_predicted_is_kept(snapshot, tmp_path, monkeypatch):  # noqa: F811
-    asked, usage = [], shutil.disk_usage
+    requested, usage = [], shutil.disk_usage
 
     def filling(place):
-        asked.append(place)
-        return usage(place)._replace(free=0 if len(asked) > 3 else 2 * video.MIN_FREE_BYTES)
+        requested.append(place)
+        return usage(place)._replace(free=0 if len(requested) > 3 else 2 * video.MIN_FREE_BYTES)
     monkeypatch.setattr(shutil, "disk_usage", filling)
     with pytest.raises(UserError, match="color/a.mp4: expected 16 MB free for the frames that follow, found 0 MB"):
         predict(snapshot, tmp_path / "r", write(tmp_path / "a.mp4", drawn_frames()))
@@ -297,5 +297,5 @@ def test_rates_are_kept(tmp_path, rate):
     writer = video.VideoWriter(tmp_path / "a.mp4", rate)
     writer.write(drawn_frames()[0])
     writer.close()
-    found = video.open_video(tmp_path / "a.mp4")
-    assert found.rate == pytest.approx(rate, rel=1e-4) and found.count == 1
+    actual = video.open_video(tmp_path / "a.mp4")
+    assert actual.rate == pytest.approx(rate, rel=1e-4) and actual.count == 1

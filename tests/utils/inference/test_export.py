@@ -140,9 +140,9 @@ def test_every_model_computes_in_half_precision(model):
     whole = export.ImagesToLogits(network, Normalization())
     with torch.no_grad():
         images = batch(RGB)
-        for found, wanted in zip(half(images), whole(images), strict=True):
-            assert found.dtype == torch.float32 and not torch.equal(found, wanted)
-            torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
+        for actual, wanted in zip(half(images), whole(images), strict=True):
+            assert actual.dtype == torch.float32 and not torch.equal(actual, wanted)
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0.02 * wanted.abs().max().item())
     kinds = {parameter.dtype for parameter in half.parameters()}
     assert torch.float16 in kinds and {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
@@ -207,10 +207,10 @@ def test_exported_weights_are_the_network(snapshot, tmp_path, capsys, precision)
     write(snapshot, target, "--export-precision", precision)
     assert "with config.json and README.md; checked against PyTorch: largest difference" in capsys.readouterr().out
     options = {"device": "cpu", "amp": "off", "whole": True}
-    found, wanted = (load(path, **options).predict(RGB) for path in (target, snapshot))
-    assert found.names == wanted.names and np.array_equal(found.colors[found.labels == wanted.labels],
-                                                          wanted.colors[found.labels == wanted.labels])
-    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-7 if precision == "fp32" else 0.02)
+    actual, wanted = (load(path, **options).predict(RGB) for path in (target, snapshot))
+    assert actual.names == wanted.names and np.array_equal(actual.colors[actual.labels == wanted.labels],
+                                                          wanted.colors[actual.labels == wanted.labels])
+    np.testing.assert_allclose(actual.probabilities, wanted.probabilities, atol=1e-7 if precision == "fp32" else 0.02)
     size = target.stat().st_size / sum(tensor.nbytes for tensor in files.load(snapshot)["model"].values())
     assert size == pytest.approx(1 if precision == "fp32" else 0.5, abs=0.02)
     weights = read_weights(target)
@@ -219,7 +219,7 @@ def test_exported_weights_are_the_network(snapshot, tmp_path, capsys, precision)
     Image.fromarray(RGB).save(tmp_path / "a.png")
     evaluate.main(["--restore-from", str(target), "--images", str(tmp_path / "a.png"), "--gpu", "cpu", "--num-workers",
                    "0", "--amp", "off", "--scales", "1", "--no-flip", "--whole", "--save", "labels"])
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "model/acfnet_images/labelIds/a.png")), found.ids)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "model/acfnet_images/labelIds/a.png")), actual.ids)
 
 
 def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811

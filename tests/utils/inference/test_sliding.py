@@ -141,8 +141,8 @@ def test_heads_that_are_not_asked_for_cost_nothing(rng, monkeypatch):
     monkeypatch.setattr(_Pass, "add", lambda self, name, *rest, add=_Pass.add: added.append(name) or add(
         self, name, *rest))
     assert torch.equal(predictor.labels(image), both["fine"].argmax(0)) and set(added) == {"fine"}
-    found = predictor.predict(image, ("coarse",))["multi_scale"]
-    assert found.keys() == {"coarse"} and torch.equal(found["coarse"], both["coarse"])
+    actual = predictor.predict(image, ("coarse",))["multi_scale"]
+    assert actual.keys() == {"coarse"} and torch.equal(actual["coarse"], both["coarse"])
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.7, 1.0, 2.0)])
@@ -198,18 +198,18 @@ def test_labels_and_tensors(rng):
     assert torch.equal(predictor.labels(image).long(), predictor(torch.from_numpy(image)).argmax(0))
 
 
-@pytest.mark.parametrize("wrong, found", [
+@pytest.mark.parametrize("wrong, actual", [
     (lambda image: image / 255, r"float64 \(40, 50, 3\)"), (lambda image: image.astype(np.float32), "float32"),
     (lambda image: image.transpose(2, 0, 1), r"uint8 \(3, 40, 50\)"), (lambda image: image[..., 0], r"\(40, 50\)"),
     (lambda image: image[None], r"\(1, 40, 50, 3\)"), (lambda image: image[:0], r"\(0, 50, 3\)"),
     (lambda image: torch.from_numpy(image).float(), "float32"),
     (lambda image: np.dstack([image, image[..., :1]]), r"\(40, 50, 4\)"),
 ])
-def test_other_kinds_of_images_are_refused(rng, wrong, found):
+def test_other_kinds_of_images_are_refused(rng, wrong, actual):
     """Numbers from 0 to 1 would pass for a nearly black image."""
     image = rng.integers(256, size=(40, 50, 3)).astype(np.uint8)
     predictor = SlidingPredictor(local_network, (33, 33), normalization=PLAIN)
-    with pytest.raises(ValueError, match=rf"image: expected uint8 \(H, W, 3\) RGB, found .*{found}"):
+    with pytest.raises(ValueError, match=rf"image: expected uint8 \(H, W, 3\) RGB, found .*{actual}"):
         predictor(wrong(image))
     turned = image[::-1, ::-1]      # a view, which torch takes a copy of only
     assert torch.equal(predictor(turned), predictor(turned.copy()))
@@ -299,10 +299,10 @@ def test_calls_of_the_network_are_as_few_as_its_batch_allows():
 
 
 def test_the_watch_is_left_alone_when_it_has_heard_enough():
-    told = []
+    received = []
     network = lambda x: {"fine": F.avg_pool2d(x, 8, 8, ceil_mode=True)}     # noqa: E731
     predictor = SlidingPredictor(network, (33, 33), batch_size=1,
-                                 watch=lambda done, windows: told.append(done) or done == windows)
+                                 watch=lambda done, windows: received.append(done) or done == windows)
     image = torch.zeros(33, 49, 3, dtype=torch.uint8)
     predictor(image), predictor(image)
-    assert told == [0, 1, 2] and predictor.watch is None
+    assert received == [0, 1, 2] and predictor.watch is None

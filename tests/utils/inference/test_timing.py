@@ -25,8 +25,8 @@ def test_calls_are_counted_and_the_first_is_not():
     assert len(timing.time_calls(lambda: called.append(0), CPU, 5)) == 5 and len(called) == 6
     assert len(timing.time_calls(lambda: time.sleep(0.02), CPU, 100, 0.05)) < 5
     assert len(timing.time_calls(lambda: time.sleep(0.02), CPU, 100, 0.0)) == 1
-    found = timing.median_ms(lambda: time.sleep(0.02), 3, CPU)
-    assert 20 <= found["ms"] < 200 and found["spread_ms"] >= 0
+    actual = timing.median_ms(lambda: time.sleep(0.02), 3, CPU)
+    assert 20 <= actual["ms"] < 200 and actual["spread_ms"] >= 0
 
 
 def test_the_share_beyond_a_network_whose_time_is_known():
@@ -37,9 +37,9 @@ def test_the_share_beyond_a_network_whose_time_is_known():
 
     images = [np.zeros((17, 30, 3), np.uint8), np.zeros((30, 17, 3), np.uint8)]
     predictor = SlidingPredictor(network, (17, 17), scales=(1.0,), batch_size=1, overlap=0)
-    found = timing.time_prediction(predictor, images, 3)
-    assert 200 <= found["ms"] < 1000 and found["images_per_s"] == pytest.approx(1e3 / found["ms"])
-    assert found["beyond_the_network"] < 0.5 and found["peak_gb"] > 0
+    actual = timing.time_prediction(predictor, images, 3)
+    assert 200 <= actual["ms"] < 1000 and actual["images_per_s"] == pytest.approx(1e3 / actual["ms"])
+    assert actual["beyond_the_network"] < 0.5 and actual["peak_gb"] > 0
     assert predictor.network is network
 
 

@@ -17,16 +17,16 @@ from utils.runs import snapshots
 def boundary_pixels(labels, truth, wanted):
     """[(row, column)] of a class's boundary, by the definition."""
     height, width = labels.shape
-    found = []
+    actual = []
     for row in range(height):
         for column in range(width):
             for other in ((row, column + 1), (row + 1, column), (row + 1, column + 1)):
                 inside = other[0] < height and other[1] < width
                 if inside and truth[row, column] != 255 and truth[other] != 255 and (
                         (labels[row, column] == wanted) != (labels[other] == wanted)):
-                    found.append((row, column))
+                    actual.append((row, column))
                     break
-    return found
+    return actual
 
 
 def share_near(places, others, tolerance):
@@ -40,11 +40,11 @@ def expected(pairs, wanted, tolerance):
     """The score of a class by loops over all pixels; pairs: [(truth, prediction)]."""
     scores = []
     for truth, predicted in pairs:
-        true, found = (boundary_pixels(labels, truth, wanted) for labels in (truth, predicted))
-        if true and found:
-            precision, recall = share_near(found, true, tolerance), share_near(true, found, tolerance)
+        true, actual = (boundary_pixels(labels, truth, wanted) for labels in (truth, predicted))
+        if true and actual:
+            precision, recall = share_near(actual, true, tolerance), share_near(true, actual, tolerance)
             scores.append(2 * precision * recall / (precision + recall) if precision + recall > 0 else 0)
-        elif true or found:
+        elif true or actual:
             scores.append(0)
     return sum(scores) / len(scores) if scores else None
 

@@ -35,12 +35,12 @@ def by_loops(confidence, prediction, label, bins=15):
             "confidence": [np.mean([p for p, _ in one]) if one else None for one in members]}
 
 
-def close(found, expected):
-    assert found["pixels"] == expected["pixels"]
-    assert found["expected_calibration_error"] == pytest.approx(expected["expected_calibration_error"], abs=1e-7)
+def close(actual, expected):
+    assert actual["pixels"] == expected["pixels"]
+    assert actual["expected_calibration_error"] == pytest.approx(expected["expected_calibration_error"], abs=1e-7)
     for name in ("accuracy", "confidence"):
-        assert [v is None for v in found[name]] == [v is None for v in expected[name]]
-        assert [v for v in found[name] if v is not None] == pytest.approx(
+        assert [v is None for v in actual[name]] == [v is None for v in expected[name]]
+        assert [v for v in actual[name] if v is not None] == pytest.approx(
             [v for v in expected[name] if v is not None], abs=1e-7)
 
 
@@ -64,10 +64,10 @@ def test_a_case_by_hand():
     one = Calibration(bins=10)
     one.update(np.float32([0.9, 0.9, 0.9, 0.9, 0.35, 0.35, 1, 0.9]), np.array([1, 1, 1, 2, 0, 0, 3, 1]),
                np.array([1, 1, 1, 1, 1, 1, 3, 255]))
-    found = one.scores()
-    assert found["expected_calibration_error"] == pytest.approx(4 / 7 * 0.15 + 2 / 7 * 0.35 + 0, abs=1e-7)
-    assert found["pixels"] == [0, 0, 0, 2, 0, 0, 0, 0, 4, 1]
-    assert found["accuracy"][8] == 0.75 and found["accuracy"][9] == 1 and found["accuracy"][0] is None
+    actual = one.scores()
+    assert actual["expected_calibration_error"] == pytest.approx(4 / 7 * 0.15 + 2 / 7 * 0.35 + 0, abs=1e-7)
+    assert actual["pixels"] == [0, 0, 0, 2, 0, 0, 0, 0, 4, 1]
+    assert actual["accuracy"][8] == 0.75 and actual["accuracy"][9] == 1 and actual["accuracy"][0] is None
     one.update(np.float32([0, 1.0000002]), np.array([0, 0]), np.array([0, 0]))      # a mean of probabilities, rounded
     assert one.scores()["pixels"] == [1, 0, 0, 2, 0, 0, 0, 0, 4, 2]
     assert Calibration().scores()["expected_calibration_error"] is None
@@ -104,12 +104,12 @@ def test_scoring_tells_calibration(streets, snapshot, tmp_path, capsys):  # noqa
                 assert gray.shape == label.shape and np.abs(gray - expected).max() < 0.51
                 assert gray.max() - gray.min() > 9
     for head, values in maps.items():
-        found, expected = result["calibration"][head], by_loops(*map(np.concatenate, zip(*values, strict=True)))
-        assert found["expected_calibration_error"] == pytest.approx(expected["expected_calibration_error"], abs=1e-4)
-        assert sum(found["pixels"]) == sum(expected["pixels"]) and len(found["pixels"]) == 15
-    said = ", ".join(f"{head} {100 * result['calibration'][head]['expected_calibration_error']:.2f} %"
+        actual, expected = result["calibration"][head], by_loops(*map(np.concatenate, zip(*values, strict=True)))
+        assert actual["expected_calibration_error"] == pytest.approx(expected["expected_calibration_error"], abs=1e-4)
+        assert sum(actual["pixels"]) == sum(expected["pixels"]) and len(actual["pixels"]) == 15
+    output = ", ".join(f"{head} {100 * result['calibration'][head]['expected_calibration_error']:.2f} %"
                      for head in ("fine", "coarse"))
-    assert f"expected calibration error, {said} (multi-scale, 15 bins)" in capsys.readouterr().out
+    assert f"expected calibration error, {output} (multi-scale, 15 bins)" in capsys.readouterr().out
     page = (tmp_path / "r/report.html").read_text()
     (chart,) = re.findall(r'<img src="data:image/png;base64,([^"]+)"[^>]*alt="accuracy by confidence', page)
     assert min(Image.open(io.BytesIO(base64.b64decode(chart))).size) > 300
@@ -120,9 +120,9 @@ def test_the_chart_has_bars_as_high_as_the_accuracy(monkeypatch):
     """Also where a bin is empty; the gap goes from the accuracy to the confidence."""
     figures, make = [], charts.new_figure
     monkeypatch.setattr(charts, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1])
-    found = {"expected_calibration_error": 0.1, "pixels": [0, 10, 30], "accuracy": [None, 0.25, 1.0],
+    actual = {"expected_calibration_error": 0.1, "pixels": [0, 10, 30], "accuracy": [None, 0.25, 1.0],
              "confidence": [None, 0.5, 0.9]}
-    picture = Image.open(io.BytesIO(charts.reliability_chart({"fine": found, "coarse": found})))
+    picture = Image.open(io.BytesIO(charts.reliability_chart({"fine": actual, "coarse": actual})))
     assert picture.format == "PNG"
     upper, _, lower, _ = figures[0].axes
     heights = [(bar.get_y(), bar.get_height()) for bar in upper.patches]

@@ -29,8 +29,8 @@ def official_scores(predictions, truths):
     return classes, categories, official.getScoreAverage(classes, args), official.getScoreAverage(categories, args)
 
 
-def equal(found, expected):
-    return (found is None and math.isnan(expected)) or found == expected
+def equal(actual, expected):
+    return (actual is None and math.isnan(expected)) or actual == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -184,7 +184,7 @@ def test_instances_of_classes_that_a_table_has_merged():
     metric.update(0, instances, prediction)
     matrix = ConfusionMatrix(3)
     matrix.update(prediction, np.array([[0, 0, 0, 0, 1, 2]]))
-    found = metric.scores(matrix, ["vehicle", "other", "flat"])
+    actual = metric.scores(matrix, ["vehicle", "other", "flat"])
     # 10 / 2 and 40 / 2 a pixel: 5 + 40 of 10 + 40 are found, and nothing else is taken for a vehicle.
-    assert found["class_iiou"] == {"vehicle": 45 / 50, "other": None, "flat": None}
-    assert found["mean_iiou"] == 45 / 50
+    assert actual["class_iiou"] == {"vehicle": 45 / 50, "other": None, "flat": None}
+    assert actual["mean_iiou"] == 45 / 50

@@ -14,10 +14,10 @@ def test_products_equal_interpolation(small, size, memory_format):
     torch.manual_seed(0)
     maps = torch.randn(2, 3, *small).contiguous(memory_format=memory_format).requires_grad_()
     weights = torch.randn(2, 3, *size)
-    found, expected = upsample_by_matmul(maps, size), F.interpolate(maps, size, mode="bilinear", align_corners=True)
-    assert found.is_contiguous() and found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    ours, theirs = (torch.autograd.grad((result * weights).sum(), maps)[0] for result in (found, expected))
+    actual, expected = upsample_by_matmul(maps, size), F.interpolate(maps, size, mode="bilinear", align_corners=True)
+    assert actual.is_contiguous() and actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad((result * weights).sum(), maps)[0] for result in (actual, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
 
 
@@ -46,5 +46,5 @@ def test_the_loss_takes_the_products_on_a_gpu(monkeypatch):
     expected = loss(outputs, labels)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(F, "interpolate", None)
-    for name, found in loss(outputs, labels).items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
+    for name, actual in loss(outputs, labels).items():
+        torch.testing.assert_close(actual, expected[name], rtol=1e-6, atol=1e-6)

@@ -103,10 +103,10 @@ def shared(way, folder, dtypes, ohem):
 def test_every_way_of_sharing_trains_alike(way, ohem, dtypes, tmp_path):
     """In float64. In float32 sums in another order round otherwise, which training amplifies, OHEM above all: there the
     first losses alone are compared."""
-    for dtype, found in zip(dtypes, shared(way, tmp_path, dtypes, ohem), strict=True):
+    for dtype, actual in zip(dtypes, shared(way, tmp_path, dtypes, ohem), strict=True):
         expected = alone(dtype, ohem)
         assert expected[-1] < 0.8 * expected[0]
-        apart = [abs(a - b) / b for a, b in zip(found, expected, strict=True)]
+        apart = [abs(a - b) / b for a, b in zip(actual, expected, strict=True)]
         if dtype == torch.float64:
             assert max(apart) < 1e-8
         else:
@@ -133,9 +133,9 @@ def test_accumulated_parts_add_up_to_the_whole_batch(parts):
         engine = Engine(module, network, criterion, optimizer, Precision("off", torch.device("cpu")),
                         [torch.device("cpu")])
         slices = [{"image": i, "label": y} for i, y in zip(images.chunk(count), labels.chunk(count), strict=True)]
-        found, _ = engine.step(slices)
+        actual, _ = engine.step(slices)
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
-        terms.append(found)
+        terms.append(actual)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert terms[0] == pytest.approx(terms[1], rel=1e-9) and len(gradients[0]) > 40
@@ -150,9 +150,9 @@ def test_accumulated_ohem_is_the_mean_of_its_parts():
     engine = Engine(module, network, criterion, torch.optim.SGD(network.parameters(), 0.0),
                     Precision("off", torch.device("cpu")), [torch.device("cpu")])
     slices = [{"image": i, "label": y} for i, y in zip(images.chunk(2), labels.chunk(2), strict=True)]
-    found, _ = engine.step(slices)
+    actual, _ = engine.step(slices)
     each = [criterion(network(normalize(part["image"]).double()), part["label"])["fine"].item() for part in slices]
-    assert found["fine"] == pytest.approx(sum(each) / 2, rel=1e-9)
+    assert actual["fine"] == pytest.approx(sum(each) / 2, rel=1e-9)
 
 
 TORCHRUN = {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
@@ -213,8 +213,8 @@ def test_nobody_waits_forever_for_the_others(rank, address):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, **variables}, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"MASTER_PORT {address}:{port}: expected the 2 processes of the run to meet there within 2 s" in said
+    (output,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"MASTER_PORT {address}:{port}: expected the 2 processes of the run to meet there within 2 s" in output
 
 
 SEPARATED = {
@@ -404,9 +404,9 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
     assert select.prepare_device(gpu, None, "bf16") and chosen == [gpu] and torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32 and "--channels-last: " in capsys.readouterr().out
     channels_last = select.prepare_device(gpu, False, "off")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert channels_last is False and not torch.backends.cudnn.allow_tf32
-    assert said.startswith("--amp off: fp32, exactly") and said.count("\n") == 1
+    assert output.startswith("--amp off: fp32, exactly") and output.count("\n") == 1
     assert select.prepare_device(torch.device("cpu"), None, "off") is False
     assert "--no-channels-last: " in capsys.readouterr().out
 
@@ -446,16 +446,17 @@ def test_gpus_of_different_kinds_compute_in_what_all_of_them_have(monkeypatch):
 @pytest.mark.parametrize("device, backend, bound", [("cpu", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")])
 def test_how_processes_reach_each_other(monkeypatch, device, backend, bound):
     """Plain objects never go by way of a GPU, and nobody gives up while the first process fills a cache."""
-    asked = {}
+    requested = {}
     monkeypatch.setattr(launch, "_meet", lambda ranks: "store")
-    monkeypatch.setattr(launch, "choose_interface", lambda ranks, store: asked.update(interface_for=store))
-    monkeypatch.setattr(launch, "_try_all_reduce", lambda device: asked.update(exchanged_on=device))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
+    monkeypatch.setattr(launch, "choose_interface", lambda ranks, store: requested.update(interface_for=store))
+    monkeypatch.setattr(launch, "_try_all_reduce", lambda device: requested.update(exchanged_on=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **named: requested.update(named, backend=backend))
     monkeypatch.setattr(launch, "Processes", lambda: None)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     launch.join_processes(torch.device(device))
-    assert asked["backend"] == backend and asked["timeout"].total_seconds() >= 3600
-    assert asked["device_id"] == (bound and torch.device(bound))
-    assert (asked["rank"], asked["world_size"], asked["store"], asked["interface_for"]) == (5, 8, "store", "store")
-    assert asked["exchanged_on"] == torch.device(device)
+    assert requested["backend"] == backend and requested["timeout"].total_seconds() >= 3600
+    assert requested["device_id"] == (bound and torch.device(bound))
+    assert (requested["rank"], requested["world_size"]) == (5, 8)
+    assert requested["store"] == requested["interface_for"] == "store"
+    assert requested["exchanged_on"] == torch.device(device)

@@ -39,6 +39,6 @@ def test_training_and_evaluation_need_no_inherited_memory(streets, tmp_path, met
     more = ["--sampling", "class", "--cache", tmp_path / "cache"] if method == "spawn" else []
     call("train.py", *small, "--snapshot-dir", tmp_path / "run", "--batch-size", 2, "--num-steps", 1, "--jitter",
          "0.1,0.1,0.1,0.1", "--random-scale", "--random-mirror", *more)
-    said = call("evaluate.py", "--restore-from", tmp_path / "run/CS_scenes_1.pth", "--num-workers", 1, "--gpu", "cpu",
+    output = call("evaluate.py", "--restore-from", tmp_path / "run/CS_scenes_1.pth", "--num-workers", 1, "--gpu", "cpu",
                 "--scales", 1, "--no-flip", "--input-size", "65,129", "--save", "none")
-    assert "mean IoU" in said
+    assert "mean IoU" in output

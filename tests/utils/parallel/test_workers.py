@@ -66,17 +66,17 @@ def surrounded(mount, *words):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("mount, what, said", [
+@pytest.mark.parametrize("mount, what, output", [
     ("size=1m", ("samples",), ("2.5 MB for each batch and 10.0 MB for the 4", "/dev/shm with ", "of 1.0 MB free")),
     ("size=1m", ("batches",), ("7.5 MB for each batch and 30.0 MB for the 4", "of 1.0 MB free")),
     ("ro", ("jobs",), ("--num-workers 2: ", "Read-only file system", "read-only)")),
     (None, ("fork",), ("--num-workers 2: ", "Resource temporarily unavailable")),
     (None, ("die", "SIGKILL"), ("a process that reads samples died", "/dev/shm with ")),
     (None, ("die", "SIGBUS"), ("a process that reads samples died", "/dev/shm with "))])
-def test_workers_that_cannot_go_on_are_a_sentence(mount, what, said):
+def test_workers_that_cannot_go_on_are_a_sentence(mount, what, output):
     status, out, error = surrounded(mount, "-c", PROGRAM, *what)
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and not out, error
-    missing = [words for words in (*said, "--shm-size", "--ipc=host", "--num-workers 0") if words not in error]
+    missing = [words for words in (*output, "--shm-size", "--ipc=host", "--num-workers 0") if words not in error]
     assert missing == [], error
 
 

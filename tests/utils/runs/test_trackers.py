@@ -82,13 +82,13 @@ def test_what_is_in_the_files_goes_there_too_and_resume_goes_on_there(streets, t
     first, second = Kept.began
     assert first.id == second.id == json.loads((tmp_path / trackers.IDS).read_text())["wandb"]
     assert first.about["arguments"]["batch_size"] == 2
-    told = first.told + second.told
-    steps = [(step, values) for kind, step, values in told if kind == "numbers"]
+    received = first.told + second.told
+    steps = [(step, values) for kind, step, values in received if kind == "numbers"]
     assert [{"step": step, **values} for step, values in steps if "loss" in values] == lines(tmp_path / "metrics.jsonl")
     quick = [(step, values["quick_mean_iou/fine"]) for step, values in steps if "loss" not in values]
     written = lines(tmp_path / "quick_validation.jsonl")
     assert quick == [(line["step"], line["quick_mean_iou_fine"]) for line in written]
-    assert [(step, what) for kind, step, what in told if kind == "picture"] == [
+    assert [(step, what) for kind, step, what in received if kind == "picture"] == [
         (step, ("image_truth_coarse_fine_difference", 3, "uint8")) for step in (2, 4)]
     assert first.told[-1] == second.told[-1] == ("close", None, False)
     assert "has no earlier run" not in capsys.readouterr().out
@@ -105,8 +105,8 @@ def test_a_service_that_fails_costs_nothing_but_one_line(streets, tmp_path, serv
     serve("wandb", Failing)
     run(streets, tmp_path, "--num-steps", "3", "--log", "wandb")
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "--log" in line]
-    assert said.startswith("--log wandb: expected ") and "found: no route to the service; training goes on" in said
+    (output,) = [line for line in capsys.readouterr().err.splitlines() if "--log" in line]
+    assert output.startswith("--log wandb: expected ") and "found: no route to the service; training goes on" in output
 
 
 def test_a_service_that_hangs_is_left_behind(tmp_path, serve, monkeypatch, capsys):

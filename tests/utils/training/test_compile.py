@@ -62,9 +62,9 @@ def test_the_default_norm_compiles_to_one_graph_each_way():
     compiled = copy.deepcopy(plain)
     compile_network(compiled, backend=graphs.backend, fullgraph=True)
     images = torch.randn(2, 3, 65, 65, dtype=torch.float64)
-    expected, found = (step(network, images) for network in (plain, compiled))
+    expected, actual = (step(network, images) for network in (plain, compiled))
     assert graphs.seen == ["forward", "backward"]
-    assert found[1] <= 1.2 * expected[1]
-    torch.testing.assert_close(found[0], expected[0])
+    assert actual[1] <= 1.2 * expected[1]
+    torch.testing.assert_close(actual[0], expected[0])
     for key, value in expected[2].items():
-        assert (found[2][key] - value).norm() <= 1e-9 * value.norm() + 1e-12, key
+        assert (actual[2][key] - value).norm() <= 1e-9 * value.norm() + 1e-12, key

@@ -152,10 +152,10 @@ def test_a_batch_in_parts_has_the_weighted_mean_of_the_whole():
 
 
 def test_balanced_weights_are_one_over_log():
-    found = balanced_weights([1000, 10, 0, 100000])
+    actual = balanced_weights([1000, 10, 0, 100000])
     raw = [1 / math.log(count) for count in (1000, 10, 100000)]
-    assert found[2] == 1.0
-    assert [found[0], found[1], found[3]] == pytest.approx([value / (sum(raw) / 3) for value in raw])
+    assert actual[2] == 1.0
+    assert [actual[0], actual[1], actual[3]] == pytest.approx([value / (sum(raw) / 3) for value in raw])
 
 
 def test_tables_of_weights(streets, tmp_path):

@@ -74,8 +74,8 @@ def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, pro
 def check_norms(gpu, network, amp, layout):
     """Every norm runs on CUDA's own kernels, in the dtype and layout that was asked for."""
     norms = sum(hasattr(module, "running_var") for module in network.modules())
-    found = dict(gpu.called, statistics=gpu.called["batch_norm_update_stats"] + gpu.called["batch_norm_stats"])
-    assert [found[name] for name in NORM_KERNELS] == [norms] * 3
+    actual = dict(gpu.called, statistics=gpu.called["batch_norm_update_stats"] + gpu.called["batch_norm_stats"])
+    assert [actual[name] for name in NORM_KERNELS] == [norms] * 3
     assert gpu.called["batch_norm_elemt"] >= norms      # more often where the output is computed again
     assert set(gpu.maps) == {(AUTOCAST[amp] or torch.float32, layout)}, gpu.maps
 
@@ -205,7 +205,7 @@ def test_evaluation(gpu, amp, layout, scales, flip):
 def test_the_walk_is_a_backward_pass(monkeypatch):
     """Gradients equal those of autograd's engine to the bit, on the CPU, with recomputation and autocast."""
     network = build_network("acfnet_resnet", 5, "eca_resnet50", recompute="light")
-    images, found = torch.randn(2, 3, 33, 33), []
+    images, actual = torch.randn(2, 3, 33, 33), []
     for run in (torch.Tensor.backward, backward):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -213,23 +213,23 @@ def test_the_walk_is_a_backward_pass(monkeypatch):
         if run is backward:
             monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
         run(loss)
-        found.append([weight.grad.clone() for weight in network.parameters()])
+        actual.append([weight.grad.clone() for weight in network.parameters()])
         network.zero_grad()
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, *actual))
 
 
 def test_the_walk_goes_through_replicas():
     """Where sums of all replicas meet in the graph: as autograd's engine, but for the order of additions."""
-    network, found = build_network("acfnet_resnet", 5, "eca_resnet18").double().eval(), []
+    network, actual = build_network("acfnet_resnet", 5, "eca_resnet18").double().eval(), []
     for module in network.modules():
         module.training = hasattr(module, "running_var")        # no dropout
     images = torch.randn(4, 3, 33, 33, dtype=torch.float64)
     for run in (torch.Tensor.backward, backward):
         run(sum(logits.square().mean() for logits in ThreadReplicas(network, 2)(images).values()))
-        found.append([weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None])
+        actual.append([weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None])
         network.zero_grad()
-    assert len(found[0]) > 50
-    for expected, walked in zip(*found, strict=True):
+    assert len(actual[0]) > 50
+    for expected, walked in zip(*actual, strict=True):
         torch.testing.assert_close(walked, expected, rtol=1e-9, atol=1e-12)
 
 

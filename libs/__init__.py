@@ -1,7 +1,7 @@
 """In-place activated batch norm.
 
-Its `utils`, as everywhere here, is this project's: another file or package of that common name, which Python would take
-first, is refused by a sentence.
+Importing it raises ImportError if `utils` is another package or file of that name, which Python found before the one of
+this project.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Weights of an ordinary batch norm for the in-place layer, and the other way round.
+"""Conversion of weights between ordinary and in-place batch norms, and folding of norms into convolutions.
 
-The ordinary layer scales by the signed weight, the in-place layer by |weight| + eps. A negative scale moves
-into the convolution before the norm: negating a filter negates x̂, once the running mean is negated too.
+The ordinary layer scales by the signed weight, the in-place layer by |weight| + eps. A negative scale moves into the
+convolution before the norm: negating a filter and the running mean negates x̂.
 """
 
 import copy
@@ -13,9 +13,15 @@ from .abn import ABN, InPlaceABN
 
 
 def to_plain(state, norms, eps=1e-5):
-    """A copy of a state dict of in-place norms for ordinary ones: weight becomes |weight| + eps, exactly.
+    """Convert a state dict of in-place norms for ordinary ones, without loss: the weight becomes |weight| + eps.
 
-    norms: names of the norms, as modules.
+    Args:
+        state: {name: tensor}; not changed.
+        norms: names of the norm modules.
+        eps: of the in-place layer.
+
+    Returns:
+        The new state dict.
     """
     state = dict(state)
     for name in norms:
@@ -26,16 +32,16 @@ def to_plain(state, norms, eps=1e-5):
 
 
 def to_in_place(state, pairs, eps=1e-5):
-    """A copy of a state dict of ordinary norms for in-place ones.
+    """Convert a state dict of ordinary norms for in-place ones.
 
     Args:
-        state: names → tensors.
-        pairs: {norm: the convolution whose output it takes}, by module name.
+        state: {name: tensor}; not changed.
+        pairs: {name of norm module: name of the convolution before it}.
         eps: of the in-place layer.
 
     Returns:
-        (state, inexact): channels whose |weight| is below eps, which the in-place layer cannot represent, or
-        whose weight is negative with no convolution at hand to take the sign.
+        (new state dict, number of channels that are not exact): those whose |weight| is below eps, which the in-place
+        layer cannot represent, or whose weight is negative without a convolution that can take the sign.
     """
     state = dict(state)
     inexact = 0
@@ -61,9 +67,14 @@ def to_in_place(state, pairs, eps=1e-5):
 
 
 def norms_and_convolutions(network, example):
-    """{name of each norm: name of the convolution before it}, found by running a copy on the meta device.
+    """Find the convolution before each norm, by a forward pass of a copy on the meta device.
 
-    example: an input, of which the shape matters alone; the copy is in training mode, so that all heads run.
+    Args:
+        network: nn.Module; the copy is in training mode, so that all heads run.
+        example: an input; only its shape is used.
+
+    Returns:
+        {name of norm module: name of the convolution before it}.
     """
     network = copy.deepcopy(network).to("meta").float().train()
     outputs, pairs = [], {}
@@ -83,14 +94,14 @@ def norms_and_convolutions(network, example):
             module.register_forward_hook(convolved(name))
         elif isinstance(module, ABN):
             module.register_forward_pre_hook(normed(name))
-            module.forward = torch.clone        # shapes are enough; statistics might be asked of other processes
+            module.forward = torch.clone        # shapes are enough; statistics would need other processes
     with torch.no_grad():
         network(example.to("meta").float())
     return pairs
 
 
 def norm_kind(network):
-    """"inplace_abn" or "bn": which scale the network's norms use."""
+    """Return "inplace_abn" or "bn", the kind of the network's norms."""
     kinds = {"inplace_abn" if isinstance(m, InPlaceABN) else "bn"
              for m in network.modules() if isinstance(m, ABN)}
     return kinds.pop() if len(kinds) == 1 else "bn"
@@ -98,10 +109,10 @@ def norm_kind(network):
 
 @torch.no_grad()
 def fold_norms(network):
-    """A copy of a network for evaluation, its norms folded into the convolutions before them.
+    """Copy a network for evaluation, with its norms folded into the convolutions before them.
 
-    With running statistics a norm is y = x · a + b in each channel, which the convolution can do itself; the
-    activation stays. Norms without a convolution before them stay as they are.
+    With running statistics a norm is y = x · a + b in each channel, which the convolution can compute. The activation
+    stays, and so do norms without a convolution before them.
     """
     pairs = norms_and_convolutions(network, torch.empty(2, 3, 65, 65))
     network = copy.deepcopy(network).eval()
@@ -126,7 +137,7 @@ def fold_norms(network):
 
 
 def activation_module(norm):
-    """The activation of a norm as a module of its own, in place."""
+    """Make a module of the activation of a norm, in place."""
     slope = norm.activation_param
     return {"leaky_relu": lambda: nn.LeakyReLU(slope, inplace=True), "relu": lambda: nn.ReLU(inplace=True),
             "elu": lambda: nn.ELU(slope, inplace=True), "identity": nn.Identity}[norm.activation]()

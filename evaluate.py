@@ -284,7 +284,7 @@ class TrainedNetwork(NamedTuple):
                             f"{classes.num_classes}")
         for remark in classes.remarks:
             logger.info(remark)
-        return cls(path, network, config, classes, protocol, device)
+        return cls(path, network, config=config, classes=classes, protocol=protocol, device=device)
 
     def predictor(self, images=None):
         """The `SlidingPredictor`. images: their number, to show the progress of the first one; None to show nothing."""
@@ -398,8 +398,8 @@ def score_snapshot(trained, data, machine, *, kinds, results):
     files.write_json(folder / "result.json", result)       # first: the disk may have no room for pictures
     charts.confusion_picture(folder / "confusion.png", matrix, classes.names)
     charts.iou_chart(folder / "iou.png", heads, classes.palette)
-    write_report(folder / "report.html", result, matrix, classes.names, classes.palette[:classes.num_classes],
-                 evaluation.worst.entries())
+    write_report(folder / "report.html", result, matrix=matrix, classes=classes.names,
+                 palette=classes.palette[:classes.num_classes], entries=evaluation.worst.entries())
     logger.info(describe_results(folder, kinds, ("report.html", "result.json", "iou.png", "confusion.png")))
     return result
 
@@ -492,7 +492,7 @@ def predict_videos(trained, videos, machine, *, kinds, results):
         for name, video in own:
             logger.info(f"{video.path}: {plural(len(video) or 'unknown number of', 'frame')}, {video.rate:g} frames/s")
             items = itertools.takewhile(lambda _: not stop.requested, progress(video, name, "frame"))
-            pictures = VideoPictures(folder, kinds, classes, name, video.rate)
+            pictures = VideoPictures(folder, kinds, classes=classes, name=name, rate=video.rate)
             done, broken = map(sum, zip((done, broken), predict_items(predictor, items, pictures), strict=True))
     if stop.requested and processes is not None:
         raise command.Interrupted(stop.number)

@@ -377,7 +377,7 @@ def main(argv=None):
         classes = broadcast_from_rank0(processes, lambda: infer_classes(
             options.data, root, folders.data_flag(args), workers, table))
         classes.check_count(args.num_classes)
-    dataset, validation = make_data(options.data, root, classes, processes, workers)
+    dataset, validation = make_data(options.data, root, classes=classes, processes=processes, workers=workers)
 
     def work():
         nonlocal begin
@@ -466,7 +466,8 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
     config = make_config(options, dataset)
     if begin.snapshot is not None:
         resume.check_same_run(begin.snapshot.path, begin.snapshot.config, config)
-    network, account = make_network(options, config, begin, devices, processes, allow_partial)
+    network, account = make_network(options, config, begin=begin, devices=devices, processes=processes,
+                                    allow_partial=allow_partial)
     engine = make_engine(
         network, devices=devices, processes=processes, normalization=options.normalization,
         optimizer=make_optimizer(network, kind=learning.optimizer, learning_rate=learning.learning_rate,
@@ -505,7 +506,8 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
         batches=make_loader(dataset, kind=data.sampling, index=index, seed=data.random_seed, start=start,
                             stop=learning.num_steps, batch_size=data.batch_size, parts=learning.accumulate, rank=rank,
                             world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
-        panel=lambda: draw_panel(engine, options.normalization, dataset[0, 0], dataset.classes, IGNORE_INDEX))
+        panel=lambda: draw_panel(engine, options.normalization, sample=dataset[0, 0], classes=dataset.classes,
+                                 ignore_index=IGNORE_INDEX))
 
 
 def make_config(options, dataset):
@@ -567,7 +569,7 @@ def train(run):
             try:
                 terms, stopping = engine.step(parts, factor, stop=stop.requested)
             except NotFinite as error:
-                raise history.make_error(error, run, step, factor, parts) from None
+                raise history.make_error(error, run, step=step, factor=factor, parts=parts) from None
             losses = {name: terms[name] for name in engine.criterion.weights}
             loss = engine.criterion.total(losses)
             history.add(loss, step)

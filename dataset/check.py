@@ -273,7 +273,7 @@ def check(splits, classes, fast, workers):
         if entries and not labeled and split != "test":
             problems.append(("nothing labeled", f"{split}: expected pixels of the {classes.num_classes} classes, "
                              "found only ignored ones"))
-        report[split] = summarize(split, entries, problems, classes, len(pairs))
+        report[split] = summarize(split, entries, problems=problems, classes=classes, num_pairs=len(pairs))
         absent = [name for name, pixels in report[split]["pixels"].items() if not pixels]
         if absent and labeled and len(entries) == len(pairs):
             report[split]["remarks"].append({"kind": "classes without pixels", "text": f"{split}: no pixels of "

@@ -134,7 +134,7 @@ class TrainTransform:
         top, left = (_offset(int(round(length * scale)), window, u, None if focus is None else (point + 0.5) * scale)
                      for length, window, u, point
                      in zip(shape[:2], self.input_size, position[::-1], focus or (0, 0), strict=True))
-        return Window(tuple(self.input_size), scale, top, left, mirrored)
+        return Window(tuple(self.input_size), scale, top=top, left=left, mirrored=mirrored)
 
 
 def _offset(length, window, u, point=None):

@@ -112,19 +112,23 @@ def build_network(model="acfnet", num_classes=19, backbone=BACKBONE, norm="inpla
                    ablations, f"a tuple of {', '.join(ABLATIONS)}")
     if ablations and design.head != "acf":
         raise ValueError(f"ablations: expected a model with ACF, found {model}")
-    trunk = build_backbone(backbone, norm, activation, stem, average_downsample, eca_kernels, output_stride,
-                           recompute, backbone_arguments, multi_grid)
+    trunk = build_backbone(backbone, norm, activation=activation, stem=stem, average_downsample=average_downsample,
+                           eca_kernels=eca_kernels, output_stride=output_stride, recompute=recompute,
+                           backbone_arguments=backbone_arguments, multi_grid=multi_grid)
     make_norm = norm_maker(norm, activation)
     *_, stage3, stage4 = trunk.channels
     channels, aux_base = find_backbone(backbone).head_channels(trunk.channels)
     context = CONTEXTS[design.context](stage4, channels, make_norm)
-    aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes, make_norm, design.dropout) \
-        if "aux" in design.loss_weights else None
+    aux = None
+    if "aux" in design.loss_weights:
+        aux = auxiliary_head(stage3, int(aux_base * design.aux_share), num_classes=num_classes, norm=make_norm,
+                             dropout=design.dropout)
     if design.head == "ocr":
         return OCRNet(trunk, context, OCRHead(channels, num_classes, make_norm, design.dropout), aux)
     if design.head == "acf":
-        head = ACFHead(channels, num_classes, channels, make_norm if "norms" in ablations else None,
-                       partial(_fusion, norm=make_norm) if "fusion" in ablations else None, recompute != "none")
+        head = ACFHead(channels, num_classes, key_channels=channels, norm=make_norm if "norms" in ablations else None,
+                       fusion=partial(_fusion, norm=make_norm) if "fusion" in ablations else None,
+                       recompute=recompute != "none")
     else:
         head = {"plain": PlainHead, "dual": DualHead}[design.head](channels, num_classes, design.dropout)
     return SegmentationNet(trunk, context, head, aux)

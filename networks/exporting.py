@@ -41,8 +41,8 @@ def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp
         def check(state):
             def reopen():
                 return export.ImagesToLogits(build_for_evaluation(config, state), config.normalization)
-            return export.compare(target, reopen, export.ImagesToLogits(network, config.normalization),
-                                  [export.example_images()], precision)
+            return export.compare(target, reopen, reference=export.ImagesToLogits(network, config.normalization),
+                                  examples=[export.example_images()], precision=precision)
 
         checked = card.write_weights(target, snapshot, raw=raw_weights, precision=precision, check=check,
                                      scores=card.find_scores(path, card.weights_kind(snapshot, raw_weights)))

@@ -217,10 +217,9 @@ def sliding_predictor(network, config, device, protocol, watch=None):
         watch: as in `SlidingPredictor`.
     """
     window = None if protocol.whole else protocol.window or config.input_size
-    predictor = SlidingPredictor(
-        network, window, protocol.overlap, protocol.scales, protocol.flip, protocol.batch_size,
-        normalization=config.normalization, device=device, autocast=AUTOCAST[protocol.amp],
-        memory_format=torch.channels_last, watch=watch)
+    predictor = SlidingPredictor(network, window, overlap=protocol.overlap, scales=protocol.scales, flip=protocol.flip,
+                                 batch_size=protocol.batch_size, normalization=config.normalization, device=device,
+                                 autocast=AUTOCAST[protocol.amp], memory_format=torch.channels_last, watch=watch)
     if window is not None:
         fitting_size(window, "windows", predictor.grid)     # only for its message; the predictor has checked the size
     return predictor

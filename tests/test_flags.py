@@ -114,7 +114,7 @@ def outcome(words, monkeypatch):
     """What a command makes, without performing it, or how it is refused."""
     made = []
     monkeypatch.setattr(train, "perform", lambda run: made.append(run) or 0)
-    monkeypatch.setattr(resume, "RunLog", lambda *_: NoLog())
+    monkeypatch.setattr(resume, "RunLog", lambda *_, **__: NoLog())
     torch.manual_seed(0)
     try:
         train.main(words)

@@ -90,5 +90,5 @@ def main():
     parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this "
                         f"process (default: one per core, at most {MOST_WORKERS})")
     args = parser.parse_args()
-    write_dataset(args.out, args.train, args.val, args.size, args.seed, args.num_workers)
+    write_dataset(args.out, args.train, val=args.val, size=args.size, seed=args.seed, workers=args.num_workers)
     print(f"{args.out}: {args.train} training and {args.val} validation scenes of {args.size[1]}×{args.size[0]}")

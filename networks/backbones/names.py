@@ -70,8 +70,9 @@ class ResidualNetwork:
                 f"a whole number above 0 for each of the {last} blocks of the last stage")
         kernels = eca_kernels or self.eca_kernels
         attention = None if kernels is None else lambda channels, stage: ECA(kernels[stage])
-        return ResNet(self.block, self.depths, norm_maker(norm, activation), ACTIVATIONS[activation], attention,
-                      STEMS[stem], average_downsample, output_stride, recompute, multi_grid)
+        return ResNet(self.block, self.depths, norm=norm_maker(norm, activation), activation=ACTIVATIONS[activation],
+                      attention=attention, stem_widths=STEMS[stem], average_downsample=average_downsample,
+                      output_stride=output_stride, recompute=recompute, multi_grid=multi_grid)
 
     def recompute_choices(self):
         """Values of `recompute` that the network supports, by growing savings: `light` needs bottlenecks."""

@@ -181,7 +181,8 @@ class ResNet(nn.Module):
                 out_channels = width * block.expansion
                 downsample = None
                 if stride != 1 or in_channels != out_channels:
-                    downsample = _downsample(in_channels, out_channels, stride, norm, average_downsample, dilated)
+                    downsample = _downsample(in_channels, out_channels, stride=stride, norm=norm,
+                                             average=average_downsample, dilated=dilated)
                 stage_attention = (lambda channels, stage=stage: attention(channels, stage)) if attention else None
                 blocks.append(block(in_channels, width, stride, *dilations[index], norm,
                                     activation=activation, attention=stage_attention, downsample=downsample))

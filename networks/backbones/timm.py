@@ -220,7 +220,8 @@ def _make_plan(backbone, arguments, device):
             raise ValueError(f"{len(channels)} feature map")
         step, error = max(reductions), None
         for multiple, channels_last in itertools.product((1, step, 2 * step), (False, True)):
-            plan = Plan(arguments, channels, reductions, multiple, _cuts_patches(body), channels_last, ())
+            plan = Plan(arguments, channels, reductions=reductions, multiple=multiple, patches=_cuts_patches(body),
+                        channels_last=channels_last, unused=())
             try:
                 maps, *_ = [_check_maps(body, plan, size) for size in (
                     (4 * step + 1, 6 * step + 5), (3 * step, 5 * step), (1, 1))]

@@ -90,4 +90,5 @@ class NetworkChoice:
         return arguments, normalization
 
     def _choose_backbone(self, weights):
-        return choose_backbone(weights, self.backbone, self.stem, self.downsample, self.eca_kernels)
+        return choose_backbone(weights, self.backbone, stem=self.stem, downsample=self.downsample,
+                               eca_kernels=self.eca_kernels)

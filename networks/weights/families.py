@@ -60,7 +60,8 @@ def weights_of_snapshot(snapshot):
     family = "ours" if snapshot.average is None else "ours, the moving average of its weights"
     network = snapshot.config.network
     structure = find_backbone(network["backbone"]).structure(network, backbone)
-    return Weights(snapshot.path, family, model, network["norm"], structure, snapshot.config.normalization)
+    return Weights(snapshot.path, family, state=model, norm=network["norm"], structure=structure,
+                   normalization=snapshot.config.normalization)
 
 
 # Modules in the order of the network's parameters. In snapshots until November 2026 the modules of the head were not
@@ -137,7 +138,8 @@ def recognize(content, name):
     kernels = structure["eca_kernels"] or ()
     if not all(kernel % 2 for kernel in kernels):
         raise UserError(f"{name}: expected kernels of odd sizes for the channel attention, found {kernels}")
-    return Weights(name, family, ours, "bn", structure, CAFFE if _expects_bytes(renamed) else Normalization())
+    return Weights(name, family, state=ours, norm="bn", structure=structure,
+                   normalization=CAFFE if _expects_bytes(renamed) else Normalization())
 
 
 def _expects_bytes(state):

@@ -125,13 +125,13 @@ def parse(path, content, resuming=False):
                                                   "average_updates")}
     present["quick_mean_iou"] |= Path(path).name == snapshots.BEST
     present["average"] |= (config.arguments or {}).get("ema") is not None
-    return Snapshot(str(path), model, step, config,
-                    _optimizer(root["optimizer"], network, config) if present["optimizer"] else None,
-                    _scaler(root["scaler"]) if present["scaler"] else {},
-                    _generators(root["rng"]) if present["rng"] else None,
-                    root["quick_mean_iou"].number(0, 1) if present["quick_mean_iou"] else None,
-                    root["average"].tensors(network.state_dict()) if present["average"] else None,
-                    root["average_updates"].integer(0, step) if present["average_updates"] else None)
+    return Snapshot(str(path), model, step=step, config=config,
+                    optimizer=_optimizer(root["optimizer"], network, config) if present["optimizer"] else None,
+                    scaler=_scaler(root["scaler"]) if present["scaler"] else {},
+                    rng=_generators(root["rng"]) if present["rng"] else None,
+                    quick_mean_iou=root["quick_mean_iou"].number(0, 1) if present["quick_mean_iou"] else None,
+                    average=root["average"].tensors(network.state_dict()) if present["average"] else None,
+                    average_updates=root["average_updates"].integer(0, step) if present["average_updates"] else None)
 
 
 class Field:
@@ -289,8 +289,8 @@ def _config(field, resuming):
     if config.get("samples") is not None:
         field["samples"].mapping()
         samples = {"count": field["samples"]["count"].integer(1), "sha256": field["samples"]["sha256"].text()}
-    return Config(network, Normalization.from_config(normalization.value), classes.value, input_size, arguments,
-                  samples)
+    return Config(network, Normalization.from_config(normalization.value), classes=classes.value, input_size=input_size,
+                  arguments=arguments, samples=samples)
 
 
 def _optimizer(field, network, config):

@@ -70,8 +70,9 @@ def timm_weights(backbone, state=None, name="--pretrained"):
                     f"weights of {backbone}")
         raise UserError(f"{name}: expected {expected}, found: {' '.join(lines[:2])[:240]}") from None
     state = {f"backbone.{key}": value for key, value in (others | state).items()}
-    return Weights(name, backbone, state, "bn", {"backbone": backbone, "backbone_arguments": arguments},
-                   timm.input_normalization(backbone))
+    return Weights(name, backbone, state=state, norm="bn",
+                   structure={"backbone": backbone, "backbone_arguments": arguments},
+                   normalization=timm.input_normalization(backbone))
 
 
 def read_snapshot(path, resuming=False):

@@ -70,8 +70,8 @@ def read_image(path, warn=warn_once):
             return pixels if image.format == "PNG" else turn_upright(pixels, image)     # a plain PNG has no EXIF
     tags = _tiff_tags(image)
     if tags:
-        tiff.warn_of_ignored_bands(path, tags.get(tiff.SAMPLES, 1), tags.get(tiff.PHOTOMETRIC),
-                                   tags.get(tiff.EXTRA_SAMPLES), warn)
+        tiff.warn_of_ignored_bands(path, tags.get(tiff.SAMPLES, 1), photometric=tags.get(tiff.PHOTOMETRIC),
+                                   extra=tags.get(tiff.EXTRA_SAMPLES), warn=warn)
     load(path, image)
     pixels = _upright_rgb(path, image)
     largest = _largest_of_16_bits(image, data, pixels)

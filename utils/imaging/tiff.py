@@ -106,7 +106,7 @@ def read_page(path, data, number, warn):
     if values is None:
         raise UserError(f"{path}: expected an image of 8 or 16 bits, found a TIFF of {plural(samples, 'band')} of "
                         f"{dtype or 'an unknown kind'}")
-    warn_of_ignored_bands(path, samples, photometric, extra, warn)
+    warn_of_ignored_bands(path, samples, photometric=photometric, extra=extra, warn=warn)
     values = values if samples == 1 else values[..., :3] if samples > 2 else values[..., 0]
     image = Image.fromarray(_pillow_values(values))
     image.format, image.info[BANDS] = "TIFF", samples

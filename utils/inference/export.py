@@ -89,11 +89,11 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
     axes = {} if size else {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}
     names = head_names(network(_small_image(network)))
     if path.suffix == ".onnx":
-        content, reopen = _onnx(path, model, example, names, axes, traced), _open_onnx
+        content, reopen = _onnx(path, model, example=example, names=names, axes=axes, traced=traced), _open_onnx
     else:
         content, reopen = _pt2(path, model, example, axes), _open_pt2
     checked = files.write_checked(path, content, lambda written: compare(
-        path, lambda: reopen(written), reference, examples, precision))
+        path, lambda: reopen(written), reference=reference, examples=examples, precision=precision))
     return names, checked
 
 
@@ -174,7 +174,7 @@ def _onnx(path, model, example, names, axes, traced):
         raise UserError(f"--export {path}: expected the packages onnx and onnxscript, found no {error.name}; "
                         "pip install onnx onnxscript") from None
     with _exporter_errors(path, "torch.onnx", axes):
-        return onnx_program(model, example, ["images"], names, axes, OPSET, traced)
+        return onnx_program(model, example, inputs=["images"], outputs=names, axes=axes, opset=OPSET, traced=traced)
 
 
 def _open_onnx(written):

@@ -123,7 +123,8 @@ class SlidingPredictor:
         image = self.as_tensor(image)
         size = image.shape[:2]
         sides = (False, True) if self.flip else (False,)
-        passes = [_Pass(scale, mirrored, size, self.window, self.overlap, self.device, self.grid)
+        passes = [_Pass(scale, mirrored, size=size, window=self.window, overlap=self.overlap, device=self.device,
+                        grid=self.grid)
                   for scale, mirrored in itertools.product(self.scales, sides)]
         self._check_memory(passes)
         image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)

@@ -64,7 +64,7 @@ def score(predictor, items, num_classes, ignore_index=IGNORE_INDEX):
                 truth = truth.to(predicted.device)
                 matrices[protocol][head] = ConfusionMatrix(num_classes, ignore_index)
                 matrices[protocol][head].update(predicted, truth)
-        yield ScoredImage(item, heads, confidence, labels, truth, matrices)
+        yield ScoredImage(item, heads, confidence=confidence, labels=labels, truth=truth, matrices=matrices)
 
 
 def add_matrices(total, part):

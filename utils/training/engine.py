@@ -328,6 +328,8 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
     network, optimizer = precision.prepare(network, optimizer)
     if compiled:
         compile_network(network)
-    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization, precision.autocast, precision.casts)
-    return Engine(share_batches(module, devices, processes), network, criterion, optimizer, precision, devices,
-                  processes=processes, memory_format=memory_format, frozen=frozen, clip_gradient=clip_gradient, ema=ema)
+    module = NetworkWithLoss(network, criterion.to(devices[0]), normalization=normalization,
+                             autocast=precision.autocast, apex=precision.casts)
+    return Engine(share_batches(module, devices, processes), network, criterion=criterion, optimizer=optimizer,
+                  precision=precision, devices=devices, processes=processes, memory_format=memory_format, frozen=frozen,
+                  clip_gradient=clip_gradient, ema=ema)

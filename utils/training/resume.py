@@ -53,7 +53,8 @@ class SnapshotFolder:
         """Save the snapshot of a step; remove: whether old ones are removed, except `healthy`, the step of one."""
         snapshot = content(self.engine, step, self.config)
         if self.writes:
-            snapshots.save_step(self.folder, step, snapshot, self.keep if remove else None, healthy)
+            snapshots.save_step(self.folder, step, content=snapshot, keep=self.keep if remove else None,
+                                healthy=healthy)
 
     def save_best(self, step, quick_mean_iou):
         """Save the snapshot with the best result of the quick validation."""
@@ -162,7 +163,8 @@ def open_log(folder, engine, config, *, num_steps, start=0, account=None, track=
     """
     folder, log = Path(folder), NoLog()
     if rank_and_size(engine.processes)[0] == 0:
-        log = RunLog(folder, num_steps, start, describe_run(config.arguments, engine.devices), track)
+        log = RunLog(folder, num_steps, start=start, description=describe_run(config.arguments, engine.devices),
+                     track=track)
         if account is not None:
             files.write_json(folder / "weights.json", account.as_json())
         best = folder / snapshots.BEST

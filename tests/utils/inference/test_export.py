@@ -163,7 +163,7 @@ def test_a_file_that_computes_something_else_is_not_kept(snapshot, tmp_path, mon
     (tmp_path / f"a{suffix}").write_text("earlier")
     with pytest.raises(UserError, match="expected logits within 0.001 of the largest of PyTorch's, .* a difference of"):
         write(snapshot, tmp_path / f"a{suffix}", "--export-size", "65,65", "--overwrite")
-    monkeypatch.setattr(export, name, lambda *rest: b"rubbish")
+    monkeypatch.setattr(export, name, lambda *rest, **options: b"rubbish")
     with pytest.raises(UserError, match="expected a file that runs with 1 image of 65×65, found: ") as error:
         write(snapshot, tmp_path / f"a{suffix}", "--export-size", "65,65", "--overwrite")
     assert "fixes the size" not in str(error.value)         # it is fixed

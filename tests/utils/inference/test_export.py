@@ -153,9 +153,9 @@ def test_a_file_that_computes_something_else_is_not_kept(snapshot, tmp_path, mon
     name = {".onnx": "onnx_program", ".pt2": "exported_program"}[suffix]
     make = getattr(export, name)
 
-    def wrong(model, *rest):
+    def wrong(model, *rest, **options):
         torch.nn.init.normal_(model.network.head.fine.bias)
-        program = make(model, *rest)
+        program = make(model, *rest, **options)
         torch.nn.init.zeros_(model.network.head.fine.bias)
         return program
 

@@ -192,12 +192,12 @@ import os, sys, time
 sys.path.insert(0, os.getcwd())
 import evaluate
 from utils.common import command, errors
-from utils.imaging import draw
+from utils.imaging import pictures
 def fail(path, array):
     time.sleep(3)
     raise errors.UserError(f"{path}: expected to write a file there, found a full disk")
 if os.environ["RANK"] == "1":
-    draw.save_png = fail
+    pictures.save_png = fail
 command.run(evaluate.main)
 """)
     status, out, error = finish(start(

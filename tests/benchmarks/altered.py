@@ -99,11 +99,11 @@ class WithTruth(CityscapesDataset):
 class PredictorWithTruth(SlidingPredictor):
     """Takes images of four channels."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.normalization = beside_truth(self.normalization)
 
-    def checked(self, image):
+    def as_tensor(self, image):
         return image
 
 
@@ -117,8 +117,8 @@ def engine_with_truth(network, *, normalization, **rest):
     return make_engine(network, normalization=beside_truth(normalization), **rest)
 
 
-def panel_without_truth(engine, normalization, sample, *rest):
-    return draw_panel(engine, normalization, hide_truth(sample), *rest)
+def panel_without_truth(engine, normalization, *, sample, **rest):
+    return draw_panel(engine, normalization, sample=hide_truth(sample), **rest)
 
 
 def main(argv):

@@ -161,7 +161,7 @@ class FourAlike(Processes):
 @pytest.mark.parametrize("options", [{}, {"norm": "bn"}, {"amp": "off"}, {"amp": "fp16"}, {"ohem": True},
                                      {"recompute": "full"}], ids=str)
 def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
-    for module in ("libs.synchronize", "loss.criterion"):
+    for module in ("libs.synchronize", "loss.ohem"):
         monkeypatch.setattr(f"{module}.find_peers", lambda group=None: FourAlike())
     network = take_steps(gpu, layout=layout, processes=FourAlike(), **options)
     check_norms(gpu, network, options.get("amp", "bf16"), layout)

@@ -326,7 +326,7 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
     label = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine_labelIds.png")
     (tmp_path / "one.lst").write_text(f"{image} {label}\n")
     for name, words in (("all", []), ("one", ["--data-list", tmp_path / "one.lst"])):
-        words = ["--scales", "1.0", "--no-flip", "--save", "labels", "--boundary", "2", *map(str, words)]
+        words = ["--scales", "0.5", "--no-flip", "--save", "labels", "--boundary", "2", *map(str, words)]
         alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
         assert alone["protocol"]["split"] == {"all": "val", "one": "one.lst"}[name]
         status, out, error = finish(start(
@@ -365,7 +365,7 @@ def test_a_split_without_truth_is_a_sentence(streets, snapshot, tmp_path):
 
 
 def test_scores_do_not_depend_on_workers_or_the_batch_of_windows(streets, snapshot, tmp_path):
-    words = ("--save", "none", "--no-flip", "--scales", "1.0", "1.25")
+    words = ("--save", "none", "--no-flip", "--scales", "0.5", "0.75")
     one, other, again = (
         run(streets, snapshot, tmp_path / str(number), *words, "--num-workers", workers, "--batch-size", batch)
         for number, (workers, batch) in enumerate((("0", "1"), ("2", "7"), ("2", "1"))))

@@ -214,7 +214,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path,
 
 
 def test_loss_falls(streets, tmp_path):
-    run(streets, tmp_path / "s", "--learning-rate", "0.03", "--batch-size", "6", steps=40)
+    run(streets, tmp_path / "s", "--learning-rate", "0.03", "--batch-size", "4", steps=40)
     losses = [line["loss"] for line in lines(tmp_path / "s")]
     assert sum(losses[-10:]) / 10 < 0.75 * losses[0]
 

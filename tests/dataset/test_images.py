@@ -140,8 +140,7 @@ def test_the_exported_network_gives_the_labels_of_the_whole_image(snapshot, tmp_
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     network, config = evaluate.load_network(snapshot, torch.device("cpu"))
     predictor = SlidingPredictor(network, None, normalization=config.normalization)
-    for height, width in ((64, 64), (65, 97), (480, 40), (40, 640), (71, 40), (100, 37), (33, 200), (16, 16), (3, 50),
-                          (1, 1)):
+    for height, width in ((64, 64), (65, 97), (71, 40), (33, 200), (3, 50), (1, 1)):
         images = np.stack([picture(height, width), picture(height, width)[::-1, ::-1]])
         outputs = session.run(None, {"images": images.transpose(0, 3, 1, 2).astype(np.float32)})
         for number, image in enumerate(images):

@@ -104,11 +104,26 @@ def test_acf_is_part_of_what_a_run_is(streets, tmp_path):
         train.main(["--data-dir", str(streets), "--acf", "--model", "ocrnet", "--snapshot-dir", str(tmp_path / "t")])
 
 
+class OneConvolution(torch.nn.Module):
+    """Maps images to the feature maps of a ResNet-18 with output stride 8, of which the last is not zero."""
+
+    grid = (8, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 512, 9, stride=8, padding=4)
+
+    def forward(self, images):
+        return None, None, None, self.convolution(images)
+
+
 @pytest.mark.parametrize("model", ["pspnet", "ocnet_asp", "ccnet"])
 def test_exported_files_hold_for_every_size(model, tmp_path):
-    """Pooling and attention are traced with one size and run with others."""
+    """Pooling and attention are traced with one size and run with others. A single convolution in place of the
+    backbone, which other tests export, makes the export ten times faster."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    network = fold_norms(build_network(model, 4, "resnet18").eval()).eval()
+    network = build_network(model, 4, "resnet18").eval()
+    network.backbone = OneConvolution()
     write_program(tmp_path / "n.onnx", network, Normalization())
     session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
     for size in ((65, 97), (70, 51), (33, 129)):

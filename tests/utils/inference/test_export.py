@@ -280,8 +280,6 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
     snapshots.save(tmp_path / "CS_scenes_7.pth", content)
     with pytest.raises(UserError, match="expected weights that float16 can hold, .*, found 1e.06 in head.fine.bias"):
         write(tmp_path / "CS_scenes_7.pth", tmp_path / "a.safetensors", "--export-precision", "fp16")
-    with pytest.raises(UserError, match="a.onnx: expected logits within 0.25 of"):
-        write(tmp_path / "CS_scenes_7.pth", tmp_path / "a.onnx", "--export-precision", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["CS_scenes_7.pth"]
 
 

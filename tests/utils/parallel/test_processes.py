@@ -33,7 +33,7 @@ from utils.parallel.processes import Processes, share_batches
 from utils.parallel.replicas import ThreadReplicas
 from utils.training.engine import Engine, NetworkWithLoss, step_loss
 
-STEPS = 10
+STEPS = 6
 
 
 def batch():
@@ -105,7 +105,7 @@ def test_every_way_of_sharing_trains_alike(way, ohem, dtypes, tmp_path):
     first losses alone are compared."""
     for dtype, actual in zip(dtypes, shared(way, tmp_path, dtypes, ohem), strict=True):
         expected = alone(dtype, ohem)
-        assert expected[-1] < 0.8 * expected[0]
+        assert expected[-1] < 0.95 * expected[0]
         apart = [abs(a - b) / b for a, b in zip(actual, expected, strict=True)]
         if dtype == torch.float64:
             assert max(apart) < 1e-8

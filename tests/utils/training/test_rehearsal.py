@@ -157,9 +157,10 @@ class FourAlike(Processes):
         return self.size * tensor
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"norm": "bn"}, {"amp": "off"}, {"amp": "fp16"}, {"ohem": True},
-                                     {"recompute": "full"}], ids=str)
+@pytest.mark.parametrize("options, layout", [
+    ({}, "NCHW"), ({}, "channels-last"), ({"norm": "bn"}, "NCHW"), ({"norm": "bn"}, "channels-last"),
+    ({"amp": "off"}, "NCHW"), ({"amp": "fp16"}, "channels-last"), ({"ohem": True}, "channels-last"),
+    ({"recompute": "full"}, "channels-last")], ids=str)
 def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
     for module in ("libs.synchronize", "loss.ohem"):
         monkeypatch.setattr(f"{module}.find_peers", lambda group=None: FourAlike())
@@ -181,7 +182,7 @@ def test_a_step_of_replicas(gpu, options, monkeypatch):
 def test_evaluation(gpu, amp, layout, scales, flip):
     """The host waits until an image and its truth are on the device, and for no window, nor to count anything."""
     network, calibration = make_network(LAYOUTS[layout], model="acfnet_resnet").eval(), Calibration()
-    for size in ((65, 65), (129, 193)):
+    for size in ((65, 65), (97, 129)):
         windows, waits = [], []
         predictor = SlidingPredictor(network.forward, (65, 65), scales=scales, flip=flip, device=GPU,
                                      autocast=AUTOCAST[amp], memory_format=LAYOUTS[layout],
@@ -199,13 +200,13 @@ def test_evaluation(gpu, amp, layout, scales, flip):
             add_matrices(total, image.matrices)
             calibration.update(image.confidence["fine"], image.labels["fine"], image.truth)
         assert len(waits) == 2 and "to cuda" in waits[0] and "to cuda" in waits[1], waits
-    assert windows[0] > 10
+    assert windows[0] > 3
 
 
 def test_the_walk_is_a_backward_pass(monkeypatch):
     """Gradients equal those of autograd's engine to the bit, on the CPU, with recomputation and autocast."""
     network = build_network("acfnet_resnet", 5, "eca_resnet50", recompute="light")
-    images, actual = torch.randn(2, 3, 33, 33), []
+    images, actual = torch.randn(2, 3, 17, 17), []
     for run in (torch.Tensor.backward, backward):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16):

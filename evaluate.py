@@ -14,11 +14,11 @@ Images without labels:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images holiday/ 'more/*.jpg'
 
-Videos, also as numbered images; results are color/drive.mp4 and overlay/drive.mp4:
+Videos, or numbered images as one video, frame by frame; results are color/drive.mp4 and overlay/drive.mp4:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images drive.mp4 'frames/%05d.png'
 
-Measure how fast that is; nothing is written:
+Measure how fast that is, with any protocol; nothing is written:
 
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --images drive.mp4 --whole --benchmark
 
@@ -87,7 +87,8 @@ IGNORED_FLAGS = {       # {task: (what it expects, flags that would have no effe
 
 
 def get_parser():
-    parser = flags.Parser(description="Score a snapshot, or use it.", epilog=__doc__)
+    parser = flags.Parser(usage="%(prog)s --restore-from FILE [FILE ...] [flags]",
+                          description="Score a snapshot, or use it.", epilog=__doc__)
     parser.add_argument("--restore-from", type=flags.path, nargs="+", required=True, metavar="FILE",
                         help="snapshot of train.py; several are scored one after the other")
     data = parser.add_argument_group("data")
@@ -121,7 +122,8 @@ def get_parser():
     protocol = parser.add_argument_group("protocol")
     add_protocol(protocol)
     protocol.add_argument("--boundary", type=flags.positive(float, 1000), metavar="PIXELS", help="also compute the "
-                          "boundary F-score of each class with this tolerance (default: not computed)")
+                          "boundary F-score of each class, which measures how well outlines match, with this tolerance "
+                          "in pixels (default: not computed)")
 
     run = parser.add_argument_group("machine")
     run.add_argument("--gpu", help="ids of GPUs such as 0,1, or cpu; several GPUs share the images, and each predicts "
@@ -137,8 +139,8 @@ def get_parser():
                      "or the file of --export, and nothing else")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image; labels: label ids; "
                      "color: class colors; overlay: class colors over the image; confidence: probability of the "
-                     "predicted class in gray, 255 for 1 (default: labels color overlay; of videos color overlay, "
-                     "because video codecs would change label ids, which are written as a PNG per frame)")
+                     "predicted class in gray, 255 for 1 (default: labels color overlay; for videos color overlay). "
+                     "Video codecs change label ids, so that labels of a video are one PNG per frame")
     return parser
 
 
@@ -156,11 +158,12 @@ def add_protocol(group, window="--input-size", scales=PAPER_SCALES, flip=True):
                        help="overlap of neighboring windows, as a share of their size (default: 1/3)")
     group.add_argument("--whole", action="store_true", help="predict whole images, without windows")
     group.add_argument("--scales", type=flags.scale, nargs="+", default=scales,
-                       help=f"(default: {' '.join(map(str, scales))})")
+                       help="scales of the image, whose probabilities are averaged (default: "
+                       f"{' '.join(map(str, scales))})")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=flip,
                        help=f"also predict the mirrored image (default: {'yes' if flip else 'no'})")
-    group.add_argument("--raw-weights", action="store_true", help="use the weights of the last step of a run with "
-                       "--ema, instead of their moving average")
+    group.add_argument("--raw-weights", action="store_true", help="for a run with --ema: use the weights of the "
+                       "last step (default: their moving average)")
 
 
 def results_folder(path, what, output_dir=None, several=False):

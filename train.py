@@ -93,8 +93,8 @@ def add_data(parser):
     data.add_argument("--data-dir", type=flags.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     folders.add_data_flags(data, folders.DEFAULT_TABLE)
-    data.add_argument("--split", type=flags.split, default="train", help="split to train on; several splits, weighted "
-                      "if a factor follows: train+val, train:2+train_extra:1 (default: train)")
+    data.add_argument("--split", type=flags.split, default="train", help="split to train on, or several joined by +, "
+                      "each with a weight if wanted: train+val, train:2+train_extra:1 (default: train)")
     data.add_argument("--cache", type=flags.path, metavar="DIR",
                       help="decode each image once and keep it as an array in this folder (default: no cache)")
     data.add_argument("--sampling", choices=("uniform", "class"), default="uniform", help="uniform: crops anywhere in "
@@ -102,13 +102,13 @@ def add_data(parser):
                       "classes are seen more often (default: uniform)")
     data.add_argument("--num-classes", type=flags.positive(int),
                       help="expected number of classes, checked against the class table (default: not checked)")
-    data.add_argument("--random-mirror", action="store_true", help="mirror half of the samples")
+    data.add_argument("--random-mirror", action="store_true", help="mirror half of the samples (default: none)")
     data.add_argument("--random-scale", type=flags.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
                       help="scale samples by random factors of this range; 0.5,2.0 if no range follows "
                       "(default: no scaling)")
-    data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="change brightness, contrast and "
-                      "saturation by random factors between 1 - x and 1 + x, and the hue by at most H turns, such as "
-                      "0.4,0.4,0.4,0.05 (default: no jitter)")
+    data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="multiply brightness, contrast and "
+                      "saturation by random factors in 1 ± B, 1 ± C and 1 ± S, and rotate the hue by at most H of "
+                      "a full turn, such as 0.4,0.4,0.4,0.05 (default: no jitter)")
     data.add_argument("--input-size", type=flags.size, default=(769, 769), metavar="H,W",
                       help="crop size in pixels, rounded up to 8k + 1, or to a size that a timm backbone accepts "
                       "(default: 769,769)")
@@ -126,7 +126,8 @@ def add_network(parser):
     net.add_argument("--model", choices=MODELS, default="acfnet", help="acfnet: ACF on ASPP; acfnet_resnet: ACF on a "
                      "3×3 convolution; base: ASPP without ACF; the others are models to compare with "
                      "(default: acfnet)")
-    net.add_argument("--acf", action="store_true", help="add the ACF head to a --model with a single classifier")
+    net.add_argument("--acf", action="store_true", help="add the ACF head to a --model that has one feature map "
+                     "before its classifier: all but danet and ocrnet")
     net.add_argument("--backbone", type=backbone_name, metavar="NAME", help=f"{', '.join(BACKBONES)}, or {PREFIX}NAME "
                      f"for a network of timm, such as {PREFIX}convnext_tiny (default: that of --restore-from, else "
                      f"{BACKBONE})")
@@ -143,16 +144,17 @@ def add_network(parser):
                      "does not have; norms: a norm after each of its convolutions; fusion: a convolution before the "
                      "classifier (default: none)")
     net.add_argument("--norm", choices=NORMS, default="inplace_abn",
-                     help="batch norm, synchronized over all devices (default: inplace_abn)")
+                     help="batch norm, synchronized over all devices; inplace_abn: in place, which saves memory; bn: "
+                     "ordinary (default: inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="activation after each norm; relu requires --norm bn (default: leaky_relu)")
     net.add_argument("--abn-backend", choices=backend.CHOICES, default="auto",
                      help="kernels of in-place norms: torch for PyTorch's, package for those of inplace_abn, auto for "
-                     "the package on a GPU where it can be used (default: auto)")
+                     "the package if it can be used on this GPU, else PyTorch's (default: auto)")
     net.add_argument("--recompute", "--checkpoint", choices=RECOMPUTE, default="none",
                      help="compute activations again in the backward pass to save memory; light: those of the "
-                     "expansion in each bottleneck (50 layers and more); full: those of groups of blocks; both also "
-                     "those of the ACF module (default: none)")
+                     "expansion in each bottleneck (50 layers and more); full: those of groups of blocks; light and "
+                     "full also recompute the ACF module (default: none)")
     net.add_argument("--freeze", type=flags.words, default=(), metavar="STAGES", help="freeze the first stages of the "
                      "backbone, weights and norm statistics: stem or stem,1,2 (default: none)")
     net.add_argument("--restore-from", type=flags.path, nargs="+", metavar="FILE", help="initial weights: a file of "
@@ -169,7 +171,8 @@ def add_learning(parser):
     optim = parser.add_argument_group("loss and optimization")
     optim.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(default: sgd)")
     optim.add_argument("--learning-rate", type=flags.positive(float), default=1e-2,
-                       help="initial learning rate, of the backbone; after the warmup, if any (default: 1e-2)")
+                       help="initial learning rate of the backbone, reached after the warmup if there is one "
+                       "(default: 1e-2)")
     optim.add_argument("--head-lr-factor", type=flags.positive(float), default=1.0, metavar="FACTOR",
                        help="learning rate of all other layers, as a multiple of --learning-rate (default: 1)")
     optim.add_argument("--momentum", type=flags.probability, default=0.9,
@@ -183,9 +186,9 @@ def add_learning(parser):
                        help="training steps (default: 60000)")
     optim.add_argument("--clip-gradient", type=flags.positive(float), metavar="NORM",
                        help="maximum norm of the gradient; a larger gradient is scaled down (default: no clipping)")
-    optim.add_argument("--ema", type=flags.probability, metavar="DECAY", help="score an exponential moving average of "
-                       "the weights instead of the weights; its decay after t updates is the smaller of DECAY, such as "
-                       "0.999, and (1 + t) / (10 + t) (default: no average)")
+    optim.add_argument("--ema", type=flags.probability, metavar="DECAY", help="also keep an exponential moving "
+                       "average of the weights, and score it instead of them; its decay after t updates is the "
+                       "smaller of DECAY, such as 0.999, and (1 + t) / (10 + t) (default: no average)")
     optim.add_argument("--loss-weights", type=flags.named_numbers, metavar="HEAD=W,...", help="factor of the loss of "
                        "each head (default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4)")
     optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="weights of the classes in the loss; "
@@ -225,8 +228,8 @@ def add_run(parser):
                      help="optimization level of apex: O1, or O0 for float32 (default: O1)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
                      help="keep feature maps in channels-last memory format (default: on a GPU yes, on a CPU no)")
-    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile, with several "
-                     "processes all but its norms; not possible with --parallel dp over several GPUs")
+    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile; with "
+                     "several processes the norms are not compiled; not possible with --parallel dp over several GPUs")
 
     val = parser.add_argument_group("quick validation on whole images at scale 1; evaluate.py computes the official "
                                     "scores")
@@ -242,7 +245,7 @@ def add_run(parser):
     out.add_argument("--save-pred-every", type=flags.positive(int), default=5000,
                      help="steps between snapshots (default: 5000)")
     out.add_argument("--keep", type=flags.positive(int), metavar="N", help="keep only the newest N snapshots, and "
-                     "always the newest one from which training can go on normally (default: all)")
+                     "the newest one after which training continued normally (default: all)")
     out.add_argument("--log-every", type=flags.positive(int), default=10, help="steps between log lines (default: 10)")
     out.add_argument("--panel-every", type=flags.positive(int), default=500,
                      help="steps between pictures in TensorBoard (default: 500)")

@@ -5,10 +5,10 @@
     python -m dataset.check --images-dir DATA/images --labels-dir DATA/labels
     python -m dataset.check CITYSCAPES --fast        only a few files of each split
 
-Decodes every image and label map, on all cores. Finds missing, unreadable and duplicate files, label maps that differ
-in size from their image, and values that are not in the class table. Prints a summary of each split; writes check.json,
-a chart of the class frequencies, and contact sheets (images with their label maps as overlays). The exit status is 1 if
-there are problems.
+Decodes every image and label map, with several processes. Finds missing and unreadable files, images with the same
+content, label maps that differ in size from their image, and values that are not in the class table. Prints a summary
+of each split; writes check.json, a chart of the class frequencies, and contact sheets (images with their label maps as
+overlays). The exit status is 1 if there are problems.
 """
 
 import hashlib
@@ -361,13 +361,14 @@ def write_draft_table(path, error):
 
 
 def main():
-    parser = flags.Parser(prog="python -m dataset.check", description="Check a data set before training on it.",
-                        epilog=__doc__)
+    parser = flags.Parser(prog="python -m dataset.check", usage="%(prog)s [data_dir] [flags]",
+                        description="Check a data set before training on it.", epilog=__doc__)
     parser.add_argument("folder", metavar="data_dir", type=flags.path, nargs="?",
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     parser.add_argument("--data-dir", type=flags.path, help="the same folder, given by a flag as in train.py")
     add_data_flags(parser, DEFAULT_TABLE)
-    parser.add_argument("--output-dir", type=flags.path, help="default: runs/check_<name of the folder>")
+    parser.add_argument("--output-dir", type=flags.path, help="folder of the results (default: "
+                        "runs/check_NAME, where NAME is the name of the data folder)")
     parser.add_argument("--fast", action="store_true", help=f"check only {FAST_PAIRS} pairs of each split")
     parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this "
                         f"process (default: one per core, at most {MOST_WORKERS})")

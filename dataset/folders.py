@@ -51,7 +51,7 @@ def add_data_flags(parser, classes):
                         "label\" lines, paths relative to the data set's folder or to the list (default: scan the "
                         "folder)")
     parser.add_argument("--classes", type=flags.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,"
-                        f"green,blue[,category]); default: {classes}")
+                        f"green,blue[,category]) (default: {classes})")
 
 
 def read_table(path, images_dir, lists):

@@ -78,7 +78,7 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 
 
 def main():
-    parser = flags.Parser(prog="python -m dataset.streets",
+    parser = flags.Parser(prog="python -m dataset.streets", usage="%(prog)s folder [flags]",
                         description="Draw labeled street scenes in the layout of Cityscapes.")
     parser.add_argument("out", type=flags.path, help="folder of the data set, to be created")
     parser.add_argument("--train", type=flags.not_negative(int, 999999), default=200,

@@ -329,8 +329,8 @@ def perform(args, paths, protocol, machine):
     kinds = () if "none" in kinds else kinds
     root = None if images or args.submission else data_root(args.data_dir, args.images_dir, args.labels_dir)
 
-    def trained(path):
-        return TrainedNetwork.open(path, protocol, machine.device, args.classes)
+    def trained(path, table=args.classes):
+        return TrainedNetwork.open(path, protocol, machine.device, table)
 
     def data(classes):
         return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
@@ -338,7 +338,8 @@ def perform(args, paths, protocol, machine):
     broken = 0
     if args.benchmark:
         for path in paths:
-            benchmark(trained(path), videos or (ImageFiles(images) if images else data), machine)
+            benchmark(trained(path, None if images else args.classes),
+                      videos or (ImageFiles(images) if images else data), machine)
     elif args.submission:
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
         broken = predict(trained(paths[0]), dataset, machine, kinds=("labels",), submission=True,

@@ -379,7 +379,7 @@ def _is_broken_link(path):
 
 
 def report_left_out(place, paths, reason="not readable as images"):
-    """Print one line about files and folders that are not used, if there are any: how many of each suffix.
+    """Log one line about files and folders that are not used, if there are any: how many of each suffix.
 
     Args:
         place: where they are, for the message.
@@ -395,7 +395,7 @@ def report_left_out(place, paths, reason="not readable as images"):
 
 
 def report_loose_files(folders, splits):
-    """Print a line about images and label maps beside the split folders, if there are any."""
+    """Log a line about images and label maps beside the split folders, if there are any."""
     for folder, flag in zip(folders, FLAGS, strict=True):
         loose = list(filter(is_image, _list_folder(folder, flag)))
         report_left_out(f"{flag} {folder}", loose, f"not in a split folder: {', '.join(splits)}")

@@ -78,6 +78,8 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
          batch_size=4, raw_weights=False):
     """Load a trained network for prediction.
 
+    Remarks, such as which weights are used, are logged at level INFO; `logging.basicConfig(level="INFO")` shows them.
+
     Args:
         path: a snapshot of train.py, or a .safetensors file written by `evaluate.py --export`.
         device: `torch.device` or its name; None for the first GPU, or the CPU if there is none.

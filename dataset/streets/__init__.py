@@ -80,7 +80,7 @@ def write_dataset(out, train=200, val=50, size=(256, 512), seed=0, workers=None)
 def main():
     parser = flags.Parser(prog="python -m dataset.streets", usage="%(prog)s folder [flags]",
                         description="Draw labeled street scenes in the layout of Cityscapes.")
-    parser.add_argument("out", type=flags.path, help="folder of the data set, to be created")
+    parser.add_argument("out", metavar="folder", type=flags.path, help="folder of the data set, to be created")
     parser.add_argument("--train", type=flags.not_negative(int, 999999), default=200,
                         help="training scenes (default: 200)")
     parser.add_argument("--val", type=flags.not_negative(int, 999999), default=50,

@@ -16,7 +16,8 @@ class NetworkChoice:
     """Values of the flags that describe the network.
 
     None means: the value of the file of weights, or else the default. `recompute` and `freeze` concern only the
-    training; the others are arguments of `build_network` and `choose_backbone`.
+    training, `normalization` the input; the others are arguments of `build_network`, except `downsample` of
+    `choose_backbone`.
     """
 
     model: str = "acfnet"

@@ -35,8 +35,9 @@ class Account:
 
     def as_json(self):
         """Return the report as plain values."""
+        # "initialised": the spelling in the files of earlier versions.
         return {"file": self.name, "family": self.family, "backbone_loaded": self.share, "loaded": self.loaded,
-                "initialized": self.initialized, "ignored": self.ignored, "notes": self.notes}
+                "initialised": self.initialized, "ignored": self.ignored, "notes": self.notes}
 
     def __str__(self):
         lines = [f"{self.name}, {self.family}: loaded {len(self.loaded)} tensors ({self.share:.1%} of the backbone's "

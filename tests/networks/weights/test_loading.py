@@ -405,7 +405,7 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     assert Normalization.from_config(config["normalization"]) == CAFFE
     account = json.loads((tmp_path / "s/weights.json").read_text())
     assert account["backbone_loaded"] == 1 and account["family"] == "ours"
-    assert "head.fine.weight" in account["initialized"]
+    assert "head.fine.weight" in account["initialised"]
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
     assert files.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"

@@ -337,6 +337,8 @@ def perform(args, paths, protocol, machine):
 
     broken = 0
     if args.benchmark:
+        if machine.processes is not None:
+            raise UserError(f"--benchmark: expected one process, found {machine.processes.size}")
         for path in paths:
             benchmark(trained(path, None if images else args.classes),
                       videos or (ImageFiles(images) if images else data), machine)
@@ -518,8 +520,6 @@ def benchmark(trained, source, machine):
         source: {name: `Video`}, `ImageFiles`, or (class table) → data set; the first images are used.
         machine: `Machine`.
     """
-    if machine.processes is not None:
-        raise UserError(f"--benchmark: expected one process, found {machine.processes.size}")
     if isinstance(source, dict):
         items = itertools.chain.from_iterable(source.values())
     else:

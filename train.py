@@ -494,6 +494,9 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
         start = begin.snapshot.step
     if dataset.classes.source == infer.ASSUMED and rank == 0:
         infer.keep_table(os.path.join(results.snapshot_dir, "classes.csv"), dataset.classes)
+    batches = make_loader(dataset, kind=data.sampling, index=index, seed=data.random_seed, start=start,
+                          stop=learning.num_steps, batch_size=data.batch_size, parts=learning.accumulate, rank=rank,
+                          world=world, workers=workers, pin_memory=devices[0].type == "cuda")
     log = resume.open_log(results.snapshot_dir, engine, config, num_steps=learning.num_steps, start=start,
                           account=account, track=results.log)
     if validation is not None:
@@ -505,10 +508,7 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
         engine=engine, schedule=PolySchedule(learning.num_steps, learning.power, learning.warmup_steps), start=start,
         accumulate=learning.accumulate, save_every=results.save_pred_every, val_every=data.val_every,
         log_every=results.log_every, panel_every=results.panel_every, log=log, validate=validation,
-        snapshots=resume.SnapshotFolder(results.snapshot_dir, engine, config, results.keep),
-        batches=make_loader(dataset, kind=data.sampling, index=index, seed=data.random_seed, start=start,
-                            stop=learning.num_steps, batch_size=data.batch_size, parts=learning.accumulate, rank=rank,
-                            world=world, workers=workers, pin_memory=devices[0].type == "cuda"),
+        snapshots=resume.SnapshotFolder(results.snapshot_dir, engine, config, results.keep), batches=batches,
         panel=lambda: draw_panel(engine, options.normalization, sample=dataset[0, 0], classes=dataset.classes,
                                  ignore_index=IGNORE_INDEX))
 

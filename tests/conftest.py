@@ -22,6 +22,8 @@ from utils.training import seeds
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
 
+# FFmpeg reads it when this process opens its first video, which a test may do before the product.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 show_messages()     # as scripts do: many tests read what is said
 
 # Started by nohup, this process hands down that SIGHUP is ignored, and the runs that tests hang up would go on.

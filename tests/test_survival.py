@@ -223,7 +223,7 @@ def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets,
         "from utils.common import command\nfrom utils.runs import snapshots\n"
         "from utils.training.engine import Engine\n"
         "def limit(size):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n"
-        "def save(*args, before=snapshots.save_step):\n    limit(-1)\n    before(*args)\n"
+        "def save(*args, before=snapshots.save_step, **named):\n    limit(-1)\n    before(*args, **named)\n"
         "def step(self, *args, before=Engine.step, **named):\n    limit(1500)\n"
         "    return before(self, *args, **named)\n"
         "snapshots.save_step, Engine.step = save, step\ncommand.run(train.main)\n")

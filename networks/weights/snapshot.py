@@ -365,6 +365,6 @@ def _generators(field):
         for package, set_state in (("torch", torch.Generator().set_state), ("python", random.Random().setstate)):
             try:
                 set_state(state[package].value)
-            except (RuntimeError, TypeError, ValueError, OverflowError):
+            except (RuntimeError, TypeError, ValueError, OverflowError, LookupError):
                 state[package].require(False, f"the state of a generator of {package}")
     return field.value

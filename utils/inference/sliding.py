@@ -146,7 +146,7 @@ class SlidingPredictor:
 
     @functools.cached_property
     def _network_memory(self):
-        """`memory.passing_bytes` of the network; zeros if it is not a module."""
+        """`memory.measure_forward_pass` of the network; zeros if it is not a module."""
         known = isinstance(self.network, torch.nn.Module)
         return memory.measure_forward_pass(self.network, self.device, self.autocast) if known else (0, 0)
 

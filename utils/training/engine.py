@@ -111,19 +111,17 @@ def step_loss(module, criterion, images, labels, processes=None, divisors=None, 
         they add up to those of the batch.
     """
     sums = {name: rows.sum(0) for name, rows in module(images, labels).items()}     # (K,) each
-    world = 1
-    if processes is not None:
-        sums, world = _add_up(sums, processes), processes.size
-    terms = criterion.combine(sums, divisors, parts)
-    # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
-    return criterion.total(terms) * world, torch.stack([terms[name].detach() for name in criterion.weights])
-
-
-def _add_up(sums, processes):
-    """{name: (K,)} of this process → those of all processes, with the gradient of this process's part."""
+    if processes is None:
+        terms = criterion.combine(sums, divisors, parts)
+        return criterion.total(terms), torch.stack([terms[name].detach() for name in criterion.weights])
     totals = processes.all_reduce(torch.cat([values.detach() for values in sums.values()]))
-    totals = totals.split([len(values) for values in sums.values()])
-    return {name: values - values.detach() + total for (name, values), total in zip(sums.items(), totals, strict=True)}
+    totals = dict(zip(sums, totals.split([len(values) for values in sums.values()]), strict=True))
+    terms = criterion.combine(totals, divisors, parts)
+    # The value of the total, with the gradient of this process's part. An infinite sum makes it NaN, unlike `terms`.
+    sums = {name: values - values.detach() + totals[name] for name, values in sums.items()}
+    # DistributedDataParallel averages gradients where their sum is meant, hence the factor.
+    loss = criterion.total(criterion.combine(sums, divisors, parts)) * processes.size
+    return loss, torch.stack([terms[name] for name in criterion.weights])
 
 
 @contextmanager
@@ -291,9 +289,11 @@ class Engine:
         each = [self.criterion.divisors(labels) for labels in parts]
         divisors = {name: None if value is None else sum(part[name] for part in each)
                     for name, value in each[0].items()}
-        if self.processes is None:
+        known = [name for name, value in divisors.items() if value is not None]
+        if self.processes is None or not known:
             return divisors
-        return {name: value if value is None else self.processes.all_reduce(value) for name, value in divisors.items()}
+        totals = self.processes.all_reduce(torch.stack([divisors[name] for name in known]))
+        return divisors | dict(zip(known, totals, strict=True))
 
     def _exchange_gradients(self, last):
         """A context in which processes add up their gradients, in the last part of a batch only."""

@@ -109,7 +109,10 @@ def load(path):
         _verify_checksums(path)
         damaged = False
         with plain_classes(_plain_classes()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, torch.jit.ScriptModule):     # PyTorch 2.4 loads it
+            raise ValueError("TorchScript")
+        return content
     except Exception as error:  # noqa: BLE001, torch raises many kinds for a file that is not its own
         if not damaged:
             _refuse_objects(path, str(error))

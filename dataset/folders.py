@@ -249,12 +249,7 @@ def pair_listed(folders, path):
         folders: (folder of images, folder of label maps).
         path: of the list.
 
-    Returns:
-        pairs [(image, label map)], the line of each pair ["FILE, line N"], and errors: a sentence for each line that
-        does not name a pair.
-
-    Raises:
-        UserError: if the list or a folder cannot be read.
+    Returns and raises as `dataset.cityscapes.read_pairs`.
     """
     files_by_stem, lines, errors = _files_by_stem(folders), {}, []
     for number, text in read_list(path, "of one stem"):

@@ -104,9 +104,9 @@ def missing(files):
     return lacking
 
 
-def fail(expected, found, output=""):
+def fail(expected, actual, output=""):
     """End this process with an error message, followed by the output of the command that failed."""
-    print(f"error: expected {expected}, found {found}", output, sep="\n" * bool(output), file=sys.stderr)
+    print(f"error: expected {expected}, found {actual}", output, sep="\n" * bool(output), file=sys.stderr)
     sys.exit(2)
 
 

@@ -18,24 +18,24 @@ class Rows:
     def check(self, name, function, *args, **options):
         """Call a function that raises if something is wrong, and returns a few words on what it found."""
         try:
-            ok, found = True, function(*args, **options)
+            ok, result = True, function(*args, **options)
         except Exception as error:  # noqa: BLE001, whatever it is, the next check is still of interest
-            ok, found = False, _words(error)
-        self._row("check", name, ok=ok, found=found)
+            ok, result = False, _words(error)
+        self._row("check", name, ok=ok, found=result)
 
     def figure(self, name, function, *args, **options):
         """Call a function that returns {unit: number}, and hand them on. Returns them; {} where it failed."""
         try:
-            found = function(*args, **options)
+            result = function(*args, **options)
         except Exception as error:  # noqa: BLE001, such as too little memory for one way of several
             self._row("figure", name, failed=_words(error))
             return {}
-        self._row("figure", name, **found)
-        return found
+        self._row("figure", name, **result)
+        return result
 
-    def goal(self, name, goal, found, met):
+    def goal(self, name, goal, result, met):
         """What was hoped for, in words, beside what was found; it decides nothing."""
-        self._row("goal", name, goal=goal, found=found, met=bool(met))
+        self._row("goal", name, goal=goal, found=result, met=bool(met))
 
     def note(self, name, words):
         """What was left out, and why."""

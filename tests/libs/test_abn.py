@@ -289,13 +289,13 @@ class NoWideMaps(TorchDispatchMode):
 
     def __init__(self, values):
         super().__init__()
-        self.values, self.inside_kernel, self.found = values, False, []
+        self.values, self.inside_kernel, self.calls = values, False, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not self.inside_kernel and isinstance(result, torch.Tensor) and result.numel() >= self.values:
             if result.dtype == torch.float32:
-                self.found.append(str(function))
+                self.calls.append(str(function))
         return result
 
 
@@ -404,7 +404,7 @@ def test_the_path_of_cuda(cuda_kernels, monkeypatch, kind, activation, layout, d
     cuda_kernels.values = x.numel() // 2
     with cuda_kernels:
         actual = [y.detach().clone(), *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
-    assert dtype == torch.float32 or cuda_kernels.found == []
+    assert dtype == torch.float32 or cuda_kernels.calls == []
     exact = x.detach().double().requires_grad_()
     z = truth(exact)
     z = {"leaky_relu": lambda: F.leaky_relu(z, 0.01), "relu": lambda: F.relu(z), "elu": lambda: F.elu(z),

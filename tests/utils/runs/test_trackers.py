@@ -21,17 +21,17 @@ class Kept:
     began = []
 
     def __init__(self, folder, known, about):
-        self.id, self.about, self.told = known or f"run {len(self.began)}", about, []
+        self.id, self.about, self.entries = known or f"run {len(self.began)}", about, []
         self.began.append(self)
 
     def numbers(self, values, step):
-        self.told.append(("numbers", step, values))
+        self.entries.append(("numbers", step, values))
 
     def picture(self, name, image, step):
-        self.told.append(("picture", step, (name, image.shape[2], str(image.dtype))))
+        self.entries.append(("picture", step, (name, image.shape[2], str(image.dtype))))
 
     def close(self, failed):
-        self.told.append(("close", None, failed))
+        self.entries.append(("close", None, failed))
 
 
 class Failing(Kept):
@@ -82,7 +82,7 @@ def test_what_is_in_the_files_goes_there_too_and_resume_goes_on_there(streets, t
     first, second = Kept.began
     assert first.id == second.id == json.loads((tmp_path / trackers.IDS).read_text())["wandb"]
     assert first.about["arguments"]["batch_size"] == 2
-    received = first.told + second.told
+    received = first.entries + second.entries
     steps = [(step, values) for kind, step, values in received if kind == "numbers"]
     assert [{"step": step, **values} for step, values in steps if "loss" in values] == lines(tmp_path / "metrics.jsonl")
     quick = [(step, values["quick_mean_iou/fine"]) for step, values in steps if "loss" not in values]
@@ -90,7 +90,7 @@ def test_what_is_in_the_files_goes_there_too_and_resume_goes_on_there(streets, t
     assert quick == [(line["step"], line["quick_mean_iou_fine"]) for line in written]
     assert [(step, what) for kind, step, what in received if kind == "picture"] == [
         (step, ("image_truth_coarse_fine_difference", 3, "uint8")) for step in (2, 4)]
-    assert first.told[-1] == second.told[-1] == ("close", None, False)
+    assert first.entries[-1] == second.entries[-1] == ("close", None, False)
     assert "has no earlier run" not in capsys.readouterr().out
 
 
@@ -127,8 +127,8 @@ def test_a_service_hears_of_a_run_that_failed(tmp_path, serve):
     with pytest.raises(KeyError), RunLog(tmp_path, 5, track=["wandb"]) as log:
         log.metric(1, NUMBERS, 1.0)
         raise KeyError
-    assert Kept.began[0].told == [("numbers", 1, {key: value for key, value in NUMBERS.items() if value is not None}),
-                                  ("close", None, True)]
+    known = {key: value for key, value in NUMBERS.items() if value is not None}
+    assert Kept.began[0].entries == [("numbers", 1, known), ("close", None, True)]
 
 
 def test_a_service_that_does_not_begin_is_a_sentence(tmp_path, serve):

@@ -123,7 +123,7 @@ class Waits(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.found = []
+        self.operations = []
         for name in ("tolist", "numpy"):
             self.count(name, monkeypatch)
 
@@ -131,14 +131,14 @@ class Waits(TorchDispatchMode):
         read = getattr(torch.Tensor, name)
 
         def method(tensor, *args):
-            self.found.append(name)
+            self.operations.append(name)
             return read(tensor, *args)
 
         monkeypatch.setattr(torch.Tensor, name, method)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            self.found.append("scalar")
+            self.operations.append("scalar")
         return function(*args, **(kwargs or {}))
 
 
@@ -151,10 +151,10 @@ def test_the_host_waits_once_a_step(amp, parts, expected, monkeypatch):
     waits = Waits(monkeypatch)
     with waits:
         assert float(torch.ones(())) and torch.ones(2).tolist()
-        assert waits.found == ["scalar", "tolist"]
-        waits.found.clear()
+        assert waits.operations == ["scalar", "tolist"]
+        waits.operations.clear()
         engine.step(batches)
-    assert len(waits.found) == expected, waits.found
+    assert len(waits.operations) == expected, waits.operations
 
 
 def test_a_loss_is_normal_up_to_three_times_the_median():

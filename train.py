@@ -31,7 +31,7 @@ from dataset.sampling import class_index, make_loader
 from dataset.transforms import train_transform
 from dataset.weights import class_weights
 from libs import backend
-from libs.abn import NORMS, count_input_keeping_norms, set_backend
+from libs.abn import NORMS, count_input_keeping_norms, set_backend, set_group
 from loss.criterion import SegmentationCriterion
 from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
 from networks.backbones.resnet import RECOMPUTE
@@ -46,7 +46,8 @@ from utils.common import command, flags
 from utils.common.compat import cpu_computes_in_bf16
 from utils.common.errors import UserError, plural
 from utils.common.messages import logger, show_messages
-from utils.devices import memory
+from utils.devices import capture, memory
+from utils.devices.compilation import check_compile
 from utils.devices.precision import CHOICES, OPT_LEVELS, Precision, describe_default
 from utils.devices.select import (
     check_kernels,
@@ -63,6 +64,7 @@ from utils.parallel.launch import (
     crops_per_device,
     join_processes,
     leave_processes,
+    new_group,
     start_processes,
     started_by_torchrun,
 )
@@ -70,7 +72,7 @@ from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, ra
 from utils.runs import snapshots
 from utils.runs.trackers import SERVICES, check_packages
 from utils.training import optimization, resume, seeds
-from utils.training.engine import NotFinite, check_compile, make_engine
+from utils.training.engine import NotFinite, make_engine
 from utils.training.history import History
 from utils.training.optimization import OPTIMIZERS, PolySchedule, make_optimizer
 from utils.training.options import DataOptions, LearningOptions, MachineOptions, ResultOptions
@@ -228,8 +230,12 @@ def add_run(parser):
                      help="optimization level of apex: O1, or O0 for float32 (default: O1)")
     run.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
                      help="keep feature maps in channels-last memory format (default: on a GPU yes, on a CPU no)")
-    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile; with "
-                     "several processes the norms are not compiled; not possible with --parallel dp over several GPUs")
+    run.add_argument("--compile", action="store_true", help="compile the network with torch.compile; "
+                     "not possible with --parallel dp over several GPUs")
+
+    run.add_argument("--cuda-graph", choices=capture.CHOICES, default="off", help="launch the forward and backward "
+                     "pass as one CUDA graph, which saves Python's time between operations; auto: if that is possible; "
+                     "on: or end with an error; not tested on a GPU yet (default: off)")
 
     val = parser.add_argument_group("quick validation on whole images at scale 1; evaluate.py computes the official "
                                     "scores")
@@ -262,6 +268,8 @@ def check(args, devices, classes):
         classes.check_count(args.num_classes)
     if args.compile:
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
+    if args.cuda_graph == "on":
+        capture.resolve("on", devices=devices, parallel=args.parallel, accumulate=args.accumulate, amp=args.amp)
     flags.from_flags(NetworkChoice, vars(args)).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)
@@ -348,7 +356,9 @@ def resolve(args, root, devices, processes, begin):
     loss_weights = args.loss_weights or (
         heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))
     values = vars(args) | {
-        "amp": amp, "channels_last": prepare_device(devices[0], args.channels_last, amp),
+        "amp": amp, "cuda_graph": capture.resolve(args.cuda_graph, devices=devices, parallel=args.parallel,
+                                                  accumulate=args.accumulate, amp=amp),
+        "channels_last": prepare_device(devices[0], args.channels_last, amp),
         "backbone": network["backbone"], "loss_weights": {head: loss_weights[head] for head in heads},
         "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(
             network.get("backbone_arguments")))}
@@ -481,7 +491,8 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
             ohem_keep=learning.ohem_keep, class_weights=learning.class_weights and broadcast_from_rank0(
                 processes, lambda: class_weights(learning.class_weights, dataset, workers))),
         precision=Precision(machine.amp, devices[0], machine.opt_level), memory_format=machine.memory_format,
-        freeze=learning.freeze, clip_gradient=learning.clip_gradient, ema=learning.ema, compiled=machine.compile)
+        freeze=learning.freeze, clip_gradient=learning.clip_gradient, ema=learning.ema, compiled=machine.compile,
+        cuda_graph=machine.cuda_graph)
     index = broadcast_from_rank0(
         processes, lambda: class_index(dataset, data.cache or results.snapshot_dir, workers)) \
         if data.sampling == "class" else None
@@ -525,6 +536,8 @@ def make_network(options, config, begin, devices, processes, allow_partial):
     network = build_network(**config.network, recompute=options.machine.recompute).to(
         devices[0], memory_format=options.machine.memory_format)
     synchronize_norms(network, devices, processes)
+    if processes is not None:
+        set_group(network, new_group())     # in the default group, norms would wait for gradients on GPUs
     if config.network["norm"] == "inplace_abn":
         set_backend(network, options.machine.abn_backend)
         logger.info(backend.describe(options.machine.abn_backend))

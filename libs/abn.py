@@ -10,6 +10,7 @@ is a batch norm followed by an activation. In a network of your own:
     block(torch.rand(2, 3, 64, 64)).mean().backward()
 """
 
+import copy
 from types import SimpleNamespace
 
 import torch
@@ -93,11 +94,25 @@ class ABN(nn.Module):
     def forward(self, x):
         """Normalize and activate x (B, C, ...): same shape, same dtype."""
         training = self._uses_batch_statistics()
-        if training and (recompute.active() or self._find_peers(x) is not None):
+        peers = self._find_peers(x) if training else None
+        if training and (recompute.active() or peers is not None) and not self._can_be_compiled(peers):
             return self._forward_shared(x)
-        momentum = self._count_batch()
-        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps)
-        return functions.activate_(x, self._settings(x))
+        return self._forward_composed(x, self.weight, peers)
+
+    def _can_be_compiled(self, peers):
+        """Whether this code is being compiled, and `_forward_composed` can keep its graph in one piece."""
+        return torch.compiler.is_compiling() and not recompute.active() and not isinstance(peers, Replicas)
+
+    def _forward_composed(self, x, weight, peers):
+        """Forward pass of operations that the compiler knows; peers: `Processes` that share the batch, or None."""
+        training, momentum = self._uses_batch_statistics(), self._count_batch()
+        if peers is None:
+            z = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, training, momentum, self.eps)
+        else:
+            running_mean, running_var = (self.running_mean, self.running_var) if self.training else (None, None)
+            z = functions.shared_batch_norm(x, running_mean, running_var, weight=weight, bias=self.bias,
+                                            momentum=momentum, eps=self.eps, processes=peers)
+        return functions.activate_(z, ABN._settings(self, x))
 
     @outside_compiled_code
     def _forward_shared(self, x):
@@ -225,22 +240,18 @@ class InPlaceABN(ABN):
     def forward(self, x):
         """Normalize and activate x (B, C, ...): same shape, same dtype, in the storage of x.
 
-        In compiled code, unless statistics are shared or recomputed, the layer consists of operations that the compiler
-        knows, so that the graph is not split. The compiler then decides what is saved for the backward pass, and x is
-        not overwritten.
+        In compiled code, unless replicas share statistics, the layer consists of operations that the compiler knows, so
+        that the graph is not split. The compiler then decides what is saved for the backward pass, and x is not
+        overwritten.
 
         Raises:
             ValueError: in training, if a channel has only one value.
         """
-        if torch.compiler.is_compiling() and not recompute.active() and self._find_peers(x) is None:
-            return self._forward_compiled(x)
+        if torch.compiler.is_compiling():
+            peers = self._find_peers(x) if self._uses_batch_statistics() else None
+            if self._can_be_compiled(peers):
+                return self._forward_composed(x, None if self.weight is None else self.weight.abs() + self.eps, peers)
         return self._forward_in_place(x)
-
-    def _forward_compiled(self, x):
-        training, momentum = self._uses_batch_statistics(), self._count_batch()
-        weight = None if self.weight is None else self.weight.abs() + self.eps
-        z = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, training, momentum, self.eps)
-        return functions.activate_(z, super()._settings(z))
 
     @outside_compiled_code
     def _forward_in_place(self, x):
@@ -267,8 +278,12 @@ class InPlaceABN(ABN):
         """Whether this forward pass in half precision has to keep the input; counts the pass."""
         if not recompute.replaying() and self.weight is not None:
             self.decide_kept_inputs([self], 1)
-            self._choice.passes_left -= 1
+            self.count_pass()
         return self.keeps_input
+
+    def count_pass(self):
+        """Count a forward pass for which `decide_kept_inputs` decided."""
+        self._choice.passes_left -= 1
 
     @property
     def keeps_input(self):
@@ -313,6 +328,13 @@ class _Synchronized:
                          activation_param=activation_param)
         self.group = group
 
+    def __deepcopy__(self, memo):
+        memo[id(self.group)] = self.group       # a process group cannot be copied
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
+
     def set_group(self, group):
         """Synchronize with another process group from now on. Not to be called between forward and backward pass."""
         self.group = group
@@ -353,6 +375,13 @@ def set_backend(network, choice):
     for module in network.modules():
         if isinstance(module, InPlaceABN):
             module.backend = choice
+
+
+def set_group(network, group):
+    """Make all synchronized norms of a network use a process group (`utils.parallel.launch.new_group`)."""
+    for module in network.modules():
+        if isinstance(module, _Synchronized):
+            module.set_group(group)
 
 
 def count_input_keeping_norms(module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import kernels
+from .synchronize import combine
 
 
 class Settings(NamedTuple):
@@ -74,6 +75,54 @@ def shared_statistics(x, peers, eps, running_mean=None, running_var=None, moment
         mean, invstd = kernels.combined_statistics(means, invstds, counts, running_mean=running_mean,
                                                    running_var=running_var, momentum=momentum, eps=eps)
     return mean, invstd, counts
+
+
+class GatherAcrossProcesses(torch.autograd.Function):
+    """Tensor (K,) of each of P processes → (P, K) in all of them.
+
+    In compiled code the collectives become nodes of the graph, because the compiler replaces those of
+    torch.distributed by functional ones (PyTorch 2.9 and newer, `utils.common.compat.COMPILER`).
+    """
+
+    @staticmethod
+    def forward(ctx, tensor, processes):
+        ctx.processes = processes
+        return torch.stack(processes.gather(tensor))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return ctx.processes.all_reduce(gradient)[ctx.processes.rank], None
+
+
+def shared_batch_norm(x, running_mean, running_var, weight, bias, momentum, eps, processes):
+    """Batch norm in training over the batch of all processes, of operations that autograd and the compiler know.
+
+    Args:
+        x: (B, C, ...), this part of the batch; parts may have different sizes.
+        running_mean, running_var: (C,) to update, or None.
+        weight, bias: (C,), or None.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        processes: `Processes` that share the batch.
+
+    Returns:
+        (B, C, ...) in the dtype of x.
+    """
+    wide = x.to(statistics_dtype(x))
+    var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+    parts = GatherAcrossProcesses.apply(torch.cat([mean, var, mean.new_full((1,), values_per_channel(x))]), processes)
+    means, variances, counts = parts.split([len(mean), len(mean), 1], dim=1)                        # (P, C or 1)
+    count, mean, moment = combine(counts.flatten(), means, variances * counts)
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((moment / (count - 1)).to(running_var.dtype), momentum)
+    scale = (moment / count + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    z = (wide - along_channels(mean, x)) * along_channels(scale, x)
+    return (z if bias is None else z + along_channels(bias.to(z.dtype), x)).to(x.dtype)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ TRAIN = {
     "accumulate": "2", "activation": (["--norm", "bn"], "relu"),
     "allow-partial": (["--restore-from", "part.pth"], ""), "amp": "bf16", "backbone": "resnet18", "batch-size": "4",
     "cache": "cache", "channels-last": "", "checkpoint": "full", "class-weights": "balanced", "classes": "classes.csv",
-    "clip-gradient": "1", "compile": "", "data-dir": "elsewhere", "data-list": "train.lst",
+    "clip-gradient": "1", "compile": "", "cuda-graph": "on", "data-dir": "elsewhere", "data-list": "train.lst",
     "downsample": "average", "eca-kernels": "3,3,3,3", "ema": "0.9", "freeze": "stem", "gpu": "7",
     "head-lr-factor": "10", "images-dir": "i", "input-size": "49,49", "jitter": "0.1,0.1,0.1,0.1", "keep": "3",
     "labels-dir": "l", "learning-rate": "0.1",

@@ -21,13 +21,14 @@ from networks.build import build_network
 from utils.common import flags
 from utils.common.messages import logger, show_messages
 from utils.devices import memory
+from utils.devices.compilation import compile_network
 from utils.devices.precision import AUTOCAST, Precision
 from utils.devices.select import own_device, select_devices
 from utils.inference.timing import synchronize, time_calls
 from utils.ops.normalization import Normalization
 from utils.parallel.launch import join_processes, leave_processes, started_by_torchrun
 from utils.parallel.processes import rank_and_size, share_batches
-from utils.training.engine import Engine, NetworkWithLoss, compile_network
+from utils.training.engine import Engine, NetworkWithLoss
 
 VARIANTS = {        # amp, channels last, compile, recompute
     "fp32": ("off", False, False, "none"),

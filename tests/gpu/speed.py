@@ -23,13 +23,13 @@ from libs import backend
 from libs.abn import set_backend
 from tests.benchmarks.engine import matmul_rate
 from utils.devices import memory
+from utils.devices.compilation import compile_network
 from utils.devices.precision import AUTOCAST
 from utils.devices.select import share_cores
 from utils.inference.sliding import SlidingPredictor
 from utils.inference.timing import median_ms, synchronize
 from utils.metrics.evaluation import score
 from utils.parallel.workers import Loader
-from utils.training.engine import compile_network
 
 from .evaluation import make_image, make_network
 from .rows import near

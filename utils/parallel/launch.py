@@ -187,6 +187,11 @@ def _connect(ranks, store, device):
             raise UserError(f"{expected}{first_line(error)}{remedy}") from None
 
 
+def new_group():
+    """Make another group of all processes. On GPUs its collectives do not wait for those of the default group."""
+    return dist.new_group(timeout=WORK_TIMEOUT)
+
+
 def _try_all_reduce(device):
     """Compute a sum over all processes with gloo and, on GPUs, with NCCL, which opens some connections only then."""
     for each in dict.fromkeys((torch.device("cpu"), device)):       # the same order in all processes

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.compat import COMPILER, torch_version, total_norm
+from ..common.compat import total_norm
 from ..common.errors import UserError
+from ..devices.capture import CapturedFunction
+from ..devices.compilation import compile_network
 from ..devices.precision import Precision
 from ..ops.autocast import apex_casts
 from ..ops.jitter import apply_jitter
@@ -19,54 +21,8 @@ from ..parallel.processes import Processes, share_batches
 from .optimization import average_of_weights, buffers_by_dtype, update_average
 from .seeds import random_state, set_random_state
 
-# Memory that compiled code may keep for the backward pass, as a share of what it keeps without recomputation.
-COMPILED_BUDGET = 0.8
 # Error message of the norms, PyTorch's and ours, for an input without variance.
 ONE_VALUE = re.compile("more than (1|one) value (per|a) channel")
-
-
-def compile_network(network, **options):
-    """Compile a network in place, as `nn.Module.compile` does. Dropout draws the same numbers as without.
-
-    By default the compiler keeps the input and the output of a norm, half as much again as in-place norms keep. With a
-    memory budget (`activation_memory_budget`, PyTorch 2.4 and newer), it recomputes norms and activations, but no
-    convolution, and keeps less than in-place norms.
-
-    Args:
-        network: nn.Module.
-        **options: of `nn.Module.compile`.
-    """
-    import torch._functorch.config  # here, because the import takes seconds
-    import torch._inductor.config
-
-    torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
-    torch._inductor.config.fallback_random = True
-    network.compile(**options)
-
-
-def check_compile(*, devices, parallel, recompute, amp):
-    """Check whether --compile can work.
-
-    Args:
-        devices: of this process.
-        parallel, recompute, amp: values of the flags.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    if len(devices) > 1 and parallel == "dp":
-        raise UserError("--compile: expected one GPU or --parallel ddp, found several GPUs with --parallel dp, whose "
-                        "replicas cannot share compiled code")
-    if recompute != "none":
-        raise UserError(f"--compile: expected --recompute none with it, found {recompute}, which cannot be "
-                        "compiled; the compiler itself chooses what to recompute")
-    if amp == "apex":
-        raise UserError("--compile: expected --amp off, bf16 or fp16 with it, found apex, which replaces functions and "
-                        "was not tested with compiled code")
-    if torch_version() < COMPILER:
-        raise UserError(f"--compile: expected PyTorch {'.'.join(map(str, COMPILER))} or newer, found "
-                        f"{torch.__version__}, which was not tested with --compile, or updates running statistics "
-                        "twice")
 
 
 class NetworkWithLoss(nn.Module):
@@ -166,6 +122,7 @@ class Engine:
         frozen: modules of the network that are not trained, and whose norms keep their statistics.
         clip_gradient: maximum norm of the gradient, or None.
         ema: maximum decay of a moving average of the weights (`optimization.update_average`), or None.
+        cuda_graph: whether the forward and backward pass become a CUDA graph: `off`, `auto` (if possible) or `on`.
 
     Attributes:
         skipped: number of steps skipped because gradients overflowed in half precision.
@@ -174,7 +131,8 @@ class Engine:
     """
 
     def __init__(self, module, network, criterion, optimizer, precision, devices, *, processes=None,
-                 memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, ema=None):
+                 memory_format=torch.contiguous_format, frozen=(), clip_gradient=None, ema=None,
+                 cuda_graph="off"):
         self.module, self.network, self.criterion = module, network, criterion
         self.optimizer, self.precision = optimizer, precision
         self.devices, self.processes = devices, processes
@@ -188,6 +146,9 @@ class Engine:
         for layer in network.modules():
             if (precision.autocast is not None or precision.casts) and hasattr(layer, "decide_kept_inputs"):
                 self._deciding_layers[layer.decide_kept_inputs].append(layer)
+        self._captured = None
+        if cuda_graph != "off":
+            self._captured = CapturedFunction(self._pass_with_gradients, required=cuda_graph == "on")
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
     def train_mode(self):
@@ -230,9 +191,10 @@ class Engine:
         for number, (images, labels) in enumerate(parts, 1):
             last = number == len(parts)
             with self._exchange_gradients(last), _enough_values(images):
-                loss, added = step_loss(self.module, self.criterion, images, labels, processes=self.processes,
-                                        divisors=divisors, parts=len(parts))
-                self.precision.backward(loss, self.optimizer, last)
+                if self._captured is not None:
+                    added = self._replay_pass(images, labels)
+                else:
+                    added = self._pass(images, labels, divisors=divisors, parts=len(parts), last=last)
             terms = terms + added
         terms, stop = self._read(terms, stop)
         if not all(map(math.isfinite, terms.values())):
@@ -251,6 +213,29 @@ class Engine:
             update_average(self.average, self.network, self.ema, self.average_updates)
             self.average_updates += 1
         return terms, stop
+
+    def _pass(self, images, labels, divisors=None, parts=1, last=True):
+        """Forward and backward pass of a part of the batch, as in `step_loss`: its terms (T,)."""
+        loss, terms = step_loss(self.module, self.criterion, images, labels, processes=self.processes,
+                                divisors=divisors, parts=parts)
+        self.precision.backward(loss, self.optimizer, last)
+        return terms
+
+    def _pass_with_gradients(self, images, labels):
+        """The terms (T,) of a whole batch, and the gradient of each parameter."""
+        terms = self._pass(images, labels)
+        return terms, [weight.grad for weight in self.network.parameters()]
+
+    def _replay_pass(self, images, labels):
+        """`_pass` of a whole batch by `CapturedFunction`."""
+        layers = [layer for layers in self._deciding_layers.values() for layer in layers]
+        (terms, gradients), replayed = self._captured(images, labels, key=tuple(layer.keeps_input for layer in layers))
+        if replayed:
+            for weight, gradient in zip(self.network.parameters(), gradients, strict=True):
+                weight.grad = gradient
+            for layer in layers:
+                layer.count_pass()
+        return terms
 
     def weight_norm(self):
         """The Euclidean norm of all weights: float."""
@@ -313,7 +298,7 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
                 normalization: Normalization, precision: Precision, devices: list[torch.device],
                 processes: Processes | None = None, memory_format: torch.memory_format = torch.contiguous_format,
                 freeze: tuple[str, ...] = (), clip_gradient: float | None = None, ema: float | None = None,
-                compiled: bool = False) -> Engine:
+                compiled: bool = False, cuda_graph: str = "off") -> Engine:
     """Make the `Engine` of a network.
 
     Args:
@@ -332,4 +317,4 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
                              autocast=precision.autocast, apex=precision.casts)
     return Engine(share_batches(module, devices, processes), network, criterion=criterion, optimizer=optimizer,
                   precision=precision, devices=devices, processes=processes, memory_format=memory_format, frozen=frozen,
-                  clip_gradient=clip_gradient, ema=ema)
+                  clip_gradient=clip_gradient, ema=ema, cuda_graph=cuda_graph)

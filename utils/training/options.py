@@ -64,6 +64,7 @@ class MachineOptions:
     Attributes:
         abn_backend: one of `libs.backend.CHOICES`.
         amp: mixed precision, one of `utils.devices.precision.CHOICES`.
+        cuda_graph: `off`, `auto` or `on`, as in `utils.devices.capture`.
         channels_last: whether feature maps are in channels-last memory format.
     """
 
@@ -72,6 +73,7 @@ class MachineOptions:
     opt_level: str
     channels_last: bool
     compile: bool
+    cuda_graph: str
     recompute: str
 
     @property

@@ -15,9 +15,10 @@ from networks.build import MODELS
 from tests import fake_apex
 from tests.conftest import ROOT
 from utils.common.errors import UserError
+from utils.devices.compilation import check_compile
 from utils.devices.precision import Precision
 from utils.parallel.processes import Processes
-from utils.training.engine import NotFinite, check_compile
+from utils.training.engine import NotFinite
 
 OPTIONS = ({}, {"parts": 2, "ohem": 1, "clip": 0.1, "ema": 0.9}, {"backbone": "eca_resnet18", "recompute": "full"},
            {"norm": "bn"}, {"replicas": 2})

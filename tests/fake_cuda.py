@@ -203,6 +203,18 @@ class FakeDevice(TorchDispatchMode):
              f"{count.ndim} dimensions, on {count.device}")
         return torch.empty_like(x)
 
+    # Fused optimizers, which refuse tensors of different strides.
+
+    def _fused_sgd_(self, weights, *lists, **options):
+        for tensors in lists:
+            for weight, tensor in zip(weights, tensors, strict=True):
+                attributes = [(x.shape, x.stride(), x.dtype) for x in (weight, tensor)]
+                need(attributes[0] == attributes[1], f"expected {attributes[0]}, found {attributes[1]}")
+
+    def _fused_adamw_(self, weights, grads, means, squares, largest, steps, **options):
+        self._fused_sgd_(weights, grads, means, squares)
+        need(len(steps) == len(weights) and all(step.is_cuda for step in steps), "expected steps on the device")
+
     def take(self, x, *vectors):
         """A map and vectors of one value per channel, float32, on its device."""
         for vector in vectors:

@@ -45,9 +45,30 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
     backbone = list(network.backbone.parameters())
     others = list(network.parameters())[len(backbone):]
     groups = [{"params": backbone, "lr": learning_rate}, {"params": others, "lr": learning_rate * head_lr_factor}]
+    fused = True if backbone[0].is_cuda else None       # a few kernels for all weights
     if kind == "adamw":
-        return torch.optim.AdamW(groups, learning_rate, (momentum, 0.999), weight_decay=weight_decay)
-    return torch.optim.SGD(groups, learning_rate, momentum, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(groups, learning_rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
+    else:
+        optimizer = torch.optim.SGD(groups, learning_rate, momentum, weight_decay=weight_decay, fused=fused)
+    if fused:
+        optimizer.register_step_pre_hook(match_layouts)
+    return optimizer
+
+
+@torch.no_grad()
+def match_layouts(optimizer, *args):
+    """Give gradients and optimizer state the strides of their parameters, which fused optimizers require.
+
+    The gradient of a weight with one pixel or one input channel may have other strides, and the state comes from a
+    snapshot that was written with or without --channels-last.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and weight.grad.stride() != weight.stride():
+                weight.grad = torch.empty_like(weight).copy_(weight.grad)
+            for name, value in optimizer.state.get(weight, {}).items():
+                if value is not None and value.shape == weight.shape and value.stride() != weight.stride():
+                    optimizer.state[weight][name] = torch.empty_like(weight).copy_(value)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from utils.common.errors import UserError
 from utils.devices.precision import Precision
 from utils.ops.normalization import Normalization
 from utils.runs import snapshots
-from utils.training.optimization import PolySchedule, make_optimizer, update_average
+from utils.training.optimization import PolySchedule, make_optimizer, match_layouts, update_average
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,31 @@ def make_engine(kind="sgd", criterion=None, head_lr_factor=1.0, **options):
 def test_another_optimizer_is_not_silently_sgd():
     with pytest.raises(ValueError, match="kind of optimizer: expected one of sgd, adamw, found 'rmsprop'"):
         make_optimizer(build_network("acfnet_resnet", 3, "eca_resnet18"), kind="rmsprop")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_fused_optimizers_get_tensors_of_one_layout(kind):
+    """The same step as without, from gradients and a state of other strides."""
+    weights, options = [], {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    for hook in (None, match_layouts):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
+        optimizer = kind(network.to(memory_format=torch.channels_last).parameters(), 0.1, **options)
+        if hook:
+            optimizer.register_step_pre_hook(hook)
+        for _ in range(3):
+            for weight in network.parameters():
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {
+                number: {name: value.contiguous() for name, value in state.items()}
+                for number, state in optimizer.state_dict()["state"].items()}})
+        weights.append([weight.detach().clone() for weight in network.parameters()])
+    match_layouts(optimizer)
+    for weight in network.parameters():
+        tensors = [weight.grad, *(value for value in optimizer.state[weight].values() if value.shape == weight.shape)]
+        assert len(tensors) > 1 and all(tensor.stride() == weight.stride() for tensor in tensors)
+    assert all(map(torch.equal, *weights))
 
 
 def test_the_schedule_is_poly_with_a_linear_start():

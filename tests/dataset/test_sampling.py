@@ -69,6 +69,40 @@ def test_a_class_sample_is_a_function_of_seed_and_entry(streets):
     assert list(ClassSampler(index, 4, 0, 24, 6)) != whole
 
 
+def by_dicts(index, seed, entry):
+    """The sample of an entry by plain dicts: {class: {image: [(row, column)]}} in the order of the index."""
+    pixels = {}
+    for image, kind, row, column in index.tolist():
+        pixels.setdefault(kind, {}).setdefault(image, []).append((row, column))
+    rng = np.random.default_rng((seed, entry, 2))
+    images = pixels[sorted(pixels)[rng.integers(len(pixels))]]
+    image = list(images)[rng.integers(len(images))]
+    return image, entry, images[image][rng.integers(len(images[image]))]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_class_samples_are_those_of_plain_dicts(shuffled):
+    """Also for classes that are missing, for one image alone, and for rows in any order."""
+    rng = np.random.default_rng(1)
+    rows = [(image, kind, *rng.integers(0, 70_000, 2)) for image in range(40) for kind in (0, 3, 4, 18)
+            if rng.uniform() < 0.3 for _ in range(rng.integers(1, 17))] + [(7, 11, 5, 6)]
+    index = np.array(rows, np.int64)
+    index = rng.permutation(index) if shuffled else index
+    actual = list(ClassSampler(index, 5, 0, 300))
+    assert actual == [by_dicts(index, 5, entry) for entry in range(300)]
+    assert {type(value) for image, entry, pixel in actual for value in (image, entry, *pixel)} == {int}
+
+
+def test_a_class_sampler_takes_little_memory():
+    """8 bytes per row and 12 per image and class, however many images there are; dicts of tuples took 138."""
+    index = np.stack(np.meshgrid(np.arange(200), np.arange(19), np.arange(16), indexing="ij"), -1).reshape(-1, 3)
+    index = np.concatenate([index, index[:, 2:]], axis=1)
+    sampler = ClassSampler(index, 0, 0, 1)
+    arrays = [value for value in vars(sampler).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == 8 * len(index) + 12 * 200 * 19 + 8
+    assert all(array.base is None or array.base.nbytes == array.nbytes for array in arrays)
+
+
 def test_weights_of_splits_are_shares_of_samples():
     counts = Counter(image >= 5 for image, _ in WeightedSampler([5, 50], [3, 1], 0, 0, 4000))
     assert abs(counts[False] - 3000) < 4 * (4000 * 0.75 * 0.25) ** 0.5

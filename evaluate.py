@@ -65,15 +65,16 @@ from utils.common.messages import logger, show_messages
 from utils.common.progress import FirstImage, progress
 from utils.devices import memory
 from utils.devices.precision import describe_default, exact_float32
-from utils.devices.select import device_name, own_device, select_devices, share_cores, shared_precision
-from utils.imaging.pictures import FOLDERS, Pictures, VideoPictures
+from utils.devices.select import device_name, own_device, select_devices, share_cores, shared_precision, writer_threads
 from utils.imaging.video import DEFAULT_RATE
 from utils.inference import timing
-from utils.metrics import charts
-from utils.metrics.evaluation import Evaluation, load_items
-from utils.metrics.report import comparison_table, score_table, write_report
+from utils.inference.pictures import FOLDERS, Pictures, VideoPictures, picture_file
+from utils.metrics.evaluation import Evaluation, most_probable
 from utils.parallel.launch import join_processes, leave_processes, start_processes, started_by_torchrun
 from utils.parallel.processes import Processes, gather_from_ranks, rank_and_size, share_items
+from utils.parallel.workers import load_items
+from utils.reports import charts
+from utils.reports.report import comparison_table, score_table, write_report
 from utils.runs.results import ResultsFolder
 
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -138,9 +139,10 @@ def get_parser():
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder, "
                      "or the file of --export, and nothing else")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image; labels: label ids; "
-                     "color: class colors; overlay: class colors over the image; confidence: probability of the "
-                     "predicted class in gray, 255 for 1 (default: labels color overlay; for videos color overlay). "
-                     "Video codecs change label ids, so that labels of a video are one PNG per frame")
+                     "color: class colors, a PNG with a palette; overlay: class colors over the image, JPEG; "
+                     "confidence: probability of the predicted class in gray, 255 for 1 (default: labels color "
+                     "overlay; for videos color overlay). Video codecs change label ids, so that labels of a video are "
+                     "one PNG per frame")
     return parser
 
 
@@ -182,7 +184,7 @@ def results_folder(path, what, output_dir=None, several=False):
 
 def picture_files(dataset, kinds):
     """Names of the pictures of a data set, relative to the results folder."""
-    return [f"{FOLDERS[kind]}/{name}.png" for kind in kinds for name in dataset.names]
+    return [picture_file(kind, name) for kind in kinds for name in dataset.names]
 
 
 def describe_results(folder, kinds, files=()):
@@ -243,11 +245,13 @@ class Machine(NamedTuple):
     Attributes:
         device: `torch.device`.
         workers: number of processes that read images.
+        threads: number of threads that count predictions and write pictures.
         processes: `Processes` that share the images, or None.
     """
 
     device: torch.device
     workers: int
+    threads: int
     processes: Processes | None
 
 
@@ -317,7 +321,7 @@ def main(argv=None):
     reason = "" if args.amp else f": {describe_default(device)}"
     logger.info(f"{cores}; --amp {protocol.amp}{reason}")
     exact_float32(protocol.amp, device)
-    machine = Machine(device, workers, processes)
+    machine = Machine(device, workers, writer_threads(device), processes)
     memory.catch_out_of_memory(lambda: perform(args, paths, protocol, machine), protocol.out_of_memory_error)
 
 
@@ -385,9 +389,8 @@ def score_snapshot(trained, data, machine, *, kinds, results):
     make_folder(results, [*SCORES, *picture_files(dataset, kinds)], processes)
     logger.info(f"{trained.path}; {dataset.describe()}")
     predictor = trained.predictor(len(share_items(dataset, processes)))
-    with Pictures(folder, kinds, classes) as pictures:
-        evaluation = Evaluation(dataset, pictures, trained.protocol.boundary)
-        evaluation.run(predictor, machine.workers, processes)
+    evaluation = Evaluation(dataset, Pictures(folder, kinds, classes), trained.protocol.boundary)
+    evaluation.run(predictor, machine.workers, processes, machine.threads)
     if processes is not None:
         processes.barrier()        # results are shown when all have written their pictures
     if not evaluation.headline["fine"].matrix.any():
@@ -429,8 +432,8 @@ def predict(trained, dataset, machine, *, kinds, results, submission=False):
     make_folder(results, picture_files(dataset, kinds) + [SUBMISSION] * submission, processes)
     logger.info(f"{trained.path}; {plural(len(dataset), 'image')}")
     predictor = trained.predictor(len(share_items(dataset, processes)))
-    _, broken = predict_items(predictor, load_items(dataset, machine.workers, processes, "predicting"),
-                              Pictures(folder, kinds, classes))
+    items = load_items(dataset, machine.workers, processes, "predicting", pin_memory=machine.device.type == "cuda")
+    _, broken = predict_items(predictor, items, Pictures(folder, kinds, classes, machine.threads))
     count = sum(gather_from_ranks(processes, broken))
     if submission and count:
         raise UserError(f"--submission {folder}: expected every image to be readable, found {count} that are not")
@@ -463,7 +466,7 @@ def predict_items(predictor, items, pictures):
                 logger.warning(f"skipped: {item['error']}")
                 continue
             image = item["image"].permute(1, 2, 0)
-            confidence, labels = predictor(image).max(0)
+            confidence, labels = most_probable(predictor(image))
             pictures.add(item["name"], image, labels, confidence)
             done += 1
     return done, broken

@@ -33,8 +33,8 @@ from utils.common.progress import progress
 from utils.imaging.classes import IGNORE_INDEX
 from utils.imaging.decode import read_ids, read_image, read_palette, size_mismatch, unclear_orientation
 from utils.imaging.draw import overlay, panel, save_png
-from utils.metrics import charts
 from utils.parallel.workers import MOST_WORKERS, do_jobs
+from utils.reports import charts
 
 from .cityscapes import COARSE, OFFICIAL_COUNTS, check_name, compare_palettes, read_pairs, split_files
 from .folders import (

@@ -119,9 +119,11 @@ def test_pictures_have_the_size_and_the_colors(streets, snapshot, tmp_path):
     classes = ClassTable.read()
     for path in (tmp_path / "r/labelIds").iterdir():
         ids = np.asarray(Image.open(path))
-        color = np.asarray(Image.open(tmp_path / "r/color" / path.name))
+        color = np.asarray(Image.open(tmp_path / "r/color" / path.name).convert("RGB"))
         assert ids.shape == (128, 256) and np.array_equal(color, classes.palette[classes.encode(ids)])
-        assert np.asarray(Image.open(tmp_path / "r/overlay" / path.name)).shape == (128, 256, 3)
+        image = np.asarray(Image.open(next(streets.glob(f"leftImg8bit/val/*/{path.name}"))).convert("RGB"))
+        overlay = np.asarray(Image.open(tmp_path / "r/overlay" / f"{path.stem}.jpg")).astype(float)
+        assert overlay.shape == (128, 256, 3) and np.abs(overlay - (image / 2 + color / 2)).mean() < 4
 
 
 def test_results_are_not_replaced_unasked(streets, snapshot, tmp_path):
@@ -192,7 +194,7 @@ import os, sys, time
 sys.path.insert(0, os.getcwd())
 import evaluate
 from utils.common import command, errors
-from utils.imaging import pictures
+from utils.inference import pictures
 def fail(path, array):
     time.sleep(3)
     raise errors.UserError(f"{path}: expected to write a file there, found a full disk")

@@ -17,7 +17,8 @@ from dataset.streets import write_dataset
 from tests.conftest import snapshot_content
 from utils.common.errors import UserError
 from utils.inference.sliding import SlidingPredictor
-from utils.metrics import charts, evaluation, report
+from utils.parallel import workers
+from utils.reports import charts, report
 from utils.runs import snapshots
 from utils.runs.log import NoLog
 from utils.training import resume
@@ -199,7 +200,7 @@ def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
         return "exported"
     monkeypatch.setattr(SlidingPredictor, "_forward", noted)
     monkeypatch.setattr(evaluate, "export_snapshot", exported)
-    monkeypatch.setattr(evaluation, "Loader", loader)
+    monkeypatch.setattr(workers, "Loader", loader)
     for picture in ("confusion_picture", "iou_chart"):
         monkeypatch.setattr(charts, picture, lambda *args: None)
     monkeypatch.setattr(report, "reliability_chart", lambda *args: b"")

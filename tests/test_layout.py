@@ -13,10 +13,11 @@ ROOMS = {"networks": {"libs", "utils"}, "dataset": {"utils"}, "loss": {"utils"},
 PACKAGES = {        # of utils, and which of the others each may import
     "common": set(), "ops": {"common"}, "parallel": {"common"}, "imaging": {"common"},
     "devices": {"ops", "parallel", "common"},
-    "inference": {"devices", "ops", "common"},
+    "inference": {"imaging", "devices", "parallel", "ops", "common"},
     "metrics": {"imaging", "devices", "parallel", "common"},
+    "reports": {"metrics", "imaging", "common"},
     "runs": {"devices", "parallel", "common"},
-    "training": {"runs", "metrics", "inference", "imaging", "devices", "parallel", "ops", "common"},
+    "training": {"runs", "reports", "metrics", "inference", "imaging", "devices", "parallel", "ops", "common"},
     "demo": {"runs", "common"},
 }
 LONGEST = 1000      # lines of a package of utils

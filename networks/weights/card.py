@@ -9,7 +9,7 @@ import torch
 from utils.common import files
 from utils.common.errors import UserError, plural
 from utils.imaging.classes import Classes
-from utils.metrics.report import score_columns
+from utils.reports.report import score_columns
 
 SIDE_FILES = CONFIG, CARD = "config.json", "README.md"
 MARK = "evaluate.py --export"       # part of both side files: an export replaces only files that contain it

@@ -110,7 +110,8 @@ class PredictorWithTruth(SlidingPredictor):
 def score_with_truth(predicting, items, num_classes):
     """`score`, whose predictor sees the truth, which images do not show afterward."""
     for image in score(predicting, map(add_truth, items), num_classes):
-        yield image._replace(item=hide_truth(image.item))
+        image.item = hide_truth(image.item)
+        yield image
 
 
 def engine_with_truth(network, *, normalization, **rest):

@@ -49,8 +49,8 @@ from utils.devices.select import device_name, select_devices
 from utils.imaging.decode import read_image
 from utils.imaging.draw import write_picture
 from utils.inference.timing import MAX_RUNS, MAX_SECONDS, time_calls
-from utils.metrics.charts import chart, new_figure
 from utils.ops.upsampling import round_size
+from utils.reports.charts import chart, new_figure
 from utils.runs import snapshots
 from utils.runs.log import METRICS, read_lines
 

@@ -1,5 +1,6 @@
 """Choice and preparation of the devices of a run."""
 
+import contextlib
 import os
 import warnings
 
@@ -83,6 +84,20 @@ def shared_precision(devices, processes):
     return min(sum(precisions, []), key=PRECISIONS.index)
 
 
+@contextlib.contextmanager
+def cudnn_benchmark(device, enabled):
+    """Set whether cuDNN tries all its algorithms when it sees a size for the first time, and restore the setting. Does
+    nothing for a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    previous, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = previous
+
+
 def prepare_device(device, channels_last, amp):
     """Configure PyTorch for training on a device, and log the defaults that are chosen.
 
@@ -132,6 +147,14 @@ def share_cores(devices, workers=None):
     computing = f"{plural(torch.get_num_threads(), 'thread')} for computing and " if on_cpu else ""
     return workers, (f"{plural(cores, 'core')} for {plural(local, 'process')} here: {computing}{workers} --num-workers "
                      f"that read samples{' each' * (local > 1)}")
+
+
+def writer_threads(device):
+    """Number of threads that count predictions and write pictures: the process's share of the cores, at most 16; or 2
+    on the CPU, where they compete with the network for cores."""
+    ranks = torchrun_ranks()
+    local = 1 if ranks is None else ranks.local_size
+    return 2 if device.type == "cpu" else min(16, max(1, available_cores() // local))
 
 
 def own_device(devices):

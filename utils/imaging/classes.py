@@ -1,5 +1,6 @@
 """Classes of a network's output channels: names, label ids and colors."""
 
+import cv2
 import numpy as np
 
 from ..common.errors import UserError
@@ -61,4 +62,4 @@ class Classes:
 
     def color(self, train_ids):
         """Train ids (H, W) → RGB (H, W, 3) uint8."""
-        return self.palette[train_ids]
+        return cv2.LUT(cv2.merge(3 * [np.asarray(train_ids, np.uint8)]), self.palette[None])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..common.messages import logger
 from ..devices import memory
+from ..devices.select import cudnn_benchmark
 from ..ops.normalization import Normalization
 from ..ops.upsampling import GRID, grid_of, round_size, upsample_by_matmul, upsampling_matrix
 
@@ -107,6 +108,9 @@ class SlidingPredictor:
     def predict(self, image, heads=HEADS):
         """Predict the probabilities of an image with every protocol.
 
+        On a GPU the result is queued, and not waited for. There windows are of one size, of which cuDNN tries all its
+        algorithms at first; whole images may each have another size, for which that would take too long.
+
         Args:
             image: (H, W, 3) uint8 RGB, array or tensor.
             heads: heads to predict; those that the network lacks are left out.
@@ -127,7 +131,12 @@ class SlidingPredictor:
                         grid=self.grid)
                   for scale, mirrored in itertools.product(self.scales, sides)]
         self._check_memory(passes)
-        image = image.to(self.device).permute(2, 0, 1)[None]                      # (1, 3, H, W)
+        image = image.to(self.device, non_blocking=True).permute(2, 0, 1)[None]   # (1, 3, H, W)
+        with cudnn_benchmark(self.device, self.window is not None):
+            return self._combine(passes, image, heads)
+
+    def _combine(self, passes, image, heads):
+        """Run passes over an image (1, 3, H, W) on the device, and average them as `predict` describes."""
         total, results = {}, {}
         for done in self._run(passes, self.normalization(image), heads):
             head_probabilities = done.result()

@@ -1,4 +1,4 @@
-"""Scores of predictions, charts and the HTML report."""
+"""Scores of predictions."""
 
 from .iou import ConfusionMatrix
 

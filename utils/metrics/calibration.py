@@ -5,7 +5,7 @@ import torch
 
 from .iou import Counts, none_if_nan
 
-BINS = 15                       # as in the paper
+BINS = 15                       # as in the paper; at most 127, whose multiples of `CERTAIN` fit in 32 bits
 CERTAIN = 1 << 24               # units of a confidence of 1; float32 has no finer steps just below 1
 
 
@@ -28,12 +28,18 @@ class Calibration(Counts):
         """Add maps of one shape: confidences 0 to 1, predicted and true train ids; tensors on any device, or arrays."""
         confidence, prediction, label = (torch.as_tensor(a).reshape(-1) for a in (confidence, prediction, label))
         label = label.to(confidence.device)
-        units = (confidence.float() * CERTAIN).round().long().clamp(0, CERTAIN)    # means may exceed 1 by rounding
+        units = (confidence.float() * CERTAIN).round().int().clamp(0, CERTAIN)      # means may exceed 1 by rounding
         index = (units * self.bins - 1).div(CERTAIN, rounding_mode="floor").clamp(min=0)    # ⌈confidence · M⌉ - 1
         index = torch.where(label == self.ignore_index, self.bins, index)
-        values = torch.stack([torch.ones_like(units), (prediction == label).long(), units])
-        self._count(torch.zeros(3, self.bins + 1, dtype=torch.int64, device=units.device).scatter_add_(
-            1, index.expand(3, -1), values))
+        columns, correct = self.bins + 1, prediction == label
+        if index.is_cpu:        # as in `ConfusionMatrix`; sums of integers in float64 are exact
+            pixels = torch.bincount(index + columns * correct, minlength=2 * columns).view(2, columns)
+            units = torch.bincount(index, units.double(), minlength=columns).long()
+            self._count(torch.stack([pixels.sum(0), pixels[1], units]))
+            return
+        values = torch.stack([torch.ones_like(units), correct.int(), units]).long()
+        self._count(torch.zeros(3, columns, dtype=torch.int64, device=units.device).scatter_add_(
+            1, index.long().expand(3, -1), values))
 
     def scores(self):
         """Compute the expected calibration error and the statistics of the bins.

@@ -1,45 +1,142 @@
 """Evaluation of a network on a data set, image by image."""
 
+import functools
 import itertools
+import threading
 from collections import defaultdict
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from ..common.progress import progress
 from ..imaging.classes import IGNORE_INDEX
-from ..parallel.processes import share_items
-from ..parallel.workers import Loader
+from ..parallel.threads import Threads, copies_of
+from ..parallel.workers import load_items
 from .boundaries import BoundaryF
 from .calibration import Calibration
 from .iou import ConfusionMatrix, InstanceIoU
-from .report import WorstImages
+from .worst import WorstImages, attention_of
+
+ROWS = 64       # of an image, which a CPU searches at a time, so that they stay in its cache
 
 
-class ScoredImage(NamedTuple):
+class ScoredImage:
     """An image of a data set with the predictions of a network.
 
     The richest protocol is multi-scale if the predictor makes several passes over an image, else single-scale.
+    Everything but `item` and `probabilities` is computed on the device of the predictions when it is first read.
+
+    Args:
+        item: of the data set, {"image": (3, H, W) uint8, "label": (H, W) train ids, "name", ...}.
+        predicted: {protocol: {head: probabilities (N, H, W)}}, the richest protocol last.
+        num_classes: N.
+        ignore_index: label of pixels that do not count.
 
     Attributes:
-        item: of the data set, {"image": (3, H, W) uint8, "label": (H, W) train ids, "name", ...}.
-        probabilities: {head: (N, H, W)} of the richest protocol, on the device.
-        confidence, labels: {head: (H, W)}, the largest probability and its train id, on the device.
-        truth: (H, W) train ids, on the device.
-        matrices: {protocol: {head: ConfusionMatrix}} of this image, the richest protocol last.
+        probabilities: {head: (N, H, W)} of the richest protocol.
+    """
+
+    def __init__(self, item, predicted, num_classes, ignore_index=IGNORE_INDEX):
+        self.item, self.predicted, self.num_classes, self.ignore_index = item, predicted, num_classes, ignore_index
+        self.probabilities = list(predicted.values())[-1]
+
+    @functools.cached_property
+    def truth(self):
+        """(H, W) train ids, on the device."""
+        return self.item["label"].to(self.probabilities["fine"].device, non_blocking=True)
+
+    @functools.cached_property
+    def _most_probable(self):
+        """{protocol: {head: (confidence (H, W), labels (H, W) uint8)}}."""
+        return {protocol: {head: most_probable(one) for head, one in heads.items()}
+                for protocol, heads in self.predicted.items()}
+
+    @property
+    def confidence(self):
+        """{head: (H, W)} of the richest protocol, the largest probability."""
+        return {head: confidence for head, (confidence, _) in list(self._most_probable.values())[-1].items()}
+
+    @property
+    def labels(self):
+        """{head: (H, W) uint8} of the richest protocol, the train ids of the largest probability."""
+        return {head: labels for head, (_, labels) in list(self._most_probable.values())[-1].items()}
+
+    @functools.cached_property
+    def matrices(self):
+        """{protocol: {head: ConfusionMatrix}} of this image, the richest protocol last."""
+        matrices = {}
+        for protocol, heads in self._most_probable.items():
+            matrices[protocol] = {head: ConfusionMatrix(self.num_classes, self.ignore_index) for head in heads}
+            for head, (_, labels) in heads.items():
+                matrices[protocol][head].update(labels, self.truth)
+        return matrices
+
+    @functools.cached_property
+    def calibration(self):
+        """{head: `Calibration`} of the richest protocol."""
+        counts = {head: Calibration(self.ignore_index) for head in self.probabilities}
+        for head, labels in self.labels.items():
+            counts[head].update(self.confidence[head], labels, self.truth)
+        return counts
+
+
+def most_probable(probabilities):
+    """Probabilities (N, H, W) → the largest (H, W), and its class (H, W) uint8; the first of several."""
+    if not probabilities.is_cpu:
+        confidence, labels = probabilities.max(0)
+        return confidence, labels.to(torch.uint8)
+    # On a CPU `max` over the first dimension takes four times as long.
+    values = probabilities.numpy()
+    confidence, labels = np.empty(values.shape[1:], values.dtype), np.zeros(values.shape[1:], np.uint8)
+    for top in range(0, len(confidence), ROWS):
+        highest, number = confidence[top:top + ROWS], labels[top:top + ROWS]
+        np.copyto(highest, values[0, top:top + ROWS])
+        for i, one in enumerate(values[1:, top:top + ROWS], 1):
+            np.putmask(number, one > highest, np.uint8(i))
+            np.maximum(highest, one, out=highest)
+    return torch.from_numpy(confidence), torch.from_numpy(labels)
+
+
+class HostImage(NamedTuple):
+    """What is counted of a `ScoredImage` on the host. On a GPU it arrives there only after `wait`.
+
+    Attributes:
+        item: as in `ScoredImage`.
+        wait: function that waits for all that follows.
+        labels: {head: (H, W) uint8} of the richest protocol.
+        gray: confidence of the fine head, as of `Pictures.gray`.
+        matrices, calibration: as in `ScoredImage`.
+        attention: function that returns what `attention_of` returns, or None without a coarse head.
     """
 
     item: dict
-    probabilities: dict
-    confidence: dict
+    wait: object
     labels: dict
-    truth: torch.Tensor
+    gray: torch.Tensor | None
     matrices: dict
+    calibration: dict
+    attention: object
 
-    @property
-    def richest(self):
-        """{head: ConfusionMatrix} of the richest protocol."""
-        return list(self.matrices.values())[-1]
+    @classmethod
+    def of(cls, image, pictures):
+        """Compute everything on the device of the predictions, and queue its copies to the host.
+
+        Args:
+            image: `ScoredImage`.
+            pictures: `Pictures` that will be written.
+        """
+        device, attention = image.truth.device, None
+        if "coarse" in image.probabilities:
+            attention = functools.partial(attention_of, image.probabilities["coarse"])
+            if device.type != "cpu":        # here few images need it; there it frees the probabilities
+                small = [part.to("cpu", non_blocking=True) for part in attention()]
+                attention = functools.partial(tuple, small)
+        return cls(image.item, labels={head: one.to("cpu", non_blocking=True) for head, one in image.labels.items()},
+                   gray=pictures.gray(image.confidence["fine"]), attention=attention,
+                   matrices={protocol: {head: matrix.to_host() for head, matrix in heads.items()}
+                             for protocol, heads in image.matrices.items()},
+                   calibration={head: counts.to_host() for head, counts in image.calibration.items()},
+                   wait=copies_of(device))
 
 
 def score(predictor, items, num_classes, ignore_index=IGNORE_INDEX):
@@ -55,16 +152,7 @@ def score(predictor, items, num_classes, ignore_index=IGNORE_INDEX):
         A `ScoredImage` for each item.
     """
     for item in items:
-        truth, matrices = item["label"], {}
-        for protocol, heads in predictor.predict(item["image"].permute(1, 2, 0)).items():
-            confidence, labels, matrices[protocol] = {}, {}, {}
-            for head, probabilities in heads.items():
-                confidence[head], labels[head] = probabilities.max(0)
-            for head, predicted in labels.items():
-                truth = truth.to(predicted.device)
-                matrices[protocol][head] = ConfusionMatrix(num_classes, ignore_index)
-                matrices[protocol][head].update(predicted, truth)
-        yield ScoredImage(item, heads, confidence=confidence, labels=labels, truth=truth, matrices=matrices)
+        yield ScoredImage(item, predictor.predict(item["image"].permute(1, 2, 0)), num_classes, ignore_index)
 
 
 def add_matrices(total, part):
@@ -86,20 +174,6 @@ def sum_of_matrices(parts):
     for part in parts:
         add_matrices(total, part)
     return total
-
-
-def load_items(dataset, workers, processes, description):
-    """Iterate over this process's share of a data set, and show the progress.
-
-    Args:
-        dataset: of images, with `read_first_image`.
-        workers: processes that read images.
-        processes: `Processes` that share the data set, or None.
-        description: of the work, for the progress line.
-    """
-    if workers:
-        dataset.read_first_image()
-    return progress(Loader(share_items(dataset, processes), workers=workers), description, "image")
 
 
 class Evaluation:
@@ -126,19 +200,25 @@ class Evaluation:
         self.instances = InstanceIoU(classes.instance_sizes, classes.train_ids, classes.categories,
                                      classes.whole_categories)
         self.boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)
+        self.lock = threading.Lock()        # of the sums
 
-    def run(self, predictor, workers, processes=None):
-        """Predict all images and add up the scores.
+    def run(self, predictor, workers, processes=None, threads=2):
+        """Predict all images, add up the scores and write the pictures.
 
         Args:
             predictor: `SlidingPredictor`.
             workers: processes that read images.
             processes: `Processes` that share the data set, or None.
+            threads: number of threads that count and write while the network predicts the next images.
         """
-        items = load_items(self.dataset, workers, processes, "evaluating")
-        for image in score(predictor, items, self.classes.num_classes):
-            add_matrices(self.matrices, image.matrices)
-            self._count(image)
+        on_gpu = predictor.device.type == "cuda"
+        items = load_items(self.dataset, workers, processes, "evaluating", pin_memory=on_gpu)
+        with Threads(threads) as background:
+            for image in score(predictor, items, self.classes.num_classes):
+                # A GPU counts in the order of its queue, before the next image; the CPU in one of the threads.
+                image = HostImage.of(image, self.pictures) if on_gpu else image
+                background.call(self._count, image)
+                del image       # and with it the probabilities
         if processes is not None:
             self._merge(processes)
         if len(self.instances.terms) < len(self.dataset) or self.classes.train_ids.keys().isdisjoint(
@@ -146,19 +226,21 @@ class Evaluation:
             self.instances = None
 
     def _count(self, image):
-        """Add a `ScoredImage` to all scores but the matrices."""
-        for head, values in image.labels.items():
-            self.calibration[head].update(image.confidence[head], values, image.truth)
-        item, labels = image.item, {head: values.cpu() for head, values in image.labels.items()}
-        pixels = item["image"].permute(1, 2, 0)
-        self.pictures.add(item["name"], pixels, labels["fine"], image.confidence["fine"])
-        self.worst.add(item["name"], pixels.numpy(), item["label"].numpy(), labels, image.richest,
-                       image.probabilities.get("coarse"))
+        """Add a `ScoredImage` or `HostImage` to all scores, and write its pictures."""
+        image = HostImage.of(image, self.pictures) if isinstance(image, ScoredImage) else image
+        image.wait()
+        with self.lock:
+            add_matrices(self.matrices, image.matrices)
+            for head, counts in image.calibration.items():
+                self.calibration[head].add(counts)
+        item, labels = image.item, {head: values.numpy() for head, values in image.labels.items()}
+        pixels, truth = item["image"].permute(1, 2, 0), item["label"].numpy()
         if "instances" in item:
-            self.instances.update(item["index"], item["instances"].numpy(), labels["fine"].numpy())
+            self.instances.update(item["index"], item["instances"].numpy(), labels["fine"])
         if self.boundaries:
-            self.boundaries.update(item["name"], item["label"].numpy(),
-                                   {head: values.numpy() for head, values in labels.items()})
+            self.boundaries.update(item["name"], truth, labels)
+        self.worst.add(item["name"], pixels.numpy(), truth, labels, list(image.matrices.values())[-1], image.attention)
+        self.pictures.write(item["name"], pixels, image.labels["fine"], image.gray)
 
     def _merge(self, processes):
         """Add the counts of the other processes."""

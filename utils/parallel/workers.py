@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from ..common.command import leave_signals_to_the_parent
 from ..common.errors import UserError, first_line
 from ..common.limits import MORE_SHARED_MEMORY, available_cores, shared_memory
+from ..common.progress import progress
+from .processes import share_items
 
 MOST_WORKERS = 32       # largest default: each worker needs memory, and disks hardly serve more
 
@@ -60,6 +62,22 @@ def _end_workers_on_error(iterator):
         traceback.clear_frames(error.__traceback__)
         del iterator
         raise
+
+
+def load_items(dataset, workers, processes, description, pin_memory=False):
+    """Iterate over this process's share of a data set, and show the progress.
+
+    Args:
+        dataset: of images, with `read_first_image`.
+        workers: processes that read images.
+        processes: `Processes` that share the data set, or None.
+        description: of the work, for the progress line.
+        pin_memory: whether to use pinned memory, from which copies to a GPU need not be waited for.
+    """
+    if workers:
+        dataset.read_first_image()
+    return progress(Loader(share_items(dataset, processes), workers=workers, pin_memory=pin_memory), description,
+                    "image")
 
 
 class SharedMemoryCollate:

@@ -1,6 +1,5 @@
 """Quick validation, pictures of predictions, and curves during training."""
 
-import contextlib
 import itertools
 
 import torch
@@ -10,11 +9,11 @@ from ..common.messages import logger
 from ..common.progress import progress
 from ..imaging import draw
 from ..inference.sliding import SlidingPredictor
-from ..metrics import charts
 from ..metrics.evaluation import score, sum_of_matrices
 from ..ops.upsampling import upsample
 from ..parallel.processes import gather_from_ranks, share_items
 from ..parallel.workers import Loader
+from ..reports import charts
 from ..runs.log import METRICS, QUICK, read_lines
 
 
@@ -53,9 +52,8 @@ class QuickValidation:
         """
         self.engine.scored_network.eval()
         items = itertools.takewhile(lambda _: not stop_requested(), progress(self.loader, "quick validation", "image"))
-        with without_cudnn_benchmark():
-            total = sum_of_matrices(image.matrices for image in score(
-                self.predictor, items, self.classes.num_classes, self.ignore_index))
+        total = sum_of_matrices(image.matrices for image in score(
+            self.predictor, items, self.classes.num_classes, self.ignore_index))
         self.engine.train_mode()
         if any(gather_from_ranks(self.engine.processes, stop_requested())):
             self.log.info(f"the quick validation of step {step} is left out")
@@ -69,16 +67,6 @@ class QuickValidation:
             return None
         self.highest = scores["fine"]["mean_iou"] or 0.0
         return self.highest
-
-
-@contextlib.contextmanager
-def without_cudnn_benchmark():
-    """Turn off cuDNN's benchmark mode, as trying all algorithms for each image size costs more than the passes."""
-    previous, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = previous
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from dataset.labels import ClassTable
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
 from utils.imaging.decode import read_ids, read_image
 from utils.inference.sliding import SlidingPredictor
-from utils.metrics import charts
 from utils.metrics.calibration import Calibration
+from utils.reports import charts
 
 
 def by_loops(confidence, prediction, label, bins=15):

@@ -13,7 +13,7 @@ import torch
 
 from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
 from utils.metrics.iou import ConfusionMatrix
-from utils.metrics.report import WORST_OVERALL, WORST_PER_CLASS, WorstImages
+from utils.metrics.worst import WORST_OVERALL, WORST_PER_CLASS, WorstImages, attention_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -21,8 +21,8 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 def add(worst, name, truth, probabilities):
     counts = ConfusionMatrix(3)
     counts.update(probabilities.argmax(0), truth)
-    worst.add(name, np.zeros((8, 9, 3), np.uint8), truth, {"fine": probabilities.argmax(0)}, {"fine": counts},
-              torch.from_numpy(probabilities))
+    worst.add(name, np.zeros((8, 9, 3), np.uint8), truth, {"fine": probabilities.argmax(0).astype(np.uint8)},
+              {"fine": counts}, lambda: attention_of(torch.from_numpy(probabilities)))
 
 
 def test_the_worst_images_of_all_and_of_each_class_are_kept():

@@ -9,12 +9,12 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.common.errors import UserError
-from utils.metrics import charts
+from utils.reports import charts
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from utils.metrics import charts
+from utils.reports import charts
 lines = [{"step": k, "loss": 3 / k, "loss_fine": 2 / k, "lr": 0.1 / k} for k in range(1, 9)]
 charts.training_curves(Path(sys.argv[1]), lines, [])
 """

@@ -124,7 +124,8 @@ class FakeDevice(TorchDispatchMode):
         if function is aten._local_scalar_dense.default:
             return self.read(args[0])
         if function is aten._to_copy.default and kwargs.get("device") is not None:
-            self.note_copy(args[0].device, torch.device(kwargs["device"]), kwargs.get("non_blocking", False))
+            # To the host without blocking, the new tensor is in pinned memory.
+            self.note_copy(args[0].device, torch.device(kwargs["device"]), kwargs.get("non_blocking", False), True)
         if function is aten.copy_.default:
             self.note_copy(args[1].device, args[0].device, args[2] if len(args) > 2 else False)
         if on_gpu and function is aten.index.Tensor and any(
@@ -140,8 +141,8 @@ class FakeDevice(TorchDispatchMode):
             return getattr(self, name)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    def note_copy(self, source, target, non_blocking):
-        if source.type != target.type and not (non_blocking and target.type == "cuda"):
+    def note_copy(self, source, target, non_blocking, pinned=False):
+        if source.type != target.type and not (non_blocking and (pinned or target.type == "cuda")):
             self.wait(f"a copy from {source.type} to {target.type}")
 
     def read(self, tensor):

@@ -28,8 +28,8 @@ class Calibration(Counts):
         """Add maps of one shape: confidences 0 to 1, predicted and true train ids; tensors on any device, or arrays."""
         confidence, prediction, label = (torch.as_tensor(a).reshape(-1) for a in (confidence, prediction, label))
         label = label.to(confidence.device)
-        units = (confidence.float() * CERTAIN).round().int().clamp(0, CERTAIN)      # means may exceed 1 by rounding
-        index = (units * self.bins - 1).div(CERTAIN, rounding_mode="floor").clamp(min=0)    # ⌈confidence · M⌉ - 1
+        units = (confidence.float() * CERTAIN).round_().clamp_(0, CERTAIN).int()        # means may exceed 1 by rounding
+        index = units.mul(self.bins).sub_(1).div_(CERTAIN, rounding_mode="floor").clamp_(min=0)  # ⌈confidence · M⌉ - 1
         index = torch.where(label == self.ignore_index, self.bins, index)
         columns, correct = self.bins + 1, prediction == label
         if index.is_cpu:        # as in `ConfusionMatrix`; sums of integers in float64 are exact

@@ -85,14 +85,15 @@ def most_probable(probabilities):
     if not probabilities.is_cpu:
         confidence, labels = probabilities.max(0)
         return confidence, labels.to(torch.uint8)
-    # On a CPU `max` over the first dimension takes four times as long.
+    # On a CPU `max` over the first dimension takes ten times as long.
     values = probabilities.numpy()
     confidence, labels = np.empty(values.shape[1:], values.dtype), np.zeros(values.shape[1:], np.uint8)
     for top in range(0, len(confidence), ROWS):
         highest, number = confidence[top:top + ROWS], labels[top:top + ROWS]
         np.copyto(highest, values[0, top:top + ROWS])
         for i, one in enumerate(values[1:, top:top + ROWS], 1):
-            np.putmask(number, one > highest, np.uint8(i))
+            here = (one > highest).view(np.uint8)
+            np.maximum(number, np.multiply(here, np.uint8(i), out=here), out=number)       # i grows
             np.maximum(highest, one, out=highest)
     return torch.from_numpy(confidence), torch.from_numpy(labels)
 
@@ -196,7 +197,7 @@ class Evaluation:
         self.dataset, self.pictures, self.classes = dataset, pictures, dataset.classes
         classes = self.classes
         self.matrices, self.calibration = {}, defaultdict(lambda: Calibration(IGNORE_INDEX))
-        self.worst = WorstImages(classes.names, classes.color, IGNORE_INDEX)
+        self.worst = WorstImages(classes.names, classes.palette, IGNORE_INDEX)
         self.instances = InstanceIoU(classes.instance_sizes, classes.train_ids, classes.categories,
                                      classes.whole_categories)
         self.boundaries = tolerance and BoundaryF(tolerance, classes.num_classes, IGNORE_INDEX)

@@ -1,6 +1,5 @@
 """IoU, accuracy and instance-weighted IoU, computed as the pixel-level evaluation of cityscapesScripts does."""
 
-import copy
 import functools
 import operator
 
@@ -20,8 +19,8 @@ class Counts:
 
     def to_host(self):
         """A copy on the host, without waiting for the device: see `utils.parallel.threads.copies_of`."""
-        other = copy.copy(self)
-        other._counts = self._counts.to("cpu", non_blocking=True)
+        other = object.__new__(type(self))      # `copy.copy` would call `__getstate__`, which waits
+        vars(other).update(vars(self), _counts=self._counts.to("cpu", non_blocking=True))
         return other
 
     def _count(self, counts):
@@ -67,18 +66,19 @@ class ConfusionMatrix(Counts):
                 `matrix` raises it when it is read.
         """
         prediction, label = (torch.as_tensor(a).reshape(-1) for a in (prediction, label))
-        prediction, label = (a if a.dtype == torch.int64 else a.int() for a in (prediction, label))
+        pixels = None       # of each pair of values; else every pair is one pixel
+        if label.is_cpu and prediction.dtype == label.dtype == torch.uint8:     # on a GPU bincount makes the host wait
+            pixels = torch.bincount(label.int() * 256 + prediction, minlength=1 << 16)
+            label, prediction = torch.arange(1 << 16) // 256, torch.arange(1 << 16) % 256
         n = self.num_classes
         ignored, invalid = n * (n + 1), n * (n + 1) + 1
         prediction = torch.where((prediction >= 0) & (prediction < n), prediction, n)
-        cell = torch.where((label >= 0) & (label < n), label * (n + 1) + prediction, invalid)
+        cell = torch.where((label >= 0) & (label < n), label.long() * (n + 1) + prediction, invalid)
         cell = torch.where(label == self.ignore_index, ignored, cell)
-        # bincount is several times as fast on a CPU; on a GPU it would make the host wait for the largest value.
-        counts = torch.bincount(cell, minlength=invalid + 1) if cell.is_cpu else torch.zeros(
-            invalid + 1, dtype=torch.int64, device=cell.device).scatter_add_(
-                0, cell.long(), torch.ones_like(cell, dtype=torch.int64))
+        pixels = torch.ones_like(cell) if pixels is None else pixels
+        counts = torch.zeros(invalid + 1, dtype=torch.int64, device=cell.device).scatter_add_(0, cell, pixels)
         if counts.is_cpu and counts[-1]:
-            wrong = label[cell == invalid]
+            wrong = label[(cell == invalid) & (pixels > 0)]
             raise ValueError(f"label: expected train ids 0 to {n - 1} or {self.ignore_index}, "
                              f"found {int(wrong.min())} to {int(wrong.max())}")
         self._count(counts)

@@ -28,12 +28,12 @@ class WorstImages:
 
     Args:
         names: of the N classes.
-        color: function of train ids (H, W) that returns RGB (H, W, 3) uint8.
+        palette: (256, 3) uint8 RGB by train id.
         ignore_index: label of pixels that do not count.
     """
 
-    def __init__(self, names, color, ignore_index=255):
-        self.names, self.color, self.ignore_index = names, color, ignore_index
+    def __init__(self, names, palette, ignore_index=255):
+        self.names, self.palette, self.ignore_index = names, palette, ignore_index
         self.kept = {}      # {image name: entry}, plain values
         self.worst = {}     # {class, or None for all: [(IoU, image name), sorted]}
         self.places = Counter()     # {image name: in how many of these lists it is}
@@ -88,14 +88,14 @@ class WorstImages:
     def _pictures(self, image, truth, labels):
         image, truth = _shrink(image), _shrink(truth)
         labels = {head: _shrink(predicted) for head, predicted in labels.items()}
-        pictures = {"image": _encode(image, "JPEG"), "truth": _encode(self.color(truth))}
+        pictures = {"image": _encode(image, "JPEG"), "truth": _encode(truth, "PNG", self.palette)}
         for head, predicted in labels.items():
-            pictures[head] = _encode(self.color(predicted))
+            pictures[head] = _encode(predicted, "PNG", self.palette)
         errors = error_map(image, truth, labels["fine"], truth == self.ignore_index)
         pictures["errors"] = _encode(errors, "JPEG")
         if "coarse" in labels:
-            pictures["coarse against fine"] = _encode(difference(truth, labels["coarse"], labels["fine"],
-                                                                 self.ignore_index))
+            pictures["coarse against fine"] = _encode(
+                difference(truth, labels["coarse"], labels["fine"], self.ignore_index), "PNG")
         return pictures
 
     def _attention(self, mean, probabilities):
@@ -132,13 +132,12 @@ def _shrink(array):
     return np.asarray(Image.fromarray(array).resize(size, resampling))
 
 
-def _encode(array, kind="PNG"):
-    """Encode a picture as a data URL."""
-    picture = Image.fromarray(array)
-    if kind == "PNG":
-        picture = picture.quantize(64, dither=Image.Dither.NONE)
-    file = io.BytesIO()
-    picture.save(file, kind, **({"quality": 80} if kind == "JPEG" else {"optimize": True}))
+def _encode(array, kind, palette=None):
+    """Encode a picture as a data URL; palette: (256, 3) uint8 RGB of indices (H, W)."""
+    picture, file = Image.fromarray(array), io.BytesIO()
+    if palette is not None:
+        picture.putpalette(palette.tobytes())
+    picture.save(file, kind, **({"quality": 80} if kind == "JPEG" else {}))
     return data_url(kind, file.getvalue())
 
 

@@ -142,11 +142,13 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("ignore", [255, 1])
-def test_counts_on_a_device_are_those_of_the_cpu(monkeypatch, ignore):
+def test_counts_on_a_device_are_those_of_the_cpu(monkeypatch, ignore, dtype):
     torch.manual_seed(0)
     prediction, label = torch.randint(-1, 6, (3, 40)), torch.randint(0, 4, (3, 40))
     label[0, ::3] = ignore
+    prediction, label = prediction.to(dtype), label.to(dtype)
     here, there = ConfusionMatrix(4, ignore), ConfusionMatrix(4, ignore)
     here.update(prediction, label)
     with monkeypatch.context() as patch:
@@ -168,11 +170,12 @@ def test_a_wrong_label_on_a_device_is_found_when_the_counts_are_read(monkeypatch
             one.class_iou()
 
 
-def test_a_refused_label_leaves_the_counts_as_they_were():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_refused_label_leaves_the_counts_as_they_were(dtype):
     matrix = ConfusionMatrix(4)
-    matrix.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    matrix.update(torch.tensor([0, 1], dtype=dtype), torch.tensor([0, 1], dtype=dtype))
     with pytest.raises(ValueError, match="found 7 to 9"):
-        matrix.update(torch.tensor([0, 1, 2]), torch.tensor([0, 7, 9]))
+        matrix.update(torch.tensor([0, 1, 2], dtype=dtype), torch.tensor([0, 7, 9], dtype=dtype))
     assert matrix.matrix.diagonal().tolist() == [1, 1, 0, 0]
 
 

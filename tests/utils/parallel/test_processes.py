@@ -25,7 +25,7 @@ from utils.common.compat import no_buffer_sync
 from utils.common.errors import UserError
 from utils.devices import select
 from utils.devices.precision import Precision
-from utils.devices.select import share_cores
+from utils.devices.select import share_cores, writer_threads
 from utils.ops.normalization import Normalization
 from utils.parallel import interfaces, launch
 from utils.parallel.launch import Ranks, torchrun_ranks
@@ -330,8 +330,10 @@ def test_cores_are_shared_and_said(monkeypatch):
     threads = torch.get_num_threads()
     assert share_cores(cpu)[0] == 2 and share_cores(gpus)[0] == 28 and share_cores(gpus[:1])[0] == 8
     assert share_cores(gpus, 3)[0] == 3
+    assert [writer_threads(devices[0]) for devices in (cpu, gpus)] == [2, 16]
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
+    assert writer_threads(gpus[0]) == 8
     assert share_cores(gpus[:1]) == (7, "32 cores for 4 processes here: 7 --num-workers that read samples each")
     try:
         workers, sentence = share_cores(cpu)

@@ -1,0 +1,71 @@
+"""Launches of Triton kernels, and the check whether they can replace PyTorch's operators on a device."""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+# Modules of this package. Each has `examples(device)`, which calls its operators forward and backward on small tensors
+# and yields (name, result, result of PyTorch's operators).
+OPERATORS = ("norm", "block_end")
+# Largest |result - expected| / |expected|, Euclidean norms. Results are those of float32 inputs, whose rounding errors
+# are about 1e-6. The kernels use no TF32.
+TOLERANCE = 1e-4
+
+
+def launch(kernel, grid, *arguments, **constants):
+    """Launch a Triton kernel on the device of its first argument. All launches of this project pass through here.
+
+    Args:
+        kernel: function decorated with `triton.jit`.
+        grid: number of programs along each axis, up to three.
+        arguments: tensors and numbers, in the order of the kernel's parameters. The first one is a tensor.
+        constants: its `constexpr` parameters, and options of the compiler such as `num_warps`.
+    """
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def interpreted():
+    """Whether Triton's interpreter, which runs kernels on the CPU, is enabled."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def obstacle(device):
+    """Return why the kernels cannot be used on a device, as a clause; None if they can.
+
+    The first call for a device compiles and runs the kernels on small tensors, and compares the results with those of
+    PyTorch's operators.
+
+    Args:
+        device: torch.device.
+    """
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return "there is no GPU of CUDA"
+    if device.type == "cuda" and interpreted():
+        return "TRITON_INTERPRET=1 runs Triton's kernels on the CPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    try:
+        return disagreement(device)
+    except Exception as error:  # noqa: BLE001, a compiler or a driver can raise any error
+        return f"a call of Triton's kernels failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+
+
+def disagreement(device):
+    """Compare all operators with PyTorch's on small tensors: a clause that names the first that differs, or None."""
+    for name in OPERATORS:
+        for what, result, expected in importlib.import_module(f"{__package__}.{name}").examples(device):
+            error = ((result - expected).norm() / expected.norm()).item()
+            if not error <= TOLERANCE:          # also where it is NaN
+                return f"{what} of {name} differs from PyTorch's by {error:.0e}"
+    return None

@@ -150,9 +150,10 @@ def add_network(parser):
                      "ordinary (default: inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="activation after each norm; relu requires --norm bn (default: leaky_relu)")
-    net.add_argument("--abn-backend", choices=backend.CHOICES, default="auto",
-                     help="kernels of in-place norms: torch for PyTorch's, package for those of inplace_abn, auto for "
-                     "the package if it can be used on this GPU, else PyTorch's (default: auto)")
+    net.add_argument("--kernels", "--abn-backend", choices=backend.CHOICES, default="auto",
+                     help="kernels of norms and of the ends of residual blocks; triton: few passes over the maps; "
+                     "package: those of inplace_abn for in-place norms; torch: PyTorch's; auto: triton on a GPU where "
+                     "it agrees with PyTorch, else package if it can be used, else torch (default: auto)")
     net.add_argument("--recompute", "--checkpoint", choices=RECOMPUTE, default="none",
                      help="compute activations again in the backward pass to save memory; light: those of the "
                      "expansion in each bottleneck (50 layers and more); full: those of groups of blocks; light and "
@@ -285,8 +286,14 @@ def check(args, devices, classes):
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
                         f"go on, found {existing[-1][1]}")
     Precision(args.amp or "off", devices[0], args.opt_level)
-    if args.norm == "inplace_abn":
-        backend.check(args.abn_backend, amp=args.amp, recompute=args.recompute, shared=len(devices) > 1)
+    backend.check(args.kernels, **kernel_conditions(args, args.amp, args.channels_last, devices, processes=None))
+
+
+def kernel_conditions(args, amp, channels_last, devices, processes):
+    """Arguments of `libs.backend.check`; amp, channels_last: resolved, or None where the flags do not say."""
+    return {"norm": args.norm, "amp": amp, "recompute": args.recompute, "compiled": args.compile,
+            "shared": processes is not None or len(devices) > 1, "channels_last": channels_last,
+            "replicas": args.parallel == "dp" and len(devices) > 1}
 
 
 def parse_and_check(argv=None):
@@ -355,10 +362,15 @@ def resolve(args, root, devices, processes, begin):
     heads = choice.find_model().loss_weights
     loss_weights = args.loss_weights or (
         heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))
+    channels_last = prepare_device(devices[0], args.channels_last, amp)
+    kernels, message = backend.choose(args.kernels, devices[0],
+                                      **kernel_conditions(args, amp, channels_last, devices, processes))
+    if message:
+        logger.info(message)
     values = vars(args) | {
         "amp": amp, "cuda_graph": capture.resolve(args.cuda_graph, devices=devices, parallel=args.parallel,
                                                   accumulate=args.accumulate, amp=amp),
-        "channels_last": prepare_device(devices[0], args.channels_last, amp),
+        "channels_last": channels_last, "kernels": kernels,
         "backbone": network["backbone"], "loss_weights": {head: loss_weights[head] for head in heads},
         "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(
             network.get("backbone_arguments")))}
@@ -381,9 +393,6 @@ def main(argv=None):
     workers, cores = share_cores(devices, args.num_workers)
     logger.info(cores)
     options = resolve(args, root, devices, processes, begin)
-    if args.norm == "inplace_abn":
-        backend.check(args.abn_backend, amp=options.machine.amp, recompute=args.recompute,
-                      shared=processes is not None or len(devices) > 1)
     seeds.seed_generators(args.random_seed)
     if classes is None:
         table = os.path.join(args.snapshot_dir, "classes.csv")
@@ -538,9 +547,7 @@ def make_network(options, config, begin, devices, processes, allow_partial):
     synchronize_norms(network, devices, processes)
     if processes is not None:
         set_group(network, new_group())     # in the default group, norms would wait for gradients on GPUs
-    if config.network["norm"] == "inplace_abn":
-        set_backend(network, options.machine.abn_backend)
-        logger.info(backend.describe(options.machine.abn_backend))
+    set_backend(network, options.machine.kernels)
     resume.check_room(options.results.snapshot_dir, network, options.learning.optimizer, options.learning.ema)
     if begin.weights is not None:
         account = load_weights(network, begin.weights, allow_partial=allow_partial)

@@ -22,6 +22,7 @@ from utils.ops.autocast import without_autocast
 from utils.parallel.replicas import Replicas
 
 from . import backend, functions, kernels, recompute
+from .fused.launch import supports
 from .synchronize import combine, find_norm_peers
 
 HALF = (torch.float16, torch.bfloat16)
@@ -60,6 +61,7 @@ class ABN(nn.Module):
         self.track_running_stats = track_running_stats
         self.activation = activation
         self.activation_param = activation_param
+        self.backend = "auto"       # changed by `set_backend`
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
         tracked = track_running_stats
@@ -95,7 +97,8 @@ class ABN(nn.Module):
         """Normalize and activate x (B, C, ...): same shape, same dtype."""
         training = self._uses_batch_statistics()
         peers = self._find_peers(x) if training else None
-        if training and (recompute.active() or peers is not None) and not self._can_be_compiled(peers):
+        shared = training and (recompute.active() or peers is not None) and not self._can_be_compiled(peers)
+        if shared or self._fuses(x):
             return self._forward_shared(x)
         return self._forward_composed(x, self.weight, peers)
 
@@ -116,7 +119,7 @@ class ABN(nn.Module):
 
     @outside_compiled_code
     def _forward_shared(self, x):
-        """Forward pass with statistics that parts of the batch share, or that recomputation uses again."""
+        """Forward pass by Triton's kernels, or with statistics that are shared or that recomputation uses again."""
         with without_autocast(x):
             return self._normalize(x, self._settings(x))
 
@@ -132,14 +135,67 @@ class ABN(nn.Module):
         """`Processes` or `Replicas` that share the batch with this layer, or None (`libs.synchronize`)."""
         return None
 
-    def _normalize(self, x, settings):
-        """Normalize and activate x by the autograd functions of `libs.functions`."""
+    def _fuses(self, *maps):
+        """Whether Triton's kernels compute with these maps; replicas have PyTorch's."""
+        return self.backend == "triton" and supports(*maps) and not isinstance(self._find_peers(maps[0]), Replicas)
+
+    def fuses_end(self, x, shortcut):
+        """Whether `end_block` can compute the end of a block whose last norm this is."""
+        return self.activation == "identity" and self._fuses(x, shortcut)
+
+    def end_block(self, x, shortcut, taps, activation, param):
+        """Normalize, scale by the channel attention, add the shortcut and activate, by `libs.fused.block_end`.
+
+        Args:
+            x, shortcut: (B, C, H, W), for which `fuses_end` is True.
+            taps: weights (1, 1, k) of the attention's convolution over channels; None without attention.
+            activation, param: as in `ABN`, of the activation after the addition.
+        """
+        from .fused import block_end  # imports Triton
+        settings = functions.Settings(self.eps, activation, param, self._uses_batch_statistics(),
+                                      absolute=isinstance(self, InPlaceABN), keep_input=True)
+        attention = taps is not None
         if settings.training:
-            mean, invstd, count, peers = recompute.compute_once(lambda: self._batch_statistics(x))
+            *statistics, sample_means = recompute.compute_once(lambda: self._fused_statistics(x, by_sample=attention))
         else:
-            dtype = functions.statistics_dtype(x)
-            mean, invstd = self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt()
-            count = peers = None
+            statistics = self._running_statistics(x)
+            sample_means = block_end.sample_means_of(x) if attention else None
+        mean, invstd, count, peers = statistics
+        return block_end.EndBlock.apply(x, shortcut, self.weight, self.bias, taps, mean, invstd, sample_means, count,
+                                        settings, peers)
+
+    @torch.no_grad()
+    def _fused_statistics(self, x, by_sample=False):
+        """Return `_batch_statistics` and, by_sample, the mean of each sample (B, C), else None; by Triton's kernels."""
+        from .fused import norm  # imports Triton
+        peers = self._find_peers(x)
+        if peers is not None and not kernels.supports(x):       # the interpreter, beside collectives of a CPU
+            return *self._batch_statistics(x), norm.statistics(x, self.eps, by_sample=True)[1] if by_sample else None
+        if peers is None:
+            self._check_count(functions.values_per_channel(x), x)
+            packed, sample_means = norm.statistics(x, self.eps, **self._running_arguments(peers), by_sample=by_sample)
+            return *norm.split_statistics(packed), None, sample_means
+        packed, sample_means = norm.statistics(x, self.eps, by_sample=by_sample)
+        mean, invstd, counts = functions.shared_statistics(packed, peers, self.eps, **self._running_arguments(peers))
+        return mean, invstd, counts, peers, sample_means
+
+    def _running_statistics(self, x):
+        """The same as `_batch_statistics`, from the running statistics."""
+        dtype = functions.statistics_dtype(x)
+        return self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt(), None, None
+
+    def _normalize(self, x, settings):
+        """Normalize and activate x by the autograd functions of `libs.functions` or `libs.fused.norm`."""
+        fused = self._fuses(x)
+        if not settings.training:
+            mean, invstd, count, peers = self._running_statistics(x)
+        elif fused:
+            mean, invstd, count, peers, _ = recompute.compute_once(lambda: self._fused_statistics(x))
+        else:
+            mean, invstd, count, peers = recompute.compute_once(lambda: self._batch_statistics(x))
+        if fused:
+            from .fused import norm  # imports Triton
+            return norm.Normalize.apply(x, self.weight, self.bias, mean, invstd, count, settings, peers)
         if not isinstance(peers, Replicas):
             return functions.Normalize.apply(x, self.weight, self.bias, mean, invstd, count, settings, peers)
         kept = x if settings.keep_input else None
@@ -163,7 +219,8 @@ class ABN(nn.Module):
             mean, var = functions.local_statistics(x, **self._running_arguments(peers))
             return mean, (var + self.eps).rsqrt(), local_count, None
         if kernels.supports(x):
-            return *functions.shared_statistics(x, peers, self.eps, **self._running_arguments(peers)), peers
+            packed = functions.packed_statistics(x, self.eps)
+            return *functions.shared_statistics(packed, peers, self.eps, **self._running_arguments(peers)), peers
         count, mean, var = self._gather_statistics(x, local_count, peers)
         self._check_count(count, x)
         if running := self._running_arguments(peers):
@@ -233,7 +290,6 @@ class InPlaceABN(ABN):
         if activation == "relu" or (activation in ("leaky_relu", "elu") and activation_param <= 0):
             raise ValueError("InPlaceABN: expected an activation that has an inverse (identity, leaky_relu or elu with "
                              f"a parameter above zero), found {activation} with {activation_param}")
-        self.backend = "auto"       # changed by `set_backend`
         # Replicas, which `nn.DataParallel` makes anew for each pass, share this object with the layer they copy.
         self._choice = SimpleNamespace(keeps_input=False, passes_left=0)
 
@@ -356,12 +412,14 @@ class ABNSync(_Synchronized, ABN):
 
 
 def set_backend(network, choice):
-    """Choose the kernels of all in-place norms of a network.
+    """Choose the kernels of all norms of a network, and of the ends of its residual blocks.
 
     Args:
         network: nn.Module.
-        choice: `torch`, `package` or `auto`, the default of a norm. `auto` uses the package on a GPU in float16 or
-            float32, if it is installed and statistics are neither shared nor recomputed; otherwise PyTorch.
+        choice: `torch`; `triton`, for channels-last maps on a device where `libs.fused.launch.obstacle` is None,
+            otherwise PyTorch; or for in-place norms `package` or `auto`, the default of a norm. `auto` uses the package
+            on a GPU in float16 or float32, if it is installed and statistics are neither shared nor recomputed;
+            otherwise PyTorch.
 
     Raises:
         ValueError: if there is no such choice.
@@ -373,7 +431,7 @@ def set_backend(network, choice):
         raise RuntimeError("backend package: expected the package inplace_abn (libs/requirements-extensions.txt), "
                            "found that it cannot be imported")
     for module in network.modules():
-        if isinstance(module, InPlaceABN):
+        if isinstance(module, ABN):
             module.backend = choice
 
 

@@ -1,4 +1,4 @@
-"""Choice of the kernels of in-place norms: PyTorch's, or those of the `inplace_abn` package."""
+"""Choice of the kernels of norms: PyTorch's, Triton's (`libs.fused`), or those of the `inplace_abn` package."""
 
 import functools
 import importlib
@@ -7,29 +7,79 @@ import torch
 
 from utils.common.errors import UserError
 
-CHOICES = ("auto", "torch", "package")
+from .fused.launch import obstacle
+
+CHOICES = ("auto", "torch", "triton", "package")
 
 
-def check(choice, *, amp, recompute, shared):
-    """Check whether the package supports a training run, if it is chosen.
+def check(choice, *, norm, amp, recompute, compiled, shared, replicas, channels_last):
+    """Check whether the chosen kernels support a training run.
 
     Args:
-        choice, amp, recompute: values of --abn-backend, --amp and --recompute.
+        choice, norm, amp, recompute, compiled: values of --kernels, --norm, --amp, --recompute and --compile.
         shared: whether several devices share each batch.
+        replicas: whether they are those of one process.
+        channels_last: value of --channels-last; None where it is not known yet.
 
     Raises:
-        UserError: if the package does not support the run, or cannot be imported.
+        UserError: if the kernels do not support the run, or the package cannot be imported.
     """
-    if choice != "package":
+    if choice == "triton":
+        if conflicts := conflicts_with_triton(amp=amp, compiled=compiled, replicas=replicas,
+                                              channels_last=channels_last):
+            raise UserError("--kernels triton: expected --channels-last, no --amp apex, no --compile and no --parallel "
+                            f"dp over several GPUs, found {', '.join(conflicts)}; --kernels torch supports this")
+    if choice != "package" or norm != "inplace_abn":
         return
     if package() is None:
-        raise UserError("--abn-backend package: expected the package inplace_abn (libs/requirements-extensions.txt), "
-                        "found that it cannot be imported")
+        raise UserError("--kernels package: expected the package inplace_abn (libs/requirements-extensions.txt), found "
+                        "that it cannot be imported")
     conflicts = ([f"--amp {amp}"] * (amp == "bf16") + [f"--recompute {recompute}"] * (recompute != "none")
                  + ["several devices"] * shared)
     if conflicts:
-        raise UserError("--abn-backend package: expected --amp off or fp16, no --recompute and one device, found "
-                        f"{', '.join(conflicts)}; --abn-backend torch supports this")
+        raise UserError("--kernels package: expected --amp off or fp16, no --recompute and one device, found "
+                        f"{', '.join(conflicts)}; --kernels torch supports this")
+
+
+def conflicts_with_triton(*, amp, compiled, replicas, channels_last):
+    """Flags with which Triton's kernels are not used; arguments as in `check`. Compiled code has kernels of its own."""
+    return (["--amp apex"] * (amp == "apex") + ["--compile"] * compiled + ["--parallel dp"] * replicas
+            + ["--no-channels-last"] * (channels_last is False))
+
+
+def choose(choice, device, *, norm, amp, recompute, compiled, shared, replicas, channels_last):
+    """Choose the kernels of a training run.
+
+    `auto` is Triton's on a GPU where a small call of each operator, forward and backward, agrees with PyTorch's.
+
+    Args:
+        choice: value of --kernels.
+        device: the first device of this process.
+        others: as in `check`.
+
+    Returns:
+        (choice for `libs.abn.set_backend`, which is never `triton` where Triton's kernels cannot be used; a sentence
+        about it, or None if there is nothing to say).
+
+    Raises:
+        UserError: as in `check`, and if Triton's kernels are chosen and cannot be used on the device.
+    """
+    check(choice, norm=norm, amp=amp, recompute=recompute, compiled=compiled, shared=shared, replicas=replicas,
+          channels_last=channels_last)
+    if choice == "triton" and (reason := obstacle(device)):
+        raise UserError(f"--kernels triton: expected a GPU on which Triton's kernels agree with PyTorch's operators, "
+                        f"found that {reason}; --kernels torch works everywhere")
+    reason = None
+    if choice == "auto" and device.type == "cuda":
+        conflicts = conflicts_with_triton(amp=amp, compiled=compiled, replicas=replicas, channels_last=channels_last)
+        reason = f"{', '.join(conflicts)} cannot be combined with them" if conflicts else obstacle(device)
+        choice = "auto" if reason else "triton"
+    if choice == "triton":
+        return choice, "norms and the ends of residual blocks use Triton's kernels"
+    if norm != "inplace_abn":       # the package has in-place norms only
+        choice = "torch"
+    without = [f"without Triton's kernels, which save memory traffic: {reason}"] * (reason is not None)
+    return choice, "; ".join([describe(choice)] * (norm == "inplace_abn") + without) or None
 
 
 @functools.cache
@@ -42,7 +92,7 @@ def package():
 
 
 def describe(choice):
-    """Describe the kernels that in-place norms use with this choice, in one sentence."""
+    """Describe the kernels that in-place norms use with this choice, other than `triton`, in one sentence."""
     if choice == "torch":
         return "in-place norms use PyTorch's kernels"
     if package() is None:
@@ -66,7 +116,7 @@ def uses_package(choice, x, settings, shared, recomputed):
     Raises:
         RuntimeError: if the choice is `package`, and the package does not support this forward pass.
     """
-    if choice == "torch" or (choice == "auto" and not x.is_cuda):
+    if choice in ("torch", "triton") or (choice == "auto" and not x.is_cuda):
         return False
     supported = (x.dtype != torch.bfloat16 and not shared and not recomputed and not settings.keep_input
                  and (x.is_cuda or x.dtype != torch.float16))

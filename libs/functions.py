@@ -53,11 +53,18 @@ def local_statistics(x, running_mean=None, running_var=None, momentum=0.0):
         return updated if x.is_meta else torch.ops.aten.batch_norm_update_stats(x, *updated, momentum)
 
 
-def shared_statistics(x, peers, eps, running_mean=None, running_var=None, momentum=0.0):
+def packed_statistics(x, eps):
+    """Compute mean, 1 / sqrt(var + eps) and number of values per channel of x (B, C, ...), one vector (2 · C + 1,)."""
+    mean, invstd = kernels.statistics(x, eps)
+    count = mean.new_full((1,), values_per_channel(x))      # a tensor made from a list would make the host wait
+    return torch.cat([mean, invstd, count])
+
+
+def shared_statistics(packed, peers, eps, running_mean=None, running_var=None, momentum=0.0):
     """Compute the statistics of a batch whose parts are on several GPUs.
 
     Args:
-        x: (B, C, ...), this part of the batch.
+        packed: `packed_statistics` of this part of the batch.
         peers: `Processes` or `Replicas` that share the batch.
         eps: added to the variance.
         running_mean, running_var, momentum: running statistics (C,) to update, or None, and the weight of this batch.
@@ -66,12 +73,10 @@ def shared_statistics(x, peers, eps, running_mean=None, running_var=None, moment
         (mean (C,), 1 / sqrt(var + eps) (C,), counts (P,)): the statistics of the batch, and the number of values per
         channel in each of its P parts.
     """
-    mean, invstd = kernels.statistics(x, eps)
-    count = mean.new_full((1,), values_per_channel(x))      # a tensor made from a list would make the host wait
-    parts = torch.stack(peers.gather(torch.cat([mean, invstd, count])))                             # (P, 2C + 1)
-    means, invstds, counts = parts.split([len(mean), len(mean), 1], dim=1)
+    parts, channels = torch.stack(peers.gather(packed)), len(packed) // 2                           # (P, 2C + 1)
+    means, invstds, counts = parts.split([channels, channels, 1], dim=1)
     counts = counts.flatten()
-    with running_in_dtype((running_mean, running_var), mean.dtype) as (running_mean, running_var):
+    with running_in_dtype((running_mean, running_var), packed.dtype) as (running_mean, running_var):
         mean, invstd = kernels.combined_statistics(means, invstds, counts, running_mean=running_mean,
                                                    running_var=running_var, momentum=momentum, eps=eps)
     return mean, invstd, counts

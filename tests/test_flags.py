@@ -33,6 +33,7 @@ TRAIN = {
     "clip-gradient": "1", "compile": "", "cuda-graph": "on", "data-dir": "elsewhere", "data-list": "train.lst",
     "downsample": "average", "eca-kernels": "3,3,3,3", "ema": "0.9", "freeze": "stem", "gpu": "7",
     "head-lr-factor": "10", "images-dir": "i", "input-size": "49,49", "jitter": "0.1,0.1,0.1,0.1", "keep": "3",
+    "kernels": "torch",
     "labels-dir": "l", "learning-rate": "0.1",
     "log-every": "3", "loss-weights": "fine=1,coarse=1,aux=1", "model": "acfnet", "momentum": "0.5",
     "no-channels-last": (["--channels-last"], ""), "norm": "bn", "normalization": "bgr", "num-classes": "5",

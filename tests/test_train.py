@@ -310,7 +310,7 @@ def test_quick_validation_of_a_list_needs_another_list(streets, tmp_path):
 @pytest.mark.parametrize("words", [("--amp", "bf16"), ("--amp", "off", "--recompute", "full")])
 def test_norms_of_the_package_are_refused_before_anything_is_written(streets, tmp_path, monkeypatch, words):
     monkeypatch.setattr(backend, "package", lambda: print)
-    with pytest.raises(UserError, match=f"--abn-backend package: expected --amp off .*, found {' '.join(words[-2:])};"):
+    with pytest.raises(UserError, match=f"--kernels package: expected --amp off .*, found {' '.join(words[-2:])};"):
         run(streets, tmp_path / "s", "--abn-backend", "package", *words)
     assert not (tmp_path / "s").exists()
 

@@ -18,7 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from . import norm
 from .launch import launch
-from .norm import activate, gradient_at_output, load_count, load_gamma, load_map, load_vector, store_sums, tile_of, total
+from .norm import (
+    activate,
+    gradient_at_output,
+    load_count,
+    load_gamma,
+    load_map,
+    load_vector,
+    store_sums,
+    tile_of,
+    total,
+)
 
 ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity")         # whose derivative follows from their output
 

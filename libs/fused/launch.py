@@ -14,6 +14,8 @@ OPERATORS = ("norm", "block_end")
 # are about 1e-6. The kernels use no TF32.
 TOLERANCE = 1e-4
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def launch(kernel, grid, *arguments, **constants):
     """Launch a Triton kernel on the device of its first argument. All launches of this project pass through here.
@@ -30,6 +32,15 @@ def launch(kernel, grid, *arguments, **constants):
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)
+
+
+def supports(*maps):
+    """Whether the kernels can compute with maps: channels-last, of one shape and dtype, on a device that runs them."""
+    first = maps[0]
+    runs = first.is_cuda or (first.device.type == "cpu" and interpreted())
+    return runs and not torch.compiler.is_compiling() and first.dtype in DTYPES and first.numel() > 0 and all(
+        x.ndim == 4 and x.dtype == first.dtype and x.shape == first.shape
+        and x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 
 def interpreted():

@@ -318,7 +318,8 @@ def split_rows(rows, channels, sizes, samples=1):
 
 def vector_sizes(parts):
     """Constants PARTS, CHANNELS and `num_warps` of a kernel that merges so many parts."""
-    return {"PARTS": min(64, triton.next_power_of_2(parts)), "CHANNELS": 16, "num_warps": WARPS}
+    lanes = min(64, triton.next_power_of_2(parts))
+    return {"PARTS": lanes, "CHANNELS": min(128, 1024 // lanes), "num_warps": WARPS}
 
 
 def statistics(x, eps, running_mean=None, running_var=None, momentum=0.0, by_sample=False):

@@ -8,6 +8,7 @@ Submodules have the names of torchvision, so that its files load without renamin
 import torch
 from torch import nn
 
+from libs.abn import ABN
 from libs.recompute import checkpoint
 
 RECOMPUTE = ("none", "light", "full")
@@ -22,10 +23,17 @@ def conv1x1(in_channels, out_channels, stride=1):
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
+def activation_of(module):
+    """Name and parameter, as in `libs.abn.ABN`, of the activation that a module computes; None for another module."""
+    if isinstance(module, nn.LeakyReLU):
+        return "leaky_relu", module.negative_slope
+    return ("relu", 0.0) if isinstance(module, nn.ReLU) else None
+
+
 class Block(nn.Module):
     """Base class of the residual blocks: the sum of a branch and a shortcut.
 
-    Subclasses define the branch by `reduce` (all but its last convolution) and `expand` (the last convolution and its
+    Subclasses define the branch by `reduce` (all but its last convolution) and `last` (the last convolution and its
     norm).
 
     Args:
@@ -52,7 +60,12 @@ class Block(nn.Module):
 
     def join(self, x, shortcut):
         """Apply the last convolution with its norm, the attention, the addition and the activation."""
-        x = self.expand(x)
+        convolution, norm = self.last()
+        x = convolution(x)
+        activation = activation_of(self.activation)
+        if activation is not None and isinstance(norm, ABN) and norm.fuses_end(x, shortcut):
+            return norm.end_block(x, shortcut, None if self.eca is None else self.eca.conv.weight, *activation)
+        x = norm(x)
         # Autograd saves nothing for the addition. For the in-place activation it saves the output, which the next
         # block's convolution saves anyway.
         return self.activation(x + shortcut if self.eca is None else self.eca(x, shortcut))
@@ -82,8 +95,8 @@ class BasicBlock(Block):
     def reduce(self, x):
         return self.bn1(self.conv1(x))
 
-    def expand(self, x):
-        return self.bn2(self.conv2(x))
+    def last(self):
+        return self.conv2, self.bn2
 
 
 class Bottleneck(Block):
@@ -107,8 +120,8 @@ class Bottleneck(Block):
     def reduce(self, x):
         return self.bn2(self.conv2(self.bn1(self.conv1(x))))
 
-    def expand(self, x):
-        return self.bn3(self.conv3(x))
+    def last(self):
+        return self.conv3, self.bn3
 
 
 class ResNet(nn.Module):

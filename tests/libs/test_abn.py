@@ -129,7 +129,7 @@ def test_a_missing_package_is_said(monkeypatch):
     assert "optional package inplace_abn is not installed" in backend.describe("auto")
     with pytest.raises(RuntimeError, match="expected the package inplace_abn .* found that it cannot be imported"):
         set_backend(InPlaceABN(3), "package")
-    with pytest.raises(ValueError, match="expected one of auto, torch, package"):
+    with pytest.raises(ValueError, match="expected one of auto, torch, triton, package"):
         set_backend(InPlaceABN(3), "other")
 
 

@@ -62,18 +62,18 @@ class MachineOptions:
     """How a run computes. Fields are named like the flags.
 
     Attributes:
-        abn_backend: one of `libs.backend.CHOICES`.
         amp: mixed precision, one of `utils.devices.precision.CHOICES`.
         cuda_graph: `off`, `auto` or `on`, as in `utils.devices.capture`.
         channels_last: whether feature maps are in channels-last memory format.
+        kernels: one of `libs.backend.CHOICES`, as `libs.backend.choose` returns it.
     """
 
-    abn_backend: str
     amp: str
     opt_level: str
     channels_last: bool
     compile: bool
     cuda_graph: str
+    kernels: str
     recompute: str
 
     @property

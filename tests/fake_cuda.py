@@ -7,6 +7,7 @@ this kind, so the backward pass walks the graph here.
 
 import collections
 import contextlib
+import math
 import threading
 import traceback
 from pathlib import Path
@@ -90,17 +91,29 @@ class FakeDevice(TorchDispatchMode):
         maps: {(dtype, layout) of the maps that norms were given: how many}; not of maps of one pixel.
         launches: {name of an operator that computes on the device: how often}. Some start several kernels.
         mixed: names of operators that were given maps of both layouts, which a GPU reads slowly.
+        bytes: what these operators read and write, if each reads and writes its tensors once.
         mode: the `FakeTensorMode` it was entered in.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.mixed = [], []
+        self.waits, self.mixed, self.bytes = [], [], 0
         self.called, self.maps, self.launches = (collections.Counter() for _ in range(3))
 
     def clear(self):
         for record in (self.waits, self.mixed, self.called, self.maps, self.launches):
             record.clear()
+        self.bytes = 0
+
+    def start(self, kernel, grid, arguments, constants):
+        """Stands in for `libs.fused.launch.start`."""
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        need(all(tensor.is_cuda for tensor in tensors), "expected tensors on the GPU")
+        maps = [tensor for tensor in tensors if tensor.ndim == 4 and tensor.dtype != torch.float32]
+        need(all(x.is_contiguous(memory_format=torch.channels_last) for x in maps), "expected channels-last maps")
+        need(1 <= len(grid) <= 3 and max(grid[1:], default=1) < 1 << 16, f"found the grid {grid}")
+        self.launches[kernel.fn.__name__] += 1
+        self.bytes += sum(map(size_in_memory, tensors))
 
     def wait(self, what):
         self.waits.append(f"{what} {place()}")
@@ -115,12 +128,20 @@ class FakeDevice(TorchDispatchMode):
                 return actual
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if on_gpu and function.namespace == "aten" and not function.is_view and name not in NO_KERNEL:
+        computes = on_gpu and function.namespace == "aten" and not function.is_view and name not in NO_KERNEL
+        if computes:
             self.launches[name] += 1
             if len({layout_of(tensor) for tensor in tensors if tensor.ndim == 4 and min(tensor.shape[1:]) > 1}) > 1:
                 self.mixed.append(name)
         mixed = on_gpu and any(tensor.is_cpu and tensor.ndim for tensor in tensors)
         assert not mixed or "copy" in name, f"{function} of tensors on both devices, {place()}"
+        result = self.compute(function, name, on_gpu, args, kwargs)
+        if computes:
+            self.bytes += bytes_moved(name, args, result)
+        return result
+
+    def compute(self, function, name, on_gpu, args, kwargs):
+        """The result of an operator, and notes about whether the host waits for it."""
         if function is aten._local_scalar_dense.default:
             return self.read(args[0])
         if function is aten._to_copy.default and kwargs.get("device") is not None:
@@ -234,6 +255,24 @@ def layout_of(*tensors):
     return torch.channels_last if last else torch.contiguous_format
 
 
+def bytes_moved(name, args, result):
+    """What an operator reads and writes, if it reads each argument and writes each result once.
+
+    The gradients of input and filters of a convolution are computed one after the other.
+    """
+    source = args[1] if name in ("copy_", "_foreach_copy_") else () if name in ("fill_", "zero_") else args
+    target = args[0] if name.startswith("_foreach") and name.endswith("_") else result
+    again = args[0] if name == "convolution_backward" and result[0] is not None else ()
+    return sum(size_in_memory(leaf) for leaf in tree_leaves((source, target, again))
+               if isinstance(leaf, torch.Tensor) and leaf.is_cuda)
+
+
+def size_in_memory(tensor):
+    """Bytes of the distinct values of a tensor, which may be expanded."""
+    sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return tensor.element_size() * math.prod(sides)
+
+
 def need(holds, words):
     assert holds, f"{words}, {place()}"
 
@@ -278,6 +317,7 @@ def fake_gpu(monkeypatch):
                         "get_rng_state": torch.zeros(16, dtype=torch.uint8)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))
+    monkeypatch.setattr("libs.fused.launch.start", device.start)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     only_lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)

@@ -12,12 +12,14 @@ Maps are channels-last matrices as in `libs.fused.norm`, of which a sample has `
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ..functions import Settings
 from . import norm
-from .launch import launch
+from .launch import launch, random_map
 from .norm import (
     activate,
     gradient_at_output,
@@ -29,9 +31,6 @@ from .norm import (
     tile_of,
     total,
 )
-
-ACTIVATIONS = ("leaky_relu", "relu", "elu", "identity")         # whose derivative follows from their output
-
 
 # --- Vectors of the channel attention ---
 
@@ -299,3 +298,29 @@ class EndBlock(torch.autograd.Function):
                ABSOLUTE=absolute, ATTENTION=attention, ACTIVATION=settings.activation,
                PEERS=triton.next_power_of_2(len(counts)), **sizes)
         return dx, d_shortcut, *parameter_gradients, d_taps, *[None] * 6
+
+
+def examples(device):
+    """Results of the end of a block in training, forward and backward, beside those of PyTorch's operators.
+
+    Arguments and result as in `libs.fused.norm.examples`.
+    """
+    x, shortcut, gradient = (random_map(2, 24, 9, 7, seed=seed, device=device) for seed in range(3))
+    results = []
+    for fused in (True, False):
+        leaves = [values.clone().requires_grad_() for values in (
+            x, shortcut, torch.linspace(0.5, 1.5, 24, device=device), torch.linspace(-0.5, 0.5, 24, device=device),
+            torch.tensor([[[0.5, -1.0, 0.75]]], device=device))]
+        if fused:
+            packed, sample_means = norm.statistics(x, 1e-5, by_sample=True)
+            mean, invstd, count = norm.split_statistics(packed)
+            settings = Settings(1e-5, "leaky_relu", 0.1, training=True, absolute=False, keep_input=True)
+            output = EndBlock.apply(*leaves, mean, invstd, sample_means, count, settings, None)
+        else:
+            z = F.batch_norm(leaves[0], None, None, *leaves[2:4], True, eps=1e-5)
+            omega = torch.sigmoid(F.conv1d(z.mean((2, 3))[:, None], leaves[4], padding=1))[:, 0, :, None, None]
+            output = F.leaky_relu(z * omega + leaves[1], 0.1)
+        output.backward(gradient)
+        results.append((output.detach(), *(leaf.grad for leaf in leaves)))
+    names = "the output", "dL/dx", "dL/dshortcut", "dL/dweight", "dL/dbias", "the attention's gradient"
+    return dict(zip(names, zip(*results, strict=True), strict=True))

@@ -7,8 +7,8 @@ import os
 
 import torch
 
-# Modules of this package. Each has `examples(device)`, which calls its operators forward and backward on small tensors
-# and yields (name, result, result of PyTorch's operators).
+# Modules of this package. Each has `examples(device)`, which calls its operator forward and backward on small tensors
+# and returns {name: (result, result of PyTorch's operators)}.
 OPERATORS = ("norm", "block_end")
 # Largest |result - expected| / |expected|, Euclidean norms. Results are those of float32 inputs, whose rounding errors
 # are about 1e-6. The kernels use no TF32.
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def launch(kernel, grid, *arguments, **constants):
-    """Launch a Triton kernel on the device of its first argument. All launches of this project pass through here.
+    """Launch a Triton kernel on the device of its first argument.
 
     Args:
         kernel: function decorated with `triton.jit`.
@@ -29,9 +29,14 @@ def launch(kernel, grid, *arguments, **constants):
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
+            start(kernel, grid, arguments, constants)
     else:
-        kernel[grid](*arguments, **constants)
+        start(kernel, grid, arguments, constants)
+
+
+def start(kernel, grid, arguments, constants):
+    """Start a kernel. All kernels of this project are started here, so that tests can count them or compile them."""
+    kernel[grid](*arguments, **constants)
 
 
 def supports(*maps):
@@ -72,10 +77,16 @@ def obstacle(device):
         return f"a call of Triton's kernels failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
 
 
+def random_map(*shape, seed, device):
+    """A channels-last map (B, C, H, W) of normally distributed values; leaves the global random generators alone."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(device, memory_format=torch.channels_last)
+
+
 def disagreement(device):
     """Compare all operators with PyTorch's on small tensors: a clause that names the first that differs, or None."""
     for name in OPERATORS:
-        for what, result, expected in importlib.import_module(f"{__package__}.{name}").examples(device):
+        for what, (result, expected) in importlib.import_module(f"{__package__}.{name}").examples(device).items():
             error = ((result - expected).norm() / expected.norm()).item()
             if not error <= TOLERANCE:          # also where it is NaN
                 return f"{what} of {name} differs from PyTorch's by {error:.0e}"

@@ -9,11 +9,13 @@ it, of ROWS pixels and CHANNELS channels. Kernels compute in float32.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import launch
+from ..functions import Settings
+from .launch import launch, random_map
 
 PROGRAMS = 1024         # of a kernel that reduces a map: several for each multiprocessor of an A100, H100 or H200
 MOST_PARTS = 512        # into which such a kernel splits the rows of a sample
@@ -438,3 +440,31 @@ class Normalize(torch.autograd.Function):
                KEPT=settings.keep_input, ABSOLUTE=absolute, ACTIVATION=settings.activation,
                PEERS=triton.next_power_of_2(len(counts)), **sizes)
         return dx, d_weight, d_bias, None, None, None, None, None
+
+
+def examples(device):
+    """Results of the layer in training, forward and backward, beside those of PyTorch's operators.
+
+    Args:
+        device: torch.device.
+
+    Returns:
+        {name: (result, expected)}.
+    """
+    x, dy = (random_map(2, 24, 9, 7, seed=seed, device=device) for seed in range(2))
+    results = []
+    for fused in (True, False):
+        z = x.clone().requires_grad_()
+        weight = torch.linspace(-1.5, 1.5, 24, device=device, requires_grad=True)
+        bias, mean, var = (torch.linspace(-0.5, stop, 24, device=device) for stop in (0.5, 1.0, 1.5))
+        bias.requires_grad_()
+        if fused:
+            packed, _ = statistics(x, 1e-5, mean, var, 0.1)
+            settings = Settings(1e-5, "leaky_relu", 0.1, training=True, absolute=True, keep_input=False)
+            y = Normalize.apply(z.clone(), weight, bias, *split_statistics(packed), settings, None)
+        else:
+            y = F.leaky_relu(F.batch_norm(z, mean, var, weight.abs() + 1e-5, bias, True, 0.1, 1e-5), 0.1)
+        y.backward(dy)
+        results.append((y.detach(), z.grad, weight.grad, bias.grad, mean, var))
+    names = "the output", "dL/dx", "dL/dweight", "dL/dbias", "the running mean", "the running variance"
+    return dict(zip(names, zip(*results, strict=True), strict=True))

@@ -24,6 +24,8 @@ with contextlib.suppress(ImportError):
 
 # FFmpeg reads it when this process opens its first video, which a test may do before the product.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# Triton's kernels run on the CPU if this is set before Triton is imported, by whichever test or compiler comes first.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 show_messages()     # as scripts do: many tests read what is said
 
 # Started by nohup, this process hands down that SIGHUP is ignored, and the runs that tests hang up would go on.

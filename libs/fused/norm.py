@@ -19,7 +19,8 @@ from .launch import launch, random_map
 
 PROGRAMS = 1024         # of a kernel that reduces a map: several for each multiprocessor of an A100, H100 or H200
 MOST_PARTS = 512        # into which such a kernel splits the rows of a sample
-TILE = 4096             # values of a tile; 2048 of a kernel that keeps sums beside the maps
+TILE = 4096             # values of a tile; half as many of a kernel with sums or several maps
+WIDTH = 128             # channels of a tile, at most
 WARPS = 4
 
 
@@ -47,8 +48,8 @@ def load_vector(vector, channel, channels):
 
 @triton.jit
 def load_gamma(weight, channel, channels, eps, ABSOLUTE: tl.constexpr):
-    """γ (1, CHANNELS) of some channels."""
-    gamma = load_vector(weight, channel, channels)
+    """γ (1, CHANNELS) of some channels, not zero outside, where x̂ is divided by it too."""
+    gamma = tl.load(weight + channel, mask=channel < channels, other=1.0).to(tl.float32)[None, :]
     if ABSOLUTE:
         gamma = tl.abs(gamma) + eps
     return gamma
@@ -62,7 +63,7 @@ def activate(z, param, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         z = tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == "elu":
-        z = tl.where(z > 0, z, param * (tl.exp(tl.minimum(z, 0.0)) - 1))
+        z = tl.where(z > 0, z, param * (tl.exp(tl.where(z > 0, 0.0, z)) - 1))
     return z
 
 
@@ -297,8 +298,8 @@ def elements_kernel(saved, dy, dx, mean, invstd, weight, bias, sums, counts, row
 
 def tile_sizes(channels, values=TILE):
     """Constants ROWS, CHANNELS and `num_warps` of a kernel whose tiles have so many values."""
-    width = min(128, max(16, triton.next_power_of_2(channels)))
-    return {"ROWS": values // width, "CHANNELS": width, "num_warps": WARPS}
+    width = min(WIDTH, max(16, triton.next_power_of_2(channels)))
+    return {"ROWS": max(1, values // width), "CHANNELS": width, "num_warps": WARPS}
 
 
 def blocks_of(channels, sizes):
@@ -321,7 +322,7 @@ def split_rows(rows, channels, sizes, samples=1):
 def vector_sizes(parts):
     """Constants PARTS, CHANNELS and `num_warps` of a kernel that merges so many parts."""
     lanes = min(64, triton.next_power_of_2(parts))
-    return {"PARTS": lanes, "CHANNELS": min(128, 1024 // lanes), "num_warps": WARPS}
+    return {"PARTS": lanes, "CHANNELS": min(WIDTH, max(16, TILE // 4 // lanes)), "num_warps": WARPS}
 
 
 def statistics(x, eps, running_mean=None, running_var=None, momentum=0.0, by_sample=False):

@@ -53,6 +53,11 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def find_triton():
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 @functools.cache
 def obstacle(device):
     """Return why the kernels cannot be used on a device, as a clause; None if they can.
@@ -67,7 +72,7 @@ def obstacle(device):
         return "there is no GPU of CUDA"
     if device.type == "cuda" and interpreted():
         return "TRITON_INTERPRET=1 runs Triton's kernels on the CPU"
-    if importlib.util.find_spec("triton") is None:
+    if not find_triton():
         return "Triton is not installed"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"

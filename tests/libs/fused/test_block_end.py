@@ -15,7 +15,6 @@ from networks.backbones.eca import ECA
 from networks.backbones.names import ACTIVATIONS
 from networks.backbones.resnet import BasicBlock, Bottleneck, activation_of
 from networks.build import build_network
-from tests.benchmarks.memory import kept_bytes
 
 from .test_norm import assert_near, random_map
 
@@ -82,8 +81,9 @@ def test_blocks(kind, norm, activation, kernel, training, in_channels, launches,
     assert launches["normalize_kernel"] == sum(isinstance(module, ABN) for module in block.modules()) - 1
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-3)])
-@pytest.mark.parametrize("activation, param, taps", [("leaky_relu", 0.1, 9), ("elu", 0.7, 3), ("identity", 1.0, None)])
+@pytest.mark.parametrize("activation, param, taps, dtype, tolerance", [
+    ("leaky_relu", 0.1, 9, torch.float32, 2e-6), ("elu", 0.7, 3, torch.float32, 2e-6),
+    ("identity", 1.0, None, torch.float32, 2e-6), ("leaky_relu", 0.1, 3, torch.float16, 1e-3)])
 def test_one_end(activation, param, taps, dtype, tolerance, launches, monkeypatch):
     """In many tiles. The other activations, float16 and channels that need neighbors of another tile."""
     from libs.fused import norm as kernels
@@ -119,15 +119,18 @@ def test_one_end(activation, param, taps, dtype, tolerance, launches, monkeypatc
 
 @pytest.mark.parametrize("norm", [InPlaceABN, ABN])
 def test_no_more_is_kept(norm, launches, large_tiles):
-    """Of in-place norms the same four maps, of others four instead of five. Vectors are small beside them."""
-    block = nn.ModuleDict({"layer": make_block(BasicBlock, norm, "leaky_relu", 3, 4, 4)})
-    block.forward = lambda x: {"output": block["layer"](x * 1)}
-    x, kept = random_map((2, 4, 33, 31)), {}
+    """Of in-place norms the same maps, of others one less of six. Vectors are small beside them."""
+    block, kept = make_block(BasicBlock, norm, "leaky_relu", 3, 4, 4), {}
     for choice in ("torch", "triton"):
         set_backend(block, choice)
-        kept[choice] = sum(kept_bytes(block, x)[0].values())
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, storages=storages: storages.update({tensor.untyped_storage().data_ptr(): tensor}),
+                lambda nothing: nothing):
+            block(random_map((2, 4, 33, 31)).requires_grad_() * 1)
+        kept[choice] = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
     assert launches["end_block_kernel"] == 1
-    assert kept["triton"] <= kept["torch"] * (1.02 if norm is InPlaceABN else 0.81), kept
+    assert kept["triton"] <= kept["torch"] * (1.02 if norm is InPlaceABN else 0.84), kept
 
 
 def test_recomputation(launches):

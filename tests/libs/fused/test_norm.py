@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, set_backend
 from utils.parallel.processes import Processes
+from utils.parallel.replicas import ReplicaGroup, Replicas
 
 ACTIVATIONS = {"leaky_relu": lambda z: F.leaky_relu(z, 0.1), "relu": F.relu, "elu": lambda z: F.elu(z, 0.7),
                "identity": lambda z: z}
@@ -174,6 +175,13 @@ def test_other_maps_are_left_to_pytorch(launches):
     for x in (torch.randn(2, 6, 5, 4), random_map((2, 6, 5, 4)).double(), torch.randn(9, 6)):
         assert norm.to(x.dtype)(x).shape == x.shape
     assert not launches
+
+
+def test_replicas_are_left_to_pytorch(launches, monkeypatch):
+    norm, x = make_norm(InPlaceABNSync, 6), random_map((2, 6, 5, 4))
+    assert norm._fuses(x)
+    monkeypatch.setattr("libs.synchronize.find_peers", lambda group=None: Replicas(ReplicaGroup(2), 0))
+    assert not norm._fuses(x)
 
 
 def test_a_single_value_per_channel_is_refused(launches):

@@ -53,7 +53,8 @@ class Copy(nn.Module):
 def compare(device, kind, dtype, layout, activation, training, parts, shape=(8, 32, 33, 31)):
     """Raise AssertionError where a norm is further from float64 than its dtype explains.
 
-    parts: "alone", "process" (a torch.distributed group of one), "replicas" (two threads on the device) or "package".
+    parts: "alone", "process" (a torch.distributed group of one), "replicas" (two threads on the device), "package", or
+    "triton" and "process, triton", which compute channels-last maps by Triton's kernels.
     Returns the largest distance.
     """
     torch.manual_seed(0)
@@ -61,8 +62,8 @@ def compare(device, kind, dtype, layout, activation, training, parts, shape=(8, 
              for offset in (1, 0))
     norm = make_norm(kind, shape[1], activation, device).train(training)
     expected = in_float64(norm, x, dy, activation, training)
-    set_backend(norm, "package" if parts == "package" else "torch")
-    if parts == "process":
+    set_backend(norm, next((choice for choice in ("package", "triton") if choice in parts), "torch"))
+    if "process" in parts:
         norm._find_peers = lambda x: Processes()
     x.requires_grad_()
     module = nn.Sequential(Copy(), norm)

@@ -261,7 +261,8 @@ def bytes_moved(name, args, result):
     The gradients of input and filters of a convolution are computed one after the other.
     """
     source = args[1] if name in ("copy_", "_foreach_copy_") else () if name in ("fill_", "zero_") else args
-    target = args[0] if name.startswith("_foreach") and name.endswith("_") else result
+    target = args[::2] if name == "_fused_sgd_" else args[0] if name.startswith("_foreach") and name.endswith(
+        "_") else result
     again = args[0] if name == "convolution_backward" and result[0] is not None else ()
     return sum(size_in_memory(leaf) for leaf in tree_leaves((source, target, again))
                if isinstance(leaf, torch.Tensor) and leaf.is_cuda)

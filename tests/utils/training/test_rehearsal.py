@@ -174,10 +174,11 @@ def test_the_end_of_a_block_by_triton_moves_few_maps(gpu, kernel, launches, trit
 
 @pytest.mark.parametrize("shared, most", [(False, 2000), (True, 2600)])
 def test_a_whole_step_by_triton(gpu, shared, most, triton_kernels, monkeypatch):
-    """8 crops of 769×769 in bf16: few operations, and 198 GB instead of 278.
+    """8 crops of 769×769 in bf16: 1,560 operations alone instead of 3,300, and 196 GB instead of 276.
 
-    Fake weights are updated one by one, by five operations each in the first step, which `_foreach_` operators do for
-    all on a GPU. In one of 256 steps five operations of each norm decide whether it keeps its input.
+    Not counted: norms of gradients, which are one operation for all on a GPU; copies of gradients, which autograd's
+    engine takes as they are; and five operations of each norm that decide in one of 256 steps whether it keeps its
+    input.
     """
     if shared:
         for module in ("libs.synchronize", "loss.ohem"):
@@ -185,8 +186,9 @@ def test_a_whole_step_by_triton(gpu, shared, most, triton_kernels, monkeypatch):
     network = take_steps(gpu, kernels="triton", backbone="eca_resnet101", batch={"size": 769, "images": 8}, steps=1,
                          processes=FourAlike() if shared else None)
     norms = sum(hasattr(module, "running_var") for module in network.modules())
-    assert sum(gpu.launches.values()) - 5 * len(list(network.parameters())) - 5 * norms <= most
-    assert gpu.bytes <= 199e9
+    apart = gpu.launches["linalg_vector_norm"] + len(list(network.parameters())) + 5 * norms
+    assert sum(gpu.launches.values()) - apart <= most
+    assert gpu.bytes <= 197e9
 
 
 @pytest.mark.parametrize("backbone", ["eca_resnet18", "eca_resnet50"])

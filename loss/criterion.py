@@ -6,6 +6,7 @@ from utils.ops.upsampling import upsample
 
 from .cross_entropy import CrossEntropy
 from .ohem import BatchOhemCrossEntropy
+from .upsampled import find_operators
 
 WEIGHTS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}      # of ACFNet, as in the paper
 
@@ -13,7 +14,8 @@ WEIGHTS = {"fine": 0.7, "coarse": 0.6, "aux": 0.4}      # of ACFNet, as in the p
 class SegmentationCriterion(nn.Module):
     """Losses of a network's outputs by name, computed at the size of the labels.
 
-    To add another kind of loss, write a class with the methods of `CrossEntropy`, and use it in `__init__`.
+    To add another kind of loss, write a class with the methods of `CrossEntropy`, and use it in `__init__`. Without a
+    method `upsampled_sums` it is computed from logits that are upsampled to the size of the labels.
 
     Args:
         weights: {name of an output: weight of its loss}; None for those of ACFNet. Other outputs are not used.
@@ -22,11 +24,14 @@ class SegmentationCriterion(nn.Module):
         ohem_thres: pixels whose true class has at most this probability always count.
         ohem_keep: minimum number of pixels that count, per two images of the batch.
         class_weights: (N,), as in `CrossEntropy`.
+        kernels: "torch" or "triton": operators of losses that need no upsampled logits. Where they do not support the
+            logits, these are upsampled by PyTorch's operators.
     """
 
     def __init__(self, weights=None, ignore_index=255, *, ohem=False, ohem_thres=0.7, ohem_keep=100000,
-                 class_weights=None):
+                 class_weights=None, kernels="torch"):
         super().__init__()
+        self.kernels = kernels
         self.weights = dict(weights or WEIGHTS)
         self.terms = nn.ModuleDict({
             name: BatchOhemCrossEntropy(ohem_thres, ohem_keep, ignore_index, class_weights)
@@ -42,8 +47,15 @@ class SegmentationCriterion(nn.Module):
         Returns:
             {name: (K,)}, as from `CrossEntropy.sums`. Added up over devices, they are the sums of the batch.
         """
-        return {name: term.sums(upsample(outputs[name], labels.shape[-2:]), labels)
+        return {name: self._term_sums(term, outputs[name], labels)
                 for name, term in self.terms.items() if name in outputs}
+
+    def _term_sums(self, term, logits, labels):
+        size = labels.shape[-2:]
+        operators = find_operators(self.kernels, logits, size) if hasattr(term, "upsampled_sums") else None
+        if operators is None:
+            return term.sums(upsample(logits, size), labels)
+        return term.upsampled_sums(logits, labels, operators)
 
     def divisors(self, labels):
         """Divisors of the terms for labels (B, H, W): {name: scalar or None}, as from `CrossEntropy.divisor`."""

@@ -6,6 +6,8 @@ from torch import nn
 
 from utils.ops.autocast import at_least_float32
 
+from .upsampled import UpsampledCrossEntropy
+
 
 class CrossEntropy(nn.Module):
     """Mean cross-entropy over the labeled pixels of a batch.
@@ -18,7 +20,12 @@ class CrossEntropy(nn.Module):
         ignore_index: label of pixels that do not count.
         class_weights: (N,) weight of the pixels of each class, in both the sum and the divisor of the mean, as in
             `torch.nn.CrossEntropyLoss`; None for 1.
+
+    Attributes:
+        selects: whether `select` depends on the losses.
     """
+
+    selects = False
 
     def __init__(self, ignore_index=255, class_weights=None):
         super().__init__()
@@ -59,6 +66,20 @@ class CrossEntropy(nn.Module):
             losses = losses * weights.where(counted, 1)
         # torch.where instead of a product with the mask, because 0 · inf is nan.
         return torch.stack([torch.where(counted, losses, 0).sum(), weights.sum().to(losses.dtype)])
+
+    def upsampled_sums(self, logits, labels, operators):
+        """As `sums` of logits (B, N, h, w) upsampled to the size of the labels, but without their map of that size.
+
+        Args:
+            logits, labels: as in `sums`, but for the size of the logits.
+            operators: from `find_operators`.
+        """
+        counted = None
+        if self.selects:
+            losses = operators.pixel_losses(logits, labels, self.ignore_index)
+            valid = labels.long() != self.ignore_index
+            counted = self.select(losses.flatten(), valid.flatten(), len(labels)).view_as(labels)
+        return UpsampledCrossEntropy.apply(logits, operators, labels, self.ignore_index, self.class_weights, counted)
 
     def divisor(self, labels):
         """Divisor of the mean for labels (B, H, W), as a scalar; None if it also depends on the logits."""

@@ -56,6 +56,8 @@ class OhemCrossEntropy(CrossEntropy):
         class_weights: as in `CrossEntropy`. They do not influence which pixels are the hardest.
     """
 
+    selects = True
+
     def __init__(self, thres=0.7, min_kept=100000, ignore_index=255, class_weights=None):
         super().__init__(ignore_index, class_weights)
         self.thres = thres

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"networks": {"libs", "utils"}, "dataset": {"utils"}, "loss": {"utils"}, "libs": {"utils"}, "utils": set()}
+ROOMS = {"networks": {"libs", "utils"}, "loss": {"libs", "utils"}, "dataset": {"utils"}, "libs": {"utils"},
+         "utils": set()}
 PACKAGES = {        # of utils, and which of the others each may import
     "common": set(), "ops": {"common"}, "parallel": {"common"}, "imaging": {"common"},
     "devices": {"ops", "parallel", "common"},

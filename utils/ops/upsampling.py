@@ -28,6 +28,18 @@ def round_size(size, grid=GRID):
     return tuple(length + -(length - rest) % step for length in size)
 
 
+def step_between(source, size):
+    """Return the number of pixels from one logit to the next, if logits lie on pixels; else None.
+
+    Args:
+        source: (h, w) of the logits.
+        size: (H, W) of the pixels; with aligned corners, H = step · (h - 1) + 1 and W = step · (w - 1) + 1.
+    """
+    step = max(1, *((length - 1) // max(1, points - 1) for length, points in zip(size, source, strict=True)))
+    fits = all(length == step * (points - 1) + 1 for length, points in zip(size, source, strict=True))
+    return step if fits else None
+
+
 def upsample(logits, size):
     """Upsample logits (B, N, h, w) to (B, N, *size) in at least float32, bilinear with aligned corners."""
     logits = at_least_float32(logits)

@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from utils.ops.autocast import at_least_float32, without_autocast
 from utils.ops.upsampling import step_between, upsampling_matrix
 
-STRIP = 500_000         # logits of a strip, about
+STRIP = 1_000_000       # upsampled logits of a strip, about
 
 
 def supports(logits, size):
-    """Whether the loss of logits (B, N, h, w) upsampled to a size (H, W) can be computed here."""
-    return logits.is_cpu and step_between(logits.shape[2:], size) is not None
+    """Whether to compute the loss of logits (B, N, h, w) upsampled to a size (H, W) here.
+
+    Not if there are less than two strips in all: so few logits stay in the cache anyway, and OHEM, which computes each
+    strip twice, is faster without.
+    """
+    upsampled = logits.shape[:2].numel() * size[0] * size[1]
+    return logits.is_cpu and step_between(logits.shape[2:], size) is not None and upsampled >= 2 * STRIP
 
 
 def pixel_losses(logits, labels, ignore_index):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loss import ohem
+from loss import ohem, strips
 from loss.criterion import SegmentationCriterion
 from loss.ohem import OhemCrossEntropy, keep_hardest, kth_smallest
 
@@ -182,7 +182,17 @@ def test_shared_ohem_takes_one_exchange(monkeypatch):
     actual = keep_hardest(losses[0], valid[0], 0.0, 23, parts)
     assert actual.tolist() == expected[0].tolist() and 0 < actual.sum() < 23 and parts.exchanges == 1
 
-    parts = _Parts([])
-    monkeypatch.setattr(ohem, "find_peers", lambda: parts)
-    SegmentationCriterion(ohem=True).sums({"fine": torch.randn(2, 3, 5, 5)}, torch.zeros(2, 9, 9))
-    assert parts.exchanges == 1
+    logits, labels = torch.randn(4, 3, 5, 5), torch.randint(3, (4, 9, 9))
+    criterion = SegmentationCriterion(ohem=True, ohem_thres=0.0, ohem_keep=40)
+    expected, losses = criterion.sums({"fine": logits}, labels)["fine"], F.cross_entropy(
+        F.interpolate(logits, (9, 9), mode="bilinear", align_corners=True), labels, reduction="none").flatten(1)
+    for strip in (strips.STRIP, 1):         # from upsampled logits, and in strips
+        monkeypatch.setattr(strips, "STRIP", strip)
+        shares = []
+        for image in range(4):
+            parts = _Parts([losses[other] for other in range(4) if other != image])
+            monkeypatch.setattr(ohem, "find_peers", lambda parts=parts: parts)
+            shares.append(criterion.sums({"fine": logits[image:image + 1]}, labels[image:image + 1])["fine"])
+            assert parts.exchanges == 1
+        torch.testing.assert_close(sum(shares), expected)
+    assert 0 < expected[1] < labels.numel()

@@ -28,7 +28,7 @@ from utils.common.files import write_json
 from utils.devices.driver import unusable_gpu
 from utils.runs.log import describe_run
 
-from . import evaluation, fused, norms, several, speed, steps
+from . import evaluation, fused, losses, norms, several, speed, steps
 from .rows import Rows
 
 MINUTES = 10
@@ -43,6 +43,7 @@ SECTIONS = {
     "speed": (240, speed.section, {"size": 33, "images": 2, "runs": 1, "ways": [speed.IN_PLACE, "bn, bf16"],
                                    "product": 256, **TINY}),
     "fused": (180, fused.section, {"shape": (2, 8, 5, 3), "runs": 1}),
+    "loss": (60, losses.section, {"images": 1, "side": 2, "runs": 1, "classes": (3,)}),
     "inference": (90, evaluation.speed_section, {"size": (33, 49), "window": (33, 33), "batch_size": 2, "runs": 1,
                                                  **TINY}),
     "loader": (60, speed.loader_section, {"size": (64, 128), "crop": (33, 33), "images": 3, "batch": 2,

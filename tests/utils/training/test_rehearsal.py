@@ -367,3 +367,24 @@ def test_what_is_wrong_is_seen(gpu):
         gpu.clear()
         wait()
         assert len(gpu.waits) == 1, gpu.waits
+
+
+@pytest.mark.parametrize("ohem", [False, True])
+def test_the_loss_keeps_no_map_of_the_full_size(gpu, ohem, monkeypatch):
+    """With Triton's kernels it keeps a float32 gradient of the size of the logits for each head, and never waits."""
+    cross_entropy = pytest.importorskip("libs.fused.cross_entropy", reason="Triton is not installed")
+    labels, started, kept = torch.zeros(4, 65, 65, dtype=torch.uint8, device=GPU), [], {}
+    monkeypatch.setattr(cross_entropy, "launch", lambda kernel, *arguments, **constants: started.append(kernel))
+    for kernels in ("torch", "triton"):
+        outputs = {name: torch.zeros(4, 19, 9, 9, dtype=torch.bfloat16, device=GPU, requires_grad=True)
+                   for name in ("fine", "coarse", "aux")}
+        criterion, saved = SegmentationCriterion(ohem=ohem, ohem_keep=100, kernels=kernels), []
+        gpu.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x):
+            loss = criterion.total(criterion(outputs, labels))
+        kept[kernels] = sum(saved)
+        backward(loss)
+    assert not gpu.waits and all(one.grad.dtype == torch.bfloat16 for one in outputs.values())
+    assert started == [cross_entropy.losses_kernel] * ohem + [cross_entropy.sums_kernel] * 3
+    low, full = (3 * 4 * 19 * side * side * 4 for side in (9, 65))      # bytes of three heads in float32
+    assert kept["triton"] <= low + 1000 and kept["torch"] >= full

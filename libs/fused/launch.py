@@ -9,7 +9,7 @@ import torch
 
 # Modules of this package. Each has `examples(device)`, which calls its operator forward and backward on small tensors
 # and returns {name: (result, result of PyTorch's operators)}.
-OPERATORS = ("norm", "block_end")
+OPERATORS = ("norm", "block_end", "cross_entropy")
 # Largest |result - expected| / |expected|, Euclidean norms. Results are those of float32 inputs, whose rounding errors
 # are about 1e-6. The kernels use no TF32.
 TOLERANCE = 1e-4

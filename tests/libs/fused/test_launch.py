@@ -20,7 +20,7 @@ def obstacle():
 
 def test_kernels_that_agree_can_be_used(obstacle, launches, large_tiles):
     state = torch.random.get_rng_state()
-    assert obstacle(CPU) is None and len(launches) == 12
+    assert obstacle(CPU) is None and len(launches) == 14
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -497,7 +497,8 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
                                  head_lr_factor=learning.head_lr_factor),
         criterion=SegmentationCriterion(
             learning.loss_weights, IGNORE_INDEX, ohem=bool(learning.ohem), ohem_thres=learning.ohem_thres,
-            ohem_keep=learning.ohem_keep, class_weights=learning.class_weights and broadcast_from_rank0(
+            ohem_keep=learning.ohem_keep, kernels=machine.kernels,
+            class_weights=learning.class_weights and broadcast_from_rank0(
                 processes, lambda: class_weights(learning.class_weights, dataset, workers))),
         precision=Precision(machine.amp, devices[0], machine.opt_level), memory_format=machine.memory_format,
         freeze=learning.freeze, clip_gradient=learning.clip_gradient, ema=learning.ema, compiled=machine.compile,

@@ -24,8 +24,8 @@ class SegmentationCriterion(nn.Module):
         ohem_thres: pixels whose true class has at most this probability always count.
         ohem_keep: minimum number of pixels that count, per two images of the batch.
         class_weights: (N,), as in `CrossEntropy`.
-        kernels: "torch" or "triton": operators of losses that need no upsampled logits. Where they do not support the
-            logits, these are upsampled by PyTorch's operators.
+        kernels: "triton" for Triton's kernels, which need no upsampled logits, where they support the logits; otherwise
+            PyTorch's operators.
     """
 
     def __init__(self, weights=None, ignore_index=255, *, ohem=False, ohem_thres=0.7, ohem_keep=100000,

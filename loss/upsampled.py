@@ -8,7 +8,8 @@ def find_operators(kernels, logits, size):
     """Return the module that computes the loss of logits (B, N, h, w) at a size (H, W); None if it does not support it.
 
     Args:
-        kernels: "torch" or "triton". Both modules have the same functions; Triton is imported only if it is chosen.
+        kernels: as in `SegmentationCriterion`. Both modules have the same functions; Triton is imported only if it is
+            chosen.
         logits, size: as in the `supports` of the modules.
     """
     if kernels == "triton":

@@ -21,7 +21,8 @@ from utils.devices.select import select_devices
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 ablations abn-backend accumulate acf activation allow-partial amp backbone batch-size cache channels-last checkpoint
-class-weights classes clip-gradient compile data-dir data-list downsample eca-kernels ema freeze gpu head-lr-factor help
+class-weights classes clip-gradient compile cuda-graph data-dir data-list downsample eca-kernels ema freeze gpu
+head-lr-factor help
 images-dir input-size jitter keep kernels labels-dir learning-rate log log-every loss-weights
 model momentum no-channels-last norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level
 optimizer

@@ -2,9 +2,9 @@
 
     python -m tests.libs.fused.ahead_of_time
 
-The calls are those of a training step on maps of 256 channels in bf16, on tensors without values: all of them for
-compute capability 9.0, and those with maps for 8.0. In a process of its own, because TRITON_INTERPRET must not be set
-when Triton is imported.
+The calls are those of a training step on maps of 256 channels and logits of 150 classes in bf16, on tensors without
+values: all of them for compute capability 9.0, and those with maps for 8.0. In a process of its own, because
+TRITON_INTERPRET must not be set when Triton is imported.
 """
 
 import json
@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from libs.functions import Settings
-from libs.fused import block_end, launch, norm
+from libs.fused import block_end, cross_entropy, launch, norm
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages")       # of the compiler, among the constants of a launch
 
 
@@ -47,6 +47,10 @@ def recorded_launches():
     output = block_end.EndBlock.apply(make_map(), make_map(), weight, bias, taps, mean, invstd, sample_means, count,
                                       settings._replace(keep_input=True), None)
     output.backward(torch.empty_like(output))
+    logits = torch.empty(2, 150, 97, 97, dtype=torch.bfloat16, device=meta).to(memory_format=torch.channels_last)
+    labels, counted = (torch.empty(2, 769, 769, dtype=dtype, device=meta) for dtype in (torch.uint8, torch.bool))
+    cross_entropy.pixel_losses(logits, labels, 255)
+    cross_entropy.sums(logits, labels, 255, torch.empty(150, device=meta), counted)
     return calls
 
 
@@ -56,8 +60,8 @@ def source_of(kernel, arguments, constants):
                                             if name not in OPTIONS}, {}
     for number, name in enumerate(kernel.arg_names):
         value = arguments[number] if number < len(arguments) else None
-        if isinstance(value, int) and value == 1:
-            constants[number,] = 1
+        if value is None or isinstance(value, int) and value == 1:
+            constants.setdefault((number,), value)
         if (number,) in constants:
             signature[name] = "constexpr"
             continue
@@ -85,6 +89,7 @@ def describe(kernel, arguments, constants, capability):
             "registers": int(re.search(r"Used (\d+) registers", report)[1]),
             "maps": sum(isinstance(value, torch.Tensor) and value.ndim == 4 for value in arguments),
             "vector_loads": len(re.findall(r"ld\.global\S*\.v4", ptx)),
+            "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
             "vector_stores": len(re.findall(r"st\.global\S*\.v4", ptx))}
 
 

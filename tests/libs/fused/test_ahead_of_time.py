@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import ROOT
 
 SMALL = ("merge", "attention", "logit")     # kernels that read no map
+# Of the loss. Neither the logits of a pixel nor rows of labels begin at a multiple of 16 bytes.
+SCALAR = ("losses_kernel", "sums_kernel")
 
 
 def obstacle():
@@ -30,9 +32,12 @@ def test_kernels_fit_into_registers_and_read_vectors():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [sum(kernel["capability"] == capability for kernel in kernels) for capability in (80, 90)] == [7, 12]
-    assert [kernel["kernel"] for kernel in kernels if kernel["spilled"]] == []
+    assert [sum(kernel["capability"] == capability for kernel in kernels) for capability in (80, 90)] == [10, 14]
+    assert [kernel["kernel"] for kernel in kernels if kernel["spilled"] or kernel["atomics"]] == []
     for kernel in kernels:
+        if kernel["kernel"] in SCALAR:
+            assert kernel["registers"] <= 80        # 12 programs on each multiprocessor
+            continue
         assert kernel["maps"] or kernel["kernel"].startswith(SMALL)
         read_and_written = kernel["vector_loads"] + kernel["vector_stores"]
         assert read_and_written >= kernel["maps"] and (kernel["vector_loads"] or not kernel["maps"]), kernel

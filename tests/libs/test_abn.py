@@ -421,7 +421,7 @@ def test_running_statistics_in_half_precision_are_updated(cuda_kernels):
     """Of a whole network in bf16, shared: the kernel wants them in float32."""
     x = (torch.randn(4, 5, 6, 7) * 2 + 1).bfloat16()
     mean, var = torch.zeros(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
-    functions.shared_statistics(x, OneProcess(), 1e-5, mean, var, 0.5)
+    functions.shared_statistics(functions.packed_statistics(x, 1e-5), OneProcess(), 1e-5, mean, var, 0.5)
     torch.testing.assert_close(mean, (0.5 * x.double().mean((0, 2, 3))).bfloat16())
     torch.testing.assert_close(var, (0.5 + 0.5 * x.double().var((0, 2, 3))).bfloat16())
 

@@ -72,6 +72,11 @@ def source_of(kernel, arguments, constants):
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def is_map(value):
+    """Whether an argument is a map, not statistics of some."""
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+
+
 def describe(kernel, arguments, constants, capability):
     """Compile a kernel: its registers, bytes that do not fit into them, and sizes of its accesses to memory."""
     options = {name: constants[name] for name in OPTIONS if name in constants}
@@ -87,7 +92,7 @@ def describe(kernel, arguments, constants, capability):
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     return {"kernel": kernel.fn.__name__, "capability": capability, "spilled": spilled,
             "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-            "maps": sum(isinstance(value, torch.Tensor) and value.ndim == 4 for value in arguments),
+            "maps": sum(map(is_map, arguments)),
             "vector_loads": len(re.findall(r"ld\.global\S*\.v4", ptx)),
             "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
             "vector_stores": len(re.findall(r"st\.global\S*\.v4", ptx))}
@@ -95,6 +100,6 @@ def describe(kernel, arguments, constants, capability):
 
 if __name__ == "__main__":
     for call in recorded_launches():
-        for capability in (80, 90) if any(getattr(value, "ndim", 0) == 4 for value in call[1]) else (90,):
+        for capability in (80, 90) if any(map(is_map, call[1])) else (90,):
             json.dump(describe(*call, capability), sys.stdout)
             print(flush=True)

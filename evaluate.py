@@ -69,7 +69,8 @@ from utils.devices.select import device_name, own_device, select_devices, share_
 from utils.imaging.video import DEFAULT_RATE
 from utils.inference import timing
 from utils.inference.pictures import FOLDERS, Pictures, VideoPictures, picture_file
-from utils.metrics.evaluation import Evaluation, most_probable
+from utils.metrics.evaluation import Evaluation
+from utils.ops.probabilities import most_probable
 from utils.parallel.launch import join_processes, leave_processes, start_processes, started_by_torchrun
 from utils.parallel.processes import Processes, gather_from_ranks, rank_and_size, share_items
 from utils.parallel.workers import load_items

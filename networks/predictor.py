@@ -18,7 +18,8 @@ from utils.devices.precision import AUTOCAST, best_precision, exact_float32
 from utils.devices.select import check_kernels, select_devices
 from utils.imaging.classes import Classes
 from utils.imaging.decode import to_rgb
-from utils.inference.sliding import SlidingPredictor, fitting_size, most_probable
+from utils.inference.sliding import SlidingPredictor, fitting_size
+from utils.ops.probabilities import most_probable
 
 from .build import build_network
 from .weights.start import read_snapshot
@@ -157,7 +158,7 @@ class Prediction:
 
     def __init__(self, probabilities, classes):
         self._probabilities, self._classes, self.names = probabilities, classes, classes.names
-        self.labels = most_probable(probabilities).to(torch.uint8).cpu().numpy()
+        self.labels = most_probable(probabilities)[1].cpu().numpy()
 
     @functools.cached_property
     def probabilities(self):

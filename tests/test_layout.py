@@ -15,7 +15,7 @@ PACKAGES = {        # of utils, and which of the others each may import
     "common": set(), "ops": {"common"}, "parallel": {"common"}, "imaging": {"common"},
     "devices": {"ops", "parallel", "common"},
     "inference": {"imaging", "devices", "parallel", "ops", "common"},
-    "metrics": {"imaging", "devices", "parallel", "common"},
+    "metrics": {"imaging", "devices", "parallel", "ops", "common"},
     "reports": {"metrics", "imaging", "common"},
     "runs": {"devices", "parallel", "common"},
     "training": {"runs", "reports", "metrics", "inference", "imaging", "devices", "parallel", "ops", "common"},

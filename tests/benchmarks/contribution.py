@@ -24,9 +24,10 @@ from utils.common.progress import progress
 from utils.devices.precision import AUTOCAST, best_precision
 from utils.devices.select import select_devices
 from utils.imaging.classes import IGNORE_INDEX
-from utils.inference.sliding import most_probable, window_starts
+from utils.inference.sliding import window_starts
 from utils.metrics.iou import ConfusionMatrix
 from utils.ops.normalization import Normalization
+from utils.ops.probabilities import most_probable
 from utils.ops.upsampling import upsample
 from utils.runs import snapshots
 
@@ -83,7 +84,7 @@ def measure(network, data, val, every, size, device, autocast):
             ("own centers", own), ("mean of training photographs", mean),
             ("another photograph's centers", trained[index % len(trained)][None]), ("centers from the truth", truth))}
         logits = {name: alone + term for name, term in terms.items()} | {"without the term": alone, "coarse": coarse}
-        chosen = {name: most_probable(upsample(value, size).transpose(0, 1)) for name, value in logits.items()}
+        chosen = {name: most_probable(upsample(value, size).transpose(0, 1))[1] for name, value in logits.items()}
         for name, prediction in chosen.items():
             matrices.setdefault(name, ConfusionMatrix(coarse.shape[1], IGNORE_INDEX)).update(prediction, labels)
         for name, part in (("the term", terms["own centers"]), ("from F", alone),

@@ -46,8 +46,10 @@ SECTIONS = {
     "loss": (60, losses.section, {"images": 1, "side": 2, "runs": 1, "classes": (3,)}),
     "inference": (90, evaluation.speed_section, {"size": (33, 49), "window": (33, 33), "batch_size": 2, "runs": 1,
                                                  **TINY}),
+    "pictures": (90, evaluation.pictures_section, {"size": (64, 128), "window": (33, 33), "images": 2, **TINY}),
     "loader": (60, speed.loader_section, {"size": (64, 128), "crop": (33, 33), "images": 3, "batch": 2,
                                           "batches": 6}),
+    "graph": (180, speed.graph_section, {"size": 33, "runs": 1, **TINY}),
     "compiled": (180, speed.compiled_section, {"size": 33, "images": 2, "runs": 1, "product": 256, **TINY}),
 }
 

@@ -3,20 +3,28 @@
 import functools
 import itertools
 import math
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dataset.cityscapes import CityscapesDataset
+from dataset.streets import write_dataset
 from libs.convert import fold_norms
 from networks.build import build_network
 from utils.devices.precision import AUTOCAST
+from utils.devices.select import share_cores, writer_threads
 from utils.inference import timing
-from utils.inference.sliding import SlidingPredictor, most_probable, window_starts
+from utils.inference.pictures import Pictures
+from utils.inference.sliding import SlidingPredictor, window_starts
 from utils.metrics.calibration import Calibration
-from utils.metrics.evaluation import score, sum_of_matrices
+from utils.metrics.evaluation import Evaluation, score, sum_of_matrices
 from utils.metrics.iou import ConfusionMatrix
 from utils.ops.normalization import Normalization
+from utils.ops.probabilities import most_probable
 
 from .rows import near
 
@@ -128,7 +136,7 @@ def speed(device, network, scales, flip, size, window, batch_size, runs):
 def both_heads(predictor, image):
     """Labels (2, H, W) of the fine and the coarse head, which an evaluation counts."""
     *_, richest = predictor.predict(image).values()
-    return torch.stack([most_probable(probabilities) for probabilities in richest.values()]).to(torch.uint8)
+    return torch.stack([most_probable(probabilities)[1] for probabilities in richest.values()])
 
 
 def counting(device, size, runs):
@@ -156,3 +164,32 @@ def speed_section(rows, device, size=(1024, 2048), window=(769, 769), batch_size
     rows.figure("counting a map of one class", counting, device, size, runs)
     torch.backends.cudnn.benchmark = True
     rows.figure("single-scale, cudnn.benchmark", speed, device, network, (1.0,), False, size, window, batch_size, runs)
+
+
+def pictures_section(rows, device, size=(1024, 2048), window=(769, 769), images=16, **shape):
+    """A whole evaluation with the default pictures, reading and writing included, beside its network alone."""
+    network = fold_norms(make_network(**shape)).to(device, memory_format=torch.channels_last)
+    predictor = SlidingPredictor(network, window, batch_size=8, device=device, autocast=torch.bfloat16,
+                                 memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder), train=1, val=images, size=size, seed=0)
+        dataset = CityscapesDataset(folder, "val")
+        alone = rows.figure("prediction", timing.time_prediction, predictor, [make_image(size)], 3, predict=both_heads)
+        actual = rows.figure("evaluation with pictures", seconds_of_evaluation, predictor, dataset, Path(folder, "out"))
+        if alone and actual:
+            ratio = actual["ms"] / alone["ms"]
+            rows.goal("evaluation with pictures", "at most 1.2 of the time of predictions", f"{ratio:.2f}",
+                      ratio <= 1.2)
+
+
+def seconds_of_evaluation(predictor, dataset, folder):
+    """Time of an image in an evaluation by evaluate.py's means, after one that prepares."""
+    workers, _ = share_cores([predictor.device])
+    times = []
+    for number in range(2):
+        pictures = Pictures(folder / str(number), ("labels", "color", "overlay"), dataset.classes)
+        evaluation = Evaluation(dataset, pictures)
+        started = time.perf_counter()
+        evaluation.run(predictor, workers, threads=writer_threads(predictor.device))
+        times.append(time.perf_counter() - started)
+    return {"ms": 1e3 * times[-1] / len(dataset), "images_per_s": len(dataset) / times[-1]}

@@ -24,6 +24,7 @@ from libs.abn import set_backend
 from libs.fused.launch import obstacle
 from tests.benchmarks.engine import matmul_rate
 from utils.devices import memory
+from utils.devices.capture import WARMUP
 from utils.devices.compilation import compile_network
 from utils.devices.precision import AUTOCAST
 from utils.devices.select import share_cores
@@ -222,6 +223,48 @@ def compiled_section(rows, device, size=769, images=8, runs=5, product=8192, **s
                     rates["bf16", True], compiled=True, **shape)
 
 
+def replays_as_steps(device, size, images, steps=WARMUP + 3, **shape):
+    """Losses of steps in fp32, of which the last are replays of a CUDA graph, against those without; with dropout."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    actual = []
+    for choice in ("off", "on"):
+        engine = make_engine(device, dropout=True, options={"cuda_graph": choice}, **shape)
+        actual.append([list(engine.step([make_batch(size, seed, images)])[0].values()) for seed in range(steps)])
+    plain, same = map(torch.tensor, actual)
+    return f"losses {near(same, plain, 1e-3, 'losses'):.1e}"
+
+
+def step_ms(device, kernels, cuda_graph, batch, runs, **shape):
+    """Time of a bf16 step, after those that a CUDA graph needs before it is captured."""
+    engine = build(device, **PLAIN | {"kernels": kernels}, options={"cuda_graph": cuda_graph}, **shape)
+    for _ in range(WARMUP + 1):
+        engine.step([batch])
+    return median_ms(lambda: engine.step([batch]), runs, device)
+
+
+def graph_section(rows, device, size=769, runs=9, **shape):
+    """`--cuda-graph`: what it computes, and its gain for eight crops and for two, the share of each of four GPUs."""
+    if device.type != "cuda":
+        rows.note("CUDA graphs", "not measured: they need a GPU")
+        return
+    rows.check("replays as steps", replays_as_steps, device, 97, 2, **shape | {"backbone": "eca_resnet18"})
+    shape = {"model": "acfnet", "backbone": "eca_resnet101"} | shape
+    torch.backends.cudnn.benchmark = True
+    for images, predicted in ((8, 97), (2, 25)):
+        batch, actual = make_batch(size, images=images), {}
+        for kernels, graph in (("torch", "off"), ("triton", "off"), ("torch", "on"), ("triton", "on")):
+            free(device)
+            if kernels == "triton" and (reason := obstacle(device)):
+                rows.note(f"{images} crops, triton", f"not measured: {reason}")
+                continue
+            actual[kernels, graph] = rows.figure(f"{images} crops, {kernels}, graph {graph}", step_ms, device, kernels,
+                                                 graph, batch, runs, **shape)
+        if fastest := actual.get(("triton", "on")):
+            rows.goal(f"{images} crops by Triton's kernels in a graph", f"predicted: {predicted} ms on an H200",
+                      f"{fastest['ms']:.1f} ms", fastest["ms"] <= predicted)
+
+
 @contextlib.contextmanager
 def waits(device):
     """A list that the places fill where the host waits for the GPU, "file:line" of this project."""
@@ -270,7 +313,7 @@ def waits_section(rows, device, size=129, window=65, **shape):
         rows.check("a wait is seen", a_wait_is_seen, device)
     ways = {"bf16": ({"amp": "bf16"}, 1, 1), "OHEM": ({"amp": "bf16", "ohem": True}, 1, 1),
             "two parts": ({"amp": "bf16"}, 2, 1), "full": ({"amp": "bf16", "recompute": "full"}, 1, 1)}
-    for name, (options, parts, expected) in (ways | {"fp16": ({"amp": "fp16"}, 1, 2)} if on_gpu else ways).items():
+    for name, (options, parts, expected) in (ways | {"fp16": ({"amp": "fp16"}, 1, 1)} if on_gpu else ways).items():
         engine = make_engine(device, **options, **shape)
         batch = [make_batch(size, seed) for seed in range(parts)]
         actual = rows.figure(f"of a step, {name}", count_waits, device, functools.partial(engine.step, batch, RATE))

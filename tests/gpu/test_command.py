@@ -21,6 +21,8 @@ FIGURES = {"loss": {"ms", "spread_ms"},
            "speed": {"ms", "spread_ms", "images_per_s", "of_matrix_products", "kernels", "convolution", "norm", "glue",
                      "loss", "update"},
            "inference": {"ms", "spread_ms", "images_per_s", "beyond_the_network", "peak_gb"},
+           "pictures": {"ms", "spread_ms", "images_per_s", "beyond_the_network", "peak_gb"},
+           "evaluation with pictures": {"ms", "images_per_s"},
            "counting a map of one class": {"ms", "spread_ms"},
            "loader": {"images_per_s", "slowest_batch_ms"}, "waits": {"waits", "where"}}
 
@@ -37,7 +39,8 @@ def settings_as_before():
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.parametrize("name", [name for name in command.SECTIONS if name != "compiled"])  # that builds for minutes
+@pytest.mark.parametrize("name", [name for name in command.SECTIONS
+                                  if name not in ("compiled", "graph")])    # which builds for minutes, or needs a GPU
 def test_every_section_goes_through(name):
     rows = []
     _, section, tiny = command.SECTIONS[name]
@@ -122,7 +125,7 @@ def test_after_ten_minutes_no_section_begins(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main()
     left_out = [row["section"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]]
-    assert left_out == ["fused", "loss", "inference", "loader", "compiled"]
+    assert left_out == ["fused", "loss", "inference", "pictures", "loader", "graph", "compiled"]
     assert "--sections loader" in capsys.readouterr().out
     now[0] = 0.0
     monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--output", path, "--sections", *command.SECTIONS])

@@ -6,18 +6,16 @@ import threading
 from collections import defaultdict
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..imaging.classes import IGNORE_INDEX
+from ..ops.probabilities import most_probable
 from ..parallel.threads import Threads, copies_of
 from ..parallel.workers import load_items
 from .boundaries import BoundaryF
 from .calibration import Calibration
 from .iou import ConfusionMatrix, InstanceIoU
 from .worst import WorstImages, attention_of
-
-ROWS = 64       # of an image, which a CPU searches at a time, so that they stay in its cache
 
 
 class ScoredImage:
@@ -78,24 +76,6 @@ class ScoredImage:
         for head, labels in self.labels.items():
             counts[head].update(self.confidence[head], labels, self.truth)
         return counts
-
-
-def most_probable(probabilities):
-    """Probabilities (N, H, W) → the largest (H, W), and its class (H, W) uint8; the first of several."""
-    if not probabilities.is_cpu:
-        confidence, labels = probabilities.max(0)
-        return confidence, labels.to(torch.uint8)
-    # On a CPU `max` over the first dimension takes ten times as long.
-    values = probabilities.numpy()
-    confidence, labels = np.empty(values.shape[1:], values.dtype), np.zeros(values.shape[1:], np.uint8)
-    for top in range(0, len(confidence), ROWS):
-        highest, number = confidence[top:top + ROWS], labels[top:top + ROWS]
-        np.copyto(highest, values[0, top:top + ROWS])
-        for i, one in enumerate(values[1:, top:top + ROWS], 1):
-            here = (one > highest).view(np.uint8)
-            np.maximum(number, np.multiply(here, np.uint8(i), out=here), out=number)       # i grows
-            np.maximum(highest, one, out=highest)
-    return torch.from_numpy(confidence), torch.from_numpy(labels)
 
 
 class HostImage(NamedTuple):

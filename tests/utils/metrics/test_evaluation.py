@@ -11,7 +11,7 @@ from dataset.labels import ClassTable
 from tests.fake_cuda import GPU, fake_gpu
 from utils.common.compat import torch_version
 from utils.inference.pictures import Pictures
-from utils.metrics.evaluation import Evaluation, HostImage, ScoredImage, most_probable
+from utils.metrics.evaluation import Evaluation, HostImage, ScoredImage
 
 SIZE = (24, 40)
 
@@ -85,15 +85,6 @@ def test_an_error_in_a_thread_reaches_the_caller(tmp_path):
     (tmp_path / "labelIds").write_text("not a folder")
     with pytest.raises(Exception, match="image 0.png: expected to write a file there"):
         result(tmp_path, 2)
-
-
-def test_the_most_probable_class_is_that_of_pytorch():
-    """The first of several that are equal, for as many classes and rows as there may be."""
-    for shape in ((1, 3, 5), (19, 130, 7), (254, 65, 3)):
-        probabilities = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(0)).float() / 8
-        expected = torch.from_numpy(probabilities.numpy().argmax(0).astype(np.uint8))
-        confidence, labels = most_probable(probabilities)
-        assert torch.equal(labels, expected) and torch.equal(confidence, probabilities.amax(0))
 
 
 @pytest.mark.skipif(torch_version() < (2, 9), reason="older fake tensors know other operators")

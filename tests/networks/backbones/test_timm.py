@@ -54,7 +54,7 @@ def available(name):
     return f"timm:{name}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"resnet10t", "vit_tiny_patch16_224"}))
 def test_a_family_is_trained_scored_and_exported(name, pair, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript")

@@ -72,9 +72,8 @@ def check_nothing_is_learnt(engine, what, parts, mine=True):
     assert all(value.isfinite().all() for value in after["model"].values())
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("what", ["gradient", "loss"])
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp, what, parts", [("off", "gradient", 1), ("off", "gradient", 2), ("off", "loss", 1),
+                                              ("off", "loss", 2), ("bf16", "gradient", 1)])
 def test_a_step_that_is_not_finite_changes_nothing(amp, what, parts):
     check_nothing_is_learnt(make_engine(amp), what, parts)
 

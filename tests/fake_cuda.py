@@ -315,7 +315,7 @@ def fake_gpu(monkeypatch):
                         "is_bf16_supported": True, "get_device_capability": (9, 0), "get_arch_list": [],
                         "_lazy_init": None, "set_device": None, "synchronize": None, "max_memory_allocated": 0,
                         "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (1 << 40, 1 << 40),
-                        "set_rng_state": None,
+                        "set_rng_state": None, "is_current_stream_capturing": False,
                         "get_rng_state": torch.zeros(16, dtype=torch.uint8)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(torch.cuda, "device", type("device", (contextlib.nullcontext,), {}))

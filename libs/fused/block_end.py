@@ -300,16 +300,14 @@ class EndBlock(torch.autograd.Function):
         return dx, d_shortcut, *parameter_gradients, d_taps, *[None] * 6
 
 
-def examples(device):
-    """Results of the end of a block in training, forward and backward, beside those of PyTorch's operators.
-
-    Arguments and result as in `libs.fused.norm.examples`.
-    """
-    x, shortcut, gradient = (random_map(2, 24, 9, 7, seed=seed, device=device) for seed in range(3))
+def examples(device, dtype):
+    """As `libs.fused.norm.examples`, of the end of a block."""
+    x, shortcut, gradient = (random_map(2, 24, 9, 7, seed=seed, device=device, dtype=dtype) for seed in range(3))
     results = []
     for fused in (True, False):
+        maps = (x, shortcut) if fused else (x.float(), shortcut.float())
         leaves = [values.clone().requires_grad_() for values in (
-            x, shortcut, torch.linspace(0.5, 1.5, 24, device=device), torch.linspace(-0.5, 0.5, 24, device=device),
+            *maps, torch.linspace(0.5, 1.5, 24, device=device), torch.linspace(-0.5, 0.5, 24, device=device),
             torch.tensor([[[0.5, -1.0, 0.75]]], device=device))]
         if fused:
             packed, sample_means = norm.statistics(x, 1e-5, by_sample=True)
@@ -320,7 +318,7 @@ def examples(device):
             z = F.batch_norm(leaves[0], None, None, *leaves[2:4], True, eps=1e-5)
             omega = torch.sigmoid(F.conv1d(z.mean((2, 3))[:, None], leaves[4], padding=1))[:, 0, :, None, None]
             output = F.leaky_relu(z * omega + leaves[1], 0.1)
-        output.backward(gradient)
+        output.backward(gradient.to(output.dtype))
         results.append((output.detach(), *(leaf.grad for leaf in leaves)))
     names = "the output", "dL/dx", "dL/dshortcut", "dL/dweight", "dL/dbias", "the attention's gradient"
     return dict(zip(names, zip(*results, strict=True), strict=True))

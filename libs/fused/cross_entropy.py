@@ -51,21 +51,23 @@ def cell_corners(height, width, image_stride, row_stride, column_stride):
 
 
 @triton.jit
-def upsampled(logits, corners, first, classes, class_stride, down, right, CLASSES: tl.constexpr):
+def upsampled(logits, corner, corner_right, corner_below, corner_across, first, classes, class_stride, down, right,
+              CLASSES: tl.constexpr):
     """Logits (CLASSES, SIDE, SIDE) of a cell for classes from `first` on; -inf for classes that do not exist."""
     number = first + tl.arange(0, CLASSES)
     offsets, exists = number * class_stride, number < classes
-    here = tl.load(logits + corners[0] + offsets, mask=exists, other=float("-inf")).to(tl.float32)[:, None, None]
-    beside = tl.load(logits + corners[1] + offsets, mask=exists, other=0.0).to(tl.float32)[:, None, None]
-    below = tl.load(logits + corners[2] + offsets, mask=exists, other=0.0).to(tl.float32)[:, None, None]
-    across = tl.load(logits + corners[3] + offsets, mask=exists, other=0.0).to(tl.float32)[:, None, None]
+    here = tl.load(logits + corner + offsets, mask=exists, other=float("-inf")).to(tl.float32)[:, None, None]
+    beside = tl.load(logits + corner_right + offsets, mask=exists, other=0.0).to(tl.float32)[:, None, None]
+    below = tl.load(logits + corner_below + offsets, mask=exists, other=0.0).to(tl.float32)[:, None, None]
+    across = tl.load(logits + corner_across + offsets, mask=exists, other=0.0).to(tl.float32)[:, None, None]
     left_side = (1 - down) * here + down * below
     right_side = (1 - down) * beside + down * across
     return (1 - right) * left_side + right * right_side
 
 
 @triton.jit
-def cell_losses(logits, corners, label, classes, class_stride, down, right, SIDE: tl.constexpr, CLASSES: tl.constexpr):
+def cell_losses(logits, corner, corner_right, corner_below, corner_across, label, classes, class_stride, down, right,
+                SIDE: tl.constexpr, CLASSES: tl.constexpr):
     """Cross-entropies of the pixels of a cell, by an online softmax over blocks of classes.
 
     Returns:
@@ -76,7 +78,8 @@ def cell_losses(logits, corners, label, classes, class_stride, down, right, SIDE
     total = tl.zeros([SIDE, SIDE], tl.float32)
     true_logit = tl.zeros([SIDE, SIDE], tl.float32)
     for first in range(0, classes, CLASSES):
-        x = upsampled(logits, corners, first, classes, class_stride, down, right, CLASSES)
+        x = upsampled(logits, corner, corner_right, corner_below, corner_across, first, classes, class_stride, down,
+                      right, CLASSES)
         higher = tl.maximum(highest, tl.max(x, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)      # -inf - -inf would be NaN
         total = total * tl.exp(highest - shift) + tl.sum(tl.exp(x - shift[None, :, :]), 0)
@@ -95,9 +98,11 @@ def losses_kernel(logits, labels, losses, classes, height, width, H, W, image_st
                   column_stride, ignore_index, STEP: tl.constexpr, SIDE: tl.constexpr, CLASSES: tl.constexpr):
     """The losses (B, H, W) of all pixels, 0 where they are ignored."""
     offsets, inside, down, right = cell_pixels(H, W, STEP, SIDE)
-    corners = cell_corners(height, width, image_stride, row_stride, column_stride)
+    corner, corner_right, corner_below, corner_across = cell_corners(height, width, image_stride, row_stride,
+                                                                     column_stride)
     label = tl.load(labels + offsets, mask=inside, other=0).to(tl.int32)
-    loss, _, _ = cell_losses(logits, corners, label, classes, class_stride, down, right, SIDE, CLASSES)
+    loss, _, _ = cell_losses(logits, corner, corner_right, corner_below, corner_across, label, classes, class_stride,
+                             down, right, SIDE, CLASSES)
     tl.store(losses + offsets, tl.where(label == ignore_index, 0.0, loss), mask=inside)
 
 
@@ -108,9 +113,11 @@ def sums_kernel(logits, labels, weights, counted, sums, d_here, d_right, d_below
                 GRADIENT: tl.constexpr):
     """Sums (B, h, w, 2) of losses and weights of each cell, and its gradients of its corners, (B, N, h, w) each."""
     offsets, inside, down, right = cell_pixels(H, W, STEP, SIDE)
-    corners = cell_corners(height, width, image_stride, row_stride, column_stride)
+    corner, corner_right, corner_below, corner_across = cell_corners(height, width, image_stride, row_stride,
+                                                                     column_stride)
     label = tl.load(labels + offsets, mask=inside, other=0).to(tl.int32)
-    loss, shift, total = cell_losses(logits, corners, label, classes, class_stride, down, right, SIDE, CLASSES)
+    loss, shift, total = cell_losses(logits, corner, corner_right, corner_below, corner_across, label, classes,
+                                     class_stride, down, right, SIDE, CLASSES)
     counts = inside & (label != ignore_index)
     if SELECTED:
         counts = counts & (tl.load(counted + offsets, mask=inside, other=0) != 0)
@@ -123,14 +130,15 @@ def sums_kernel(logits, labels, weights, counted, sums, d_here, d_right, d_below
     if GRADIENT:
         counts, weight, share = counts[None, :, :], weight[None, :, :], (weight / total)[None, :, :]
         for first in range(0, classes, CLASSES):
-            x = upsampled(logits, corners, first, classes, class_stride, down, right, CLASSES)
+            x = upsampled(logits, corner, corner_right, corner_below, corner_across, first, classes, class_stride, down,
+                          right, CLASSES)
             number = first + tl.arange(0, CLASSES)
             hit = number[:, None, None] == label[None, :, :]
             dx = tl.exp(x - shift[None, :, :]) * share - tl.where(hit, weight, 0.0)     # (p - hit) · weight
             dx = tl.where(counts, dx, 0.0)          # not NaN where a pixel does not count
             left_side, right_side = tl.sum((1 - right) * dx, 2), tl.sum(right * dx, 2)      # (CLASSES, SIDE)
             rows = tl.reshape(down, [1, SIDE])
-            target, exists = corners[0] + number * class_stride, number < classes
+            target, exists = corner + number * class_stride, number < classes
             tl.store(d_here + target, tl.sum((1 - rows) * left_side, 1), mask=exists)
             tl.store(d_right + target, tl.sum((1 - rows) * right_side, 1), mask=exists)
             tl.store(d_below + target, tl.sum(rows * left_side, 1), mask=exists)
@@ -142,7 +150,7 @@ def sums_kernel(logits, labels, weights, counted, sums, d_here, d_right, d_below
 def supports(logits, size):
     """Whether the kernels can compute the loss of logits (B, N, h, w) upsampled to a size (H, W)."""
     step = step_between(logits.shape[2:], size)
-    return step is not None and step <= LARGEST_STEP and logits.dtype != torch.float64
+    return step is not None and 2 <= step <= LARGEST_STEP and logits.dtype != torch.float64
 
 
 def pixel_losses(logits, labels, ignore_index):
@@ -194,14 +202,15 @@ def tiles(logits, labels):
     return {"STEP": step, "SIDE": side, "CLASSES": classes, "num_warps": WARPS}
 
 
-def examples(device):
-    """{name: (result, result of PyTorch's operators)} of small float32 tensors on a device."""
+def examples(device, dtype):
+    """As `libs.fused.norm.examples`, of the loss and its gradient."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 12, 2, 3, generator=generator).to(device).requires_grad_()
+    values = torch.randn(1, 12, 2, 3, generator=generator).to(device, dtype)
+    logits = values.float().requires_grad_()
     labels = torch.randint(12, (1, 9, 17), generator=generator).to(device)
     expected = F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True), labels,
                                reduction="none")
     expected_gradient, = torch.autograd.grad(expected.sum(), logits)
-    result, gradient = sums(logits, labels, ignore_index=255)
-    return {"the losses of pixels": (pixel_losses(logits, labels, ignore_index=255), expected.detach()),
+    result, gradient = sums(values, labels, ignore_index=255)
+    return {"the losses of pixels": (pixel_losses(values, labels, ignore_index=255), expected.detach()),
             "the sum": (result[0], expected.detach().sum()), "the gradient": (gradient, expected_gradient)}

@@ -3,18 +3,19 @@
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 
 import torch
 
-# Modules of this package. Each has `examples(device)`, which calls its operator forward and backward on small tensors
-# and returns {name: (result, result of PyTorch's operators)}.
-OPERATORS = ("norm", "block_end", "cross_entropy")
-# Largest |result - expected| / |expected|, Euclidean norms. Results are those of float32 inputs, whose rounding errors
-# are about 1e-6. The kernels use no TF32.
-TOLERANCE = 1e-4
+from utils.common.errors import first_line
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Modules of this package. Each has `examples(device, dtype)`, which calls its operator forward and backward on small
+# tensors and returns {name: (result, result of PyTorch's operators)}.
+OPERATORS = ("norm", "block_end", "cross_entropy")
+# {dtype of maps: largest |result - expected| / |expected|, Euclidean norms}. Rounding errors are about 1e-6 in float32;
+# in half precision an in-place norm with small weights makes errors of a percent.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 def launch(kernel, grid, *arguments, **constants):
@@ -43,7 +44,7 @@ def supports(*maps):
     """Whether the kernels can compute with maps: channels-last, of one shape and dtype, on a device that runs them."""
     first = maps[0]
     runs = first.is_cuda or (first.device.type == "cpu" and interpreted())
-    return runs and not torch.compiler.is_compiling() and first.dtype in DTYPES and first.numel() > 0 and all(
+    return runs and not torch.compiler.is_compiling() and first.dtype in TOLERANCES and first.numel() > 0 and all(
         x.ndim == 4 and x.dtype == first.dtype and x.shape == first.shape
         and x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
@@ -79,20 +80,24 @@ def obstacle(device):
     try:
         return disagreement(device)
     except Exception as error:  # noqa: BLE001, a compiler or a driver can raise any error
-        return f"a call of Triton's kernels failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        return f"a call of Triton's kernels failed ({type(error).__name__}: {first_line(error)})"
 
 
-def random_map(*shape, seed, device):
+def random_map(*shape, seed, device, dtype):
     """A channels-last map (B, C, H, W) of normally distributed values; leaves the global random generators alone."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(device, memory_format=torch.channels_last)
+    return values.to(device, dtype, memory_format=torch.channels_last)
 
 
 def disagreement(device):
     """Compare all operators with PyTorch's on small tensors: a clause that names the first that differs, or None."""
-    for name in OPERATORS:
-        for what, (result, expected) in importlib.import_module(f"{__package__}.{name}").examples(device).items():
+    for name, (dtype, tolerance) in itertools.product(OPERATORS, TOLERANCES.items()):
+        operator = importlib.import_module(f"{__package__}.{name}")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):      # of PyTorch's operators; the kernels use none
+            results = operator.examples(device, dtype)
+        for what, (result, expected) in results.items():
             error = ((result - expected).norm() / expected.norm()).item()
-            if not error <= TOLERANCE:          # also where it is NaN
-                return f"{what} of {name} differs from PyTorch's by {error:.0e}"
+            if not error <= tolerance:          # also where it is NaN
+                kind = str(dtype).removeprefix("torch.")
+                return f"{what} of {name} in {kind} differs from PyTorch's by {error:.0e}"
     return None

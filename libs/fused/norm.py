@@ -443,19 +443,20 @@ class Normalize(torch.autograd.Function):
         return dx, d_weight, d_bias, None, None, None, None, None
 
 
-def examples(device):
-    """Results of the layer in training, forward and backward, beside those of PyTorch's operators.
+def examples(device, dtype):
+    """Results of the layer in training, forward and backward, beside those of PyTorch's operators in float32.
 
     Args:
         device: torch.device.
+        dtype: of the maps.
 
     Returns:
         {name: (result, expected)}.
     """
-    x, dy = (random_map(2, 24, 9, 7, seed=seed, device=device) for seed in range(2))
+    x, dy = (random_map(2, 24, 9, 7, seed=seed, device=device, dtype=dtype) for seed in range(2))
     results = []
     for fused in (True, False):
-        z = x.clone().requires_grad_()
+        z = (x.clone() if fused else x.float()).requires_grad_()
         weight = torch.linspace(-1.5, 1.5, 24, device=device, requires_grad=True)
         bias, mean, var = (torch.linspace(-0.5, stop, 24, device=device) for stop in (0.5, 1.0, 1.5))
         bias.requires_grad_()
@@ -465,7 +466,7 @@ def examples(device):
             y = Normalize.apply(z.clone(), weight, bias, *split_statistics(packed), settings, None)
         else:
             y = F.leaky_relu(F.batch_norm(z, mean, var, weight.abs() + 1e-5, bias, True, 0.1, 1e-5), 0.1)
-        y.backward(dy)
+        y.backward(dy.to(y.dtype))
         results.append((y.detach(), z.grad, weight.grad, bias.grad, mean, var))
     names = "the output", "dL/dx", "dL/dweight", "dL/dbias", "the running mean", "the running variance"
     return dict(zip(names, zip(*results, strict=True), strict=True))

@@ -6,16 +6,19 @@ from ..common.errors import UserError, first_line
 from ..common.messages import logger
 
 CHOICES = ("auto", "on", "off")
-# Calls before the capture. PyTorch asks for 11 with DistributedDataParallel, which arranges its buckets in the first.
-WARMUP = 11
+WARMUP = 3      # calls before the capture, in which libraries choose and load their kernels, as PyTorch advises
 
 
-def resolve(choice, *, devices, parallel, accumulate, amp):
+def resolve(choice, *, devices, parallel, shared, accumulate, amp):
     """Resolve --cuda-graph, and log it if it was `auto` and steps cannot be captured.
+
+    Several processes are left out: whether the collectives of gradients and norms can be captured together can only be
+    shown on several GPUs.
 
     Args:
         choice: value of the flag.
         devices: of this process.
+        shared: whether several processes share each batch.
         parallel, accumulate, amp: values of other flags.
 
     Returns:
@@ -26,10 +29,10 @@ def resolve(choice, *, devices, parallel, accumulate, amp):
     """
     obstacles = ", ".join(
         ["the CPU"] * (devices[0].type != "cuda")
-        + ["several GPUs with --parallel dp"] * (parallel == "dp" and len(devices) > 1)
+        + ["several GPUs with --parallel dp"] * (parallel == "dp" and len(devices) > 1) + ["several processes"] * shared
         + [f"--accumulate {accumulate}"] * (accumulate > 1) + ["--amp apex"] * (amp == "apex"))
     if choice == "on" and obstacles:
-        raise UserError("--cuda-graph on: expected a GPU per process, whole batches and PyTorch's autocast, found "
+        raise UserError("--cuda-graph on: expected one GPU, whole batches and PyTorch's autocast, found "
                         f"{obstacles}; use --cuda-graph off")
     if choice == "auto" and obstacles:
         logger.info(f"--cuda-graph off: not possible with {obstacles}")
@@ -97,18 +100,21 @@ class CapturedFunction:
         """Capture the function, which does not run it. Returns whether that was possible."""
         torch.cuda.empty_cache()        # a graph has memory of its own, as much as the calls before
         self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(inputs[0].device)
         try:
             # Other threads, which read samples, may allocate memory meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.results = self.function(*self.inputs)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)       # not restored if the end of the capture fails
+            self.inputs = self.results = None
             reason = f"the step cannot be captured: {first_line(error)}"
             if self.required:
                 raise UserError(f"--cuda-graph on: expected a step that can be captured, found that {reason}; use "
                                 "--cuda-graph off") from error
             logger.warning(f"warning: --cuda-graph: {reason}; each operation is launched by itself, which takes the "
                            "host more time")
-            self.failed, self.inputs = True, None
+            self.failed = True
             return False
         self.graph = graph
         return True

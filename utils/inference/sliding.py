@@ -133,7 +133,8 @@ class SlidingPredictor:
                   for scale, mirrored in itertools.product(self.scales, sides)]
         self._check_memory(passes)
         image = image.to(self.device, non_blocking=True).permute(2, 0, 1)[None]   # (1, 3, H, W)
-        with cudnn_benchmark(self.device, self.window is not None):
+        of_one_size = self.window is not None and all(one.window == self.window for one in passes)
+        with cudnn_benchmark(self.device, of_one_size):
             return self._combine(passes, image, heads)
 
     def _combine(self, passes, image, heads):

@@ -194,7 +194,8 @@ class Evaluation:
         """
         on_gpu = predictor.device.type == "cuda"
         items = load_items(self.dataset, workers, processes, "evaluating", pin_memory=on_gpu)
-        with Threads(threads) as background:
+        # On a CPU each image in flight keeps its probabilities, 4 bytes per class, pixel, head and protocol.
+        with Threads(threads, waiting=2 if on_gpu else 0) as background:
             for image in score(predictor, items, self.classes.num_classes):
                 # A GPU counts in the order of its queue, before the next image; the CPU in one of the threads.
                 image = HostImage.of(image, self.pictures) if on_gpu else image

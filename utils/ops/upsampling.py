@@ -48,6 +48,9 @@ def upsample(logits, size):
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
 
+_matrices_of_graphs = set()      # kept forever, because CUDA graphs read their memory
+
+
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)        # a matrix cached during evaluation must be usable in training too
 def upsampling_matrix(length, source, device, dtype=torch.float32):
@@ -71,6 +74,8 @@ def upsample_by_matmul(maps, size):
     """
     rows, columns = (upsampling_matrix(length, source, maps.device, maps.dtype)
                      for length, source in zip(size, maps.shape[2:], strict=True))
+    if maps.is_cuda and torch.cuda.is_current_stream_capturing():
+        _matrices_of_graphs.update((rows, columns))
     # Products of float32 stay exact on a GPU: unlike convolutions, they do not use TF32 by default.
     with without_autocast(maps):
         planes = maps.flatten(0, 1) @ columns.T                                         # (B · C, h, W)

@@ -7,17 +7,18 @@ import torch
 
 
 class Threads:
-    """Calls functions in threads, at most two calls more than are running.
+    """Calls functions in threads, at most a few calls more than are running.
 
     An error of a call is raised by a later `call` or at the end of the context. If an error ends the context, the calls
     that have not begun are dropped.
 
     Args:
         count: of the threads, which start when they are needed; with one, calls run in order.
+        waiting: largest number of calls that wait for a thread.
     """
 
-    def __init__(self, count):
-        self.executor, self.calls, self.most = ThreadPoolExecutor(count), deque(), count + 2
+    def __init__(self, count, waiting=2):
+        self.executor, self.calls, self.most = ThreadPoolExecutor(count), deque(), count + waiting
 
     def __enter__(self):
         return self

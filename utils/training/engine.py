@@ -223,6 +223,7 @@ class Engine:
 
     def _pass_with_gradients(self, images, labels):
         """The terms (T,) of a whole batch, and the gradient of each parameter."""
+        self.optimizer.zero_grad()      # a capture that failed leaves gradients without values
         terms = self._pass(images, labels)
         return terms, [weight.grad for weight in self.network.parameters()]
 

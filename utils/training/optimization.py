@@ -51,19 +51,22 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
     else:
         optimizer = torch.optim.SGD(groups, learning_rate, momentum, weight_decay=weight_decay, fused=fused)
     if fused:
-        optimizer.register_step_pre_hook(match_layouts)
+        optimizer.register_step_pre_hook(prepare_for_fused_step)
     return optimizer
 
 
 @torch.no_grad()
-def match_layouts(optimizer, *args):
+def prepare_for_fused_step(optimizer, *args):
     """Give gradients and optimizer state the strides of their parameters, which fused optimizers require.
 
     The gradient of a weight with one pixel or one input channel may have other strides, and the state comes from a
-    snapshot that was written with or without --channels-last.
+    snapshot that was written with or without --channels-last. A missing momentum starts at 0, which is the same step:
+    with fp16, PyTorch's fused SGD would keep uninitialized memory as momentum if the first gradients overflow.
     """
     for group in optimizer.param_groups:
         for weight in group["params"]:
+            if group.get("momentum") and optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
             if weight.grad is not None and weight.grad.stride() != weight.stride():
                 weight.grad = torch.empty_like(weight).copy_(weight.grad)
             for name, value in optimizer.state.get(weight, {}).items():

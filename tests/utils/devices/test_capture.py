@@ -61,7 +61,7 @@ def cuda(monkeypatch):
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"CUDAGraph": RecordedGraph, "graph": graph, "empty_cache": lambda: None,
-                        "Stream": lambda device: stream, "current_stream": lambda device: stream,
+                        "Stream": lambda device: stream, "set_stream": lambda which: None, "current_stream": lambda device: stream,
                         "stream": lambda which: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(capture, "WARMUP", 2)
@@ -134,6 +134,21 @@ def test_a_replay_that_is_not_finite_changes_nothing():
     assert train(engine, 1)[0][0]["fine"] > 0 and graphs[0].replays == 4
 
 
+def test_a_failed_capture_leaves_no_trace_in_the_gradients(monkeypatch):
+    """Its Python has run, and has given the weights gradients."""
+    @contextlib.contextmanager
+    def graph(recorded, capture_error_mode):
+        yield
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    engines = [make_engine(cuda_graph=choice) for choice in ("off", "auto")]
+    for engine in engines:
+        engine.network.features[2].p = 0.0
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    (expected, *_), (actual, *_) = (train(engine, 5) for engine in engines)
+    assert actual == expected and engines[1]._captured.failed
+
+
 def test_other_inputs_are_captured_again():
     captured = CapturedFunction(lambda x, y: (x * y, (x + y).sum()), required=True)
     for size, replays in [(3, [False, False, False, True]), (4, [False, False, True]), (3, [False, False])]:
@@ -163,9 +178,10 @@ def test_what_cannot_be_captured_is_called_as_ever(capsys):
 
 def test_the_flag_is_resolved(capsys):
     gpu = torch.device("cuda", 0)
-    possible = {"devices": [gpu], "parallel": "ddp", "accumulate": 1, "amp": "bf16"}
+    possible = {"devices": [gpu], "parallel": "ddp", "shared": False, "accumulate": 1, "amp": "bf16"}
     assert [capture.resolve(choice, **possible) for choice in capture.CHOICES] == list(capture.CHOICES)
-    for other in ({"devices": [CPU]}, {"devices": [gpu, gpu], "parallel": "dp"}, {"accumulate": 2}, {"amp": "apex"}):
+    for other in ({"devices": [CPU]}, {"devices": [gpu, gpu], "parallel": "dp"}, {"shared": True},
+                  {"accumulate": 2}, {"amp": "apex"}):
         assert capture.resolve("auto", **possible | other) == capture.resolve("off", **possible | other) == "off"
         assert "--cuda-graph off: not possible with" in "".join(capsys.readouterr())
         with pytest.raises(UserError, match="--cuda-graph on: expected"):

@@ -21,7 +21,7 @@ from utils.common.errors import UserError
 from utils.devices.precision import Precision
 from utils.ops.normalization import Normalization
 from utils.runs import snapshots
-from utils.training.optimization import PolySchedule, make_optimizer, match_layouts, update_average
+from utils.training.optimization import PolySchedule, make_optimizer, prepare_for_fused_step, update_average
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_another_optimizer_is_not_silently_sgd():
 def test_fused_optimizers_get_tensors_of_one_layout(kind):
     """The same step as without, from gradients and a state of other strides."""
     weights, options = [], {"momentum": 0.9} if kind is torch.optim.SGD else {}
-    for hook in (None, match_layouts):
+    for hook in (None, prepare_for_fused_step):
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1))
         optimizer = kind(network.to(memory_format=torch.channels_last).parameters(), 0.1, **options)
@@ -62,11 +62,29 @@ def test_fused_optimizers_get_tensors_of_one_layout(kind):
                 number: {name: value.contiguous() for name, value in state.items()}
                 for number, state in optimizer.state_dict()["state"].items()}})
         weights.append([weight.detach().clone() for weight in network.parameters()])
-    match_layouts(optimizer)
+    prepare_for_fused_step(optimizer)
     for weight in network.parameters():
         tensors = [weight.grad, *(value for value in optimizer.state[weight].values() if value.shape == weight.shape)]
         assert len(tensors) > 1 and all(tensor.stride() == weight.stride() for tensor in tensors)
     assert all(map(torch.equal, *weights))
+
+
+def test_a_fused_step_after_an_overflow_is_that_of_an_ordinary_optimizer():
+    """With fp16 the first gradients often overflow; PyTorch's fused SGD alone then keeps undefined momentum."""
+    weights = []
+    for fused in (None, True):
+        weight = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.SGD([weight], 0.1, 0.9, weight_decay=0.1, fused=fused)
+        if fused:
+            optimizer.register_step_pre_hook(prepare_for_fused_step)
+            torch.full((4,), torch.nan)         # memory that the momentum might get
+        scaler = torch.amp.GradScaler("cpu")
+        for gradient in (torch.inf, 1.0, torch.inf, 2.0):
+            weight.grad = torch.full((4,), gradient * scaler.scale(torch.ones(())).item())
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights)
 
 
 def test_the_schedule_is_poly_with_a_linear_start():

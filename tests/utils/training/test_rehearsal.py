@@ -236,6 +236,7 @@ def test_a_captured_step_is_a_few_calls(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(capture, "WARMUP", 0)
     take_steps(gpu, learning={"cuda_graph": "on"})
     assert len(replays) == 2 and gpu.launches["copy_"] == 2 and gpu.launches["_fused_sgd_"] == 2

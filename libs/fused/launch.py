@@ -93,7 +93,7 @@ def disagreement(device):
     """Compare all operators with PyTorch's on small tensors: a clause that names the first that differs, or None."""
     for name, (dtype, tolerance) in itertools.product(OPERATORS, TOLERANCES.items()):
         operator = importlib.import_module(f"{__package__}.{name}")
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):      # of PyTorch's operators; the kernels use none
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # the kernels use no TF32 either
             results = operator.examples(device, dtype)
         for what, (result, expected) in results.items():
             error = ((result - expected).norm() / expected.norm()).item()

@@ -61,8 +61,8 @@ def cuda(monkeypatch):
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"CUDAGraph": RecordedGraph, "graph": graph, "empty_cache": lambda: None,
-                        "Stream": lambda device: stream, "set_stream": lambda which: None, "current_stream": lambda device: stream,
-                        "stream": lambda which: contextlib.nullcontext()}.items():
+                        "Stream": lambda device: stream, "current_stream": lambda device: stream,
+                        "set_stream": lambda which: None, "stream": lambda which: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(capture, "WARMUP", 2)
     graphs.clear()

@@ -147,7 +147,7 @@ def add_network(parser):
                      "classifier (default: none)")
     net.add_argument("--norm", choices=NORMS, default="inplace_abn",
                      help="batch norm, synchronized over all devices; inplace_abn: in place, which saves memory; bn: "
-                     "ordinary (default: inplace_abn)")
+                     "not in place (default: inplace_abn)")
     net.add_argument("--activation", choices=ACTIVATIONS, default="leaky_relu",
                      help="activation after each norm; relu requires --norm bn (default: leaky_relu)")
     net.add_argument("--kernels", "--abn-backend", choices=backend.CHOICES, default="auto",
@@ -244,7 +244,7 @@ def add_run(parser):
                      help="steps between quick validations, 0 for none (default: 0)")
     val.add_argument("--val-split", type=flags.split, default="val", help="split to validate on (default: val)")
     val.add_argument("--val-list", type=flags.path, metavar="FILE",
-                     help="file of \"image label\" lines to validate on, instead of a split")
+                     help="list of images to validate on, like --data-list, instead of a split")
 
     out = parser.add_argument_group("results")
     out.add_argument("--snapshot-dir", type=flags.path, default="snapshots",

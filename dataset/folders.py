@@ -92,8 +92,9 @@ def data_root(data_dir, images_dir, labels_dir):
                             "such as \"a.jpg a_mask.png\"")
         return images_dir, labels_dir
     if images_dir or labels_dir:
-        raise UserError("--images-dir, --labels-dir: expected both and no other folder of data, found "
-                        + " and ".join(filter(None, (images_dir, labels_dir, data_dir))))
+        given = {"--images-dir": images_dir, "--labels-dir": labels_dir, "--data-dir": data_dir}
+        raise UserError("--images-dir, --labels-dir: expected both and no --data-dir, found "
+                        + " and ".join(f"{flag} {path}" for flag, path in given.items() if path))
     if not data_dir:
         raise UserError("--data-dir: expected the folder of the data set, or --images-dir and --labels-dir, found none")
     return data_dir

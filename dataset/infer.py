@@ -324,8 +324,8 @@ def describe(maps, table, target):
                          f"{plural(len(maps), 'file')}{', none in ' * bool(without)}{', '.join(without)}")
     if table.num_classes > 2:
         lines.append("  A value that means \"no data\" or \"unlabeled\", often 0 or the last, is learned like any "
-                     f"other. To ignore one, copy {target}, set its train_id to 255 in the copy, empty all other "
-                     "train_ids that are not 255, and give the copy to --classes")
+                     f"other. To ignore one, copy {target}; in the copy, write 255 as its train_id and leave the "
+                     "train_id of all classes empty, which numbers them; give the copy to --classes")
     return lines
 
 

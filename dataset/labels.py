@@ -221,7 +221,8 @@ class ClassTable(Classes):
         unknown = np.unique(ids[mask])
         train_ids = [*range(self.num_classes), IGNORE_INDEX]
         if self._is_cityscapes and not self.is_identity and np.isin(ids, train_ids).all():
-            remedy = "these look like train ids: give the map of ids (*_labelIds.png)"
+            remedy = ("these look like train ids: for Cityscapes, give the maps of ids (*_labelIds.png); for another "
+                      "data set, its own --classes and, to evaluate.py, a snapshot that was trained on them")
         elif self.is_identity and str(name).endswith("_labelIds.png"):
             remedy = ("by the file's name these are ids of Cityscapes: leave out --classes, or give the map of train "
                       "ids (*_labelTrainIds.png)")

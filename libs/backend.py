@@ -79,7 +79,8 @@ def choose(choice, device, *, norm, amp, recompute, compiled, shared, replicas, 
     if norm != "inplace_abn":       # the package has in-place norms only
         choice = "torch"
     without = [f"without Triton's kernels, which save memory traffic: {reason}"] * (reason is not None)
-    return choice, "; ".join([describe(choice)] * (norm == "inplace_abn") + without) or None
+    used = "torch" if choice == "auto" and device.type != "cuda" else choice
+    return choice, "; ".join([describe(used)] * (norm == "inplace_abn") + without) or None
 
 
 @functools.cache

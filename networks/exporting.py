@@ -67,7 +67,7 @@ def check_target(target, size, overwrite):
     belong_to_other_export = not os.path.lexists(target) and any(target.parent.glob("*.safetensors"))
     for name in card.SIDE_FILES:
         path = target.with_name(name)
-        check_file("--export", path, overwrite)
         if os.path.lexists(path) and (belong_to_other_export or not card.is_from_export(path)):
             raise UserError(f"--export {path}: expected nothing there, or a file from an earlier export of "
                             f"{target.name}, found another file, which is kept; choose another folder")
+        check_file("--export", path, overwrite)

@@ -164,7 +164,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(streets, tmp_path, wor
 
 def test_a_batch_the_devices_cannot_share_is_an_error(streets, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "select_devices", lambda gpu: [torch.device("cpu")] * 3)
-    with pytest.raises(UserError, match="--batch-size 2: expected a multiple of the 3 devices"):
+    with pytest.raises(UserError, match=r"--batch-size 2: expected a multiple of 3 \(3 devices\)"):
         run(streets, tmp_path / "s")
 
 

@@ -185,7 +185,7 @@ def test_data_in_two_folders(tmp_path, monkeypatch, capsys):
             (["--images-dir", images], "expected both"), ([], "--data-dir: expected the folder of the data set, or")):
         with pytest.raises(UserError, match=sentence):
             compare.main([*common, *more])
-    with pytest.raises(UserError, match="expected both and no other folder"):
+    with pytest.raises(UserError, match="expected both and no --data-dir"):
         compare.main([data, *common, "--images-dir", images, "--labels-dir", labels])
 
 

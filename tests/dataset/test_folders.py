@@ -133,7 +133,8 @@ def test_what_is_no_list_of_stems_is_a_sentence(tmp_path, text, message):
 @pytest.mark.parametrize("given, message", [
     ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same; for one folder, "),
     ((None, None, None), "--data-dir: expected .* or --images-dir and --labels-dir, found none"),
-    ((None, "A", None), "found A$"), ((None, None, "B"), "found B$"), (("C", "A", "B"), "found A and B and C$")])
+    ((None, "A", None), "found --images-dir A$"), ((None, None, "B"), "found --labels-dir B$"),
+    (("C", "A", "B"), "found --images-dir A and --labels-dir B and --data-dir C$")])
 def test_one_kind_of_folder_is_named(given, message):
     with pytest.raises(UserError, match=message):
         data_root(*given)
@@ -267,7 +268,7 @@ def test_validation_ids_count_for_the_table(tmp_path):
     (["--val-every", "1"], None, "--val-every: expected --val-list with --images-dir, found none"),
     (["--val-every", "1", "--data-list", "{root}/one.txt", "--val-list", "{root}/gone.txt", "--classes",
       "{root}/classes.csv"], None, "gone.txt: expected a text file, found no such file"),
-    (["--data-dir", "."], None, "--images-dir, --labels-dir: expected both and no other folder of data")])
+    (["--data-dir", "."], None, "--images-dir, --labels-dir: expected both and no --data-dir")])
 def test_what_training_refuses(tmp_path, more, spoil, message):
     folders = make(tmp_path, "a", "b")
     (tmp_path / "one.txt").write_text("a")

@@ -101,8 +101,8 @@ def test_a_value_is_ignored_as_the_account_says(tmp_path, capsys):
     folders = make(tmp_path, "a", "b", values=range(4))
     run = [*SMALL, *words(folders, "--batch-size", 2, "--num-steps", 1)]
     train.main([*run, "--snapshot-dir", str(tmp_path / "s")])
-    advice = re.search(r"To ignore one, copy (\S+), set its train_id to 255 in the copy, empty all other train_ids "
-                       "that are not 255", capsys.readouterr().out)
+    advice = re.search(r"To ignore one, copy (\S+); in the copy, write 255 as its train_id and leave the train_id of "
+                       "all classes empty", capsys.readouterr().out)
     rows = [line.split(",") for line in Path(advice[1]).read_text().splitlines()]
     rows[1:] = [[name, number, "255" if number in ("0", "255") else "", *rest] for name, number, _, *rest in rows[1:]]
     (tmp_path / "copy.csv").write_text("".join(",".join(row) + "\n" for row in rows))

@@ -32,7 +32,7 @@ def resolve(choice, *, devices, parallel, shared, accumulate, amp):
         + ["several GPUs with --parallel dp"] * (parallel == "dp" and len(devices) > 1) + ["several processes"] * shared
         + [f"--accumulate {accumulate}"] * (accumulate > 1) + ["--amp apex"] * (amp == "apex"))
     if choice == "on" and obstacles:
-        raise UserError("--cuda-graph on: expected one GPU, whole batches and PyTorch's autocast, found "
+        raise UserError("--cuda-graph on: expected one GPU, no --accumulate and no --amp apex, found "
                         f"{obstacles}; use --cuda-graph off")
     if choice == "auto" and obstacles:
         logger.info(f"--cuda-graph off: not possible with {obstacles}")

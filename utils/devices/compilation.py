@@ -4,6 +4,7 @@ import torch
 
 from ..common.compat import COMPILER, torch_version
 from ..common.errors import UserError
+from ..common.messages import logger
 
 # Memory that compiled code may keep for the backward pass, as a share of what it keeps without recomputation.
 COMPILED_BUDGET = 0.8
@@ -30,6 +31,7 @@ def compile_network(network, **options):
     torch._functorch.config.activation_memory_budget = COMPILED_BUDGET
     torch._inductor.config.fallback_random = True
     network.compile(**options)
+    logger.info("the network is compiled in the first step, which takes minutes")
 
 
 def check_compile(*, devices, parallel, recompute, amp):

@@ -32,8 +32,8 @@ class Classes:
         evaluated = [row for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)]
         train_ids = sorted({row["train_id"] for row in evaluated})
         if not train_ids or train_ids != list(range(len(train_ids))) or len(train_ids) > UNKNOWN:
-            raise UserError(f"{source}: expected train ids 0 to N-1 without a gap (-1 or 255 to ignore), "
-                            f"N at most 254, found {train_ids}")
+            raise UserError(f"{source}: expected train ids 0 to N-1 without a gap (-1 or 255 to ignore), or only empty "
+                            f"ones, N at most 254, found {train_ids}")
         ids = [row["id"] for row in rows]
         duplicates = sorted({i for i in ids if ids.count(i) > 1})
         if duplicates:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ..common.command import debounce_signals, give_up_after
-from ..common.errors import UserError, first_line
+from ..common.errors import UserError, first_line, plural
 from ..common.messages import logger
 from .interfaces import choose_interface, local_address
 from .processes import Processes
@@ -88,8 +88,9 @@ def crops_per_device(batch_size, accumulate, devices):
     ranks = torchrun_ranks()
     sharing = max(len(devices), 1 if ranks is None else ranks.size)
     if batch_size % (sharing * accumulate):
-        parts = f" times {accumulate} parts of --accumulate" if accumulate > 1 else ""
-        raise UserError(f"--batch-size {batch_size}: expected a multiple of the {sharing} devices{parts} that share it")
+        parts = f" × --accumulate {accumulate}" if accumulate > 1 else ""
+        raise UserError(f"--batch-size {batch_size}: expected a multiple of {sharing * accumulate} "
+                        f"({plural(sharing, 'device')}{parts})")
     return batch_size // accumulate // sharing
 
 

@@ -49,8 +49,9 @@ class ResultsFolder:
             UserError: before anything is changed, if a file cannot be written, or if a file exists that no run has
                 recorded.
         """
-        self.check([RECORD, *folders, *(name for name in files if "/" not in name)])
         earlier = recorded(self.folder)
+        existing = [RECORD] * any(map(self._is_file, earlier))      # a run that ended early has recorded files in vain
+        self.check([*existing, *folders, *(name for name in files if "/" not in name)])
         check_names(self.label, self.folder, [*files, RECORD])
         for name in folders:
             if os.path.islink(self.folder / name):

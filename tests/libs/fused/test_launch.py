@@ -80,7 +80,7 @@ def test_the_choice_on_a_cpu(monkeypatch):
     """The interpreter is for tests that choose it."""
     monkeypatch.setattr(backend, "package", lambda: None)
     monkeypatch.setattr(backend, "obstacle", lambda device: None)
-    assert backend.choose("auto", CPU, **RUN)[0] == "auto"
+    assert backend.choose("auto", CPU, **RUN) == ("auto", "in-place norms use PyTorch's kernels")
     assert backend.choose("auto", CPU, **RUN | {"norm": "bn"}) == ("torch", None)
     assert backend.choose("triton", CPU, **RUN)[0] == "triton"
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, finish, start
+from utils.common.compat import torch_version
 from utils.common.limits import cgroup_cpu_limit
 
 # Ends as a command does; a worker that holds a sample of 2.5 MB, or cannot be started, or is killed.
@@ -76,6 +77,8 @@ def surrounded(mount, *words):
 def test_workers_that_cannot_go_on_are_a_sentence(mount, what, output):
     status, out, error = surrounded(mount, "-c", PROGRAM, *what)
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and not out, error
+    if mount == "size=1m" and torch_version() < (2, 9) and "died" in error:     # by SIGBUS
+        output = ("a process that reads samples died", "/dev/shm with ")
     missing = [words for words in (*output, "--shm-size", "--ipc=host", "--num-workers 0") if words not in error]
     assert missing == [], error
 

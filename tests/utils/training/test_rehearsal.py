@@ -176,11 +176,11 @@ def test_the_end_of_a_block_by_triton_moves_few_maps(gpu, kernel, launches, trit
 
 @pytest.mark.parametrize("shared, most", [(False, 2000), (True, 2600)])
 def test_a_whole_step_by_triton(gpu, shared, most, triton_kernels, monkeypatch):
-    """8 crops of 769×769 in bf16: 1,560 operations alone instead of 3,300, and 196 GB instead of 276.
+    """8 crops of 769×769 in bf16: 1,650 operations alone instead of 3,300, and 185 GB instead of 276.
 
     Not counted: norms of gradients, which are one operation for all on a GPU; copies of gradients, which autograd's
-    engine takes as they are; and five operations of each norm that decide in one of 256 steps whether it keeps its
-    input.
+    engine takes as they are; the momentum, which is made in the first step; and five operations of each norm that
+    decide in one of 256 steps whether it keeps its input.
     """
     if shared:
         for module in ("libs.synchronize", "loss.ohem"):
@@ -188,7 +188,8 @@ def test_a_whole_step_by_triton(gpu, shared, most, triton_kernels, monkeypatch):
     network = take_steps(gpu, kernels="triton", backbone="eca_resnet101", batch={"size": 769, "images": 8}, steps=1,
                          processes=FourAlike() if shared else None)
     norms = sum(hasattr(module, "running_var") for module in network.modules())
-    apart = gpu.launches["linalg_vector_norm"] + len(list(network.parameters())) + 5 * norms
+    once = gpu.launches["zeros_like"] + 5 * norms
+    apart = gpu.launches["linalg_vector_norm"] + len(list(network.parameters())) + once
     assert sum(gpu.launches.values()) - apart <= most
     assert gpu.bytes <= 195e9
 

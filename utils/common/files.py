@@ -118,8 +118,8 @@ def load(path):
             _refuse_objects(path, str(error))
         # torch's message begins with advice to let the file run code; the reason comes last.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2] or error
-        raise UserError(f"{path}: expected a snapshot or another file of tensors written by torch.save, found a file "
-                        f"of another kind, or a damaged one, which cannot be read as data alone ({first_line(reason)})"
+        raise UserError(f"{path}: expected a file of tensors written by torch.save, such as a snapshot, found a file "
+                        f"of another kind or a damaged one, which cannot be read as data alone ({first_line(reason)})"
                         ) from None
 
 

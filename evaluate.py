@@ -57,7 +57,7 @@ from dataset.folders import add_data_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
 from dataset.labels import ClassTable
 from networks.exporting import export_snapshot
-from networks.predictor import AMP, PAPER_SCALES, Protocol, load_network, sliding_predictor
+from networks.predictor import AMP, KERNELS, PAPER_SCALES, Protocol, load_network, sliding_predictor
 from networks.weights.snapshot import Config
 from utils.common import command, files, flags
 from utils.common.errors import UserError, plural
@@ -133,6 +133,8 @@ def get_parser():
     run.add_argument("--batch-size", type=flags.batch_size, default=4, help="windows per forward pass (default: 4)")
     run.add_argument("--amp", choices=AMP, help="mixed precision (default: on a GPU bf16 if it has instructions for "
                      "it, else fp16; on a CPU bf16 if a measurement shows that it is faster, else off)")
+    run.add_argument("--kernels", choices=KERNELS, default="auto", help="auto: on a GPU norms by Triton's kernels, if "
+                     "they agree with PyTorch's operators there; torch: norms folded into convolutions (default: auto)")
 
     out = parser.add_argument_group("results")
     out.add_argument("--output-dir", type=flags.path, help="folder of the results (default: beside the snapshot, named "
@@ -237,7 +239,7 @@ def protocol_of(args):
     """Flags → `Protocol`; without --amp in float32."""
     return Protocol(window=args.input_size, whole=args.whole, overlap=args.overlap, scales=tuple(args.scales),
                     flip=args.flip, batch_size=args.batch_size, amp=args.amp or "off", raw_weights=args.raw_weights,
-                    boundary=args.boundary)
+                    kernels=args.kernels, boundary=args.boundary)
 
 
 class Machine(NamedTuple):
@@ -285,7 +287,7 @@ class TrainedNetwork(NamedTuple):
             device: `torch.device`.
             table: path of a class table that fits the network, or None for the snapshot's classes.
         """
-        network, config = load_network(path, device, protocol.raw_weights)
+        network, config = load_network(path, device, protocol.raw_weights, protocol.kernels)
         classes = ClassTable.read(table) if table else ClassTable(config.classes, f"classes of {path}")
         if classes.num_classes != config.network["num_classes"]:
             raise UserError(f"--classes {table}: expected the {config.network['num_classes']} classes of {path}, found "

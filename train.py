@@ -233,7 +233,6 @@ def add_run(parser):
                      help="keep feature maps in channels-last memory format (default: on a GPU yes, on a CPU no)")
     run.add_argument("--compile", action="store_true", help="compile the network with torch.compile; "
                      "not possible with --parallel dp over several GPUs")
-
     run.add_argument("--cuda-graph", choices=capture.CHOICES, default="off", help="launch the forward and backward "
                      "pass as one CUDA graph, which saves Python's time between operations, in a run of one process; "
                      "auto: if that is possible; on: or end with an error; not tested on a GPU yet (default: off)")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from libs.abn import set_backend
 from libs.convert import fold_norms
+from libs.fused.launch import obstacle
 from utils.common.errors import UserError
 from utils.common.messages import logger
 from utils.devices.precision import AUTOCAST, best_precision, exact_float32
@@ -25,6 +27,7 @@ from .build import build_network
 from .weights.start import read_snapshot
 
 AMP = ("off", "bf16", "fp16")
+KERNELS = ("auto", "torch")
 PAPER_SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
@@ -37,7 +40,7 @@ class Protocol:
         whole: predict the whole image at once, without windows.
         overlap, scales, flip, batch_size: as in `SlidingPredictor`.
         amp: one of `AMP`.
-        raw_weights: as in `load_network`.
+        raw_weights, kernels: as in `load_network`.
         boundary: tolerance in pixels of the boundary scores; None for no boundary scores.
     """
 
@@ -49,6 +52,7 @@ class Protocol:
     batch_size: int = 4
     amp: str = "off"
     raw_weights: bool = False
+    kernels: str = "auto"
     boundary: float | None = None
 
     def as_json(self, window, split, config):
@@ -76,7 +80,7 @@ class Protocol:
 
 
 def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3, scales=(1.0,), flip=False,
-         batch_size=4, raw_weights=False):
+         batch_size=4, raw_weights=False, kernels="auto"):
     """Load a trained network for prediction.
 
     Remarks, such as which weights are used, are logged at level INFO; `logging.basicConfig(level="INFO")` shows them.
@@ -94,6 +98,7 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
         flip: add a mirrored pass at each scale, as evaluate.py does by default.
         batch_size: number of windows per forward pass.
         raw_weights: use the weights of the last step, even if the snapshot has a moving average.
+        kernels: as in `prepare_for_evaluation`.
 
     Returns:
         `Predictor`.
@@ -104,12 +109,14 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
     """
     if amp not in (None, *AMP):
         raise ValueError(f"amp: expected one of {', '.join(AMP)}, or None, found {amp!r}")
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels: expected {' or '.join(KERNELS)}, found {kernels!r}")
     device = _device(device)
     amp = amp or best_precision(device)
     exact_float32(amp, device)
     protocol = Protocol(window=window, whole=whole, overlap=overlap, scales=scales, flip=flip, batch_size=batch_size,
-                        amp=amp, raw_weights=raw_weights)
-    network, config = load_network(path, device, raw_weights)
+                        amp=amp, raw_weights=raw_weights, kernels=kernels)
+    network, config = load_network(path, device, raw_weights, kernels)
     return Predictor(sliding_predictor(network, config, device, protocol),
                      Classes(config.classes, f"classes of {path}"))
 
@@ -176,13 +183,14 @@ class Prediction:
         return self._classes.decode(self.labels)
 
 
-def load_network(path, device, raw_weights=False):
+def load_network(path, device, raw_weights=False, kernels="auto"):
     """Load a network from a file for evaluation.
 
     Args:
         path: a snapshot of train.py, or a .safetensors file written by `evaluate.py --export`.
         device: `torch.device`.
         raw_weights: use the weights of the last step, even if the snapshot has a moving average.
+        kernels: as in `prepare_for_evaluation`.
 
     Returns:
         (network as of `build_for_evaluation`, `networks.weights.snapshot.Config` of the file).
@@ -191,7 +199,7 @@ def load_network(path, device, raw_weights=False):
         UserError: if the file is not a valid snapshot.
     """
     snapshot = read_snapshot(path)
-    network = build_for_evaluation(snapshot.config, select_weights(snapshot, raw_weights))
+    network = build_for_evaluation(snapshot.config, select_weights(snapshot, raw_weights), device, kernels)
     return network.to(device, memory_format=torch.channels_last), snapshot.config
 
 
@@ -203,10 +211,31 @@ def select_weights(snapshot, raw):
     return snapshot.weights(raw)
 
 
-def build_for_evaluation(config, state):
-    """Build the network of a `Config` with these weights, in evaluation mode and with its norms folded."""
+def build_for_evaluation(config, state, device=None, kernels="auto"):
+    """Build the network of a `Config` with these weights, prepared by `prepare_for_evaluation`."""
     network = build_network(**config.network)
     network.load_state_dict(state)
+    return prepare_for_evaluation(network, device, kernels)
+
+
+def prepare_for_evaluation(network, device=None, kernels="auto"):
+    """Return a network in evaluation mode, whose norms cost as little as they can on a device.
+
+    Norms are folded into the convolutions before them, in a copy of the network. On a GPU where Triton's kernels can be
+    used they stay: there a norm and its activation, or all that ends a residual block, are one operator that reads and
+    writes each map once, while the bias of a convolution and the activation are two.
+
+    Args:
+        network: nn.Module.
+        device: `torch.device` on which the network will run; None for any.
+        kernels: `auto`, or `torch` to fold norms on a GPU too.
+    """
+    if kernels == "auto" and device is not None and device.type == "cuda":
+        reason = obstacle(device)
+        if reason is None:
+            set_backend(network, "triton")
+            return network.eval()
+        logger.info(f"without Triton's kernels, which save memory traffic: {reason}")
     return fold_norms(network).eval()
 
 

@@ -32,7 +32,7 @@ snapshot-dir split
 stem track val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip
-gpu help images images-dir input-size labels-dir no-flip num-workers output-dir overlap overwrite raw-weights
+gpu help images images-dir input-size kernels labels-dir no-flip num-workers output-dir overlap overwrite raw-weights
 restore-from save scales split submission whole"""
 
 

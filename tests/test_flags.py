@@ -14,6 +14,7 @@ import evaluate
 import train
 from dataset.labels import CITYSCAPES
 from dataset.streets import write_dataset
+from networks import predictor
 from tests.conftest import snapshot_content
 from utils.common.errors import UserError
 from utils.inference.sliding import SlidingPredictor
@@ -51,7 +52,7 @@ EVALUATE = {
     "classes": "classes.csv", "data-dir": "elsewhere", "data-list": "all.lst", "export": "network.onnx",
     "export-precision": (["--export", "network.onnx"], "fp16"), "export-size": (["--export", "network.onnx"], "64,64"),
     "flip": "", "gpu": "7", "help": "",
-    "images": "image.png", "images-dir": "i", "input-size": "33,33", "labels-dir": "l",
+    "images": "image.png", "images-dir": "i", "input-size": "33,33", "kernels": "torch", "labels-dir": "l",
     "no-flip": (["--flip"], ""), "num-workers": "1",
     "output-dir": "there", "overlap": (["--input-size", "33,33"], "0.7"),
     "overwrite": (["--output-dir", "earlier"], ""), "raw-weights": (["--restore-from", "averaged.pth"], ""),
@@ -199,6 +200,11 @@ def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
     def exported(path, target, **options):
         target.write_text(f"{path} {options}")
         return "exported"
+    def prepared(network, device, kernels, prepare=predictor.prepare_for_evaluation):
+        requested.append(kernels)
+        return prepare(network, device, kernels)
+
+    monkeypatch.setattr(predictor, "prepare_for_evaluation", prepared)
     monkeypatch.setattr(SlidingPredictor, "_forward", noted)
     monkeypatch.setattr(evaluate, "export_snapshot", exported)
     monkeypatch.setattr(workers, "Loader", loader)

@@ -13,8 +13,11 @@ from PIL import Image, ImageOps
 import evaluate
 from dataset.labels import ClassTable
 from libs import abn
+from networks import predictor
 from networks.predictor import load
+from networks.weights.snapshot import parse
 from tests.conftest import ROOT, snapshot_content
+from tests.libs.fused.conftest import large_tiles, launches  # noqa: F401, fixtures
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common.errors import UserError
 from utils.imaging.decode import to_rgb
@@ -192,3 +195,27 @@ def test_the_moving_average_is_what_predicts(tmp_path, capsys):
     assert not np.allclose(averaged, raw)
     shown = capsys.readouterr().out
     assert "the moving average of the weights" in shown and "the weights of the last step" in shown
+
+
+@pytest.mark.parametrize("reason", [None, "Triton is not installed"])
+def test_norms_of_an_evaluation_on_a_gpu(reason, monkeypatch, capsys, launches, large_tiles):  # noqa: F811
+    """By Triton's kernels where they can be used, with the same logits as norms folded into convolutions."""
+    parsed = parse("CS_scenes_7.pth", snapshot_content(7))
+    monkeypatch.setattr(predictor, "obstacle", lambda device: reason)
+    folded = predictor.build_for_evaluation(parsed.config, parsed.weights())
+    network = predictor.build_for_evaluation(parsed.config, parsed.weights(), torch.device("cuda"))
+    without = predictor.build_for_evaluation(parsed.config, parsed.weights(), torch.device("cuda"), "torch")
+    norms, none = ([module for module in one.modules() if isinstance(module, abn.ABN)] for one in (network, without))
+    assert none == []
+    x = torch.randn(2, 3, 33, 33).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = folded(x)
+        assert not launches
+        actual = network.to(memory_format=torch.channels_last)(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    if reason is None:
+        ends = launches["end_block_kernel"]
+        assert ends == 8 and launches["normalize_kernel"] == len(norms) - ends - 1      # that of the auxiliary head
+    else:
+        assert not norms and not launches
+        assert f"which save memory traffic: {reason}" in capsys.readouterr().out

@@ -234,8 +234,8 @@ def add_run(parser):
     run.add_argument("--compile", action="store_true", help="compile the network with torch.compile; "
                      "not possible with --parallel dp over several GPUs")
     run.add_argument("--cuda-graph", choices=capture.CHOICES, default="off", help="launch the forward and backward "
-                     "pass as one CUDA graph, which saves Python's time between operations, in a run of one process; "
-                     "auto: if that is possible; on: or end with an error; not tested on a GPU yet (default: off)")
+                     "pass of a process as one CUDA graph, which saves Python's time between operations; auto: if that "
+                     "is possible; on: or end with an error; not tested on a GPU yet (default: off)")
 
     val = parser.add_argument_group("quick validation on whole images at scale 1; evaluate.py computes the official "
                                     "scores")
@@ -269,8 +269,7 @@ def check(args, devices, classes):
     if args.compile:
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
     if args.cuda_graph == "on":
-        capture.resolve("on", devices=devices, parallel=args.parallel, accumulate=args.accumulate, amp=args.amp,
-                        shared=args.parallel == "ddp" and len(devices) > 1)
+        capture.resolve("on", devices=devices, parallel=args.parallel, accumulate=args.accumulate, amp=args.amp)
     flags.from_flags(NetworkChoice, vars(args)).check(
         batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
         pretrained=args.pretrained, restore_from=args.restore_from)
@@ -369,8 +368,8 @@ def resolve(args, root, devices, processes, begin):
         logger.info(message)
     values = vars(args) | {
         "amp": amp,
-        "cuda_graph": capture.resolve(args.cuda_graph, devices=devices, parallel=args.parallel, amp=amp,
-                                      accumulate=args.accumulate, shared=processes is not None),
+        "cuda_graph": capture.resolve(args.cuda_graph, devices=devices, parallel=args.parallel,
+                                      accumulate=args.accumulate, amp=amp),
         "channels_last": channels_last, "kernels": kernels,
         "backbone": network["backbone"], "loss_weights": {head: loss_weights[head] for head in heads},
         "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(

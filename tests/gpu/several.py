@@ -122,6 +122,8 @@ def section(rows, device, world=None, steps=20, size=129, **shape):
     rows.check(f"{steps} steps of {world} processes as on one device", shared_by_processes, device.type, world, steps,
                size, expected, **shape)
     if device.type == "cuda":
+        rows.check(f"the same in CUDA graphs, {world} processes", shared_by_processes, device.type, world, steps, size,
+                   expected, options={"cuda_graph": "on"}, **shape)
         devices = [torch.device("cuda", index) for index in range(world)]
         rows.check(f"{steps} steps of DataParallel on {world} GPUs as on one", lambda: as_alone(
             losses_of(devices, None, steps, size, 2 * world, **shape), expected))

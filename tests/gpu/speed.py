@@ -35,6 +35,7 @@ from utils.parallel.workers import Loader
 
 from .evaluation import make_image, make_network
 from .rows import near
+from .several import group_of_one
 from .steps import RATE, make_batch, make_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,13 +224,13 @@ def compiled_section(rows, device, size=769, images=8, runs=5, product=8192, **s
                     rates["bf16", True], compiled=True, **shape)
 
 
-def replays_as_steps(device, size, images, steps=WARMUP + 3, **shape):
+def replays_as_steps(device, size, images, processes=None, steps=WARMUP + 3, **shape):
     """Losses of steps in fp32, of which the last are replays of a CUDA graph, against those without; with dropout."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     actual = []
     for choice in ("off", "on"):
-        engine = make_engine(device, dropout=True, options={"cuda_graph": choice}, **shape)
+        engine = make_engine(device, dropout=True, processes=processes, options={"cuda_graph": choice}, **shape)
         actual.append([list(engine.step([make_batch(size, seed, images)])[0].values()) for seed in range(steps)])
     plain, same = map(torch.tensor, actual)
     return f"losses {near(same, plain, 1e-3, 'losses'):.1e}"
@@ -248,7 +249,10 @@ def graph_section(rows, device, size=769, runs=9, **shape):
     if device.type != "cuda":
         rows.note("CUDA graphs", "not measured: they need a GPU")
         return
-    rows.check("replays as steps", replays_as_steps, device, 97, 2, **shape | {"backbone": "eca_resnet18"})
+    small = shape | {"backbone": "eca_resnet18"}
+    rows.check("replays as steps", replays_as_steps, device, 97, 2, **small)
+    with group_of_one(device) as processes:
+        rows.check("replays as steps, a process group of one", replays_as_steps, device, 97, 2, processes, **small)
     shape = {"model": "acfnet", "backbone": "eca_resnet101"} | shape
     torch.backends.cudnn.benchmark = True
     for images, predicted in ((8, 97), (2, 25)):

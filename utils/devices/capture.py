@@ -9,16 +9,12 @@ CHOICES = ("auto", "on", "off")
 WARMUP = 3      # calls before the capture, in which libraries choose and load their kernels, as PyTorch advises
 
 
-def resolve(choice, *, devices, parallel, shared, accumulate, amp):
+def resolve(choice, *, devices, parallel, accumulate, amp):
     """Resolve --cuda-graph, and log it if it was `auto` and steps cannot be captured.
-
-    Several processes are left out: whether the collectives of gradients and norms can be captured together can only be
-    shown on several GPUs.
 
     Args:
         choice: value of the flag.
         devices: of this process.
-        shared: whether several processes share each batch.
         parallel, accumulate, amp: values of other flags.
 
     Returns:
@@ -29,11 +25,11 @@ def resolve(choice, *, devices, parallel, shared, accumulate, amp):
     """
     obstacles = ", ".join(
         ["the CPU"] * (devices[0].type != "cuda")
-        + ["several GPUs with --parallel dp"] * (parallel == "dp" and len(devices) > 1) + ["several processes"] * shared
+        + ["several GPUs with --parallel dp"] * (parallel == "dp" and len(devices) > 1)
         + [f"--accumulate {accumulate}"] * (accumulate > 1) + ["--amp apex"] * (amp == "apex"))
     if choice == "on" and obstacles:
-        raise UserError("--cuda-graph on: expected one GPU, no --accumulate and no --amp apex, found "
-                        f"{obstacles}; use --cuda-graph off")
+        raise UserError("--cuda-graph on: expected one GPU per process, no --accumulate and no --amp apex, "
+                        f"found {obstacles}; use --cuda-graph off")
     if choice == "auto" and obstacles:
         logger.info(f"--cuda-graph off: not possible with {obstacles}")
     return "off" if obstacles else choice

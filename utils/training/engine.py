@@ -216,23 +216,31 @@ class Engine:
 
     def _pass(self, images, labels, divisors=None, parts=1, last=True):
         """Forward and backward pass of a part of the batch, as in `step_loss`: its terms (T,)."""
-        loss, terms = step_loss(self.module, self.criterion, images, labels, processes=self.processes,
+        module = self.module
+        if self._captured is not None and isinstance(module, DistributedDataParallel):
+            module = module.module      # `_replay_pass` exchanges the gradients, after the graph
+        loss, terms = step_loss(module, self.criterion, images, labels, processes=self.processes,
                                 divisors=divisors, parts=parts)
         self.precision.backward(loss, self.optimizer, last)
         return terms
 
     def _pass_with_gradients(self, images, labels):
-        """The terms (T,) of a whole batch, and the gradient of each parameter."""
+        """The terms (T,) of a whole batch, and the gradients of this process's part of it."""
         self.optimizer.zero_grad()      # a capture that failed leaves gradients without values
         terms = self._pass(images, labels)
-        return terms, [weight.grad for weight in self.network.parameters()]
+        return terms, [weight.grad for weight in self._trained_weights()]
+
+    def _trained_weights(self):
+        return [weight for weight in self.network.parameters() if weight.requires_grad]
 
     def _replay_pass(self, images, labels):
         """`_pass` of a whole batch by `CapturedFunction`."""
         layers = [layer for layers in self._deciding_layers.values() for layer in layers]
         (terms, gradients), replayed = self._captured(images, labels, key=tuple(layer.keeps_input for layer in layers))
+        if self.processes is not None:
+            self.processes.average(gradients)
         if replayed:
-            for weight, gradient in zip(self.network.parameters(), gradients, strict=True):
+            for weight, gradient in zip(self._trained_weights(), gradients, strict=True):
                 weight.grad = gradient
             for layer in layers:
                 layer.count_pass()

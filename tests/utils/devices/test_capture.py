@@ -1,14 +1,17 @@
 """CUDA graphs on a CPU, with a stand-in for `torch.cuda.CUDAGraph` that notes ATen's operators and runs them again."""
 
 import contextlib
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from libs.abn import InPlaceABN
+from libs.abn import InPlaceABNSync
 from loss.criterion import SegmentationCriterion
 from tests.crash import same
 from tests.utils.training.test_engine import CPU, make_batch, state
@@ -17,6 +20,7 @@ from utils.devices import capture
 from utils.devices.capture import CapturedFunction
 from utils.devices.precision import Precision
 from utils.ops.normalization import Normalization
+from utils.parallel.processes import Processes, share_batches
 from utils.training.engine import Engine, NetworkWithLoss, NotFinite
 
 graphs = []
@@ -28,13 +32,15 @@ class RecordedGraph(TorchDispatchMode):
     A real capture runs nothing. Here it does, and the first replay, which follows at once, has nothing left to do.
     """
 
+    may_read = False        # whether the host may read values, which ends a real capture
+
     def __init__(self):
         super().__init__()
         self.calls, self.replays = [], 0
         graphs.append(self)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and not self.may_read:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         results = function(*args, **kwargs or {})
         if not function.is_view:
@@ -47,20 +53,25 @@ class RecordedGraph(TorchDispatchMode):
         if self.replays == 1:
             return
         for function, args, kwargs, results in self.calls:
-            for before, now in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
+            again = tree_leaves(function(*args, **kwargs))
+            if function.namespace == "c10d":        # the last result of a collective is its work
+                again[-1].wait()
+            for before, now in zip(tree_leaves(results), again, strict=True):
                 if isinstance(now, torch.Tensor) and now is not before:
                     before.copy_(now)
 
 
+@contextlib.contextmanager
+def recording(recorded, capture_error_mode):
+    """`torch.cuda.graph`."""
+    with recorded:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch):
-    @contextlib.contextmanager
-    def graph(recorded, capture_error_mode):
-        with recorded:
-            yield
-
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {"CUDAGraph": RecordedGraph, "graph": graph, "empty_cache": lambda: None,
+    for name, value in {"CUDAGraph": RecordedGraph, "graph": recording, "empty_cache": lambda: None,
                         "Stream": lambda device: stream, "current_stream": lambda device: stream,
                         "set_stream": lambda which: None, "stream": lambda which: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -71,28 +82,29 @@ def cuda(monkeypatch):
 class SmallNetwork(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), InPlaceABN(8), torch.nn.Dropout2d(0.3),
-                                            torch.nn.Conv2d(8, 8, 1), InPlaceABN(8))
+        self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), InPlaceABNSync(8),
+                                            torch.nn.Dropout2d(0.3), torch.nn.Conv2d(8, 8, 1), InPlaceABNSync(8))
         self.fine = torch.nn.Conv2d(8, 4, 1)
 
     def forward(self, images):
         return {"fine": self.fine(self.features(images))}
 
 
-def make_engine(amp="off", cuda_graph="off"):
+def make_engine(amp="off", cuda_graph="off", processes=None):
     torch.manual_seed(0)
     network, criterion, precision = SmallNetwork(), SegmentationCriterion({"fine": 1.0}), Precision(amp, CPU)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
-    return Engine(module, network, criterion, optimizer, precision, [CPU], cuda_graph=cuda_graph)
+    return Engine(share_batches(module, [CPU], processes), network, criterion, optimizer, precision, [CPU],
+                  processes=processes, cuda_graph=cuda_graph)
 
 
-def train(engine, steps, before_step=lambda number, engine: None):
-    """Terms of each step, and the state afterward."""
+def train(engine, steps, before_step=lambda number, engine: None, first=0):
+    """Terms of each step, and the state afterward. first: number of the first batch."""
     terms = []
     for number in range(steps):
         before_step(number, engine)
-        terms.append(engine.step([make_batch(number)])[0])
+        terms.append(engine.step([make_batch(first + number)])[0])
     return terms, state(engine), [norm._choice.passes_left for norm in norms(engine)]
 
 
@@ -117,6 +129,27 @@ def test_replays_train_as_steps_do(amp):
     actual = train(make_engine(amp, cuda_graph="on"), 7, change_a_norm)
     assert same(actual, expected)
     assert [graph.replays for graph in graphs] == ([5] if amp == "off" else [2, 2])
+
+
+def replay_in_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cuda.__wrapped__(monkeypatch)
+        # On the CPU, norms among processes read the number of values, which is the same in all steps.
+        monkeypatch.setattr(RecordedGraph, "may_read", True)
+        for amp in ("off", "bf16"):
+            expected, actual = (train(make_engine(amp, cuda_graph, Processes()), 7, change_a_norm, first=10 * rank)
+                                for cuda_graph in ("off", "on"))
+            assert same(actual, expected)
+        assert [graph.replays for graph in graphs] == [5, 2, 2]
+    dist.destroy_process_group()
+
+
+def test_replays_of_processes_train_as_steps_do(tmp_path):
+    """Statistics and losses are shared inside of the graphs, and gradients are averaged after them."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(replay_in_process, (str(tmp_path),), nprocs=2)
 
 
 def test_a_replay_that_is_not_finite_changes_nothing():
@@ -178,10 +211,10 @@ def test_what_cannot_be_captured_is_called_as_ever(capsys):
 
 def test_the_flag_is_resolved(capsys):
     gpu = torch.device("cuda", 0)
-    possible = {"devices": [gpu], "parallel": "ddp", "shared": False, "accumulate": 1, "amp": "bf16"}
+    possible = {"devices": [gpu], "parallel": "ddp", "accumulate": 1, "amp": "bf16"}
     assert [capture.resolve(choice, **possible) for choice in capture.CHOICES] == list(capture.CHOICES)
-    for other in ({"devices": [CPU]}, {"devices": [gpu, gpu], "parallel": "dp"}, {"shared": True},
-                  {"accumulate": 2}, {"amp": "apex"}):
+    for other in ({"devices": [CPU]}, {"devices": [gpu, gpu], "parallel": "dp"}, {"accumulate": 2},
+                  {"amp": "apex"}):
         assert capture.resolve("auto", **possible | other) == capture.resolve("off", **possible | other) == "off"
         assert "--cuda-graph off: not possible with" in "".join(capsys.readouterr())
         with pytest.raises(UserError, match="--cuda-graph on: expected"):

@@ -50,20 +50,21 @@ def add_data_flags(parser, classes):
     parser.add_argument("--data-list", type=flags.path, nargs="+", metavar="FILE", help="text files of \"image "
                         "label\" lines, paths relative to the data set's folder or to the list (default: scan the "
                         "folder)")
-    parser.add_argument("--classes", type=flags.path, metavar="FILE", help="class table (CSV: name,id,train_id,red,"
-                        f"green,blue[,category]) (default: {classes})")
+    parser.add_argument("--classes", type=flags.path, metavar="TABLE", help="class table: a file (CSV: name,id,"
+                        "train_id,red,green,blue[,category]) or the name of a data set in dataset/README.md, such as "
+                        f"voc or ade20k (default: {classes})")
 
 
 def read_table(path, images_dir, lists):
     """Read the class table of the command line.
 
     Args:
-        path: --classes, or None.
+        path: --classes, a file or the name of a known data set, or None.
         images_dir: --images-dir, or None.
         lists: --data-list, or None.
 
     Returns:
-        The `ClassTable` of the file; without a file that of Cityscapes or, for two folders or lists, None: it is then
+        The `ClassTable` of the path; without a path that of Cityscapes or, for two folders or lists, None: it is then
         inferred from the label maps (`dataset.infer`).
 
     Raises:

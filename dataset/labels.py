@@ -2,13 +2,15 @@
 
 A table is a CSV file with the columns name, id, train_id, red, green, blue and, optionally, category.
 `id` is the value in label maps, `train_id` the channel of the network's output. Pixels with train id -1 or 255 are
-ignored in training and scores. If all other train ids are empty, the classes are numbered in their order.
-The Cityscapes table has the values of cityscapesScripts, helpers/labels.py.
+ignored in training and scores. If all other train ids are empty, the classes are numbered in their order. Lines above
+the header that start with # are comments. The Cityscapes table has the values of cityscapesScripts, helpers/labels.py;
+those of other public data sets are in dataset/classes/, each with its source, and go by the names of their files.
 """
 
 import csv
 import functools
 import io
+import os
 import re
 import warnings
 from pathlib import Path
@@ -22,6 +24,7 @@ from .text import read_csv, read_text
 
 MAX_SHOWN = 8       # rows of a table, or values, in a message
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
+TABLES = Path(__file__).parent / "classes"
 COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
 COLORS = COLUMNS[3:]
 HEADINGS = {"class": "name", "pixel value": "id", "r": "red", "g": "green", "b": "blue"}    # of other tools → ours
@@ -75,13 +78,17 @@ class ClassTable(Classes):
 
     @classmethod
     def read(cls, path=CITYSCAPES):
-        """Read a class table from a CSV file.
+        """Read a class table.
+
+        Args:
+            path: of a CSV file, or the name of a known data set, as for `find_table`.
 
         Raises:
             TableNeeded: if it is a table of another tool, without train ids: Roboflow's _classes.csv, class_dict.csv,
                 or CVAT's labelmap.txt.
             UserError: if it is not a class table; the message has the file and the line.
         """
+        path = find_table(path)
         rows, missing = _read_rows(path)
         table = cls(rows, path)
         if missing:
@@ -186,12 +193,14 @@ class ClassTable(Classes):
     def looks_like_train_ids(self, ids):
         """Whether a label map (H, W) probably has train ids instead of ids.
 
-        This is so if all its values are train ids, and most of its pixels would be ignored if they were ids.
+        This is so if all its values are train ids, and most of its pixels would be ignored if they were ids, for more
+        than one reason: a single one, such as 0 of ADE20K, may well be most of an image.
         """
         if self.is_identity or not 0 <= ids.min() <= ids.max() < self.num_classes:
             return False
         counts = np.bincount(ids.ravel(), minlength=self.num_classes)
-        return counts[self.lookup[:len(counts)] == IGNORE_INDEX].sum() > ids.size / 2
+        ignored = counts[self.lookup[:len(counts)] == IGNORE_INDEX]
+        return np.count_nonzero(ignored) > 1 and ignored.sum() > ids.size / 2
 
     @property
     def instance_sizes(self):
@@ -235,7 +244,7 @@ class ClassTable(Classes):
 
     def _row_remedy(self, number, color=("RED", "GREEN", "BLUE")):
         """Return the remedy for a value without a row in the table: the row to add."""
-        is_users_file = Path(self.source).is_file() and Path(self.source).parent != CITYSCAPES.parent
+        is_users_file = Path(self.source).is_file() and Path(self.source).parent not in (CITYSCAPES.parent, TABLES)
         action = "add" if is_users_file else "--classes FILE.csv takes a table of your own, with"
         return (f"{action} a row for each of these: NAME,{number},TRAIN_ID,{','.join(map(str, color))}, where the "
                 f"TRAIN_ID {self.num_classes} makes a class of it and 255 ignores it")
@@ -254,6 +263,25 @@ class ClassTable(Classes):
         shown = ", ".join(names[:4]) + " ..." * (len(names) > 4)
         return [f"{self.source} gives {shown} the same color {color}, so that pictures do not distinguish them: give "
                 "each row a color of its own"] * (len(names) > 1)
+
+
+def find_table(path):
+    """Return the path of the class table that --classes names.
+
+    Args:
+        path: of a file; or the name of a known data set, unless the working folder has a file of this name.
+
+    Raises:
+        UserError: if it is a bare name, without a suffix, of neither a file nor a data set.
+    """
+    name = str(path)
+    if os.path.basename(name) != name or "." in name or os.path.isfile(name):
+        return path
+    tables = {table.stem: table for table in TABLES.glob("*.csv")} | {"cityscapes": CITYSCAPES, "kitti": CITYSCAPES}
+    if name not in tables:
+        raise UserError(f"--classes {name}: expected a class table (CSV) or the name of a data set, "
+                        f"{', '.join(sorted(tables))}, found neither")
+    return tables[name]
 
 
 def single_channel_remedy(colors):

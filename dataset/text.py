@@ -32,7 +32,7 @@ def read_text(path, what):
 
 
 def read_csv(path, what):
-    """Read a table with a header, separated by commas, semicolons or tabs.
+    """Read a table with a header, separated by commas, semicolons or tabs. Lines that start with # may precede it.
 
     Args:
         path: of the file.
@@ -44,11 +44,10 @@ def read_csv(path, what):
     Raises:
         UserError: if the file is not such a table.
     """
-    text = read_text(path, what)
-    first, _, rest = text.partition("\n")
-    skipped = first.strip().lower().startswith("sep=")      # names the delimiter to Excel
-    if skipped:
-        text, first = rest, rest.partition("\n")[0]
+    text, skipped = read_text(path, what), 0
+    while text.startswith("#") or text[:4].lower() == "sep=":       # comments; names the delimiter to Excel
+        text, skipped = text.partition("\n")[2], skipped + 1
+    first = text.partition("\n")[0]
     delimiter = max(DELIMITERS, key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:

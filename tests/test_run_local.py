@@ -107,6 +107,15 @@ def test_words_reach_all_that_they_concern(project, monkeypatch):
             assert args.snapshot_dir == str(project / "snapshots")
 
 
+def test_the_name_of_a_table_stays_a_name(project, monkeypatch):
+    """Unless the user's folder has such a file: the check runs in another folder."""
+    for made in (False, True):
+        check, train, evaluate = words_of(project, monkeypatch, "data", "--from-scratch", "--classes", "kitti")
+        assert check[-1] == (str(project.parent.resolve() / "kitti") if made else "kitti")
+        assert "kitti" in train and "kitti" in evaluate
+        (project.parent / "kitti").touch()
+
+
 def test_evaluation_is_not_told_of_apex(project, monkeypatch):
     for data in ((), ("data", "--from-scratch")):
         *_, train, evaluate = words_of(project, monkeypatch, *data, "--amp", "apex", "--gpu", "0")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,8 @@ def test_one_kind_of_folder_is_named(given, message):
 
 @pytest.mark.parametrize("image, label", [
     ("{}", "{}_mask"), ("{}_sat", "{}_mask"), ("img_{}_jpg.rf.0a1b", "img_{}_jpg.rf.0a1b_mask"), ("{}", "{}.label"),
-    ("{}_leftImg8bit", "{}_gtFine_labelIds"), ("{}", "{}_train_id")])
+    ("{}_leftImg8bit", "{}_gtFine_labelTrainIds"), ("{}", "{}_train_id"), ("{}_image", "{}_lab"), ("{}_rgb", "{}_seg"),
+    ("{}", "{}_L")])
 @pytest.mark.parametrize("stems", [("7", "10", "20"), ("a_1", "b_1"), ("one_a",)])
 def test_a_common_ending_is_left_out_of_stems_and_said(tmp_path, image, label, stems):
     folders = make(tmp_path, *(f"train/{stem}" for stem in stems))
@@ -153,7 +155,7 @@ def test_a_common_ending_is_left_out_of_stems_and_said(tmp_path, image, label, s
         dataset = CityscapesDataset(folders)
     assert {path.stem: other.stem for path, other in dataset.pairs} == {
         image.format(stem): label.format(stem) for stem in stems}
-    shared = re.sub("_(sat|leftImg8bit)$", "", image)
+    shared = re.sub("_(sat|leftImg8bit|image|rgb)$", "", image)
     (tmp_path / "some.txt").write_text(shared.format(stems[0]))
     with pytest.warns(UserWarning, match="stems without"):
         some = CityscapesDataset(tuple(f"{one}/train" for one in folders), data_list=tmp_path / "some.txt")
@@ -166,6 +168,23 @@ def test_an_ending_is_no_number(tmp_path):
     for name in "ab":
         (tmp_path / f"labels/{name}_1.png").rename(tmp_path / f"labels/{name}_2.png")
     assert "found none with the stem of a_1.png, b_1.jpg; --data-dir" in refusal(CityscapesDataset, folders)
+
+
+def test_endings_that_only_a_part_of_the_files_have_are_one_sentence(tmp_path):
+    """Label maps of two kinds, or half of them with an ending: no pairs are guessed, and none are left out."""
+    folders = make(tmp_path, "a", "b", "c")
+    (tmp_path / "labels/a.png").rename(tmp_path / "labels/a_mask.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "each of the 3 files in" in (message := refusal(CityscapesDataset, folders))
+        assert "found none with the stem of a.png; use --data-list to select" in message
+        for stem in "abc":
+            label = tmp_path / f"labels/{stem}{'_mask' * (stem == 'a')}.png"
+            label.with_name(f"{stem}_color.png").write_bytes(label.read_bytes())
+            label.rename(label.with_name(f"{stem}_mask.png"))
+        message = refusal(CityscapesDataset, folders)
+    assert "found none with the stem of a.png, b.jpg, c.TIF; --data-dir" in message
+    assert listed(message, tmp_path).pairs[0][1].name == "a_color.png"
 
 
 def listed(message, root):

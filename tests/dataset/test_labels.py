@@ -5,10 +5,11 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torchvision
 from cityscapesscripts.helpers.labels import labels as official
 
 from dataset import folders
-from dataset.labels import CITYSCAPES, ClassTable
+from dataset.labels import CITYSCAPES, ClassTable, distinct_color
 from utils.common.errors import UserError
 from utils.imaging.decode import read_ids
 
@@ -34,6 +35,33 @@ def test_cityscapes_table_is_the_official_one():
     assert classes.categories == [x.category for x in evaluated]
     assert classes.ids.tolist() == [x.id for x in evaluated]
     assert classes.palette[:19].tolist() == [list(x.color) for x in evaluated]
+
+
+@pytest.mark.parametrize("name, ids, ignored", [
+    ("ade20k", range(1, 151), {0}), ("bdd100k", range(19), {255}), ("camvid", range(11), {11}),
+    ("idd", range(26), {255}), ("loveda", range(1, 8), {0}), ("mapillary", range(65), {65}), ("voc", range(21), {255}),
+    ("gta5", [x.id for x in official if not x.ignoreInEval], {x.id % 35 for x in official if x.ignoreInEval})])
+def test_tables_of_known_data_sets(name, ids, ignored):
+    """Ids; colors of classes that have a name of Cityscapes, whose colors these data sets share (GTA5, IDD, ...)."""
+    classes = ClassTable.read(name)
+    assert classes.ids.tolist() == list(ids)
+    assert {row["id"] for row in classes.rows if row["train_id"] == 255} == ignored
+    colors = {x.name: list(x.color) for x in official if not x.ignoreInEval}
+    shared = {row["name"].lower(): [row[key] for key in ("red", "green", "blue")] for row in classes.rows}
+    if name in ("bdd100k", "gta5", "idd", "mapillary"):
+        assert sum(colors.get(one) == color for one, color in shared.items()) >= 14
+        assert {one for one in shared.keys() & colors if shared[one] != colors[one]} == set()
+
+
+def test_tables_of_other_programs(camvid):
+    """PASCAL VOC as torchvision has it, and its color map; CamVid as SegNet's label maps have it."""
+    weights = torchvision.models.segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
+    voc, segnet = ClassTable.read("voc"), ClassTable.read("camvid")
+    assert voc.names == ["background", *weights.meta["categories"][1:]]
+    assert voc.palette[:21].tolist() == [list(distinct_color(number)) for number in range(21)]
+    theirs = ClassTable.read(camvid / "classes.csv")
+    assert (segnet.names, segnet.ids.tolist()) == (theirs.names, theirs.ids.tolist())
+    assert len(segnet.color_lookup) == 32
 
 
 def test_ids_become_train_ids_and_back():
@@ -68,6 +96,11 @@ def test_several_ids_may_share_a_class(table):
 def test_a_broken_table_is_one_sentence(table, text, message):
     with pytest.raises(UserError, match="classes.csv.*" + message):
         table(text)
+
+
+def test_comments_count_as_lines(table):
+    with pytest.raises(UserError, match="line 4: expected a whole number for id"):
+        table("# one\n# two\n" + TABLE.replace("road,1,", "road,x,"))
 
 
 def test_a_missing_table_is_named(tmp_path):
@@ -117,7 +150,8 @@ def test_tables_of_other_tools_are_given_with_our_columns(table, text, missing, 
 @pytest.mark.parametrize("change", [
     lambda text: text.replace(",", ";"), lambda text: text.replace(",", "\t"), lambda text: text.replace(",", ", "),
     lambda text: text.title().replace("Name", " NAME "), lambda text: text.replace("\n", "\r\n\r\n") + ",,,,,\n",
-    lambda text: "sep=;\n" + text.replace(",", ";"), lambda text: text.replace(",2,1,", ",2.0,1.0,"),
+    lambda text: "sep=;\n" + text.replace(",", ";"), lambda text: f"# from, a; book\n#\n{text}",
+    lambda text: text.replace(",2,1,", ",2.0,1.0,"),
     lambda text: text.replace("\n", ",x,y\n")])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_tables_are_read_as_spreadsheets_save_them(tmp_path, change, encoding):
@@ -190,3 +224,4 @@ def test_a_map_that_reads_as_mostly_void_is_suspected():
     assert classes.looks_like_train_ids(np.array([[0, 0, 2, 2, 13]]))
     assert not classes.looks_like_train_ids(np.array([[0, 0, 2, 2, 26]]))
     assert not classes.looks_like_train_ids(np.array([[7, 7, 8, 11, 1]]))
+    assert not ClassTable.read("ade20k").looks_like_train_ids(np.array([[0, 0, 0, 2, 13]]))

@@ -216,8 +216,11 @@ def train_and_evaluate(data, args, rest):
         args.restore_from = [find_weights()]
     check_writable(snapshots)
     lists = [str(Path(name).absolute()) for name in args.data_list or []]
+    table = args.classes        # a file, or the name of a known data set
+    if table and (os.path.basename(table) != table or "." in table or os.path.isfile(table)):
+        table = Path(table).absolute()
     check = ["-m", "dataset.check", Path(data).absolute(), "--fast", *(["--data-list", *lists] if lists else []),
-             *(["--classes", Path(args.classes).absolute()] if args.classes else [])]
+             *(["--classes", table] if table else [])]
     status = subprocess.run([sys.executable, *map(str, check)], cwd=PROJECT).returncode
     if status == 1:
         raise UserError(f"{data}: expected a data set without errors, found those marked WRONG above; train.py and "

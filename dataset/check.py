@@ -11,6 +11,7 @@ of each split; writes check.json, a chart of the class frequencies, and contact 
 overlays). The exit status is 1 if there are problems.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -339,25 +340,53 @@ def label_maps(splits):
             for name, (pairs, _) in splits.items()}
 
 
-def _earlier_table(path):
-    """Read from check.json the class table, as CSV text, that an earlier check inferred and wrote; or None."""
+def _read_report(folder):
+    """Read the check.json of an earlier check; {} if the folder has none."""
     try:
-        report = json.loads(read_file(path))
+        report = json.loads(read_file(folder / "check.json"))
     except (UserError, ValueError, RecursionError):     # no file, or a file of another program
-        return None
-    table = report.get("classes") if isinstance(report, dict) else None
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _earlier_table(folder):
+    """Read from check.json the class table, as CSV text, that an earlier check inferred and wrote; or None."""
+    table = _read_report(folder).get("classes")
     return table if isinstance(table, str) else None
 
 
-def write_draft_table(path, error):
+def default_folder(data):
+    """Return the default folder of the results: runs/check_NAME or, if other data have it, runs/check_NAME_2, ...
+
+    Args:
+        data: absolute path of the data set, or a list of those of its two folders.
+    """
+    name = os.path.basename(data if isinstance(data, str) else os.path.dirname(data[0]))
+    for number in itertools.count(1):
+        folder = Path("runs", f"check_{name}" + f"_{number}" * (number > 1))
+        if _read_report(folder).get("data") in (None, data):
+            return folder
+
+
+def write_draft_table(folder, data, error):
     """Write the table of a `TableNeeded` error for the user to edit, and raise a `UserError` that names the file.
 
-    Does nothing if the error has no table, or the file exists.
+    check.json has the same table, so that a later check can replace it unless the user has edited it. Does nothing if
+    the error has no table, or the file is the user's.
+
+    Args:
+        folder: of the results.
+        data: as for `default_folder`.
+        error: `TableNeeded`.
     """
-    if error.table is not None and not os.path.lexists(path):
-        make_folder(path.parent)
-        keep_table(path, error.table)
-        raise UserError(f"{error}; such a table was written to {path}, to be edited") from None
+    if error.table is None:
+        return
+    make_folder(folder)
+    with contextlib.suppress(UserError):
+        keep_table(folder / "classes.csv", error.table, _earlier_table(folder))
+        files.write_json(folder / "check.json", {"data": data, "error": str(error), "classes": error.table.as_csv()})
+        error = UserError(f"{error}; such a table was written to {folder / 'classes.csv'}, to be edited")
+    raise error from None
 
 
 def main():
@@ -367,15 +396,15 @@ def main():
                         help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
     parser.add_argument("--data-dir", type=flags.path, help="the same folder, given by a flag as in train.py")
     add_data_flags(parser, DEFAULT_TABLE)
-    parser.add_argument("--output-dir", type=flags.path, help="folder of the results (default: "
-                        "runs/check_NAME, where NAME is the name of the data folder)")
+    parser.add_argument("--output-dir", type=flags.path, help="folder of the results (default: runs/check_NAME, where "
+                        "NAME is the name of the data folder, or NAME_2, ... if other data have it)")
     parser.add_argument("--fast", action="store_true", help=f"check only {FAST_PAIRS} pairs of each split")
     parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this "
                         f"process (default: one per core, at most {MOST_WORKERS})")
     args = parser.parse_args()
     root = data_root(args.data_dir or args.folder, args.images_dir, args.labels_dir)
-    data = os.path.abspath(os.path.dirname(os.path.abspath(root[0])) if args.images_dir else root)
-    folder = Path(args.output_dir or Path("runs") / f"check_{os.path.basename(data)}")
+    data = list(map(os.path.abspath, root)) if isinstance(root, tuple) else os.path.abspath(root)
+    folder = Path(args.output_dir) if args.output_dir else default_folder(data)
     try:
         classes = read_table(args.classes, args.images_dir, args.data_list)
         splits = find_splits(root, args.data_list)
@@ -383,17 +412,17 @@ def main():
             classes = infer_classes(label_maps(splits), root, data_flag(args), args.num_workers, folder / "classes.csv",
                                     skip_unreadable=True)
     except TableNeeded as error:
-        write_draft_table(folder / "classes.csv", error)
+        write_draft_table(folder, data, error)
         raise
     for remark in classes.remarks:
         print(remark)
     make_folder(folder)
     assumed = classes.as_csv() if classes.source == ASSUMED else None
     if assumed:
-        keep_table(folder / "classes.csv", classes, _earlier_table(folder / "check.json"))
+        keep_table(folder / "classes.csv", classes, _earlier_table(folder))
     report, facts = check(splits, classes, args.fast, args.num_workers)
     print(format_report(report))
-    files.write_json(folder / "check.json", {"data": root, "fast": args.fast, "splits": report,
+    files.write_json(folder / "check.json", {"data": data, "fast": args.fast, "splits": report,
                                              "classes": assumed})
     draw_pictures(folder, report, facts, classes)
     problems = sum(len(summary["problems"]) for summary in report.values())

@@ -106,6 +106,17 @@ def test_what_cannot_be_checked_is_a_sentence_and_leaves_no_folder(tmp_path, wor
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_data_of_the_same_name_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parent in ("a", "b", "a"):
+        folders = make(tmp_path / parent / "data", "x", "y")
+        monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", "0")])
+        main()
+    reports = {path.parent.name: json.loads(path.read_text())["data"] for path in tmp_path.glob("runs/*/check.json")}
+    assert reports == {f"check_data{suffix}": [str(tmp_path / parent / f"data/{kind}") for kind in ("images", "labels")]
+                       for suffix, parent in (("", "a"), ("_2", "b"))}
+
+
 def test_label_maps_that_cannot_be_read_are_listed_where_others_tell_the_classes(tmp_path):
     make(tmp_path, "a", "b", "c", values=(0, 1, 2), suffixes=(".png",))
     Image.new("L", (48, 40)).save(tmp_path / "labels/c.png")

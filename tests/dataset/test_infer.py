@@ -152,14 +152,24 @@ def test_the_lines_of_a_refusal_make_a_table(tmp_path, values):
 
 
 def test_a_long_table_is_written_by_the_check(tmp_path, monkeypatch):
-    folders = make(tmp_path, "a", "b", values=range(1, 51))
+    folders = make(tmp_path, "a", "b", values=range(1, 51), suffixes=(".png",))
     assert "python -m dataset.check writes all" in refusal(infer, folders)
     monkeypatch.setattr("sys.argv", ["check", *words(folders, "--num-workers", 1, "--output-dir", tmp_path / "c")])
     message = refusal(check.main)
     path = re.search(r"; such a table was written to (\S+), to be edited$", message)[1]
     assert np.unique(read_all(folders, path)).tolist() == list(range(50))
+    first = Path(path).read_text()
+    draw(tmp_path, b=np.arange(1, 61).reshape(6, 10))
+    assert f"written to {path}, to be edited" in refusal(check.main)        # its own draft, which nobody has edited
+    assert Path(path).read_text() != first and read_all(folders, path)[1].max() == 59
     Path(path).write_text("mine")
-    assert "writes all of them to a file" in refusal(check.main) and Path(path).read_text() == "mine"
+    assert "writes all of them to a file" in (message := refusal(check.main)) and "written to" not in message
+    assert Path(path).read_text() == "mine"
+    Path(path).unlink()
+    assert f"written to {path}" in refusal(check.main)
+    draw(tmp_path, a=np.array([[0, 1, 2]]), b=np.array([[2, 1, 0]]))
+    check.main()        # and where the label maps need no table any more
+    assert ClassTable.read(path).num_classes == 3
 
 
 def soft_masks():

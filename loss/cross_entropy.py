@@ -2,19 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from utils.ops.autocast import at_least_float32
 
+from .term import Term
 from .upsampled import UpsampledCrossEntropy
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Term):
     """Mean cross-entropy over the labeled pixels of a batch.
-
-    Like every term of the loss it is computed in two steps, because several devices may share a batch: `sums` adds up
-    the losses of some pixels, and `combine` computes the loss of the batch from the sums over all its pixels. Both are
-    0 if no pixel has a label.
 
     Args:
         ignore_index: label of pixels that do not count.
@@ -27,11 +23,9 @@ class CrossEntropy(nn.Module):
 
     selects = False
 
-    def __init__(self, ignore_index=255, class_weights=None):
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.register_buffer("class_weights", None if class_weights is None else
-                             torch.as_tensor(class_weights, dtype=torch.float32), persistent=False)
+    def pixel_losses(self, logits, labels):
+        """Losses of pixels without class weights: (B, H, W) from logits (B, N, H, W) and labels (B, H, W), int64."""
+        return F.cross_entropy(at_least_float32(logits), labels, ignore_index=self.ignore_index, reduction="none")
 
     def select(self, losses, valid, images):
         """Select the pixels that count.
@@ -58,8 +52,7 @@ class CrossEntropy(nn.Module):
             number of these pixels. With class weights: the weighted sum, and the sum of the weights.
         """
         labels = labels.long()
-        losses = F.cross_entropy(at_least_float32(logits), labels, ignore_index=self.ignore_index,
-                                 reduction="none").flatten()
+        losses = self.pixel_losses(logits, labels).flatten()
         counted = self.select(losses, (labels != self.ignore_index).flatten(), len(labels))
         weights = self._weights(labels.flatten(), counted)
         if self.class_weights is not None:
@@ -82,27 +75,7 @@ class CrossEntropy(nn.Module):
         return UpsampledCrossEntropy.apply(logits, operators, labels, self.ignore_index, self.class_weights, counted)
 
     def divisor(self, labels):
-        """Divisor of the mean for labels (B, H, W), as a scalar; None if it also depends on the logits."""
         return self._weights(labels.long(), labels != self.ignore_index).sum()
-
-    def combine(self, sums, divisor=None):
-        """Compute the loss of a batch.
-
-        Args:
-            sums: (2,), `sums` of all pixels of the batch or, with a divisor, of a part of them.
-            divisor: `divisor` of all labels of the batch; None for the second value of `sums`.
-
-        Returns:
-            Scalar: the loss of the batch; if `sums` is that of a part of the pixels, their share of it.
-        """
-        total, count = sums
-        if divisor is not None:
-            count = divisor
-        return total / count.where(count > 0, 1)
-
-    def forward(self, logits, labels):
-        """Map logits (B, N, H, W) and labels (B, H, W), of any integer dtype, to a scalar loss."""
-        return self.combine(self.sums(logits, labels))
 
     def _weights(self, labels, counted):
         """Weight of each pixel where `counted`, else 0: its class weight, or True without class weights."""

@@ -33,6 +33,7 @@ from dataset.weights import class_weights
 from libs import backend
 from libs.abn import NORMS, count_input_keeping_norms, set_backend, set_group
 from loss.criterion import SegmentationCriterion
+from loss.terms import TERMS, choose_terms
 from networks.backbones.names import ACTIVATIONS, BACKBONE, BACKBONES, STEMS, find_backbone
 from networks.backbones.resnet import RECOMPUTE
 from networks.backbones.timm import PREFIX, synchronize_norms
@@ -192,6 +193,9 @@ def add_learning(parser):
     optim.add_argument("--ema", type=flags.probability, metavar="DECAY", help="also keep an exponential moving "
                        "average of the weights, and score it instead of them; its decay after t updates is the "
                        "smaller of DECAY, such as 0.999, and (1 + t) / (10 + t) (default: no average)")
+    optim.add_argument("--loss", default="ce", metavar="TERMS", help=f"sum of {', '.join(TERMS)} for "
+                       "all heads, such as ce+lovasz, or HEAD=TERMS,... such as fine=ce+0.5*dice,aux=ce, where other "
+                       "heads keep ce (default: ce)")
     optim.add_argument("--loss-weights", type=flags.named_numbers, metavar="HEAD=W,...", help="factor of the loss of "
                        "each head (default: those of the model, for acfnet fine=0.7,coarse=0.6,aux=0.4)")
     optim.add_argument("--class-weights", type=flags.path, metavar="NAME", help="weights of the classes in the loss; "
@@ -200,7 +204,7 @@ def add_learning(parser):
     optim.add_argument("--accumulate", type=flags.positive(int), default=1, metavar="PARTS",
                        help="process each batch in this many parts, one after the other, to save memory (default: 1)")
     optim.add_argument("--ohem", type=int, choices=(0, 1), default=0,
-                       help="1: count only hard pixels in the fine loss (default: 0)")
+                       help="1: ohem in place of ce in the loss of fine: count only hard pixels (default: 0)")
     optim.add_argument("--ohem-thres", type=flags.probability, default=0.7,
                        help="a pixel is hard if the probability of its class is at most this (default: 0.7)")
     optim.add_argument("--ohem-keep", type=flags.positive(int), default=100000,
@@ -270,9 +274,10 @@ def check(args, devices, classes):
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
     if args.cuda_graph == "on":
         capture.resolve("on", devices=devices, parallel=args.parallel, accumulate=args.accumulate, amp=args.amp)
-    flags.from_flags(NetworkChoice, vars(args)).check(
-        batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
-        pretrained=args.pretrained, restore_from=args.restore_from)
+    choice = flags.from_flags(NetworkChoice, vars(args))
+    choice.check(batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
+                 pretrained=args.pretrained, restore_from=args.restore_from)
+    choose_terms(args.loss, choice.find_model().loss_weights, ohem=bool(args.ohem), parts=args.accumulate)
     optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
                        num_steps=args.num_steps)
     if args.restore_from and len(args.restore_from) > 1:
@@ -496,8 +501,8 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
                                  momentum=learning.momentum, weight_decay=learning.weight_decay,
                                  head_lr_factor=learning.head_lr_factor),
         criterion=SegmentationCriterion(
-            learning.loss_weights, IGNORE_INDEX, ohem=bool(learning.ohem), ohem_thres=learning.ohem_thres,
-            ohem_keep=learning.ohem_keep, kernels=machine.kernels,
+            learning.loss_weights, IGNORE_INDEX, loss=learning.loss, ohem=bool(learning.ohem),
+            ohem_thres=learning.ohem_thres, ohem_keep=learning.ohem_keep, kernels=machine.kernels,
             class_weights=learning.class_weights and broadcast_from_rank0(
                 processes, lambda: class_weights(learning.class_weights, dataset, workers))),
         precision=Precision(machine.amp, devices[0], machine.opt_level), memory_format=machine.memory_format,

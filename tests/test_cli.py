@@ -23,7 +23,7 @@ TRAIN = """
 ablations abn-backend accumulate acf activation allow-partial amp backbone batch-size cache channels-last checkpoint
 class-weights classes clip-gradient compile cuda-graph data-dir data-list downsample eca-kernels ema freeze gpu
 head-lr-factor help
-images-dir input-size jitter keep kernels labels-dir learning-rate log log-every loss-weights
+images-dir input-size jitter keep kernels labels-dir learning-rate log log-every loss loss-weights
 model momentum no-channels-last norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level
 optimizer
 panel-every

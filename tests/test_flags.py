@@ -36,7 +36,7 @@ TRAIN = {
     "head-lr-factor": "10", "images-dir": "i", "input-size": "49,49", "jitter": "0.1,0.1,0.1,0.1", "keep": "3",
     "kernels": "torch",
     "labels-dir": "l", "learning-rate": "0.1",
-    "log-every": "3", "loss-weights": "fine=1,coarse=1,aux=1", "model": "acfnet", "momentum": "0.5",
+    "log-every": "3", "loss": "ce+dice", "loss-weights": "fine=1,coarse=1,aux=1", "model": "acfnet", "momentum": "0.5",
     "no-channels-last": (["--channels-last"], ""), "norm": "bn", "normalization": "bgr", "num-classes": "5",
     "num-steps": "9", "num-workers": "1", "ohem": "1",
     "ohem-keep": (["--ohem", "1"], "5"), "ohem-thres": (["--ohem", "1"], "0.5"), "optimizer": "adamw",

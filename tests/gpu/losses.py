@@ -43,6 +43,20 @@ def agreement(device, images, classes, side, dtype):
     return "sums {:.1e}, gradient {:.1e}".format(*distances)
 
 
+def terms_agreement(device, side):
+    """As `agreement` in float64, of the terms that are computed from upsampled logits and their gradients."""
+    logits, labels = make_inputs(device, 2, 19, side, torch.float64)
+    distances = []
+    for loss in ("focal", "dice", "lovasz"):
+        results = []
+        for x in (logits.detach().clone(), logits.cpu().contiguous()):
+            value = SegmentationCriterion({"fine": 1.0}, loss=loss)({"fine": x.requires_grad_()}, labels.to(x.device))
+            value["fine"].backward()
+            results.append((value["fine"].detach().cpu(), x.grad.cpu()))
+        distances += [near(*pair, 1e-9, loss) for pair in zip(*results, strict=True)]
+    return f"{max(distances):.1e}"
+
+
 def time_and_memory(device, kernels, ohem, runs, images, classes, side):
     """{"ms", "spread_ms"} of forward and backward pass of three heads in bfloat16, and "peak_gb" on a GPU."""
     logits, labels = make_inputs(device, images, classes, side, torch.bfloat16)
@@ -63,6 +77,7 @@ def time_and_memory(device, kernels, ohem, runs, images, classes, side):
 
 def section(rows, device, images=8, side=97, runs=10, classes=(19, 150)):
     """Agreement of small maps, then a step of `images` crops with and without kernels, beside what was predicted."""
+    rows.check("focal, Dice and Lovász loss", terms_agreement, device, min(side, 17))
     if device.type != "cuda" and not interpreted():
         rows.note("kernels of the loss", "not run: they need a GPU, or TRITON_INTERPRET=1")
         return

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
 import sys
 
@@ -185,16 +186,16 @@ def training_curves(path, metrics, quick):
     figure = new_figure(8, 7.2 if heads else 5)
     losses, rate, *scores = figure.subplots(3 if heads else 2, 1, sharex=True,
                                             height_ratios=[3, 1, 2] if heads else [3, 1])
-    steps = [line["step"] for line in metrics]
-    terms = [name for name in metrics[0] if name.startswith("loss")]
-    for name, color in zip(terms, COLORS, strict=False):
-        values = np.array([line[name] for line in metrics], float)
+    # --resume may change the terms.
+    terms = list(dict.fromkeys(name for line in metrics for name in line if name.startswith("loss")))
+    for name, color in zip(terms, itertools.cycle(COLORS), strict=False):
+        steps, values = zip(*((line["step"], float(line[name])) for line in metrics if name in line), strict=True)
         losses.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         losses.plot(steps, _smooth(values), color=color, label=name.removeprefix("loss_") if "_" in name else "total")
     losses.set_ylabel("loss")
     losses.set_ylim(bottom=0)
-    losses.legend(ncols=len(terms), frameon=False)
-    rate.plot(steps, [line["lr"] for line in metrics], color="#222222")
+    losses.legend(ncols=min(len(terms), 5), frameon=False)
+    rate.plot([line["step"] for line in metrics], [line["lr"] for line in metrics], color="#222222")
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     for head, color in zip(heads, ("#1f5f99", "#d1791e"), strict=False):

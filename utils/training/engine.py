@@ -55,7 +55,7 @@ def step_loss(module, criterion, images, labels, processes=None, divisors=None, 
     """Run the module on this process's images and labels.
 
     Args:
-        module: `NetworkWithLoss`, perhaps wrapped. The criterion has a weight for each head, and no other.
+        module: `NetworkWithLoss`, perhaps wrapped. The criterion has terms for all heads, and no others.
         criterion: of `loss.criterion`.
         images, labels: of this process, those of one part of the batch.
         processes: `Processes` that share the batch, or None.

@@ -34,6 +34,7 @@ class LearningOptions:
     """The loss and the optimizer. Fields are named like the flags.
 
     Attributes:
+        loss: as in `loss.terms.parse_terms`.
         loss_weights: {head: factor}.
         accumulate: number of parts in which a batch is processed.
     """
@@ -49,6 +50,7 @@ class LearningOptions:
     clip_gradient: float | None
     ema: float | None
     freeze: tuple
+    loss: str
     loss_weights: dict
     class_weights: str | None
     accumulate: int

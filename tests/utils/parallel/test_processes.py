@@ -46,14 +46,14 @@ def batch():
     return images.to(torch.uint8), labels.to(torch.uint8)
 
 
-def train(share, dtype, ohem, rank=0, world=1):
+def train(share, dtype, loss, rank=0, world=1):
     """Train a small network for some steps; `share(module)` → (module, processes). Returns loss of every step."""
     torch.manual_seed(0)
     network = build_network("acfnet_resnet", 4, "eca_resnet18").to(dtype)
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0      # its masks depend on how the batch is shared
-    criterion = SegmentationCriterion(ohem=ohem, ohem_thres=0.3, ohem_keep=500)
+    criterion = SegmentationCriterion(loss=loss, ohem_thres=0.3, ohem_keep=500)
     normalize = Normalization()
     module = NetworkWithLoss(network, criterion, lambda images: normalize(images).to(dtype), None)
     module, processes = share(module)
@@ -71,40 +71,43 @@ def train(share, dtype, ohem, rank=0, world=1):
 
 
 @functools.cache
-def alone(dtype, ohem):
+def alone(dtype, loss):
     """Losses of one process that takes the whole batch."""
-    return train(lambda module: (module, None), dtype, ohem)
+    return train(lambda module: (module, None), dtype, loss)
 
 
-def work(rank, world, folder, dtypes, ohem):
+def work(rank, world, folder, runs):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    losses = [train(lambda module: (DistributedDataParallel(module, **no_buffer_sync()), Processes()), dtype, ohem,
-                    rank, world) for dtype in dtypes]
+    losses = [train(lambda module: (DistributedDataParallel(module, **no_buffer_sync()), Processes()), dtype, loss,
+                    rank, world) for loss, dtype in runs]
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def shared(way, folder, dtypes, ohem):
-    """Losses for each dtype."""
+def shared(way, folder, runs):
+    """Losses of each run: the terms of its loss, and its dtype."""
     if way == "2 threads":
-        return [train(lambda module: (ThreadReplicas(module, 2), None), dtype, ohem) for dtype in dtypes]
+        return [train(lambda module: (ThreadReplicas(module, 2), None), dtype, loss) for loss, dtype in runs]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = int(way.split()[0])
-    mp.spawn(work, (world, str(folder), dtypes, ohem), nprocs=world)
+    mp.spawn(work, (world, str(folder), runs), nprocs=world)
     return json.loads((folder / "losses.json").read_text())
 
 
-@pytest.mark.parametrize("way, ohem, dtypes", [
-    ("2 processes", True, (torch.float64, torch.float32)), ("3 processes", False, (torch.float64,)),
-    ("2 threads", False, (torch.float64,)), ("2 threads", True, (torch.float64,))])
-def test_every_way_of_sharing_trains_alike(way, ohem, dtypes, tmp_path):
+ALL_TERMS = "fine=ohem+focal,coarse=ce+dice,aux=lovasz"
+
+
+@pytest.mark.parametrize("way, runs", [
+    ("2 processes", [(ALL_TERMS, torch.float64), (ALL_TERMS, torch.float32)]), ("3 processes", [("ce", torch.float64)]),
+    ("2 threads", [("ce", torch.float64), (ALL_TERMS, torch.float64)])], ids=str)
+def test_every_way_of_sharing_trains_alike(way, runs, tmp_path):
     """In float64. In float32 sums in another order round otherwise, which training amplifies, OHEM above all: there the
     first losses alone are compared."""
-    for dtype, actual in zip(dtypes, shared(way, tmp_path, dtypes, ohem), strict=True):
-        expected = alone(dtype, ohem)
+    for (loss, dtype), actual in zip(runs, shared(way, tmp_path, runs), strict=True):
+        expected = alone(dtype, loss)
         assert expected[-1] < 0.95 * expected[0]
         apart = [abs(a - b) / b for a, b in zip(actual, expected, strict=True)]
         if dtype == torch.float64:
@@ -124,7 +127,7 @@ def test_accumulated_parts_add_up_to_the_whole_batch(parts):
     """Without OHEM, and where statistics do not depend on the batch, the gradients are those of one pass."""
     images, labels = batch()
     normalize = Normalization()
-    criterion = SegmentationCriterion({"fine": 0.7, "coarse": 0.6})
+    criterion = SegmentationCriterion({"fine": 0.7, "coarse": 0.6}, loss="fine=ce+focal")
     gradients, terms = [], []
     for count in (1, parts):
         network = untouched()

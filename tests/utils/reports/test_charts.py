@@ -70,3 +70,13 @@ def test_a_chart_that_cannot_be_drawn_is_a_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "confusion picture: expected to draw it, found: division by zero; it is left out\n")
     assert not (tmp_path / "a.png").exists() and charts.reliability_chart({}) is None
+
+
+def test_the_terms_of_the_loss_may_change_during_a_run(tmp_path, monkeypatch):
+    """With --resume and another --loss; and there may be more of them than colors."""
+    drawn = []
+    monkeypatch.setattr(charts, "_smooth", lambda values: drawn.append(list(values)) or values)
+    lines = [{"step": 1, "loss": 3, "loss_fine": 2, "lr": 1}, {"step": 2, "loss": 4, "lr": 1} | {
+        f"loss_fine_{number}": number for number in range(9)}]
+    charts.training_curves(tmp_path / "curves.png", lines, [])
+    assert drawn == [[3, 4], [2], *([number] for number in range(9))]

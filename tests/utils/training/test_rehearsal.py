@@ -55,14 +55,14 @@ def make_batch(size=65, images=4):
             "label": torch.zeros(images, size, size, dtype=torch.uint8)}
 
 
-def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, parts=1, processes=None, wrap=None, kind="sgd",
-               learning=None, batch=None, steps=2, **shape):
+def take_steps(gpu, amp="bf16", layout="channels-last", ohem=False, loss="ce", parts=1, processes=None, wrap=None,
+               kind="sgd", learning=None, batch=None, steps=2, **shape):
     """Two steps, of which the second waits once: the first one asks the norms about half precision.
     learning: arguments of the `Engine`; batch: arguments of `make_batch`. Returns the network."""
     layout = LAYOUTS[layout]
     network = make_network(layout, **shape).train()
     criterion = SegmentationCriterion(
-        find_model(shape.get("model", "acfnet"), shape.get("acf", False)).loss_weights, ohem=ohem,
+        find_model(shape.get("model", "acfnet"), shape.get("acf", False)).loss_weights, ohem=ohem, loss=loss,
         kernels=shape.get("kernels", "torch"))
     precision = Precision(amp, GPU)
     optimizer = make_optimizer(network, kind=kind)
@@ -210,7 +210,8 @@ def test_the_maps_of_a_backbone_keep_their_layout(gpu, backbone):
 OTHERS = [name for name in MODELS if name != "acfnet"]
 
 
-@pytest.mark.parametrize("options", [{"ohem": True}, {"parts": 2}, {"model": "ccnet", "acf": True},
+@pytest.mark.parametrize("options", [{"ohem": True}, {"loss": "fine=ohem+dice+focal,aux=lovasz"}, {"parts": 2},
+                                     {"model": "ccnet", "acf": True},
                                      *({"model": name} for name in OTHERS)], ids=str)
 def test_other_steps(gpu, options):
     take_steps(gpu, **options)
@@ -265,9 +266,9 @@ class FourAlike(Processes):
 
 @pytest.mark.parametrize("options, layout", [
     ({"norm": "bn"}, "channels-last"), ({"amp": "off"}, "NCHW"), ({"amp": "fp16", "ohem": True}, "channels-last"),
-    ({"recompute": "full"}, "channels-last")], ids=str)
+    ({"recompute": "full", "loss": "fine=ohem+dice+focal,aux=lovasz"}, "channels-last")], ids=str)
 def test_a_step_of_several_processes(gpu, options, layout, monkeypatch):
-    for module in ("libs.synchronize", "loss.ohem"):
+    for module in ("libs.synchronize", "loss.ohem", "loss.regions"):
         monkeypatch.setattr(f"{module}.find_peers", lambda group=None: FourAlike())
     network = take_steps(gpu, layout=layout, processes=FourAlike(), **options)
     check_norms(gpu, network, options.get("amp", "bf16"), layout)

@@ -102,7 +102,8 @@ ALL_TERMS = "fine=ohem+focal,coarse=ce+dice,aux=lovasz"
 
 @pytest.mark.parametrize("way, runs", [
     ("2 processes", [(ALL_TERMS, torch.float64), (ALL_TERMS, torch.float32)]), ("3 processes", [("ce", torch.float64)]),
-    ("2 threads", [("ce", torch.float64), (ALL_TERMS, torch.float64)])], ids=str)
+    ("2 threads", [("ce", torch.float64), (ALL_TERMS, torch.float64)])],
+    ids=["2 processes", "3 processes", "2 threads"])
 def test_every_way_of_sharing_trains_alike(way, runs, tmp_path):
     """In float64. In float32 sums in another order round otherwise, which training amplifies, OHEM above all: there the
     first losses alone are compared."""

@@ -201,7 +201,7 @@ def test_bad_values_of_evaluation(words, message, capsys):
 
 @pytest.mark.parametrize("words", [
     ["dataset.check", ""], ["dataset.check", "x", "--num-workers", "5000000000"],
-    ["dataset.streets", ""], ["dataset.streets", "x", "--size", "100000000"],
+    ["dataset.convert", "x", ""], ["dataset.streets", ""], ["dataset.streets", "x", "--size", "100000000"],
     ["dataset.streets", "x", "--train", "5000000000"], ["dataset.streets", "x", "--seed", str(2 ** 64)],
 ], ids=" ".join)
 def test_bad_values_of_the_tools(words, tmp_path):

@@ -118,7 +118,7 @@ def test_importing_touches_nothing():
     """Neither a GPU, a process group, the command line, the environment, an optional package, nor the compiler, whose
     import takes a second that --help and a refused flag would wait for too."""
     code = ("import os, sys, cv2, tensorboardX, torch; before = dict(os.environ); "
-            "import train, evaluate, dataset.check, dataset.streets; "
+            "import train, evaluate, dataset.check, dataset.convert, dataset.streets; "
             "sys.exit(torch.cuda.is_initialized() or torch.distributed.is_initialized() or "
             "str({*os.environ.items()} - {*before.items()}).removeprefix('set()') or "
             "str(sorted({'torch._dynamo', *sys.argv[2:]} & sys.modules.keys())).strip('[]') or None)")

@@ -4,7 +4,7 @@
     labels/a.png  labels/b.png                              labels/train/a.png  labels/val/b.png
 
 If no stems agree, endings that all files of a folder share are removed from the stems, so that a.jpg and a_mask.png
-are a pair.
+are a pair. Both may also be in one folder, as Roboflow exports them.
 
 The module also defines the command-line flags that name a data set, and checks of folders and lists.
 """
@@ -30,6 +30,7 @@ from .text import read_text
 FLAGS = ("--images-dir", "--labels-dir")
 OTHER_LAYOUTS = ("--images-dir DIR --labels-dir DIR read two folders of files of the same stems, --data-list FILE of "
                  "\"image label\" lines any other layout")
+MASK = "_mask"      # ending of label maps in the folder of their images
 DEFAULT_TABLE = "for folders and file names of Cityscapes its table, else inferred from the values of the label maps"
 DEFAULT_SPLITS = ("train", "val")       # defaults of --split and --val-split; the user has named any other split
 
@@ -87,10 +88,6 @@ def data_root(data_dir, images_dir, labels_dir):
         UserError: if the flags name neither, or both.
     """
     if images_dir and labels_dir and not data_dir:
-        if os.path.realpath(images_dir) == os.path.realpath(labels_dir):
-            raise UserError(f"--labels-dir {labels_dir}: expected another folder than --images-dir, found the same; "
-                            f"for one folder, --data-dir {labels_dir} --data-list FILE takes lines of \"image label\", "
-                            "such as \"a.jpg a_mask.png\"")
         return images_dir, labels_dir
     if images_dir or labels_dir:
         given = {"--images-dir": images_dir, "--labels-dir": labels_dir, "--data-dir": data_dir}
@@ -280,6 +277,8 @@ def _files_by_stem(folders):
     Raises:
         UserError: if a folder cannot be read or has no images, or a stem occurs twice in it.
     """
+    if os.path.realpath(folders[0]) == os.path.realpath(folders[1]):
+        return _masks_beside_images(folders)
     files = [_folder_by_stem(folder, flag, folders) for folder, flag in zip(folders, FLAGS, strict=True)]
     if not files[0].keys().isdisjoint(files[1]):
         return files
@@ -296,6 +295,20 @@ def _files_by_stem(folders):
         warnings.warn(f"images and label maps are matched by their stems without {removed}; for other pairs, use "
                       "--data-dir and --data-list with lines of \"image label\"", stacklevel=2)
     return best
+
+
+def _masks_beside_images(folders):
+    """Divide the files of one folder into images a.jpg and label maps a_mask.png; returns the same as `_files_by_stem`.
+    """
+    files = _folder_by_stem(folders[0], FLAGS[0], folders)
+    masks = {stem for stem in files if stem.endswith(MASK) and (
+        stem.removesuffix(MASK) in files or stem + MASK not in files)}
+    if not masks:
+        raise UserError(f"{FLAGS[1]} {folders[1]}: expected another folder than --images-dir, or label maps "
+                        f"a{MASK}.png beside the images a.jpg, found neither; --data-dir {folders[1]} --data-list FILE "
+                        "takes lines of \"image label\", such as \"a.jpg a_seg.png\"")
+    return [{stem: path for stem, path in files.items() if stem not in masks},
+            {stem.removesuffix(MASK): path for stem, path in files.items() if stem in masks}]
 
 
 def _shared_endings(files):

@@ -86,6 +86,12 @@ def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
     values = sorted(set().union(*(label_map.pixels for label_map in maps)), key=_sort_key)
     table, finding, remedy = _interpret_values(maps, values)
     existing, complete = _find_table(root, maps, values)
+    if existing is not None and _is_mask_export(existing, values):
+        existing.check_at_least_two()
+        logger.info(f"--classes is omitted: the classes are those of {existing.source}, in its order: "
+                    f"{', '.join(existing.names[:MAX_SHOWN])}{' ...' * (existing.num_classes > MAX_SHOWN)}; to ignore "
+                    "some, give a table with train_id 255 for them to --classes")
+        return existing
     if existing is not None and not finding and any(existing.lookup[value] != table.lookup[value] for value in values
                                                     if value >= 0):
         finding = f"{_format_values(values)}, with other meanings in {existing.source}"
@@ -288,6 +294,15 @@ def _find_table(root, maps, values):
                 if all(_is_in_table(table, value) for value in values):
                     return table, complete
     return None, False
+
+
+def _is_mask_export(table, values):
+    """Whether a class table is that of a mask export, of which the values are: colors of CVAT, or ids of Roboflow."""
+    name, colors = Path(table.source).name, [value for value in values if isinstance(value, tuple)]
+    # Maps that are black all over have the value 0.
+    black = table.color_lookup.get(0, [{"id": None}])[0]["id"] == 0
+    return name == "_classes.csv" and not colors or name == "labelmap.txt" and colors and (
+        len(colors) == len(values) or black and len(colors) == len(values) - 1 and values[0] == 0)
 
 
 def _is_in_table(table, value):

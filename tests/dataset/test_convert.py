@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from dataset import check, convert
-from dataset.cityscapes import CityscapesDataset
+from dataset.cityscapes import CityscapesDataset, all_label_maps
+from dataset.infer import infer_classes
 from dataset.labels import ClassTable
 from dataset.outlines import draw
 from tests.conftest import SMALL
-from tests.dataset.test_folders import refusal
+from tests.dataset.test_folders import refusal, words
 from tests.dataset.test_infer import samples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -236,6 +237,67 @@ def test_the_result_is_a_data_set(monkeypatch, tmp_path, capsys):
     for name, number in pixels.items():
         both = number + (read(tmp_path / "t/labels/val/valid_jpg.rf.01.png") == data.classes.names.index(name)).sum()
         assert re.search(rf"  {name} +{100 * both / (2 * 24 * 32):.3f} % of pixels, in 2 images", out)
+
+
+def test_masks_of_cvat_are_training_data(capsys):
+    root = GOLDEN / "cvat_masks"
+    folders = str(root / "JPEGImages"), str(root / "SegmentationClass")
+    data = samples(words(folders, *SMALL))
+    assert f"the classes are those of {root / 'labelmap.txt'}, in its order: background, crack, spall" in (
+        capsys.readouterr().out)
+    colors = read(root / "SegmentationClass/a.png")
+    expected = (colors == [250, 50, 83]).all(-1) + 2 * (colors == [36, 179, 83]).all(-1)
+    assert np.array_equal(data.train_ids(0), expected) and set(np.unique(expected)) == {0, 1, 2}
+    lists = [str(root / "ImageSets/Segmentation/default.txt")]
+    assert [len(CityscapesDataset(folders, data_list=lists, classes=data.classes))] == [2]
+
+
+@pytest.mark.parametrize("text, names", [
+    ("background:0,0,0::\ncrack:250,50,83::\n", None),
+    ("crack:250,50,83::\nspall:36,179,83::\nbackground:0,0,0::\n", 3),
+    ("# ids\nbackground:0,0,0::\ncrack:250,50,83::\nspall:36,179,83::\nmore:1,2,3::\n", 4)])
+def test_a_table_of_cvat_counts_if_it_has_all_colors(tmp_path, text, names):
+    shutil.copytree(GOLDEN / "cvat_masks", tmp_path / "x")
+    (tmp_path / "x/labelmap.txt").write_text(text)
+    folders = str(tmp_path / "x/JPEGImages"), str(tmp_path / "x/SegmentationClass")
+
+    def infer():
+        return infer_classes(all_label_maps(folders, None), folders, "--labels-dir l", 0, "c.csv")
+
+    if names is None:
+        assert "state their meaning by --classes" in refusal(infer)
+    else:
+        assert infer().num_classes == names
+    # An image without any annotation is black: where black is not the first row, as an id it would mean another class.
+    black = np.zeros((24, 32, 3), np.uint8)
+    Image.fromarray(black).save(tmp_path / "x/SegmentationClass/c.png")
+    Image.fromarray(black).save(tmp_path / "x/JPEGImages/c.png")
+    if names == 4:
+        assert infer().encode(black[..., 0]).max() == 0
+    elif names == 3:
+        assert "state their meaning by --classes" in refusal(infer)
+
+
+def test_masks_of_roboflow_are_training_data(tmp_path, capsys):
+    root = str(GOLDEN / "roboflow")
+    data = samples(["--images-dir", root, "--labels-dir", root, "--val-every", "5", "--val-split", "valid", *SMALL])
+    assert "_classes.csv, in its order: background, crack, spall" in capsys.readouterr().out
+    assert [path.name for path in data.pairs[0]] == ["train_jpg.rf.00.png", "train_jpg.rf.00_mask.png"]
+    assert len(data) == 1 and np.array_equal(data.train_ids(0), read(data.pairs[0][1]))
+    assert refusal(CityscapesDataset, (root, root), "val").startswith("--images-dir")
+
+
+def test_in_one_folder_label_maps_end_in_mask(tmp_path):
+    for name in ("a.jpg", "a_mask.png", "b_mask.jpg", "b_mask_mask.png"):
+        Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / name)
+    data = CityscapesDataset((str(tmp_path), f"{tmp_path}/"))
+    assert [[path.name for path in pair] for pair in data.pairs] == [["a.jpg", "a_mask.png"],
+                                                                     ["b_mask.jpg", "b_mask_mask.png"]]
+    (tmp_path / "a_mask.png").unlink()
+    assert "found none with the stem of a.jpg" in refusal(CityscapesDataset, (str(tmp_path), str(tmp_path)))
+    (tmp_path / "b_mask_mask.png").unlink()
+    (tmp_path / "b_mask.jpg").unlink()
+    assert "beside the images a.jpg, found neither" in refusal(CityscapesDataset, (str(tmp_path), str(tmp_path)))
 
 
 # ---- names, sizes, orientation, splits

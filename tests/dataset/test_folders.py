@@ -132,7 +132,6 @@ def test_what_is_no_list_of_stems_is_a_sentence(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("given, message", [
-    ((None, "A", "A/"), "--labels-dir A/: expected another folder than --images-dir, found the same; for one folder, "),
     ((None, None, None), "--data-dir: expected .* or --images-dir and --labels-dir, found none"),
     ((None, "A", None), "found --images-dir A$"), ((None, None, "B"), "found --labels-dir B$"),
     (("C", "A", "B"), "found --images-dir A and --labels-dir B and --data-dir C$")])
@@ -216,10 +215,9 @@ def test_what_helps_for_other_folders_is_named(tmp_path):
     assert "found folders: training, validation" in message
     assert CityscapesDataset(named, re.search(r"--split (\S+) takes one of them", message)[1]).names == ["a"]
     assert listed(message.replace("NAME", "a"), tmp_path).names == ["a"]
-    message = refusal(data_root, None, named[0], named[0])
-    Image.new("L", (4, 3)).save(tmp_path / "named/images/a_mask.png")
+    Image.new("L", (4, 3)).save(tmp_path / "named/images/a_seg.png")
     Image.new("RGB", (4, 3)).save(tmp_path / "named/images/a.jpg")
-    assert listed(message, tmp_path).names == ["a"]
+    assert listed(refusal(CityscapesDataset, (named[0], named[0])), tmp_path).names == ["a"]
 
 
 @pytest.mark.parametrize("text, encoding", [("images\\a.png labels\\a.png\r\n", "utf-8"),

@@ -109,6 +109,14 @@ def add_data(parser):
     data.add_argument("--random-scale", type=flags.scale_range, nargs="?", const=(0.5, 2.0), metavar="LO,HI",
                       help="scale samples by random factors of this range; 0.5,2.0 if no range follows "
                       "(default: no scaling)")
+    data.add_argument("--rotate", type=flags.positive(float, 180), metavar="DEGREES", help="rotate samples by random "
+                      "angles of at most this size (default: no rotation)")
+    data.add_argument("--vertical-flip", action="store_true", help="flip half of the samples top-bottom, as suits "
+                      "images from above and from microscopes (default: none)")
+    data.add_argument("--quarter-turns", action="store_true", help="turn samples by random multiples of 90 degrees "
+                      "(default: none)")
+    data.add_argument("--blur", type=flags.positive(float, 100), metavar="PIXELS", help="blur half of the samples with "
+                      "a Gaussian of a random standard deviation up to this (default: no blur)")
     data.add_argument("--jitter", type=flags.jitter, metavar="B,C,S,H", help="multiply brightness, contrast and "
                       "saturation by random factors in 1 ± B, 1 ± C and 1 ± S, and rotate the hue by at most H of "
                       "a full turn, such as 0.4,0.4,0.4,0.05 (default: no jitter)")
@@ -462,7 +470,8 @@ def make_data(data, root, classes, processes, workers):
     """
     dataset = CityscapesDataset(
         root, data.split, data.data_list, classes, seed=data.random_seed, cache=data.cache, jitter=data.jitter,
-        transform=train_transform(data.input_size, data.random_scale, data.random_mirror))
+        transform=train_transform(data.input_size, data.random_scale, data.random_mirror, rotate=data.rotate,
+                                  vertical_flip=data.vertical_flip, quarter_turns=data.quarter_turns, blur=data.blur))
     logger.info(dataset.describe())
     for remark in classes.remarks:
         logger.info(remark)

@@ -29,6 +29,7 @@ optimizer
 panel-every
 parallel power pretrained random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
 snapshot-dir split
+blur quarter-turns rotate vertical-flip
 stem track val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip

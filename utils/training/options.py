@@ -20,6 +20,10 @@ class DataOptions:
     sampling: str
     random_mirror: bool
     random_scale: tuple | None
+    rotate: float | None
+    vertical_flip: bool
+    quarter_turns: bool
+    blur: float | None
     jitter: tuple | None
     input_size: tuple
     batch_size: int

@@ -71,11 +71,11 @@ from utils.parallel.launch import (
 )
 from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size
 from utils.runs import snapshots
+from utils.runs.history import History
 from utils.runs.trackers import SERVICES, check_packages
 from utils.training import optimization, resume, seeds
 from utils.training.engine import NotFinite, make_engine
-from utils.training.history import History
-from utils.training.optimization import OPTIMIZERS, PolySchedule, make_optimizer
+from utils.training.optimization import OPTIMIZERS, SCHEDULES, Schedule, make_optimizer
 from utils.training.options import DataOptions, LearningOptions, MachineOptions, ResultOptions
 from utils.training.run import Run
 from utils.training.validation import QuickValidation, draw_curves, draw_panel
@@ -187,9 +187,15 @@ def add_learning(parser):
                        "(default: 1e-2)")
     optim.add_argument("--head-lr-factor", type=flags.positive(float), default=1.0, metavar="FACTOR",
                        help="learning rate of all other layers, as a multiple of --learning-rate (default: 1)")
+    optim.add_argument("--layer-decay", type=flags.positive(float, 1), metavar="FACTOR", help=f"with a {PREFIX}NAME "
+                       "backbone: multiply the learning rate by this from each layer to the layer before it, in timm's "
+                       "own grouping (default: one rate for the backbone)")
     optim.add_argument("--momentum", type=flags.probability, default=0.9,
                        help="momentum of sgd, beta 1 of adamw (default: 0.9)")
     optim.add_argument("--weight-decay", type=flags.not_negative(float), default=1e-4, help="(default: 1e-4)")
+    optim.add_argument("--schedule", choices=SCHEDULES, default="poly", help="learning rate over the steps; poly: "
+                       "(1 - step / steps) ^ power; cosine: half a period of a cosine, down to 0; constant: the "
+                       "initial rate (default: poly)")
     optim.add_argument("--power", type=flags.not_negative(float), default=0.9,
                        help="exponent of the poly schedule (default: 0.9)")
     optim.add_argument("--warmup-steps", type=flags.not_negative(int), default=0, metavar="STEPS",
@@ -256,6 +262,8 @@ def add_run(parser):
     val.add_argument("--val-split", type=flags.split, default="val", help="split to validate on (default: val)")
     val.add_argument("--val-list", type=flags.path, metavar="FILE",
                      help="list of images to validate on, like --data-list, instead of a split")
+    val.add_argument("--patience", type=flags.not_negative(int), default=0, metavar="N", help="end the training after "
+                     "N quick validations without a better score, with status 0; 0 to train for all steps (default: 0)")
 
     out = parser.add_argument_group("results")
     out.add_argument("--snapshot-dir", type=flags.path, default="snapshots",
@@ -293,6 +301,8 @@ def check(args, devices, classes):
                         f"a pattern?): {' '.join(args.restore_from)}")
     if args.sampling == "class" and args.data_list is None and ":" in args.split:
         raise UserError(f"--sampling class: expected a --split without weights, found {args.split}")
+    if args.patience and not args.val_every:
+        raise UserError(f"--patience {args.patience}: expected --val-every with it, found none")
     existing = snapshots.list_snapshots(args.snapshot_dir)
     if existing and not args.resume:
         raise UserError(f"--snapshot-dir {args.snapshot_dir}: expected a folder without snapshots, or --resume to "
@@ -508,7 +518,7 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
         network, devices=devices, processes=processes, normalization=options.normalization,
         optimizer=make_optimizer(network, kind=learning.optimizer, learning_rate=learning.learning_rate,
                                  momentum=learning.momentum, weight_decay=learning.weight_decay,
-                                 head_lr_factor=learning.head_lr_factor),
+                                 head_lr_factor=learning.head_lr_factor, layer_decay=learning.layer_decay),
         criterion=SegmentationCriterion(
             learning.loss_weights, IGNORE_INDEX, loss=learning.loss, ohem=bool(learning.ohem),
             ohem_thres=learning.ohem_thres, ohem_keep=learning.ohem_keep, kernels=machine.kernels,
@@ -538,9 +548,10 @@ def assemble(options, begin, dataset, validation, *, devices, processes, workers
         logger.info(f"quick validation every {plural(data.val_every, 'step')}: {validation.describe()}")
         validation = QuickValidation(engine=engine, dataset=validation, normalization=options.normalization,
                                      ignore_index=IGNORE_INDEX, workers=workers, log=log,
-                                     highest=best_quick_score(results.snapshot_dir))
+                                     highest=best_quick_score(results.snapshot_dir), folder=results.snapshot_dir)
     return Run(
-        engine=engine, schedule=PolySchedule(learning.num_steps, learning.power, learning.warmup_steps), start=start,
+        engine=engine, start=start, patience=data.patience,
+        schedule=Schedule(learning.num_steps, learning.power, learning.warmup_steps, learning.schedule),
         accumulate=learning.accumulate, save_every=results.save_pred_every, val_every=data.val_every,
         log_every=results.log_every, panel_every=results.panel_every, log=log, validate=validation,
         snapshots=resume.SnapshotFolder(results.snapshot_dir, engine, config, results.keep), batches=batches,
@@ -593,6 +604,9 @@ def train(run):
     engine, log, num_steps = run.engine, run.log, run.schedule.num_steps
     if run.start >= num_steps:
         log.info(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
+    elif ending := run.patience and run.validate.lost_patience(run.patience):
+        log.info(f"nothing is left to do: {plural(run.start, 'step')} done; {ending}")
+        return 0
     engine.train_mode()
     window, waited, images = time.monotonic(), 0.0, 0
     history = History(engine, saved=run.start)
@@ -623,7 +637,7 @@ def train(run):
                     log.info(f"{keeping} of {norms} in-place norms keep their input: half precision cannot recover it")
             if logged:
                 now = time.monotonic()
-                log.metric(step, {"lr": engine.optimizer.param_groups[0]["lr"], "loss": loss}
+                log.metric(step, {"lr": factor * engine.optimizer.defaults["lr"], "loss": loss}
                            | {f"loss_{name}": value for name, value in losses.items()}
                            | {"gradient_norm": terms["gradient_norm"], "images_per_second": images / (now - window),
                               "seconds_data": waited, "memory_bytes": memory.peak_bytes(engine.devices[0])}
@@ -634,10 +648,14 @@ def train(run):
                 best = run.validate(step, lambda: stop.requested)
                 if best is not None:
                     run.snapshots.save_best(step, best)
-            if step % run.save_every == 0 or last or stopping:
+                ending = run.patience and run.validate.lost_patience(run.patience)
+            if step % run.save_every == 0 or last or stopping or ending:
                 run.snapshots.save(step, history.healthy)
                 history.saved = step
                 log.info(f"saved the snapshot of step {step}")
+            if ending:
+                log.info(f"ended after step {step}, {ending}")
+                break
             if stopping:
                 log.info(f"stopped after step {step}; the same command with --resume goes on")
                 break

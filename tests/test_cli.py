@@ -29,7 +29,7 @@ optimizer
 panel-every
 parallel power pretrained random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
 snapshot-dir split
-blur quarter-turns rotate vertical-flip
+blur layer-decay patience quarter-turns rotate schedule vertical-flip
 stem track val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip
@@ -155,6 +155,11 @@ NO_SPLITS = ("", ".", "..", "/", "val/", "../val", "a/b", "a\0b", "x" * 256, "ü
     (["--momentum", "1e308"], "from 0 to 1"),
     (["--num-steps", "1e3"], "expected a whole number"),
     (["--num-steps", str(10 ** 30)], "at most 2147483647"),
+    (["--rotate", "181"], "above 0 and at most 180"),
+    (["--blur", "0"], "expected a number above 0"),
+    (["--layer-decay", "1.5"], "above 0 and at most 1"),
+    (["--patience", "-1"], "expected a number of at least 0"),
+    (["--schedule", "step"], "invalid choice: 'step'"),
     (["--eca-kernels", "3,3,5,1e9"], "expected four odd numbers below 100"),
     (["--snapshot-dir", ""], "expected a path, found an empty one"),
     (["--snapshot-dir", "x" * 256], "expected names of at most 255 bytes"),

@@ -1,10 +1,12 @@
 """Training runs, small but whole."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from utils.common.errors import UserError
 from utils.inference.sliding import SlidingPredictor
 from utils.ops.normalization import Normalization
 from utils.runs import snapshots
+from utils.training import validation
 from utils.training.engine import Engine, NetworkWithLoss, NotFinite
 
 
@@ -259,6 +262,40 @@ def test_the_best_of_an_earlier_run_is_not_the_record_to_beat(streets, tmp_path,
     assert files.load(folder / "best_quick.pth")["step"] == 1
 
 
+def test_patience_ends_the_run_and_survives_a_resume(streets, tmp_path, monkeypatch, capsys):
+    """By the scores 20, 30, 10, 30 %: the second after the best ends the run. Also if it was killed before."""
+    scores, folder = [0.2, 0.3, 0.1, 0.3, 0.9, 0.1], tmp_path / "s"
+    words = ("--val-every", "1", "--backbone", "resnet18", "--save-pred-every", "1")
+
+    def validated(*more, start=0, steps=6):
+        left = iter(scores[start:])
+        monkeypatch.setattr(validation, "sum_of_matrices", lambda matrices: {"single_scale": {"fine": SimpleNamespace(
+            scores=lambda *_: {"mean_iou": next(left), "class_iou": {}})}})
+        monkeypatch.setattr(validation, "score", lambda *_: ())
+        with contextlib.suppress(UserError):        # of the helper, for the snapshot of the last step
+            run(streets, folder, *words, *more, steps=steps)
+        assert files.load(folder / "best_quick.pth")["step"] == 2 or "--patience" not in more
+        return [step for step, _ in snapshots.list_snapshots(folder)], capsys.readouterr().out
+
+    steps, shown = validated("--patience", "2")
+    assert steps == [1, 2, 3, 4]
+    assert (f"ended after step 4, --patience 2: no quick validation since step 2 was better than its mIoU of 30.00 %; "
+            f"the best snapshot is {folder}/best_quick.pth") in shown
+    whole = files.load(folder / "CS_scenes_4.pth")
+    for step in (2, 3, 4):      # the best snapshot stays, of a later step than the one to go on from
+        (folder / f"CS_scenes_{step}.pth").unlink()
+    steps, shown = validated("--patience", "2", "--resume", start=1)
+    assert steps == [1, 2, 3, 4] and "ended after step 4" in shown
+    resumed = files.load(folder / "CS_scenes_4.pth")
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    steps, shown = validated("--patience", "2", "--resume", start=4)
+    assert steps == [1, 2, 3, 4] and "nothing is left to do: 4 steps done; --patience 2: no quick" in shown
+    steps, shown = validated("--resume", start=4, steps=5)
+    assert steps == [1, 2, 3, 4, 5] and files.load(folder / "best_quick.pth")["step"] == 5
+    with pytest.raises(UserError, match="--patience 2: expected --val-every with it, found none"):
+        run(streets, tmp_path / "t", "--patience", "2")
+
+
 @pytest.mark.parametrize("steps, saved", [(2, 2), (9, 3)])
 def test_a_stop_does_not_wait_for_the_quick_validation(streets, tmp_path, monkeypatch, capsys, steps, saved):
     """On a CPU that may take many minutes, and who asked gives a job half a minute."""
@@ -291,12 +328,19 @@ def test_light_recomputation_is_refused_where_it_does_nothing(streets, tmp_path)
 def test_processes_share_the_quick_validation(streets, tmp_path):
     """Beginning with weights of ordinary norms, which are converted in each process."""
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
-    words = ["--data-dir", str(streets), *SMALL, "--batch-size", "2", "--num-steps", "2", "--val-every", "2",
+    words = ["--data-dir", str(streets), *SMALL, "--batch-size", "2", "--val-every", "2",
              "--learning-rate", "1e-9", "--restore-from", str(tmp_path / "resnet18.pth"), "--snapshot-dir"]
-    train.main([*words, str(tmp_path / "one")])
-    status, _, error = finish(start("train.py", *words, tmp_path / "two", processes=2))
+    train.main([*words, str(tmp_path / "one"), "--num-steps", "2"])
+    status, out, error = finish(start("train.py", *words, tmp_path / "two", "--num-steps", "40", "--patience", "1",
+                                      processes=2))
     assert status == 0, error
-    one, two = (json.loads((tmp_path / name / "quick_validation.jsonl").read_text()) for name in ("one", "two"))
+    (one, *_), (two, *others) = ([json.loads(line) for line in open(tmp_path / name / "quick_validation.jsonl")]
+                                 for name in ("one", "two"))
+    # They also stop together: after the first score that is not better.
+    scores = [line["quick_mean_iou_fine"] for line in (two, *others)]
+    assert scores[-1] <= scores[-2] and scores[:-1] == sorted({*scores[:-1]})
+    assert f"ended after step {others[-1]['step']}, --patience 1: no quick validation since step" in out
+    assert [step for step, _ in snapshots.list_snapshots(tmp_path / "two")] == [others[-1]["step"]]
     for scores in ("quick_class_iou_fine", "quick_class_iou_coarse"):
         assert one[scores] == pytest.approx(two[scores], abs=1e-3)      # half of the images: more than 1e-2
     assert (tmp_path / "two/best_quick.pth").exists()

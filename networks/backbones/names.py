@@ -78,8 +78,10 @@ class ResidualNetwork:
         """Values of `recompute` that the network supports, by growing savings: `light` needs bottlenecks."""
         return [kind for kind in RECOMPUTE if kind != "light" or self.block is Bottleneck]
 
-    def check_training(self, *, recompute, freeze):
+    def check_training(self, *, recompute, freeze, layer_decay=None):
         """Raise `UserError` if the network cannot be trained with these values of the flags."""
+        if layer_decay is not None:
+            raise UserError(f"--layer-decay: expected a network of timm, {PREFIX}NAME, found {self.name}")
         if freeze != STAGES[:len(freeze)]:
             raise UserError(f"--freeze {','.join(freeze)}: expected stages from {','.join(STAGES)} that begin with "
                             "stem and leave none out, such as stem,1,2")
@@ -181,7 +183,9 @@ class TimmNetwork:
     def recompute_choices(self):
         return ["none"]
 
-    def check_training(self, *, recompute, freeze):
+    def check_training(self, *, recompute, freeze, layer_decay=None):
+        if layer_decay is not None:
+            timm.find_layers(self.name)
         for flag, value in (("recompute", recompute.replace("none", "")), ("freeze", ",".join(freeze))):
             if value:
                 raise UserError(f"--{flag} {value}: expected a residual network of this package, whose stages are "

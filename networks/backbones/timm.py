@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.common.compat import CheckedConvolutions
+from utils.common.errors import UserError
 from utils.common.messages import logger
 from utils.ops.normalization import Normalization
 from utils.ops.upsampling import upsample
@@ -108,7 +109,7 @@ class TimmBackbone(nn.Module):
         plan = find_plan(backbone, arguments)
         self.plan, self.arguments, self.stride, self.grid = plan, plan.arguments, plan.stride, plan.grid
         self.channels = [sum(plan.channels)] * 2 if plan.joined else list(plan.channels)
-        self.body = _create(backbone, plan.arguments)
+        self.name, self.body = backbone, _create(backbone, plan.arguments)
         for name in plan.unused:        # DistributedDataParallel would wait for their gradients
             self.body.get_parameter(name).requires_grad_(False)
 
@@ -129,12 +130,42 @@ class TimmBackbone(nn.Module):
         joined = torch.cat([maps[0], *upsampled], 1)
         return [joined, joined]
 
+    def layers_to_head(self):
+        """Return the number of layers from each parameter to the head, in timm's own grouping; 1 for the last layer."""
+        layers = find_layers(self.name)
+        return [layers[_flat_name(name)] for name, _ in self.body.named_parameters()]
+
     def first_stages(self, names):
         """Return no modules: the stages of networks of timm are unknown. Raise ValueError if there are names."""
         if names:
             raise ValueError(f"stages: expected no names with a backbone of timm, whose stages are unknown, found "
                              f"{','.join(map(str, names))}")
         return []
+
+
+@functools.lru_cache
+def find_layers(backbone):
+    """Count the layers from each parameter to the classifier, grouped as by `timm.optim.param_groups_layer_decay`.
+
+    Returns:
+        {`_flat_name` of the parameter: number of layers}.
+
+    Raises:
+        UserError: if timm does not group the layers of this network.
+    """
+    from timm.models import group_parameters
+
+    with torch.device("meta"):
+        network = _create(backbone, {}, features_only=False, num_classes=1)
+    if not hasattr(network, "group_matcher"):
+        raise UserError(f"--layer-decay: expected a network whose layers timm groups, found {backbone}")
+    layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    return {_flat_name(name): max(layers.values()) - layer for name, layer in layers.items()}
+
+
+def _flat_name(name):
+    """Name of a parameter, the same with `features_only`, for which timm wraps networks or flattens their names."""
+    return name.removeprefix("model.").replace(".", "_")
 
 
 def _feature_maps(body, images, plan):
@@ -267,11 +298,11 @@ def _unused_parameters(body, maps):
 
 
 def _create(backbone, arguments, **options):
-    """Build the network of timm, with `features_only`; options: further arguments of `timm.create_model`."""
+    """Build the network of timm, by default with `features_only`; options: arguments of `timm.create_model`."""
     import timm
 
     def create():
-        return timm.create_model(backbone.removeprefix(PREFIX), features_only=True, **arguments, **options)
+        return timm.create_model(backbone.removeprefix(PREFIX), **{"features_only": True} | arguments | options)
 
     try:
         return create()

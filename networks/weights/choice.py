@@ -15,8 +15,8 @@ from ..build import find_model
 class NetworkChoice:
     """Values of the flags that describe the network.
 
-    None means: the value of the file of weights, or else the default. `recompute` and `freeze` concern only the
-    training, `normalization` the input; the others are arguments of `build_network`, except `downsample` of
+    None means: the value of the file of weights, or else the default. `recompute`, `freeze` and `layer_decay` concern
+    only the training, `normalization` the input; the others are arguments of `build_network`, except `downsample` of
     `choose_backbone`.
     """
 
@@ -32,6 +32,7 @@ class NetworkChoice:
     normalization: str | None = None
     recompute: str = "none"
     freeze: tuple = ()
+    layer_decay: float | None = None
 
     def find_model(self):
         """Return the `Model`; raise `UserError` if the flags do not fit together."""
@@ -60,9 +61,10 @@ class NetworkChoice:
         if pretrained and (restore_from or not backbone.weights_by_timm):
             raise UserError("--pretrained: expected --backbone timm:NAME and no --restore-from with it, found "
                             f"{'--restore-from' if restore_from else backbone.name}")
-        backbone.check_training(recompute=self.recompute, freeze=self.freeze)
         if self.backbone:       # otherwise the file of weights determines the backbone
             self._choose_backbone(None)
+        backbone.check_training(recompute=self.recompute, freeze=self.freeze,
+                                layer_decay=self.layer_decay if self.backbone else None)
 
     def resolve(self, weights=None):
         """Choose the values that the flags leave open, and log the network.
@@ -80,7 +82,7 @@ class NetworkChoice:
                      "ablations": self.ablations, **({"acf": True} if self.acf else {}),
                      **self._choose_backbone(weights)}
         backbone = find_backbone(arguments["backbone"])
-        backbone.check_training(recompute=self.recompute, freeze=self.freeze)
+        backbone.check_training(recompute=self.recompute, freeze=self.freeze, layer_decay=self.layer_decay)
         if self.normalization:
             normalization = NORMALIZATIONS[self.normalization]
         else:

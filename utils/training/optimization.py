@@ -1,6 +1,8 @@
 """Optimizers, the learning rate schedule, and the moving average of the weights."""
 
 import copy
+import itertools
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from ..common.errors import UserError
 
 # State of each optimizer per parameter: "step" is a scalar tensor, the others have the shape of the parameter.
 OPTIMIZERS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+SCHEDULES = ("poly", "cosine", "constant")
 
 
 def check(*, kind, momentum, ema, warmup_steps, num_steps):
@@ -23,8 +26,11 @@ def check(*, kind, momentum, ema, warmup_steps, num_steps):
 
 
 def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate: float = 1e-2, momentum: float = 0.9,
-                   weight_decay: float = 1e-4, head_lr_factor: float = 1.0) -> torch.optim.Optimizer:
+                   weight_decay: float = 1e-4, head_lr_factor: float = 1.0,
+                   layer_decay: float | None = None) -> torch.optim.Optimizer:
     """Make the optimizer of a network with two parameter groups: the backbone and all other parameters.
+
+    With layer decay the backbone has several groups, of successive parameters with the same learning rate.
 
     The parameters keep the order of the network, which snapshots rely on. Frozen parameters are included; the optimizer
     does not change them.
@@ -36,6 +42,8 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
         momentum: of SGD; for AdamW beta 1, the decay of the mean gradient.
         weight_decay: of all parameters.
         head_lr_factor: learning rate of the other parameters, as a multiple of `learning_rate`.
+        layer_decay: factor of the learning rate from each layer of a `TimmBackbone` to the layer before it (Bao et al.,
+            "BEiT", ICLR 2022); None for one learning rate.
 
     Raises:
         ValueError: for another kind.
@@ -44,7 +52,10 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
         raise ValueError(f"kind of optimizer: expected one of {', '.join(OPTIMIZERS)}, found {kind!r}")
     backbone = list(network.backbone.parameters())
     others = list(network.parameters())[len(backbone):]
-    groups = [{"params": backbone, "lr": learning_rate}, {"params": others, "lr": learning_rate * head_lr_factor}]
+    depths = [0] * len(backbone) if layer_decay is None else network.backbone.layers_to_head()
+    groups = [{"params": [weight for weight, _ in layer], "lr": learning_rate * (layer_decay or 1.0) ** depth}
+              for depth, layer in itertools.groupby(zip(backbone, depths, strict=True), lambda pair: pair[1])]
+    groups.append({"params": others, "lr": learning_rate * head_lr_factor})
     fused = True if backbone[0].is_cuda else None       # a few kernels for all weights
     if kind == "adamw":
         optimizer = torch.optim.AdamW(groups, learning_rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
@@ -75,22 +86,29 @@ def prepare_for_fused_step(optimizer, *args):
 
 
 @dataclass(frozen=True)
-class PolySchedule:
-    """Poly schedule: the learning rate of each parameter group is multiplied by (1 - step / num_steps) ^ power.
+class Schedule:
+    """Schedule of a factor by which the learning rate of each parameter group is multiplied.
 
     Attributes:
         num_steps: of the run.
-        power: 0.9 in the paper.
+        power: of the poly schedule; 0.9 in the paper.
         warmup_steps: number of steps at the beginning over which the factor also grows linearly from 0.
+        kind: of `SCHEDULES`; poly: (1 - step / num_steps) ^ power; cosine: (1 + cos(π · step / num_steps)) / 2;
+            constant: 1.
     """
 
     num_steps: int
     power: float = 0.9
     warmup_steps: int = 0
+    kind: str = "poly"
 
     def factor(self, step):
         """Return the factor of a step; the first step is 0."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.kind == "constant":
+            return warmup
+        if self.kind == "cosine":
+            return warmup * (1 + math.cos(math.pi * step / self.num_steps)) / 2
         return warmup * (1 - step / self.num_steps) ** self.power
 
 

@@ -31,6 +31,7 @@ class DataOptions:
     val_every: int
     val_split: str
     val_list: str | None
+    patience: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class LearningOptions:
     learning_rate: float
     head_lr_factor: float
     momentum: float
+    layer_decay: float | None
     weight_decay: float
+    schedule: str
     power: float
     warmup_steps: int
     num_steps: int

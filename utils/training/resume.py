@@ -16,9 +16,9 @@ SAME_RUN = ("model", "acf", "norm", "activation", "optimizer", "freeze", "ema", 
             "random_seed", "random_mirror", "random_scale", "rotate", "vertical_flip", "quarter_turns", "blur",
             "sampling", "jitter")
 # Flags that change the result but may change in a resumed run, with a message.
-MAY_CHANGE = ("learning_rate", "head_lr_factor", "momentum", "weight_decay", "power", "warmup_steps", "num_steps",
-              "clip_gradient", "accumulate", "loss", "loss_weights", "class_weights", "ohem", "ohem_thres", "ohem_keep",
-              "amp", "opt_level")
+MAY_CHANGE = ("learning_rate", "head_lr_factor", "layer_decay", "momentum", "weight_decay", "schedule", "power",
+              "warmup_steps", "num_steps", "clip_gradient", "accumulate", "loss", "loss_weights", "class_weights",
+              "ohem", "ohem_thres", "ohem_keep", "amp", "opt_level")
 # Values of the flags that runs of earlier versions did not have.
 OLD_DEFAULTS = {"acf": False, "optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0,
                 "loss": "ce", "loss_weights": "fine=0.7,coarse=0.6,aux=0.4", "vertical_flip": False,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ..runs.log import NoLog, RunLog
 from .engine import Engine
-from .optimization import PolySchedule
+from .optimization import Schedule
 from .resume import SnapshotFolder
 
 
@@ -24,12 +24,13 @@ class Run:
         panel: function that returns a picture of the predictions, (H, W, 3) uint8; None for no pictures.
         validate: function of (step, stop_requested) that returns the score if it is the best so far, else None;
             `stop_requested()` is whether to stop early. None for no validation.
+        patience: number of validations without a better score after which the run ends; 0 for all steps.
         save_every, val_every, log_every, panel_every: steps between snapshots, validations, log entries and pictures;
             all are also done after the last step.
     """
 
     engine: Engine
-    schedule: PolySchedule
+    schedule: Schedule
     start: int = 0
     accumulate: int = 1
     batches: Iterable = ()
@@ -37,6 +38,7 @@ class Run:
     snapshots: SnapshotFolder | None = None
     panel: Callable | None = None
     validate: Callable | None = None
+    patience: int = 0
     save_every: int = 5000
     val_every: int = 0
     log_every: int = 10

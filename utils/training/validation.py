@@ -1,6 +1,7 @@
 """Quick validation, pictures of predictions, and curves during training."""
 
 import itertools
+from pathlib import Path
 
 import torch
 
@@ -11,9 +12,10 @@ from ..imaging import draw
 from ..inference.sliding import SlidingPredictor
 from ..metrics.evaluation import score, sum_of_matrices
 from ..ops.upsampling import upsample
-from ..parallel.processes import gather_from_ranks, share_items
+from ..parallel.processes import broadcast_from_rank0, gather_from_ranks, share_items
 from ..parallel.workers import Loader
 from ..reports import charts
+from ..runs import snapshots
 from ..runs.log import METRICS, QUICK, read_lines
 
 
@@ -28,17 +30,24 @@ class QuickValidation:
         workers: processes that read images.
         log: `RunLog` or `NoLog`.
         highest: the best mean IoU so far, a fraction, or None; the value of the first process counts.
+        folder: of the run, whose earlier quick validations the first process reads; None for none.
+
+    Attributes:
+        scores: [(step, mean IoU of the fine head)] of all quick validations of the run.
     """
 
-    def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, highest=None):
+    def __init__(self, *, engine, dataset, normalization, ignore_index, workers, log, highest=None, folder=None):
         self.engine, self.classes, self.log, self.ignore_index = engine, dataset.classes, log, ignore_index
+        self.folder = folder
         self.loader = Loader(share_items(dataset, engine.processes), workers=workers)
         # `forward` bypasses compiled code, which would be compiled again for each image size.
         self.predictor = SlidingPredictor(engine.scored_network.forward, None, normalization=normalization,
                                           device=engine.devices[0], autocast=engine.precision.autocast)
-        self.highest = -1.0 if highest is None else highest
-        if engine.processes is not None:
-            self.highest = engine.processes.broadcast(self.highest)     # all processes must save at the same steps
+        # All processes must save and stop at the same steps.
+        self.highest, self.scores = broadcast_from_rank0(engine.processes, lambda: (
+            -1.0 if highest is None else highest,
+            [(entry["step"], entry.get("quick_mean_iou_fine") or 0.0) for entry in read_lines(Path(folder, QUICK))]
+            if folder else []))
 
     def __call__(self, step, stop_requested):
         """Score the network and log the scores.
@@ -63,10 +72,21 @@ class QuickValidation:
         matrices = total["single_scale"]
         scores = {head: matrix.scores(self.classes.names, self.classes.categories) for head, matrix in matrices.items()}
         self.log.quick_validation(step, scores)
-        if (scores["fine"]["mean_iou"] or 0.0) <= self.highest:
+        score_of_step = scores["fine"]["mean_iou"] or 0.0
+        self.scores.append((step, score_of_step))
+        if score_of_step <= self.highest:
             return None
-        self.highest = scores["fine"]["mean_iou"] or 0.0
+        self.highest = score_of_step
         return self.highest
+
+    def lost_patience(self, patience):
+        """Return a sentence if `patience` validations have brought no better score, so that the run ends, else ""."""
+        best = max(range(len(self.scores)), key=lambda index: self.scores[index][1], default=0)     # the first of them
+        if not patience or len(self.scores) - 1 - best < patience:
+            return ""
+        step, highest = self.scores[best]
+        return (f"--patience {patience}: no quick validation since step {step} was better than its mIoU of "
+                f"{100 * highest:.2f} %; the best snapshot is {Path(self.folder or '', snapshots.BEST)}")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,17 +13,19 @@ import train
 from libs.convert import fold_norms
 from networks.backbones.choose import choose_backbone
 from networks.backbones.names import build_backbone
-from networks.backbones.timm import _find_plan, find_plan, input_normalization, synchronize_norms
+from networks.backbones.timm import _find_plan, find_layers, find_plan, input_normalization, synchronize_norms
 from networks.build import build_network, meta_network
 from networks.weights.loading import load_weights
 from networks.weights.start import read_snapshot, read_weights
 from tests.conftest import randomize
+from utils.common import files
 from utils.common.compat import torch_version
 from utils.common.errors import UserError
 from utils.devices.memory import measure_forward_pass
 from utils.inference.sliding import SlidingPredictor
 from utils.ops.normalization import Normalization
 from utils.ops.upsampling import round_size
+from utils.training.optimization import make_optimizer
 
 timm = pytest.importorskip("timm", reason="needs timm")
 # Stride of the logits, and the sides that fit: a multiple of the first, plus the second.
@@ -339,3 +342,45 @@ def test_norms_are_synchronized_on_gpus_and_else_it_is_said(capsys):
 def test_flags_choose_as_the_file_says():
     assert choose_backbone(None, "timm:resnet10t") == {"backbone": "timm:resnet10t",
                                                        "backbone_arguments": {"output_stride": 8}}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224",
+                                  "vit_small_patch16_dinov3"])
+def test_layer_decay_gives_each_parameter_the_rate_of_timm(name):
+    """Those of timm's own groups of the whole network with a classifier; the head has its own factor."""
+    from timm.optim import param_groups_layer_decay
+
+    with torch.device("meta"):
+        network = build_network("acfnet_resnet", 3, available(name))
+        whole = timm.create_model(name, num_classes=3)
+    expected = {}
+    for group in param_groups_layer_decay(whole, layer_decay=0.7):
+        expected |= {id(weight): group["lr_scale"] for weight in group["params"]}
+    expected = {key: expected[id(weight)] for key, weight in whole.named_parameters()}
+    optimizer = make_optimizer(network, learning_rate=0.5, head_lr_factor=3.0, layer_decay=0.7)
+    rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    # Wrapped by features_only as model.*, or with names such as stages_0 and layers_1.
+    known = {key: rates[id(weight)] for key, weight in network.backbone.body.named_parameters()}
+    matched = {re.sub(r"^(stages|stem|layers)_(\d+)", r"\1.\2", key.removeprefix("model.")): rate
+               for key, rate in known.items()}
+    assert matched == {key: pytest.approx(0.5 * expected[key]) for key in matched}
+    assert len({*matched.values()}) > 5 and max(matched.values()) == pytest.approx(0.35)
+    assert {rates[id(weight)] for key, weight in network.named_parameters() if not key.startswith("backbone.")} == {1.5}
+    assert [weight for group in optimizer.param_groups for weight in group["params"]] == list(network.parameters())
+
+
+def test_layer_decay_without_groups_of_timm_is_a_sentence():
+    with pytest.raises(UserError, match="--layer-decay: expected a network whose layers timm groups, found timm:pit"):
+        find_layers("timm:pit_ti_224")
+
+
+def test_a_run_with_layer_decay_resumes_to_the_bit(pair, tmp_path):
+    """And logs the rate of the last layer before its decay, that of --learning-rate."""
+    words = ["--backbone", available("convnext_atto"), "--layer-decay", "0.6", "--optimizer", "adamw",
+             "--learning-rate", "1e-3", "--schedule", "constant"]
+    whole = files.load(start(pair, tmp_path / "run", *words, "--save-pred-every", "1", steps=2))
+    rates = [json.loads(line)["lr"] for line in open(tmp_path / "run/metrics.jsonl")]
+    assert rates == [1e-3, 1e-3] and len(whole["optimizer"]["param_groups"]) > 5
+    (tmp_path / "run/CS_scenes_2.pth").unlink()
+    resumed = files.load(start(pair, tmp_path / "run", *words, "--resume", steps=2))
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])

@@ -19,7 +19,6 @@ from utils.ops.normalization import Normalization
 from utils.parallel.processes import Processes
 from utils.training import seeds
 from utils.training.engine import Engine, NetworkWithLoss, NotFinite
-from utils.training.history import LossMonitor
 
 CPU = torch.device("cpu")
 
@@ -154,12 +153,3 @@ def test_the_host_waits_once_a_step(amp, parts, expected, monkeypatch):
         waits.operations.clear()
         engine.step(batches)
     assert len(waits.operations) == expected, waits.operations
-
-
-def test_a_loss_is_normal_up_to_three_times_the_median():
-    monitor = LossMonitor()
-    assert [monitor.add(loss) for loss in (5.0, 4.0, 3.0, 11.9, 13.6, 1e9, float("nan"), float("inf"), 3.0)] == \
-        [True, True, True, True, False, False, False, False, True]
-    for _ in range(300):
-        monitor.add(1.0)
-    assert monitor.normal and not monitor.add(3.1)

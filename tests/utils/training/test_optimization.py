@@ -14,6 +14,7 @@ from dataset.weights import balanced_weights, class_weights, read_weights
 from loss.criterion import SegmentationCriterion
 from networks.backbones.resnet import STAGES
 from networks.build import build_network
+from networks.weights.choice import NetworkChoice
 from tests.test_train import run
 from tests.utils.training.test_engine import make_batch
 from utils.common import files
@@ -21,7 +22,7 @@ from utils.common.errors import UserError
 from utils.devices.precision import Precision
 from utils.ops.normalization import Normalization
 from utils.runs import snapshots
-from utils.training.optimization import PolySchedule, make_optimizer, prepare_for_fused_step, update_average
+from utils.training.optimization import SCHEDULES, Schedule, make_optimizer, prepare_for_fused_step, update_average
 
 CPU = torch.device("cpu")
 
@@ -88,10 +89,53 @@ def test_a_fused_step_after_an_overflow_is_that_of_an_ordinary_optimizer():
 
 
 def test_the_schedule_is_poly_with_a_linear_start():
-    plain, warm = PolySchedule(100, 0.9), PolySchedule(100, 0.9, warmup_steps=10)
+    plain, warm = Schedule(100, 0.9), Schedule(100, 0.9, warmup_steps=10)
     for step in range(100):
         assert plain.factor(step) == (1 - step / 100) ** 0.9
         assert warm.factor(step) == pytest.approx(min(1, (step + 1) / 10) * (1 - step / 100) ** 0.9)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_are_pytorchs(kind, warmup):
+    """With warm-up, as a factor of their own in the first steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 1.0)
+    schedulers = torch.optim.lr_scheduler
+    theirs = {"poly": lambda: schedulers.PolynomialLR(optimizer, 50, 0.9),
+              "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, 50),
+              "constant": lambda: schedulers.ConstantLR(optimizer, 1.0)}[kind]()
+    schedule = Schedule(50, 0.9, warmup, kind)
+    for step in range(50):
+        factor = min(1, (step + 1) / warmup) if warmup else 1
+        assert schedule.factor(step) == pytest.approx(factor * theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_run_goes_on_with_its_schedule_or_says_that_it_changes(streets, tmp_path, capsys):
+    words = ("--schedule", "cosine", "--warmup-steps", "2", "--backbone", "resnet18")
+    whole = run(streets, tmp_path / "s", *words, "--save-pred-every", "2", steps=4)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.01 * min(1, (t + 1) / 2) * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)])
+    (tmp_path / "s/CS_scenes_4.pth").unlink()
+    resumed = run(streets, tmp_path / "s", *words, "--resume", steps=4)
+    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
+    assert "from here on" not in capsys.readouterr().out
+    run(streets, tmp_path / "s", "--resume", "--backbone", "resnet18", steps=5)
+    assert "--resume: from here on --schedule poly, before it was cosine" in capsys.readouterr().out
+    for flag in ("--vertical-flip", "--quarter-turns"):
+        with pytest.raises(UserError, match=f"--resume .*: expected a run with {flag} True, found False"):
+            run(streets, tmp_path / "s", "--resume", "--backbone", "resnet18", flag, steps=6)
+    with pytest.raises(UserError, match="--resume .*: expected a run with --rotate 10.0, found None"):
+        run(streets, tmp_path / "s", "--resume", "--backbone", "resnet18", "--rotate", "10", steps=6)
+
+
+def test_layer_decay_is_refused_where_no_layers_are_grouped(streets, tmp_path):
+    with pytest.raises(UserError, match="--layer-decay: expected a network of timm, timm:NAME, found resnet18"):
+        run(streets, tmp_path / "s", "--backbone", "resnet18", "--layer-decay", "0.8")
+    with pytest.raises(UserError, match="--layer-decay: expected a network of timm, timm:NAME, found eca_resnet101"):
+        NetworkChoice(layer_decay=0.8).resolve()
+    assert not (tmp_path / "s").exists()
 
 
 def test_each_group_has_its_own_rate():

@@ -6,7 +6,7 @@ from collections import deque
 
 from ..common.errors import UserError
 from ..parallel.processes import gather_from_ranks
-from ..runs import snapshots
+from . import snapshots
 
 
 class LossMonitor:
@@ -58,7 +58,7 @@ class History:
         """
         engine = self.engine
         names = sum(gather_from_ranks(engine.processes, [name for part in parts for name in part["name"]]), [])
-        rate = factor * engine.optimizer.param_groups[0]["initial_lr"]
+        rate = factor * engine.optimizer.defaults["lr"]
         return UserError(f"step {step}: expected a finite {error.what}, found {error.terms} at the learning rate "
                          f"{rate:.3g}; images: {', '.join(names)}; {self._advice(error, run, step - 1)}")
 

@@ -32,6 +32,7 @@ For other runtimes:
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export acfnet.onnx
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export fixed.onnx --export-size 1024,2048
 
+Flags can be in a file, one per line: python evaluate.py @FILE ...
 From Python: networks/predictor.py
 """
 
@@ -76,6 +77,7 @@ from utils.parallel.processes import Processes, gather_from_ranks, rank_and_size
 from utils.parallel.workers import load_items
 from utils.reports import charts
 from utils.reports.report import comparison_table, score_table, write_report
+from utils.runs import recipes
 from utils.runs.results import ResultsFolder
 
 PICTURES, VIDEO_PICTURES = ("labels", "color", "overlay"), ("color", "overlay")     # by default
@@ -89,7 +91,7 @@ IGNORED_FLAGS = {       # {task: (what it expects, flags that would have no effe
 
 
 def get_parser():
-    parser = flags.Parser(usage="%(prog)s --restore-from FILE [FILE ...] [flags]",
+    parser = flags.Parser(usage="%(prog)s [@FILE] --restore-from FILE [FILE ...] [flags]",
                           description="Score a snapshot, or use it.", epilog=__doc__)
     parser.add_argument("--restore-from", type=flags.path, nargs="+", required=True, metavar="FILE",
                         help="snapshot of train.py; several are scored one after the other")
@@ -304,7 +306,7 @@ class TrainedNetwork(NamedTuple):
 
 def main(argv=None):
     show_messages()
-    args = get_parser().parse_args(argv)
+    args = recipes.parse_args(get_parser(), argv)
     check(args)
     paths = [Path(name) for name in args.restore_from]
     protocol = protocol_of(args)

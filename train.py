@@ -11,6 +11,10 @@ To continue after an interruption, repeat the command with --resume. Ctrl-C, SIG
 after the current step, with a snapshot; the exit status is then 130, 143 or 129.
 Several hosts: torchrun --nproc_per_node 4 ... train.py in place of python train.py
 A batch that does not fit into memory: --accumulate 4 processes it in four parts
+Flags can be in a file, one per line; later ones on the command line replace them. dataset/recipes/ has files for the
+paper's setting, CamVid and fine-tuning:
+
+    python train.py @dataset/recipes/cityscapes.txt --data-dir CITYSCAPES --restore-from dataset/WEIGHTS.pth --ohem 1
 """
 
 import argparse
@@ -70,7 +74,7 @@ from utils.parallel.launch import (
     started_by_torchrun,
 )
 from utils.parallel.processes import broadcast_from_rank0, gather_from_ranks, rank_and_size
-from utils.runs import snapshots
+from utils.runs import recipes, snapshots
 from utils.runs.history import History
 from utils.runs.trackers import SERVICES, check_packages
 from utils.training import optimization, resume, seeds
@@ -82,7 +86,9 @@ from utils.training.validation import QuickValidation, draw_curves, draw_panel
 
 
 def get_parser():
-    parser = flags.Parser(description="Train ACFNet.", epilog=__doc__)
+    parser = flags.Parser(usage="%(prog)s [@FILE] [flags]", description="Train ACFNet.", epilog=__doc__)
+    parser.add_argument("--like", type=flags.path, metavar="RUN", help="take the flags of an earlier run from its "
+                        "folder, except those of the machine and the results; flags of the command line replace them")
     add_data(parser)
     add_network(parser)
     add_learning(parser)
@@ -328,7 +334,7 @@ def parse_and_check(argv=None):
     Raises:
         UserError: flags that cannot work.
     """
-    args = get_parser().parse_args(argv)
+    args = recipes.parse_args(get_parser(), argv)
     check_packages(args.log)
     root = folders.data_root(args.data_dir, args.images_dir, args.labels_dir)
     if args.val_every:

@@ -17,6 +17,7 @@ from utils.common import errors
 from utils.common.errors import UserError
 from utils.common.flags import size
 from utils.devices.select import select_devices
+from utils.runs import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
@@ -29,7 +30,7 @@ optimizer
 panel-every
 parallel power pretrained random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
 snapshot-dir split
-blur layer-decay patience quarter-turns rotate schedule vertical-flip
+blur layer-decay like patience quarter-turns rotate schedule vertical-flip
 stem track val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip
@@ -94,15 +95,26 @@ def commands(text):
     return re.findall(r"^\s*python (train|evaluate)\.py (.+)$", joined, re.M)
 
 
-@pytest.mark.parametrize("source", ["seed", "README.md", "train.py", "evaluate.py"])
-def test_documented_commands_parse(source):
-    text = SEED if source == "seed" else (ROOT / source).read_text()
+@pytest.mark.parametrize("source", ["seed", "README.md", "train.py", "evaluate.py", "tests/README.md",
+                                    *(f"dataset/recipes/{name}.txt" for name in ("cityscapes", "camvid", "finetune"))])
+def test_documented_commands_parse(source, monkeypatch):
+    monkeypatch.chdir(ROOT)     # for @dataset/recipes/...
+    text = SEED if source == "seed" else re.sub("^#", "", (ROOT / source).read_text(), flags=re.M)
     actual = commands(text)
-    assert len(actual) >= 2 or source == "train.py"
+    assert len(actual) >= (1 if source.endswith(".txt") else 2)
     for script, line in actual:
         parser = {"train": train, "evaluate": evaluate}[script].get_parser()
         words = [re.sub(r"\$\{?\w+\}?", "/data", word) for word in shlex.split(line, comments=True)]
-        parser.parse_args(words)
+        recipes.parse_args(parser, words)
+
+
+def test_the_papers_recipe_is_the_readmes_command(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (script, line), *_ = commands((ROOT / "README.md").read_text())
+    own = ["--data-dir", "${YOUR_CS_PATH}", "--restore-from", "dataset/WEIGHTS.pth", "--gpu", "0,1,2,3"]
+    parser = train.get_parser()
+    assert script == "train" and recipes.parse_args(parser, ["@dataset/recipes/cityscapes.txt", *own]) == \
+        parser.parse_args(shlex.split(line))
 
 
 @pytest.mark.parametrize("script, words, output", [

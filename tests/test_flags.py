@@ -46,8 +46,8 @@ TRAIN = {
     "restore-from": "part.pth", "resume": (["--snapshot-dir", "full"], ""),
     "sampling": "class", "save-pred-every": "3", "snapshot-dir": "there",
     "split": "val", "stem": "32-32-64", "val-every": "2", "val-list": (["--val-every", "2"], "train.lst"),
-    "layer-decay": "0.8", "patience": (["--val-every", "2"], "2"), "schedule": "cosine",
-    "blur": "2", "quarter-turns": "", "rotate": "20", "vertical-flip": "",
+    "blur": "2", "layer-decay": "0.8", "like": "elsewhere", "patience": (["--val-every", "2"], "2"),
+    "quarter-turns": "", "rotate": "20", "schedule": "cosine", "vertical-flip": "",
     "val-split": (["--val-every", "2"], "train"), "warmup-steps": "2", "weight-decay": "0.1"}
 EVALUATE = {
     "amp": "bf16", "batch-size": (["--input-size", "33,33"], "2"), "benchmark": "", "boundary": "3",

@@ -15,6 +15,7 @@ import evaluate as evaluate_script
 import train as train_script
 from utils.common.errors import UserError
 from utils.demo import local
+from utils.runs import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,7 +101,7 @@ def test_words_reach_all_that_they_concern(project, monkeypatch):
     assert [Path(word) for word in check[3:] if not word.startswith("--")] == [
         project.parent.resolve() / name for name in ("data", "a.lst", "b.lst", "c.csv")]
     for words, script in ((train, train_script), (evaluate, evaluate_script)):
-        args = script.get_parser().parse_args(words[1:])
+        args = recipes.parse_args(script.get_parser(), words[1:])
         assert (args.gpu, args.amp) == ("cpu", "off") and len(args.data_list) == 2 and args.classes.endswith("c.csv")
         if words is train:
             assert (args.num_steps, args.keep, args.resume) == (7, 2, "newest")
@@ -119,7 +120,7 @@ def test_the_name_of_a_table_stays_a_name(project, monkeypatch):
 def test_evaluation_is_not_told_of_apex(project, monkeypatch):
     for data in ((), ("data", "--from-scratch")):
         *_, train, evaluate = words_of(project, monkeypatch, *data, "--amp", "apex", "--gpu", "0")
-        assert train_script.get_parser().parse_args(train[1:]).amp == "apex"
+        assert recipes.parse_args(train_script.get_parser(), train[1:]).amp == "apex"
         args = evaluate_script.get_parser().parse_args(evaluate[1:])
         assert args.amp is None and args.gpu == "0"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..common import command, files
 from ..common.errors import UserError, plural
 from ..common.flags import Parser
+from ..runs import recipes
 from ..runs.log import METRICS, read_lines
 from ..runs.snapshots import list_snapshots
 
@@ -34,8 +35,7 @@ EVALUATION = ("--input-size", "257,513", "--scales", "1.0", "--no-flip")
 EXPECTED = "three runs gave coarse 52.5 to 54.7, fine 53.0 to 54.5 %"
 EVALUATION_SHARE = 0.12     # time of the evaluation as a share of that of the training
 NEEDED_BYTES = 200e6        # on the disk, for the scenes, a snapshot and pictures
-PAPER = ("--random-mirror", "--random-scale", "--learning-rate", "1e-2", "--input-size", "769,769", "--weight-decay",
-         "1e-4", "--batch-size", 8, "--num-steps", 60000)
+PAPER = f"@{PROJECT / 'dataset/recipes/cityscapes.txt'}"
 FOLDERS = ("data_dir", "images_dir", "labels_dir")      # flags that the first argument replaces
 # `python -c CHECK PROJECT FLAGS...` lets train.py check its flags. Python sets sys.path[0] to the user's folder, which
 # must not be searched for modules. The check is a process of its own so that it releases the GPU memory it uses.
@@ -227,7 +227,7 @@ def train_and_evaluate(data, args, rest):
                         "evaluate.py can still be run by hand")
     if status:
         sys.exit(status)
-    call(PROJECT / "train.py", "--data-dir", data, "--snapshot-dir", snapshots, *PAPER, "--resume",
+    call(PROJECT / "train.py", "--data-dir", data, "--snapshot-dir", snapshots, PAPER, "--resume",
          args.resume or "newest",
          *flags(args, "gpu", "amp", "data-list", "classes", "restore-from", "num-steps", "batch-size"), *rest)
     call(PROJECT / "evaluate.py", "--data-dir", data, "--restore-from", newest_snapshot(snapshots),
@@ -237,6 +237,7 @@ def train_and_evaluate(data, args, rest):
 def main():
     user_folder, *arguments = sys.argv[1:]
     os.chdir(user_folder)
+    arguments = [*recipes.expand(arguments)]
     data = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     args, rest = get_parser().parse_known_args(arguments)
     if data == "":

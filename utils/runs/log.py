@@ -34,6 +34,7 @@ except ImportError:     # on Windows, where run folders are not locked
 
 METRICS = "metrics.jsonl"
 QUICK = "quick_validation.jsonl"
+RUNS = "runs.json"
 
 
 class RunLog:
@@ -63,7 +64,7 @@ class RunLog:
         self.started = time.monotonic()
         self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
-        _append_run(self.folder / "runs.json", self.description)
+        _append_run(self.folder / RUNS, self.description)
         self.files = {name: _open_at_step(self.folder / name, start) for name in (METRICS, QUICK)}
         self.board = Board(self.folder / "tensorboard")
 
@@ -311,18 +312,22 @@ def _lock(folder):
 
 def _append_run(path, description):
     """Add the description of a run's start to the list in `runs.json`."""
-    runs = []
-    if os.path.lexists(path):
-        with _path_errors(path, "the list of this folder's runs"):
-            text = path.read_text(encoding="utf-8")
-        try:
-            runs = json.loads(text)
-        except (ValueError, RecursionError):
-            runs = None
-        if not isinstance(runs, list):
-            raise UserError(f"{path}: expected the list of this folder's runs, found something else; remove "
-                            "the file to begin a new list")
+    runs = read_runs(path) if os.path.lexists(path) else []
     files.write_json(path, [*runs, description])
+
+
+def read_runs(path):
+    """Read the list in `runs.json`. Raises `UserError` if the file is another one."""
+    with _path_errors(path, "the list of this folder's runs"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        runs = json.loads(text)
+    except (ValueError, RecursionError):
+        runs = None
+    if not isinstance(runs, list):
+        raise UserError(f"{path}: expected the list of this folder's runs, found something else; remove "
+                        "the file to begin a new list")
+    return runs
 
 
 def _git(*words):

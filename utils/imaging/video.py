@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,7 @@ import torch
 
 from ..common import files
 from ..common.compat import opencv_silent
-from ..common.errors import UserError
+from ..common.errors import UserError, first_line
 from ..common.files import open_file
 from ..common.messages import logger
 from ..common.progress import log_once
@@ -25,9 +26,12 @@ COUNTED = {".avi", ".m4v", ".mov", ".mp4"}      # files that store their frame c
 NUMBER = re.compile(r"%0?\d*d")                 # in "frames/%05d.png", as FFmpeg and OpenCV write it
 DEFAULT_RATE = 25.0     # frames/s of numbered images, as in FFmpeg
 MAX_RATE = 1000.0       # frames/s; more is an error in the file's header, and cannot be written
-CODECS = ("vp09", "mp4v")       # VP9, which browsers play; MPEG-4, which every OpenCV can write
-# A frame is written only with this much free space on the disk, plus an amount per pixel of a frame: VP9 holds back 25
-# frames until a file is closed, and there may be three videos.
+CODECS = ("vp09", "mp4v")       # without PyAV: VP9, which browsers play; MPEG-4, which every OpenCV can write
+# Options of H.264. Players would guess the color matrix by the size of the video; FFmpeg converts RGB by this one.
+H264 = {"crf": "18", "preset": "veryfast",
+        "x264-params": "colorprim=smpte170m:transfer=smpte170m:colormatrix=smpte170m"}
+# A frame is written only with this much free space on the disk, plus an amount per pixel of a frame: encoders hold back
+# some frames until a file is closed, and there may be three videos.
 MIN_FREE_BYTES, MIN_FREE_BYTES_PER_PIXEL = 16 * 10 ** 6, 10
 MAX_FAILED_READS = 250          # consecutive frames that cannot be read before reading stops
 
@@ -159,6 +163,31 @@ def _capture(path):
     return capture
 
 
+class H264Writer:
+    """Writes H.264, which browsers and video editors play, by PyAV; arguments and methods as of `cv2.VideoWriter`.
+
+    Raises:
+        ImportError: without PyAV; ValueError: if it cannot write H.264; OSError: if the file cannot be written.
+    """
+
+    def __init__(self, path, rate, size):
+        import av
+
+        self.make_frame = av.VideoFrame.from_ndarray
+        av.Codec("libx264", "w")        # raises ValueError before the file is created
+        self.file = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self.stream = self.file.add_stream("libx264", rate=Fraction(rate).limit_denominator(65535), options=H264)
+        self.stream.width, self.stream.height = size
+        self.stream.pix_fmt = "yuv420p"     # what all players decode
+
+    def write(self, picture):
+        self.file.mux(self.stream.encode(self.make_frame(picture, format="bgr24")))
+
+    def release(self):
+        with self.file:     # closes it
+            self.file.mux(self.stream.encode())
+
+
 class VideoWriter:
     """Writes a video file frame by frame under a temporary name; `close` renames it.
 
@@ -185,31 +214,44 @@ class VideoWriter:
                          "the frames that follow")
         if self.file is None:
             self._open(picture.shape[1::-1])
-        self.file.write(np.ascontiguousarray(picture[..., ::-1]))
+        try:
+            self.file.write(np.ascontiguousarray(picture[..., ::-1]))
+        except (OSError, ValueError) as error:      # of PyAV
+            raise UserError(f"{self.path}: expected to write frame {self.frames + 1}, found: {first_line(error)}"
+                            ) from None
         self.frames += 1
 
     def _open(self, size):
         with contextlib.ExitStack() as stack:
             self.temporary = stack.enter_context(files.replacing(self.path, self.path.suffix))
             self.temporary.unlink(missing_ok=True)      # never write through a link
-            for codec in CODECS:
-                with opencv_silent():
-                    file = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*codec), self.rate, size)
-                if file.isOpened():
-                    break
-            else:
-                raise UserError(f"{self.path}: expected OpenCV to write {' or '.join(CODECS)} video of "
-                                f"{size[0]}×{size[1]} pixels at {self.rate:g} frames/s there, found that it cannot")
-            if codec != CODECS[0]:
-                log_once("videos are MPEG-4, since this OpenCV cannot write them as VP9; browsers do not play them; "
-                           "ffmpeg -i VIDEO.mp4 -c:v libx264 OTHER.mp4 converts one")
-            self.file, self.open = file, stack.pop_all()
+            try:
+                self.file = H264Writer(self.temporary, self.rate, size)
+            except (ImportError, ValueError):
+                self.file = self._open_by_opencv(size)
+            self.open = stack.pop_all()
+
+    def _open_by_opencv(self, size):
+        """Return the `cv2.VideoWriter` of the first of `CODECS` that OpenCV can write."""
+        for codec in CODECS:
+            with opencv_silent():
+                file = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*codec), self.rate, size)
+            if file.isOpened():
+                break
+        else:
+            raise UserError(f"{self.path}: expected OpenCV to write {' or '.join(CODECS)} video of "
+                            f"{size[0]}×{size[1]} pixels at {self.rate:g} frames/s there, found that it cannot")
+        limits = ("VP9, which not all video editors play" if codec == "vp09" else "MPEG-4, which browsers do not play; "
+                  "ffmpeg -i VIDEO.mp4 -c:v libx264 OTHER.mp4 converts one")
+        log_once(f"videos are {limits}; with PyAV (pip install av) they are H.264, which all play")
+        return file
 
     def close(self):
         """Finish the file. Raises `UserError` if frames are missing from it, which OpenCV does not report."""
         with self.open:
             if self.frames:
-                self.file.release()
+                with contextlib.suppress(OSError, ValueError):      # of PyAV; the number of frames shows it too
+                    self.file.release()
                 with opencv_silent():
                     written = int(cv2.VideoCapture(str(self.temporary)).get(cv2.CAP_PROP_FRAME_COUNT))
                 if written != self.frames:

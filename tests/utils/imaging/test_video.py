@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 
 import cv2
 import numpy as np
@@ -132,10 +133,10 @@ def test_numbered_images_are_a_video_and_broken_ones_are_named(snapshot, tmp_pat
     (folder / "010.png").write_bytes((folder / "020.png").read_bytes()[:200])
     Image.fromarray(drawn_frames()[0]).save(folder / "030.png")
     (folder / "notes.png").write_text("no number")
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match="that are skipped") as caught:
         predict(snapshot, tmp_path / "r", folder / "%03d.png", save=None)
     shown = capsys.readouterr()
-    assert caught.value.code == 1 and "6 frames predicted, 2 skipped" in shown.out
+    assert caught.value.status == 1 and "6 frames predicted, 2 skipped" in shown.out
     skipped = [line for line in shown.err.splitlines() if line.startswith("skipped: ")]
     assert len(skipped) == 2 and "010.png: expected an image" in skipped[0]
     assert "%03d.png, frame 4: expected 63×41 pixels as before, found 64×48" in skipped[1]
@@ -151,10 +152,10 @@ def test_a_broken_frame_is_named_and_skipped(snapshot, tmp_path, capsys):  # noq
     place = [k for k in range(data.index(b"movi"), len(data)) if data.startswith(b"00dc", k)][4]
     end = place + 8 + int.from_bytes(data[place + 4:place + 8], "little")
     source.write_bytes(data[:place + 8] + bytes(end - place - 8) + data[end:])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match="that are skipped") as caught:
         predict(snapshot, tmp_path / "r", source)
     shown = capsys.readouterr()
-    assert caught.value.code == 1 and "7 frames predicted, 1 skipped" in shown.out
+    assert caught.value.status == 1 and "7 frames predicted, 1 skipped" in shown.out
     assert f"skipped: {source}, frame 5 of 8: expected data that can be decoded, found none\n" in shown.err
     assert len(read(tmp_path / "r/color/a.mp4")[0]) == 7
 
@@ -162,7 +163,7 @@ def test_a_broken_frame_is_named_and_skipped(snapshot, tmp_path, capsys):  # noq
 def test_what_a_file_that_was_cut_short_still_has_is_predicted(snapshot, tmp_path, capsys):  # noqa: F811
     source = write(tmp_path / "a.avi", drawn_frames(), codec="MJPG")
     source.write_bytes(source.read_bytes()[:source.stat().st_size * 6 // 10])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="that are skipped"):
         predict(snapshot, tmp_path / "r", source)
     there = len(read(source)[0])
     shown = capsys.readouterr()
@@ -238,6 +239,7 @@ def test_what_was_predicted_before_an_error_is_kept(snapshot, tmp_path, monkeypa
 
 
 def test_without_the_codec_it_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(video, "CODECS", ("yyyy", "zzzz"))
     writer = video.VideoWriter(tmp_path / "a.mp4", 25)
     for frame in drawn_frames(2):       # the writing thread goes on until it is heard
@@ -252,8 +254,38 @@ def codec_of(path):
     return int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode()
 
 
-def test_browsers_play_the_videos_or_the_way_to_convert_them_is_said(tmp_path, monkeypatch, capsys):
+def test_videos_are_h264_that_players_can_read_while_they_load(tmp_path, capsys):
+    """Decoded by PyAV and by OpenCV: every frame, in order, of an odd size that grows to an even one."""
+    av, frames = pytest.importorskip("av"), drawn_frames(60, size=(47, 63))      # more than the encoder holds back
+    writer = video.VideoWriter(tmp_path / "a.mp4", 24000 / 1001)
+    for frame in frames:
+        writer.write(frame)
+    writer.close()
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        stream, = file.streams.video
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert stream.codec_context.colorspace == 6     # SMPTE 170M
+        assert float(stream.average_rate) == pytest.approx(24000 / 1001, rel=1e-5)
+        actual = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
+    assert len(actual) == len(read(tmp_path / "a.mp4")[0]) == 60
+    for decoded in (actual, read(tmp_path / "a.mp4")[0]):
+        for frame, wanted in zip(decoded, frames, strict=True):
+            assert frame.shape == (48, 64, 3) and np.abs(frame[:47, :63].astype(float) - wanted).mean() < 6
+        assert np.abs(decoded[30][:47, :63].astype(float) - frames[0]).mean() > 12       # they do differ
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")        # a browser plays before it has all of it
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("missing", ["the package", "the encoder"])
+def test_without_pyav_the_way_to_h264_is_said(tmp_path, monkeypatch, capsys, missing):
     """VP9 is what the wheels of OpenCV can write of what browsers play; builds of others may lack it."""
+    if missing == "the package":
+        monkeypatch.setitem(sys.modules, "av", None)
+    else:
+        def unknown(*words):
+            raise ValueError(words)
+        monkeypatch.setattr(pytest.importorskip("av"), "Codec", unknown)
     for number, (codecs, expected, advices) in enumerate(((video.CODECS, ("vp09", "VP90"), 0),
                                                           (("yyyy", "mp4v"), ("mp4v", "FMP4"), 1))):
         monkeypatch.setattr(video, "CODECS", codecs)
@@ -262,11 +294,15 @@ def test_browsers_play_the_videos_or_the_way_to_convert_them_is_said(tmp_path, m
         writer.write(drawn_frames()[0])
         writer.close()
         assert codec_of(tmp_path / f"{number}.mp4") in expected
-        assert capsys.readouterr().out.count("-c:v libx264") == advices
+        said = capsys.readouterr().out
+        assert said.count("pip install av") == 1 and said.count("-c:v libx264") == advices
 
 
-def test_a_full_disk_is_a_sentence(tmp_path):
+@pytest.mark.parametrize("package", ["av", "cv2"])
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, package):
     """OpenCV says nothing of it. RLIMIT_FSIZE lets no file grow beyond 3000 bytes, as a full disk would."""
+    if package == "cv2":
+        monkeypatch.setitem(sys.modules, "av", None)
     writer, before = video.VideoWriter(tmp_path / "a.mp4", 25), resource.getrlimit(resource.RLIMIT_FSIZE)
     noise = np.random.default_rng(0).integers(0, 256, (FRAMES, 240, 320, 3), dtype=np.uint8)
     try:

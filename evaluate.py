@@ -372,8 +372,12 @@ def perform(args, paths, protocol, machine):
         if len(results) > 1 and results[0]:
             logger.info(comparison_table(results))
     leave_processes()
-    if broken:
+    if broken and rank_and_size(machine.processes)[0]:      # the first process says it for all
         sys.exit(1)
+    if broken:
+        error = UserError(f"--images: expected images that can be read, found {broken} that are skipped")
+        error.status = 1        # all others are predicted
+        raise error
 
 
 def score_snapshot(trained, data, machine, *, kinds, results):

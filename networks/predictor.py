@@ -8,7 +8,9 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from libs.abn import set_backend
@@ -18,10 +20,12 @@ from utils.common.errors import UserError
 from utils.common.messages import logger
 from utils.devices.precision import AUTOCAST, best_precision, exact_float32
 from utils.devices.select import check_kernels, select_devices
+from utils.imaging import draw
 from utils.imaging.classes import Classes
 from utils.imaging.decode import to_rgb
 from utils.inference.sliding import SlidingPredictor, fitting_size
 from utils.ops.probabilities import most_probable
+from utils.reports import charts
 
 from .build import build_network
 from .weights.start import read_snapshot
@@ -150,20 +154,23 @@ class Predictor:
             UserError: if the file cannot be read.
             MemoryError: if the device has too little memory.
         """
-        return Prediction(self.sliding(to_rgb(image)), self.classes)
+        image = to_rgb(image)
+        return Prediction(image, self.sliding(image), self.classes)
 
 
 class Prediction:
-    """Prediction of one image, at the size of the image, as NumPy arrays.
+    """Prediction of one image, at the size of the image, as NumPy arrays. A notebook shows it as a picture.
 
     The object keeps the probabilities on the device, 4N bytes per pixel. For many images keep only the `labels`.
 
     Attributes:
+        image: (H, W, 3) uint8 RGB.
         labels: (H, W) uint8, the train id of the most probable class.
         names: N class names, by train id.
     """
 
-    def __init__(self, probabilities, classes):
+    def __init__(self, image, probabilities, classes):
+        self.image = np.array(image.cpu().numpy() if torch.is_tensor(image) else image)     # copied: callers reuse it
         self._probabilities, self._classes, self.names = probabilities, classes, classes.names
         self.labels = most_probable(probabilities)[1].cpu().numpy()
 
@@ -181,6 +188,25 @@ class Prediction:
     def ids(self):
         """Label ids (H, W) of the class table: uint8, or uint16 if an id exceeds 255."""
         return self._classes.decode(self.labels)
+
+    def overlay(self, strength=0.5):
+        """Image and class colors blended (H, W, 3) uint8 RGB; strength: weight of the colors, 0 to 1."""
+        return draw.overlay(self.image, self.colors, strength)
+
+    def save(self, path):
+        """Write the class colors as .png, a palette whose indices are train ids, or the overlay as .jpg."""
+        suffix = Path(path).suffix.lower()
+        if suffix == ".png":
+            draw.save_palette_png(path, self.labels, self._classes.palette)
+        elif suffix in (".jpg", ".jpeg"):
+            draw.save_jpeg(path, self.overlay())
+        else:
+            raise UserError(f"{path}: expected a name that ends in .png, for class colors, or .jpg, for the overlay, "
+                            f"found {suffix or 'none of these'}")
+
+    def _repr_png_(self):
+        """Image, class colors and legend side by side, as a PNG for notebooks."""
+        return charts.prediction_picture(self.image, self.labels, self.names, self._classes.palette)
 
 
 def load_network(path, device, raw_weights=False, kernels="auto"):

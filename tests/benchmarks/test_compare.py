@@ -258,16 +258,11 @@ def test_a_request_to_stop_reaches_the_runs(tmp_path, number, capsys):
     (["--overlap", "1"], "--overlap: expected a share below 1"),
     (["--window", "97,97", "--whole"], "--whole: expected no size of windows with it, found 97×97"),
 ], ids=lambda value: "" if isinstance(value, str) else " ".join(value))
-def test_bad_input_is_one_sentence_before_anything_is_written(streets, tmp_path, more, sentence, capsys, monkeypatch):
+def test_bad_input_is_one_sentence_before_anything_is_written(streets, tmp_path, more, sentence, monkeypatch):
     monkeypatch.setattr(compare, "start", lambda *_: pytest.fail("a run was started"))
-    try:
+    with pytest.raises(UserError, match=sentence) as caught:
         compare.main(words(streets, tmp_path / "r", "--gpu", "cpu", *more))
-    except UserError as error:
-        output = str(error)
-    except SystemExit as error:
-        output = capsys.readouterr().err
-        assert error.code == 2
-    assert re.search(sentence, output) and len(output.strip().splitlines()) == 1
+    assert len(str(caught.value).strip().splitlines()) == 1
     assert not Path(tmp_path / "r").exists()
 
 

@@ -47,10 +47,10 @@ def zoo(tmp_path):
 
 
 def test_any_images_are_predicted_and_broken_ones_are_named(zoo, snapshot, tmp_path, capsys):  # noqa: F811
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match="expected images that can be read, found 2 that are skipped") as caught:
         evaluate.main(["--restore-from", str(snapshot), "--images", str(zoo), "--output-dir", str(tmp_path / "r"),
                        *QUICK, "--save", "labels", "overlay"])
-    assert caught.value.code == 1
+    assert caught.value.status == 1
     shown = capsys.readouterr()
     assert "8 images predicted, 2 skipped" in shown.out
     for name in ("broken.png", "text.jpg"):

@@ -1,5 +1,6 @@
 """Networks from Python: the documented lines themselves, the files that evaluate.py writes, and images of all kinds."""
 
+import io
 import os
 import re
 import subprocess
@@ -182,6 +183,36 @@ def test_what_cannot_be_loaded_or_read(snapshot, tmp_path):  # noqa: F811
     (tmp_path / "a.png").write_text("text")
     with pytest.raises(UserError, match="a.png: expected an image, found a file that is not an image"):
         load(snapshot, **PLAIN).predict(tmp_path / "a.png")
+
+
+def test_a_result_shows_and_saves_itself(snapshot, tmp_path, capsys):  # noqa: F811
+    """The picture holds image, colors and legend side by side; files hold what they are named after."""
+    image = np.kron(RGB, np.ones((4, 4, 1), np.uint8))
+    reused = image.copy()
+    result = load(snapshot, **PLAIN).predict(reused)
+    reused[:] = 0       # as a loop over the frames of a video does
+    assert np.array_equal(result.image, image)
+    picture = np.asarray(Image.open(io.BytesIO(result._repr_png_())).convert("RGB")).astype(int)
+    height, width, _ = picture.shape
+    left, middle, right = (picture[:, int(a * width):int(b * width)] for a, b in ((0, 0.36), (0.42, 0.72), (0.79, 1)))
+    predicted = np.unique(result.colors.reshape(-1, 3), axis=0)
+    counts = {part: [(np.abs(pixels - color).sum(2) < 3).sum() for color in predicted]
+              for part, pixels in (("middle", middle), ("right", right))}
+    assert len(predicted) > 2 and min(counts["middle"]) > 0 and min(counts["right"]) > 20, counts
+    white = {"left": (left == 255).all(2).mean(), "right": (right == 255).all(2).mean()}
+    assert white["left"] < 0.5 < white["right"], white
+    assert np.array_equal(result.overlay(1.0), result.colors) and np.array_equal(result.overlay(0.0), image)
+    assert np.abs(result.overlay() - (image / 2 + result.colors / 2)).max() <= 1
+    result.save(tmp_path / "new/a.png")
+    with Image.open(tmp_path / "new/a.png") as saved:
+        assert np.array_equal(np.asarray(saved), result.labels)
+        assert np.array_equal(np.asarray(saved.convert("RGB")), result.colors)
+    result.save(tmp_path / "a.jpg")
+    assert np.abs(np.asarray(Image.open(tmp_path / "a.jpg")).astype(int) - result.overlay()).mean() < 12
+    for name in ("a", "a.tif"):
+        with pytest.raises(UserError, match=f"{name}: expected a name that ends in .png, .* or .jpg, .*, found"):
+            result.save(tmp_path / name)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_moving_average_is_what_predicts(tmp_path, capsys):

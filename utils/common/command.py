@@ -79,7 +79,7 @@ def _format_warning(message, category, filename, *location):
 def _exit_status_and_message(error):
     """(exit status, message for standard error) for the exception being handled."""
     if isinstance(error, UserError):
-        return 2, f"error: {user_message(error)}"
+        return error.status, f"error: {user_message(error)}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "number", signal.SIGINT), ""
     text = str(error)
@@ -194,7 +194,9 @@ class StopRequest:
     def __enter__(self):
         # nohup makes a run ignore SIGHUP.
         ignored = {number for number in STOP_SIGNALS[2:] if signal.getsignal(number) is signal.SIG_IGN}
-        self.before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS if number not in ignored}
+        may_set = threading.current_thread() is threading.main_thread()
+        self.before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS
+                       if may_set and number not in ignored}
         return self
 
     def __exit__(self, *error):

@@ -6,6 +6,8 @@ import re
 class UserError(Exception):
     """The user's input is at fault. The message is one sentence: file or flag, what was expected, what was found."""
 
+    status = 2      # exit status of a command that ends with it
+
 
 def plural(number, noun):
     """1, "image" → "1 image"; 2, "class" → "2 classes"."""

@@ -8,9 +8,11 @@ import os
 import re
 import sys
 
+from .errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, without the usage text.
+    """An argument parser whose errors are `UserError`, one sentence without the usage text.
 
     The usage is one line. Flags cannot be abbreviated, because run_local.sh forwards some by name; descriptions keep
     their line breaks.
@@ -36,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
+        raise UserError(f"{message} (--help lists all flags)")
 
 
 # Crops and windows are at most this large: more fits no device's memory, and OpenCV ends at 32,767 pixels per side.

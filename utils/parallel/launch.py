@@ -108,10 +108,9 @@ def start_processes(count, argv=None):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if _is_interactive():
-        logger.warning("error: --gpu: expected one GPU in a notebook or an interactive session, which has no script to "
-                       f"start in a process per GPU, found {count}; --gpu 0 takes one, and !python train.py "
-                       "(or evaluate.py) with the same flags takes all")
-        sys.exit(2)
+        raise UserError("--gpu: expected one GPU in a notebook or an interactive session, which has no script to start "
+                        f"in a process per GPU, found {count}; --gpu 0 takes one, and !python train.py (or "
+                        "evaluate.py) with the same flags takes all")
     _warn_about_srun_tasks()
     words = sys.argv[1:] if argv is None else argv
     # The processes report their own errors; the launcher's long report of a failure would hide them.

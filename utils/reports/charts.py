@@ -145,6 +145,31 @@ def reliability_chart(calibration):
 
 
 @chart
+def prediction_picture(image, labels, names, palette, limit=24):
+    """Draw an image, its class colors and a legend of the most frequent classes side by side.
+
+    image: (H, W, 3) uint8 RGB; labels: (H, W) train ids; names: N class names; palette: (N or more, 3) uint8 RGB;
+    limit: most classes in the legend. Returns the PNG as bytes; None if it could not be drawn.
+    """
+    from matplotlib.patches import Patch
+
+    height, width, _ = image.shape
+    scale = 5 / max(height, width)      # inches per pixel
+    figure = new_figure(2 * scale * width + 2.6, max(scale * height, 1) + 0.2)
+    for axes, picture in zip(figure.subplots(1, 2), (image, palette[labels]), strict=True):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_axis_off()
+    shares = np.bincount(labels.ravel()) / labels.size
+    frequent = [train_id for train_id in np.argsort(-shares, kind="stable")[:limit] if shares[train_id]]
+    # The share comes first, since matplotlib leaves out labels that begin with an underscore.
+    figure.legend(handles=[Patch(color=palette[train_id] / 255, label=f"{shares[train_id]:.1%}  {names[train_id]}")
+                           for train_id in frequent], loc="outside right upper", frameon=False, fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file)
+    return file.getvalue()
+
+
+@chart
 def frequency_chart(path, pixels, palette):
     """Draw the share of each class in each split on a logarithmic scale as a PNG.
 

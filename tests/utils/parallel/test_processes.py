@@ -420,7 +420,8 @@ def test_a_gpu_process_sets_its_device_and_says_what_it_chose(monkeypatch, capsy
 @pytest.mark.parametrize("script", ["/opt/env/lib/python3.11/site-packages/ipykernel_launcher.py", "", "-c"])
 def test_a_notebook_starts_no_processes_of_its_kernel(script):
     code = (f"import sys; sys.argv = [{script!r}, '-f', 'kernel.json']\nfrom utils.parallel import launch\n"
-            "launch.start_processes(2, ['--data-dir', 'x'])\n")
+            "from utils.common import command\n"
+            "command.run(lambda: launch.start_processes(2, ['--data-dir', 'x']))\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --gpu: ")

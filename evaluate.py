@@ -32,6 +32,10 @@ For other runtimes:
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export acfnet.onnx
     python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --export fixed.onnx --export-size 1024,2048
 
+    python evaluate.py --restore-from snapshots/CS_scenes_60000.pth --push hf:OWNER/NAME
+
+.onnx files and names of the Hugging Face Hub are used like snapshots: --restore-from acfnet.onnx hf:OWNER/NAME
+
 Flags can be in a file, one per line: python evaluate.py @FILE ...
 From Python: networks/predictor.py
 """
@@ -57,8 +61,10 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
 from dataset.labels import ClassTable
-from networks.exporting import export_snapshot
+from networks.exported import is_exported
+from networks.exporting import export_snapshot, push_snapshot
 from networks.predictor import AMP, KERNELS, PAPER_SCALES, Protocol, load_network, sliding_predictor
+from networks.weights import hub
 from networks.weights.snapshot import Config
 from utils.common import command, files, flags
 from utils.common.errors import UserError, plural
@@ -85,8 +91,9 @@ SCORES = ("result.json", "confusion.png", "iou.png", "report.html")
 RESULTS = (*SCORES, *FOLDERS.values())
 IGNORED_FLAGS = {       # {task: (what it expects, flags that would have no effect)}
     "benchmark": ("a protocol and images, of which nothing is written",
-                  ("submission", "export", "boundary", "save", "output_dir", "overwrite")),
+                  ("submission", "export", "push", "boundary", "save", "output_dir", "overwrite")),
     "export": ("the snapshot's classes, and --export-size for a fixed size", ("classes", "input_size")),
+    "push": ("the snapshot's classes, and weights for any size", ("classes", "input_size", "export_size")),
 }
 
 
@@ -94,7 +101,8 @@ def get_parser():
     parser = flags.Parser(usage="%(prog)s [@FILE] --restore-from FILE [FILE ...] [flags]",
                           description="Score a snapshot, or use it.", epilog=__doc__)
     parser.add_argument("--restore-from", type=flags.path, nargs="+", required=True, metavar="FILE",
-                        help="snapshot of train.py; several are scored one after the other")
+                        help="snapshot of train.py, .safetensors or .onnx file of --export, or hf:OWNER/NAME[@REVISION]"
+                        " of the Hugging Face Hub; several are scored one after the other")
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=flags.path,
                       help="folder with leftImg8bit/ and gtFine/, or the root of --data-list")
@@ -115,6 +123,9 @@ def get_parser():
     tasks.add_argument("--export", type=flags.path, metavar="FILE",
                        help="write the network for whole images, without windows: FILE.onnx or FILE.pt2 "
                        "(torch.export); or only its weights, with config.json and a model card: FILE.safetensors")
+    tasks.add_argument("--push", type=flags.path, metavar="hf:OWNER/NAME",
+                       help="upload what --export FILE.safetensors writes to the Hugging Face Hub; a new repository is "
+                       "private")
     tasks.add_argument("--export-size", type=flags.size, metavar="H,W",
                        help="fixed size of the images that .onnx and .pt2 take, one per call (default: any size and "
                        "number)")
@@ -142,7 +153,7 @@ def get_parser():
     out.add_argument("--output-dir", type=flags.path, help="folder of the results (default: beside the snapshot, named "
                      "after the snapshot and the split)")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder, "
-                     "or the file of --export, and nothing else")
+                     "or the file of --export, or the files of --push, and nothing else")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image; labels: label ids; "
                      "color: class colors, a PNG with a palette; overlay: class colors over the image, JPEG; "
                      "confidence: probability of the predicted class in gray, 255 for 1 (default: labels color "
@@ -182,6 +193,7 @@ def results_folder(path, what, output_dir=None, several=False):
         output_dir: the user's choice; None for a folder beside the snapshot, named after it and `what`.
         several: whether the results of other snapshots go to `output_dir` too, each into a folder of its own.
     """
+    path = hub.place_of(path)
     if output_dir is None:
         return path.with_name(f"{path.stem}_{what}")
     return Path(output_dir) / path.stem if several else Path(output_dir)
@@ -211,22 +223,28 @@ def check(args):
     """Raise `UserError` for flags that contradict each other, before anything is read."""
     if args.overlap >= 1:
         raise UserError("--overlap: expected a share below 1, found 1")
-    if not args.export and (args.export_size or args.export_precision):
+    if not (args.export or args.push) and (args.export_size or args.export_precision):
         raise UserError("--export-size, --export-precision: expected with --export, found none")
+    exported = list(filter(is_exported, args.restore_from))
+    fixed = [f"--{name.replace('_', '-')}" for name in ("amp", "raw_weights", "export", "push")
+             if getattr(args, name) not in (None, False, "off")]
+    if exported and fixed:
+        raise UserError(f"{fixed[0]}: expected a snapshot, found {exported[0]}, an export, whose weights and precision "
+                        "are fixed")
     if args.whole and args.input_size:
         raise UserError("--whole: expected no size of windows with it, found {}×{}".format(*args.input_size))
-    tasks = [f"--{name}" for name in ("images", "submission", "export") if getattr(args, name)]
+    tasks = [f"--{name}" for name in ("images", "submission", "export", "push") if getattr(args, name)]
     if len(tasks) > 1:
         raise UserError(f"{tasks[0]}: expected one task at a time, found {' and '.join(tasks)}")
     if tasks and args.boundary:
         raise UserError(f"--boundary: expected a data set to score, which has truth, found {tasks[0]}")
     if tasks and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one snapshot with {tasks[0]}, found {len(args.restore_from)}")
-    stem, count = Counter(Path(name).stem for name in args.restore_from).most_common(1)[0]
+    stem, count = Counter(hub.place_of(name).stem for name in args.restore_from).most_common(1)[0]
     if count > 1 and args.output_dir:
         raise UserError(f"--restore-from: expected snapshots of different names with --output-dir, found {stem} "
                         f"{count} times")
-    if not args.images and not args.export:
+    if not (args.images or args.export or args.push):
         data_root(args.data_dir, args.images_dir, args.labels_dir)
     if args.submission and (args.data_list or args.images_dir):
         raise UserError("--submission: expected a Cityscapes folder in --data-dir, found "
@@ -289,11 +307,14 @@ class TrainedNetwork(NamedTuple):
             device: `torch.device`.
             table: path of a class table that fits the network, or None for the snapshot's classes.
         """
-        network, config = load_network(path, device, protocol.raw_weights, protocol.kernels)
-        classes = ClassTable.read(table) if table else ClassTable(config.classes, f"classes of {path}")
+        table = table and ClassTable.read(table)
+        network, config = load_network(path, device, protocol.raw_weights, protocol.kernels, table and table.rows)
+        classes = table or ClassTable(config.classes, f"classes of {path}")
+        if is_exported(path):
+            protocol = replace(protocol, amp=network.amp)
         if classes.num_classes != config.network["num_classes"]:
-            raise UserError(f"--classes {table}: expected the {config.network['num_classes']} classes of {path}, found "
-                            f"{classes.num_classes}")
+            raise UserError(f"--classes {classes.source}: expected the {config.network['num_classes']} classes of "
+                            f"{path}, found {classes.num_classes}")
         for remark in classes.remarks:
             logger.info(remark)
         return cls(path, network, config=config, classes=classes, protocol=protocol, device=device)
@@ -310,10 +331,12 @@ def main(argv=None):
     check(args)
     paths = [Path(name) for name in args.restore_from]
     protocol = protocol_of(args)
-    if args.export:
-        logger.info(memory.catch_out_of_memory(lambda: export_snapshot(
-            paths[0], Path(args.export), raw_weights=args.raw_weights, size=args.export_size,
-            precision=args.export_precision or "fp32", overwrite=args.overwrite), protocol.out_of_memory_error))
+    if args.export or args.push:
+        options = {"raw_weights": args.raw_weights, "precision": args.export_precision or "fp32",
+                   "overwrite": args.overwrite}
+        logger.info(memory.catch_out_of_memory(
+            lambda: push_snapshot(paths[0], args.push, **options) if args.push else export_snapshot(
+                paths[0], Path(args.export), size=args.export_size, **options), protocol.out_of_memory_error))
         return
     devices = select_devices(args.gpu)[:1 if args.benchmark else None]
     if len(devices) > 1 and not started_by_torchrun():
@@ -322,9 +345,12 @@ def main(argv=None):
     processes = join_processes(device)
     show_messages(rank_and_size(processes)[0])
     workers, cores = share_cores([device], args.num_workers)
-    protocol = replace(protocol, amp=args.amp or shared_precision([device], processes))
-    reason = "" if args.amp else f": {describe_default(device)}"
-    logger.info(f"{cores}; --amp {protocol.amp}{reason}")
+    if all(map(is_exported, paths)):        # in the precision of their files
+        logger.info(cores)
+    else:
+        protocol = replace(protocol, amp=args.amp or shared_precision([device], processes))
+        reason = "" if args.amp else f": {describe_default(device)}"
+        logger.info(f"{cores}; --amp {protocol.amp}{reason}")
     exact_float32(protocol.amp, device)
     machine = Machine(device, workers, writer_threads(device), processes)
     memory.catch_out_of_memory(lambda: perform(args, paths, protocol, machine), protocol.out_of_memory_error)
@@ -338,8 +364,8 @@ def perform(args, paths, protocol, machine):
     kinds = () if "none" in kinds else kinds
     root = None if images or args.submission else data_root(args.data_dir, args.images_dir, args.labels_dir)
 
-    def trained(path, table=args.classes):
-        return TrainedNetwork.open(path, protocol, machine.device, table)
+    def trained(path):
+        return TrainedNetwork.open(path, protocol, machine.device, args.classes)
 
     def data(classes):
         return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
@@ -349,8 +375,7 @@ def perform(args, paths, protocol, machine):
         if machine.processes is not None:
             raise UserError(f"--benchmark: expected one process, found {machine.processes.size}")
         for path in paths:
-            benchmark(trained(path, None if images else args.classes),
-                      videos or (ImageFiles(images) if images else data), machine)
+            benchmark(trained(path), videos or (ImageFiles(images) if images else data), machine)
     elif args.submission:
         dataset = ImageFiles(images_of_split(args.data_dir, args.split))
         broken = predict(trained(paths[0]), dataset, machine, kinds=("labels",), submission=True,

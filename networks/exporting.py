@@ -1,20 +1,25 @@
-"""Export of a trained network to .onnx, .pt2 or .safetensors: evaluate.py --export."""
+"""Export of a trained network to .onnx, .pt2 or .safetensors, or to the Hub: evaluate.py --export and --push."""
 
+import json
 import os
+import tempfile
+from pathlib import Path
 
 from utils.common.errors import UserError
 from utils.inference import export
+from utils.ops.upsampling import grid_of
 from utils.runs.results import check_file
 
 from .backbones.names import find_backbone
+from .exported import METADATA
 from .predictor import build_for_evaluation, select_weights
-from .weights import card
+from .weights import card, hub
 from .weights.start import read_snapshot
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 
 
-def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp32", overwrite=False):
+def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp32", overwrite=False, name=None):
     """Write the network of a snapshot to a file with one of `SUFFIXES`.
 
     The written file is compared with the network before it gets its final name.
@@ -26,6 +31,7 @@ def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp
         size: (height, width) of the images that .onnx and .pt2 take; None for any size.
         precision: `fp32` or `fp16`, of weights and arithmetic.
         overwrite: replace the file, and the files that an earlier export wrote beside it.
+        name: what messages and the model card call the file; None for its path.
 
     Returns:
         A sentence that describes the written file.
@@ -44,14 +50,25 @@ def export_snapshot(path, target, *, raw_weights=False, size=None, precision="fp
             return export.compare(target, reopen, reference=export.ImagesToLogits(network, config.normalization),
                                   examples=[export.example_images()], precision=precision)
 
-        checked = card.write_weights(target, snapshot, raw=raw_weights, precision=precision, check=check,
+        checked = card.write_weights(target, snapshot, raw=raw_weights, precision=precision, check=check, name=name,
                                      scores=card.find_scores(path, card.weights_kind(snapshot, raw_weights)))
-        return f"{target}, with {' and '.join(card.SIDE_FILES)}; {checked}"
+        return f"{name or target}, with {' and '.join(card.SIDE_FILES)}; {checked}"
+    metadata = card.describe(snapshot, raw_weights, precision) | {"grid": grid_of(network)}
     heads, checked = export.write_program(target, network, config.normalization, size=size, precision=precision,
-                                          traced=find_backbone(config.network["backbone"]).traced)
+                                          traced=find_backbone(config.network["backbone"]).traced,
+                                          metadata={METADATA: json.dumps(metadata)})
     count, shape = ("1", "{}, {}".format(*size)) if size else ("B", "H, W")
     return (f"{target}: images ({count}, 3, {shape}) float32 RGB, 0 to 255 → {', '.join(heads)} logits ({count}, "
             f"{config.network['num_classes']}, {shape}); whole images, no windows; {checked}")
+
+
+def push_snapshot(path, name, *, raw_weights=False, precision="fp32", overwrite=False):
+    """Upload a snapshot as `export_snapshot` writes it as .safetensors; name, overwrite, errors: as of `hub.push`."""
+    hub.push(name, None, overwrite)     # checks, before anything is computed
+    with tempfile.TemporaryDirectory() as folder:
+        written = export_snapshot(path, Path(folder, hub.WEIGHTS), raw_weights=raw_weights, precision=precision,
+                                  name=name)
+        return f"{written}; {hub.push(name, folder, overwrite)}"
 
 
 def check_target(target, size, overwrite):

@@ -28,6 +28,7 @@ from utils.ops.probabilities import most_probable
 from utils.reports import charts
 
 from .build import build_network
+from .exported import OnnxNetwork, is_exported
 from .weights.start import read_snapshot
 
 AMP = ("off", "bf16", "fp16")
@@ -90,7 +91,8 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
     Remarks, such as which weights are used, are logged at level INFO; `logging.basicConfig(level="INFO")` shows them.
 
     Args:
-        path: a snapshot of train.py, or a .safetensors file written by `evaluate.py --export`.
+        path: a snapshot of train.py; a .safetensors or .onnx file written by `evaluate.py --export`; or hf:owner/name,
+            a network on the Hugging Face Hub. For .onnx, `amp` and `raw_weights` have no effect.
         device: `torch.device` or its name; None for the first GPU, or the CPU if there is none.
         amp: `off`, `bf16` or `fp16`; None for the fastest of them that is accurate on the device.
         window: (height, width) of the sliding windows in pixels, rounded up to 8k + 1 and limited to the image size;
@@ -116,7 +118,7 @@ def load(path, *, device=None, amp=None, window=None, whole=False, overlap=1 / 3
     if kernels not in KERNELS:
         raise ValueError(f"kernels: expected {' or '.join(KERNELS)}, found {kernels!r}")
     device = _device(device)
-    amp = amp or best_precision(device)
+    amp = amp or ("off" if is_exported(path) else best_precision(device))
     exact_float32(amp, device)
     protocol = Protocol(window=window, whole=whole, overlap=overlap, scales=scales, flip=flip, batch_size=batch_size,
                         amp=amp, raw_weights=raw_weights, kernels=kernels)
@@ -209,21 +211,25 @@ class Prediction:
         return charts.prediction_picture(self.image, self.labels, self.names, self._classes.palette)
 
 
-def load_network(path, device, raw_weights=False, kernels="auto"):
+def load_network(path, device, raw_weights=False, kernels="auto", classes=None):
     """Load a network from a file for evaluation.
 
     Args:
-        path: a snapshot of train.py, or a .safetensors file written by `evaluate.py --export`.
+        path: as in `load`.
         device: `torch.device`.
-        raw_weights: use the weights of the last step, even if the snapshot has a moving average.
+        raw_weights: use the weights of the last step, even if the snapshot has a moving average; not for .onnx.
         kernels: as in `prepare_for_evaluation`.
+        classes: as in `OnnxNetwork`.
 
     Returns:
-        (network as of `build_for_evaluation`, `networks.weights.snapshot.Config` of the file).
+        (network as of `build_for_evaluation`, or an `OnnxNetwork`; `networks.weights.snapshot.Config` of the file).
 
     Raises:
-        UserError: if the file is not a valid snapshot.
+        UserError: if the file is not a valid snapshot or export.
     """
+    if is_exported(path):
+        network = OnnxNetwork(path, device, classes)
+        return network, network.config
     snapshot = read_snapshot(path)
     network = build_for_evaluation(snapshot.config, select_weights(snapshot, raw_weights), device, kernels)
     return network.to(device, memory_format=torch.channels_last), snapshot.config

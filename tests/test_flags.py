@@ -56,7 +56,7 @@ EVALUATE = {
     "flip": "", "gpu": "7", "help": "",
     "images": "image.png", "images-dir": "i", "input-size": "33,33", "kernels": "torch", "labels-dir": "l",
     "no-flip": (["--flip"], ""), "num-workers": "1",
-    "output-dir": "there", "overlap": (["--input-size", "33,33"], "0.7"),
+    "output-dir": "there", "push": "hf:o/n", "overlap": (["--input-size", "33,33"], "0.7"),
     "overwrite": (["--output-dir", "earlier"], ""), "raw-weights": (["--restore-from", "averaged.pth"], ""),
     "restore-from": "averaged.pth", "save": "color", "scales": "0.5", "split": "train", "submission": "upload",
     "whole": ""}
@@ -209,6 +209,7 @@ def test_every_flag_of_evaluation_changes_something(tmp_path, monkeypatch):
     monkeypatch.setattr(predictor, "prepare_for_evaluation", prepared)
     monkeypatch.setattr(SlidingPredictor, "_forward", noted)
     monkeypatch.setattr(evaluate, "export_snapshot", exported)
+    monkeypatch.setattr(evaluate, "push_snapshot", lambda path, name, **options: f"pushed {requested.append(name)}")
     monkeypatch.setattr(workers, "Loader", loader)
     for picture in ("confusion_picture", "iou_chart"):
         monkeypatch.setattr(charts, picture, lambda *args: None)

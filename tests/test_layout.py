@@ -24,7 +24,8 @@ PACKAGES = {        # of utils, and which of the others each may import
 LONGEST = 1000      # lines of a package of utils
 TOP = {"train.py", "evaluate.py", "run_local.sh", "networks", "dataset", "utils", "loss", "libs", "snapshots", "tests",
        "requirements.txt", "README.md", "pyproject.toml", "LICENSE", ".gitignore", ".ci"}
-OPTIONAL = {"apex", "inplace_abn", "timm", "safetensors", "onnx", "onnxruntime", "wandb", "mlflow", "triton"}
+OPTIONAL = {"apex", "inplace_abn", "timm", "safetensors", "onnx", "onnxruntime", "wandb", "mlflow", "triton",
+            "av", "huggingface_hub"}
 SCRIPTS = [ROOT / "train.py", ROOT / "evaluate.py"]
 # Modules of Triton's kernels import Triton, and are themselves imported where they are used.
 KERNELS = {path.stem for path in (ROOT / "libs/fused").glob("*.py")} - {"__init__", "launch"}

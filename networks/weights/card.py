@@ -24,7 +24,7 @@ def is_from_export(path):
         return False
 
 
-def write_weights(path, snapshot, *, raw, precision, scores, check):
+def write_weights(path, snapshot, *, raw, precision, scores, check, name=None):
     """Write the weights of a snapshot as a .safetensors file, and its config.json and model card beside it.
 
     Args:
@@ -33,6 +33,7 @@ def write_weights(path, snapshot, *, raw, precision, scores, check):
         raw: write the weights of the last step, even if there is a moving average.
         precision: `fp32`, or `fp16` for half the bytes; the statistics of norms keep their precision.
         scores: as `find_scores` returns them.
+        name: for `load` in the model card; None for the name of the file.
         check: function of the dict of tensors read back from the file; it returns a sentence or raises `UserError`.
 
     Returns:
@@ -52,14 +53,19 @@ def write_weights(path, snapshot, *, raw, precision, scores, check):
                    for name, tensor in weights.items()}
     content = save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
     checked = files.write_checked(path, content, lambda written: check(load_file(written)))
-    kind, plain = weights_kind(snapshot, raw), snapshot.config.plain()
-    files.write_json(path.with_name(CONFIG), {
-        "written_by": MARK, "step": snapshot.step, "weights": kind, "precision": precision,
-        **{name: plain[name] for name in ("network", "normalization", "input_size", "classes")}})
+    kind = weights_kind(snapshot, raw)
+    files.write_json(path.with_name(CONFIG), describe(snapshot, raw, precision) | {"file": path.name})
     description = f"{'moving average at' if kind == AVERAGE else 'those of'} step {snapshot.step}, {precision}"
-    text = card(path.name, snapshot.config, description, scores)
+    text = card(name or path.name, snapshot.config, description, scores)
     files.write_atomically(path.with_name(CARD), lambda file: file.write(text.encode()))
     return checked
+
+
+def describe(snapshot, raw, precision):
+    """Describe an export by plain values, from which the network can be rebuilt; arguments as of `write_weights`."""
+    plain = snapshot.config.plain()
+    return {"written_by": MARK, "step": snapshot.step, "weights": weights_kind(snapshot, raw), "precision": precision,
+            **{name: plain[name] for name in ("network", "normalization", "input_size", "classes")}}
 
 
 def weights_kind(snapshot, raw):
@@ -125,7 +131,7 @@ def card(name, config, description, scores):
     """Compose the model card, as Markdown.
 
     Args:
-        name: name of the file of weights.
+        name: what `load` is given.
         config: `networks.weights.snapshot.Config`.
         description: description of the weights.
         scores: as `find_scores` returns them.

@@ -113,7 +113,7 @@ def parse(path, content, resuming=False):
     step = root["step"].integer(0)
     step_of_name = snapshots.step_of(path)
     root["step"].require(step_of_name in (None, step), f"{step_of_name}, as in the file's name,")
-    config = _config(root["config"], resuming)
+    config = parse_config(root["config"], resuming)
     root["step"].require("num_steps" not in (config.arguments or {}) or step <= config.arguments["num_steps"],
                          "at most the --num-steps of its run")
     try:
@@ -254,8 +254,8 @@ def _kind(tensor):
     return "without values" if tensor.device.type == "meta" else str(tensor.layout).removeprefix("torch.")
 
 
-def _config(field, resuming):
-    """Check the "config" of a snapshot; returns a `Config`."""
+def parse_config(field, resuming=False):
+    """Check the "config" of a snapshot, a `Field`; returns a `Config`."""
     config = field.mapping()
     normalization = field["normalization"]
     normalization.mapping()

@@ -20,6 +20,7 @@ from ..backbones.choose import choose_backbone
 from ..backbones.names import BACKBONE, find_backbone
 from .card import CONFIG
 from .families import Weights, convert_old_layout, find_state_dict, is_snapshot, recognize
+from .hub import fetch
 from .snapshot import Snapshot, parse
 
 
@@ -27,7 +28,8 @@ def read_weights(path, backbone=None):
     """Read a file of weights, and recognize its family.
 
     Args:
-        path: path of the file, or torchvision's name for weights, such as ResNet101_Weights.IMAGENET1K_V2.
+        path: path of the file, hf:owner/name, or torchvision's name for weights, such as
+            ResNet101_Weights.IMAGENET1K_V2.
         backbone: name of the backbone, or None. For a backbone of timm, timm reads the file.
 
     Returns:
@@ -36,7 +38,7 @@ def read_weights(path, backbone=None):
     Raises:
         UserError: if the file has no such weights; the message says what it appears to be.
     """
-    path = Path(path)
+    path = Path(fetch(path))
     if re.fullmatch(r"\w+_Weights\.\w+", str(path)) and not os.path.exists(path):
         path = _download(str(path))
     _check_kind(path)
@@ -79,7 +81,7 @@ def read_snapshot(path, resuming=False):
     """Read and check a snapshot of train.py, or a .safetensors file that `evaluate.py --export` made of one.
 
     Args:
-        path: path of the file.
+        path: path of the file, or hf:owner/name.
         resuming: whether a run will resume from it.
 
     Returns:
@@ -88,8 +90,9 @@ def read_snapshot(path, resuming=False):
     Raises:
         UserError: if the file is not a valid snapshot.
     """
-    content, is_exported = files.load(path), Path(path).suffix == ".safetensors"
-    if is_exported and (content := _exported_content(path, content)) is None:
+    file = fetch(path)
+    content, is_exported = files.load(file), Path(file).suffix == ".safetensors"
+    if is_exported and (content := _exported_content(file, content)) is None:
         raise UserError(f"{path}: expected the {CONFIG} of --export beside it, found none of an export")
     return parse(path, convert_old_layout(content), resuming)
 

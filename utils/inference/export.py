@@ -62,7 +62,7 @@ def example_images(size=None):
 
 
 @torch.no_grad()
-def write_program(path, network, normalization, *, size=None, precision="fp32", traced=False):
+def write_program(path, network, normalization, *, size=None, precision="fp32", traced=False, metadata=None):
     """Write a network as .onnx or .pt2, depending on the suffix of the path.
 
     Args:
@@ -72,6 +72,7 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
         size: fixed (height, width) with a batch size of 1; None for any size and any batch size.
         precision: `fp32`, or `fp16` for weights and arithmetic; images and logits are always float32.
         traced: use the older ONNX exporter (see `onnx_program`), and allow .pt2 only with a fixed size.
+        metadata: {key: text} that an .onnx file also holds, or None.
 
     Returns:
         (names of the outputs, a sentence with the result of the comparison with the network).
@@ -89,7 +90,8 @@ def write_program(path, network, normalization, *, size=None, precision="fp32", 
     axes = {} if size else {0: ("batch", 1), 2: ("height", 2), 3: ("width", 2)}
     names = head_names(network(_small_image(network)))
     if path.suffix == ".onnx":
-        content, reopen = _onnx(path, model, example=example, names=names, axes=axes, traced=traced), _open_onnx
+        content, reopen = _onnx(path, model, example=example, names=names, axes=axes, traced=traced,
+                                metadata=metadata or {}), _open_onnx
     else:
         content, reopen = _pt2(path, model, example, axes), _open_pt2
     checked = files.write_checked(path, content, lambda written: compare(
@@ -166,15 +168,17 @@ def _small_image(network):
     return torch.zeros(1, 3, *round_size((65, 65), grid_of(network)))
 
 
-def _onnx(path, model, example, names, axes, traced):
+def _onnx(path, model, example, names, axes, traced, metadata):
     try:
-        import onnx  # noqa: F401, the exporter imports it
+        import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--export {path}: expected the packages onnx and onnxscript, found no {error.name}; "
                         "pip install onnx onnxscript") from None
     with _exporter_errors(path, "torch.onnx", axes):
-        return onnx_program(model, example, inputs=["images"], outputs=names, axes=axes, opset=OPSET, traced=traced)
+        content = onnx_program(model, example, inputs=["images"], outputs=names, axes=axes, opset=OPSET, traced=traced)
+    entries = [onnx.StringStringEntryProto(key=key, value=text) for key, text in metadata.items()]
+    return content + onnx.ModelProto(metadata_props=entries).SerializeToString()    # which adds fields to the message
 
 
 def _open_onnx(written):

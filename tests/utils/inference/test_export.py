@@ -250,13 +250,6 @@ def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811
     assert not (tmp_path / "two").exists()
 
 
-def test_an_exported_program_is_no_snapshot(tmp_path):
-    """Nor does the sentence tell how torch could be made to run what is in it."""
-    (tmp_path / "a.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
-    with pytest.raises(UserError, match=r"a.onnx: expected a file of tensors .* alone \(Unsupported operand 8\)$"):
-        load(tmp_path / "a.onnx", device="cpu")
-
-
 def test_averaged_weights_are_exported_as_such(tmp_path):
     pytest.importorskip("safetensors")
     content = snapshot_content()

@@ -34,8 +34,8 @@ blur layer-decay like patience quarter-turns rotate schedule vertical-flip
 stem track val-every val-list val-split warmup-steps weight-decay
 """
 EVALUATE = """amp batch-size benchmark boundary classes data-dir data-list export export-precision export-size flip
-gpu help images images-dir input-size kernels labels-dir no-flip num-workers output-dir overlap overwrite push raw-weights
-restore-from save scales split submission whole"""
+gpu help images images-dir input-size kernels labels-dir no-flip num-workers output-dir overlap overwrite push
+raw-weights restore-from save scales split submission whole"""
 
 
 def test_numbers_of_things():

@@ -3,15 +3,12 @@
 This module is imported before any process group exists, as users do.
 """
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from libs.abn import ABNSync, InPlaceABNSync
+from tests.conftest import in_processes
 
 SPLITS = {2: (5, 2), 3: (1, 4, 2)}
 
@@ -38,8 +35,6 @@ def batch():
 
 
 def work(rank, world, folder, kind, activation):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     ours, _ = layers(kind, activation)
     x, dy = (t.split(SPLITS[world])[rank] for t in batch())
     x = x.clone().requires_grad_()
@@ -47,15 +42,12 @@ def work(rank, world, folder, kind, activation):
     grads = torch.autograd.grad((y * dy).sum(), [x, *ours.parameters()])
     torch.save({"y": y.detach(), "x": grads[0], "parameters": grads[1:], "buffers": list(ours.buffers())},
                f"{folder}/{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world, kind, activation", [(2, InPlaceABNSync, "leaky_relu"), (3, InPlaceABNSync, "elu"),
                                                      (2, ABNSync, "relu")])
 def test_processes_share_the_statistics_of_the_whole_batch(tmp_path, world, kind, activation):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, (world, str(tmp_path), kind, activation), nprocs=world)
+    in_processes(work, world, str(tmp_path), kind, activation, count=world)
     parts = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(world)]
     _, plain = layers(kind, activation)
     x, dy = batch()

@@ -2,13 +2,10 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._decomp import core_aten_decompositions
 from torch._dynamo.backends.common import aot_autograd
@@ -16,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from libs.abn import set_group
 from networks.build import build_network
+from tests.conftest import in_processes, shorten
 from utils.common.compat import COMPILER, no_buffer_sync, torch_version
 from utils.devices.compilation import compile_network
 from utils.parallel.launch import new_group
@@ -62,18 +60,25 @@ def step(network, images, module=None):
                                  **{key: b.float() for key, b in network.named_buffers()}}
 
 
-@pytest.mark.skipif(torch_version() < COMPILER, reason="older compilers keep more, and break the graph")
-def test_the_default_norm_compiles_to_one_graph_each_way():
-    """Loss, gradients and statistics as without compilation; at most 1.2 times the bytes that are kept in place.
+def small_network(backbone, norm="inplace_abn"):
+    """In float64, without dropout, and of one block per stage: each block is traced anew.
 
-    In float64: in float32 a value next to 0 may change sign when it is computed again, and its activation with it.
+    In float32 a value next to 0 may change sign when it is computed again, and its activation with it.
     """
-    plain = build_network("acfnet_resnet", 5, "eca_resnet18").double()
-    graphs = Graphs(partition_fn=min_cut_rematerialization_partition,
-                    decompositions=core_aten_decompositions())      # of norms, as Inductor has them
-    for module in plain.modules():
+    with shorten(backbone):
+        network = build_network("acfnet_resnet", 5, backbone, norm=norm).double()
+    for module in network.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0
+    return network
+
+
+@pytest.mark.skipif(torch_version() < COMPILER, reason="older compilers keep more, and break the graph")
+def test_the_default_norm_compiles_to_one_graph_each_way():
+    """Loss, gradients and statistics as without compilation; at most 1.2 times the bytes that are kept in place."""
+    plain = small_network("eca_resnet18")
+    graphs = Graphs(partition_fn=min_cut_rematerialization_partition,
+                    decompositions=core_aten_decompositions())      # of norms, as Inductor has them
     compiled = copy.deepcopy(plain)
     compile_network(compiled, backend=graphs.backend, fullgraph=True)
     images = torch.randn(2, 3, 65, 65, dtype=torch.float64)
@@ -89,32 +94,29 @@ def assert_equal_step(actual, expected):
         assert (actual[2][key] - value).norm() <= 1e-10 * value.norm() + 1e-12, key
 
 
-def compare_in_process(rank, folder, backbone, norm, counts):
+CASES = (("eca_resnet18", "inplace_abn", (1, 3)), ("eca_resnet50", "bn", (2, 2)))
+
+
+def compare_in_process(rank, folder):
     """Save the graphs of a process, after its steps with and without compilation were compared."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    plain, graphs = build_network("acfnet_resnet", 5, backbone, norm=norm).double(), Graphs()
-    for module in plain.modules():
-        if isinstance(module, torch.nn.Dropout2d):
-            module.p = 0.0
-    set_group(plain, new_group())
-    compiled = copy.deepcopy(plain)
-    compile_network(compiled, backend=graphs.backend, fullgraph=True)
-    images = torch.randn(sum(counts), 3, 33, 33, dtype=torch.float64).split(counts)[rank]
-    expected, actual = (step(network, images, DistributedDataParallel(network, **no_buffer_sync()))
-                        for network in (plain, compiled))
-    assert_equal_step(actual, expected)
-    Path(folder, f"{rank}.json").write_text(json.dumps(graphs.seen))
-    dist.destroy_process_group()
+    seen = []
+    for backbone, norm, counts in CASES:
+        torch.manual_seed(0)
+        plain, graphs = small_network(backbone, norm), Graphs()
+        set_group(plain, new_group())
+        compiled = copy.deepcopy(plain)
+        compile_network(compiled, backend=graphs.backend, fullgraph=True)
+        images = torch.randn(sum(counts), 3, 33, 33, dtype=torch.float64).split(counts)[rank]
+        expected, actual = (step(network, images, DistributedDataParallel(network, **no_buffer_sync()))
+                            for network in (plain, compiled))
+        assert_equal_step(actual, expected)
+        seen.append(graphs.seen)
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
 @pytest.mark.skipif(torch_version() < COMPILER, reason="older compilers break the graph")
-@pytest.mark.parametrize("backbone, norm, counts", [("eca_resnet18", "inplace_abn", (1, 3)),
-                                                    ("eca_resnet50", "bn", (2, 2))])
-def test_norms_among_processes_compile_to_one_graph_each_way(tmp_path, backbone, norm, counts):
+def test_norms_among_processes_compile_to_one_graph_each_way(tmp_path):
     """Gradients and statistics of two processes as without compilation, also if their parts differ in size."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(compare_in_process, (str(tmp_path), backbone, norm, counts), nprocs=2)
+    in_processes(compare_in_process, str(tmp_path))
     for rank in range(2):
-        assert json.loads(Path(tmp_path, f"{rank}.json").read_text()) == ["forward", "backward"]
+        assert json.loads(Path(tmp_path, f"{rank}.json").read_text()) == [["forward", "backward"]] * len(CASES)

@@ -8,18 +8,17 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from networks.build import MODELS
 from tests import fake_apex
-from tests.conftest import ROOT
+from tests.conftest import ROOT, in_processes
 from utils.common.errors import UserError
 from utils.devices.compilation import check_compile
 from utils.devices.precision import Precision
 from utils.parallel.processes import Processes
 from utils.training.engine import NotFinite
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 OPTIONS = ({}, {"parts": 2, "ohem": 1, "clip": 0.1, "ema": 0.9}, {"backbone": "eca_resnet18", "recompute": "full"},
            {"norm": "bn"}, {"replicas": 2})
 
@@ -113,9 +112,7 @@ def test_apex_is_not_compiled():
         check_compile(devices=[torch.device("cuda")], parallel="none", recompute="none", amp="apex")
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(rank):
     with pytest.MonkeyPatch.context() as monkeypatch:
         fake_apex.install(monkeypatch)
         norms = {}
@@ -126,12 +123,10 @@ def work(rank, folder):
             weights = torch.cat([weight.detach().flatten() for weight in engine.network.parameters()])
             assert all(weights.equal(other) for other in Processes().gather(weights))
         assert norms["apex"] == pytest.approx(norms["off"], rel=0.05)
-    dist.destroy_process_group()
 
 
-def test_processes_that_accumulate_stay_together(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+def test_processes_that_accumulate_stay_together():
+    in_processes(work)
 
 
 def real_apex():

@@ -1,17 +1,15 @@
 """A step that is not finite changes nothing; and how often the host waits for a step."""
 
 import copy
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss.criterion import SegmentationCriterion
 from networks.build import build_network
+from tests.conftest import in_processes
 from tests.crash import same
 from utils.common.compat import no_buffer_sync
 from utils.devices.precision import Precision
@@ -20,6 +18,7 @@ from utils.parallel.processes import Processes
 from utils.training import seeds
 from utils.training.engine import Engine, NetworkWithLoss, NotFinite
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 CPU = torch.device("cpu")
 
 
@@ -77,20 +76,16 @@ def test_a_step_that_is_not_finite_changes_nothing(amp, what, parts):
     check_nothing_is_learnt(make_engine(amp), what, parts)
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(rank):
     check_nothing_is_learnt(make_engine(processes=Processes()), "gradient", 1, mine=rank == 1)
     check_nothing_is_learnt(make_engine(processes=Processes()), "loss", 2, mine=rank == 1)
     engine = make_engine(processes=Processes())
     assert [engine.step([make_batch(rank)], stop=stop and rank == 0)[1] for stop in (False, True)] == \
         [False, True]
-    dist.destroy_process_group()
 
 
-def test_no_process_learns_what_is_not_finite_in_one(tmp_path):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+def test_no_process_learns_what_is_not_finite_in_one():
+    in_processes(work)
 
 
 def test_fp16_leaves_out_overflows_until_the_scale_is_not_at_fault():

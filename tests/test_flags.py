@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import evaluate
@@ -24,6 +25,7 @@ from utils.runs import snapshots
 from utils.runs.log import NoLog
 from utils.training import resume
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 SKIPPED = (torch.Generator, type(None))
 # Flag → words that follow it; or a pair: the words before, with which alone it is compared, and its own.
 TRAIN = {

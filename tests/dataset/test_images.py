@@ -17,6 +17,7 @@ from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common.errors import UserError
 from utils.inference.sliding import SlidingPredictor
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
 
 

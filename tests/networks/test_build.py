@@ -17,6 +17,7 @@ from utils.common.errors import UserError
 from utils.inference.export import ImagesToLogits, write_program
 from utils.ops.normalization import Normalization
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 ONE_MAP = [name for name, model in MODELS.items() if model.head == "plain"]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ import evaluate
 from dataset.labels import ClassTable
 from libs import abn
 from networks import predictor
+from networks.backbones.names import BACKBONES
 from networks.predictor import load
 from networks.weights.snapshot import parse
-from tests.conftest import ROOT, snapshot_content
+from tests.conftest import LONG_BACKBONES, ROOT, snapshot_content
 from tests.libs.fused.conftest import large_tiles, launches  # noqa: F401, fixtures
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common.errors import UserError
 from utils.imaging.decode import to_rgb
 from utils.runs import snapshots
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 PLAIN = {"device": "cpu", "amp": "off"}
 RGB = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 GRAY = RGB[..., 0]
@@ -45,7 +48,8 @@ def readme_blocks():
 def place(tmp_path_factory):
     """A folder with what the README's lines name."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    snapshots.save(folder / "snapshots/CS_scenes_60000.pth", snapshot_content(60000))
+    with mock.patch.dict(BACKBONES, LONG_BACKBONES):        # for processes that know no others
+        snapshots.save(folder / "snapshots/CS_scenes_60000.pth", snapshot_content(60000))
     Image.fromarray(RGB).save(folder / "street.jpg")
     return folder
 

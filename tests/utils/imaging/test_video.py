@@ -21,6 +21,7 @@ from utils.common.errors import UserError
 from utils.imaging import video
 from utils.inference.sliding import SlidingPredictor
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 QUICK = ["--gpu", "cpu", "--num-workers", "0", "--scales", "1.0", "--no-flip", "--amp", "off"]
 FRAMES = 8
 SIZE = (48, 64)

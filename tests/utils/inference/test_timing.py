@@ -15,6 +15,7 @@ from utils.common.errors import UserError
 from utils.inference import timing
 from utils.inference.sliding import SlidingPredictor
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 CPU = torch.device("cpu")
 LINE = re.compile(r"(\S+) images/s, (\S+) ms per image \(median; spread \S+\), (\S+)% of it beyond the network; "
                   r"peak memory (\S+) GB\n$")

@@ -13,6 +13,8 @@ from utils.common import files
 from utils.metrics.boundaries import BoundaryF
 from utils.runs import snapshots
 
+pytestmark = pytest.mark.usefixtures("short_networks")
+
 
 def boundary_pixels(labels, truth, wanted):
     """[(row, column)] of a class's boundary, by the definition."""

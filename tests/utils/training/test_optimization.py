@@ -24,6 +24,7 @@ from utils.ops.normalization import Normalization
 from utils.runs import snapshots
 from utils.training.optimization import SCHEDULES, Schedule, make_optimizer, prepare_for_fused_step, update_average
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 CPU = torch.device("cpu")
 
 

@@ -26,7 +26,8 @@ from utils.training import engine as training_engine
 from utils.training.engine import Engine, NetworkWithLoss
 from utils.training.optimization import make_optimizer
 
-pytestmark = pytest.mark.skipif(torch_version() < (2, 9), reason="older fake tensors know other operators")
+pytestmark = [pytest.mark.skipif(torch_version() < (2, 9), reason="older fake tensors know other operators"),
+              pytest.mark.usefixtures("short_networks")]
 NORM_KERNELS = ("statistics", "batch_norm_backward_reduce", "batch_norm_backward_elemt")
 
 
@@ -124,16 +125,17 @@ def count_kernels(gpu):
                                             "end_elements_kernel")]
 
 
-@pytest.mark.parametrize("shared, options, ends", [
-    (True, {}, 8), (False, {"norm": "bn", "amp": "off", "activation": "relu"}, 8),
-    (False, {"recompute": "light", "backbone": "eca_resnet50", "model": "acfnet_resnet"}, 16)], ids=str)
-def test_a_step_by_triton(gpu, shared, options, ends, triton_kernels, monkeypatch):
+@pytest.mark.parametrize("shared, options", [
+    (True, {}), (False, {"norm": "bn", "amp": "off", "activation": "relu"}),
+    (False, {"recompute": "light", "backbone": "eca_resnet50", "model": "acfnet_resnet"})], ids=str)
+def test_a_step_by_triton(gpu, shared, options, triton_kernels, monkeypatch):
     """Every norm and every end of a block, alone and among processes; recomputation repeats forward kernels."""
     if shared:
         for module in ("libs.synchronize", "loss.ohem"):
             monkeypatch.setattr(f"{module}.find_peers", lambda group=None: FourAlike())
     network = take_steps(gpu, kernels="triton", processes=FourAlike() if shared else None, **options)
     norms = sum(hasattr(module, "running_var") for module in network.modules())
+    ends = 4        # one block per stage
     forward, backward, forward_ends, backward_ends = count_kernels(gpu)
     assert backward == norms - ends and backward_ends == ends
     assert gpu.launches["partial_statistics_kernel"] == norms
@@ -384,7 +386,7 @@ def test_the_walk_goes_through_replicas():
         run(sum(logits.square().mean() for logits in ThreadReplicas(network, 2)(images).values()))
         actual.append([weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None])
         network.zero_grad()
-    assert len(actual[0]) > 50
+    assert len(actual[0]) > 30
     for expected, walked in zip(*actual, strict=True):
         torch.testing.assert_close(walked, expected, rtol=1e-9, atol=1e-12)
 

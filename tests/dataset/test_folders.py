@@ -22,6 +22,7 @@ from tests.conftest import SMALL
 from utils.common import files
 from utils.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 BINARY = "name,id,train_id,red,green,blue\nbackground,0,0,0,0,0\nforeground,255,1,255,255,255\n"
 
 

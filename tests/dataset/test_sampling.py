@@ -21,6 +21,8 @@ from utils.common.errors import UserError
 from utils.imaging import decode
 from utils.imaging.decode import read_ids, read_image
 
+pytestmark = pytest.mark.usefixtures("short_networks")
+
 
 def index_of(dataset):
     return np.array([row for number in range(len(dataset)) for row in dataset.positions(number)])

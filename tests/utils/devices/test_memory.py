@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from libs.convert import fold_norms
 from networks.build import build_network
 from tests.benchmarks.memory import NoConvolutions, kept_bytes, measure
+from tests.conftest import shorten
 from utils.devices.memory import free_bytes, is_out_of_memory, measure_forward_pass
 
 BOUNDS = {(None, "none"): 6800, (torch.bfloat16, "none"): 3500, (torch.bfloat16, "light"): 2300,
@@ -36,8 +37,10 @@ def test_the_measure_sees_a_second_copy():
 
 
 def run(recompute, norm, autocast):
+    """Gradients, buffers and outputs; three blocks of a stage are recomputed as a group of two and one of one."""
     torch.manual_seed(3)
-    network = build_network("acfnet_resnet", num_classes=3, backbone="eca_resnet50", norm=norm, recompute=recompute)
+    with shorten("eca_resnet50", depths=(1, 3, 1, 1)):
+        network = build_network("acfnet_resnet", num_classes=3, backbone="eca_resnet50", norm=norm, recompute=recompute)
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0

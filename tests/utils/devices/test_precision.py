@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from tests.conftest import shorten
 from utils.common.errors import UserError
 from utils.devices import precision
 from utils.devices.precision import Precision, best_precision
@@ -23,6 +24,7 @@ def losses(streets, folder, amp, steps):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@shorten("resnet18")
 def test_bf16_trains_like_float32(streets, tmp_path):
     """Over few steps of small crops: a CPU without instructions for bf16 takes many times as long for each."""
     exact, rough = (losses(streets, tmp_path / amp, amp, 8) for amp in ("off", "bf16"))

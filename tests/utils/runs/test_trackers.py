@@ -12,6 +12,7 @@ from utils.common.errors import UserError
 from utils.runs import trackers
 from utils.runs.log import RunLog
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 NUMBERS = {"lr": 0.1, "loss": 2.5, "images_per_second": 1.0, "seconds_data": 0.1, "skipped": None}
 
 

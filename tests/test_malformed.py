@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.reading import DecodedCache
-from tests.conftest import finish, start
+from tests.conftest import finish, fork
 from tests.utils.imaging.test_decode import OTHER, other_content
 from utils.common.errors import UserError, user_message
 from utils.imaging.decode import read_ids, read_image
@@ -369,7 +369,7 @@ def test_a_broken_file_ends_training_from_a_worker_without_a_traceback(own):
     shutil.copy(own / "a.png", own / "c.png")
     (own / "b.png").write_bytes(PNG[:len(PNG) // 2])
     (own / "list.txt").write_text(GOOD + "c.png a_label.png\n")
-    status, _, error = finish(start(
+    status, _, error = finish(fork(
         "train.py", "--data-dir", own, "--data-list", own / "list.txt", "--classes", own / "classes.csv", "--gpu",
         "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size", "17,17", "--batch-size", "3",
         "--num-workers", "1", "--num-steps", "5", "--snapshot-dir", own / "s"))

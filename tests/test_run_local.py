@@ -13,11 +13,11 @@ import torch
 
 import evaluate as evaluate_script
 import train as train_script
+from dataset.streets import write_dataset
+from tests.conftest import ROOT, finish, fork
 from utils.common.errors import UserError
 from utils.demo import local
 from utils.runs import recipes
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -30,10 +30,19 @@ def project(tmp_path):
 
 
 def run(project, *words):
-    """run_local.sh with this Python first on the PATH."""
+    """run_local.sh with this Python first on the PATH: exit status, standard output, standard error."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(["bash", str(project / "run_local.sh"), *map(str, words)], capture_output=True, text=True,
+    done = subprocess.run(["bash", str(project / "run_local.sh"), *map(str, words)], capture_output=True, text=True,
                           env={**os.environ, "PATH": path}, cwd=project.parent)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_program(project, *words):
+    """The program behind run_local.sh, as if it lay in a folder."""
+    return finish(fork("-c", (
+        "import sys; from pathlib import Path; from utils.common import command; from utils.demo import local\n"
+        "local.PROJECT = Path(sys.argv[1]).parent\nsys.argv[1] = str(local.PROJECT.parent)\ncommand.run(local.main)\n"),
+        project / "run_local.sh", *words))
 
 
 @pytest.mark.parametrize("names, actual", [
@@ -41,29 +50,26 @@ def run(project, *words):
 def test_none_or_several_weights_are_one_sentence(project, streets, names, actual):
     for name in names:
         torch.save({}, project / "dataset" / name)
-    done = run(project, streets)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "dataset/: expected one file of backbone weights" in done.stderr and actual in done.stderr
+    status, _, error = run_program(project, streets)
+    assert status == 2
+    assert len(error.strip().splitlines()) == 1
+    assert "dataset/: expected one file of backbone weights" in error and actual in error
     assert not (project / "snapshots").exists()
 
 
 def test_a_missing_data_set_is_one_sentence(project):
-    done = run(project, "nowhere", "--from-scratch")
-    assert done.returncode == 2 and "expected a folder, found nothing there" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    status, _, error = run(project, "nowhere", "--from-scratch")
+    assert status == 2 and "expected a folder, found nothing there" in error
+    assert len(error.strip().splitlines()) == 1
 
 
-def test_data_goes_all_the_way_to_a_score(project, streets, tmp_path):
-    few = tmp_path / "few"
-    shutil.copytree(streets, few)
-    for path in few.glob("*/val/*/*"):
-        if path.name.split("_")[1] not in ("000000", "000001"):
-            path.unlink()
-    done = run(project, few, "--from-scratch", "--backbone", "resnet18", "--model", "acfnet_resnet", "--input-size",
-               "129,257", "--batch-size", "2", "--num-steps", "2", "--num-workers", "0", "--gpu", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert "train: 9 images, 19 classes" in done.stdout and "val: 2 images" in done.stdout
+def test_data_goes_all_the_way_to_a_score(project, tmp_path):
+    write_dataset(tmp_path / "few", train=4, val=2, size=(64, 128), seed=3, workers=1)
+    status, out, error = run(
+        project, tmp_path / "few", "--from-scratch", "--backbone", "resnet18", "--model", "acfnet_resnet",
+        "--input-size", "65,129", "--batch-size", "2", "--num-steps", "2", "--num-workers", "0", "--gpu", "cpu")
+    assert status == 0, error
+    assert "train: 4 images, 19 classes" in out and "val: 2 images" in out
     result = json.loads((project / "snapshots/CS_scenes_2_val/result.json").read_text())
     assert result["protocol"]["scales"] == [0.75, 1.0, 1.25, 1.5, 1.75, 2.0] and result["protocol"]["flip"]
     assert {"single_scale", "multi_scale"} <= set(result) and result["num_images"] == 2
@@ -162,16 +168,16 @@ def test_the_range_is_that_of_the_training_as_it_is(project, monkeypatch, capsys
     (("--snapshot-dir", "project/train.py"), "train.py/.writable: expected to write a file there")])
 def test_wrong_words_end_before_anything_is_drawn(project, words, output):
     words = [word.replace("project", project.name) for word in words]
-    done = run(project, *words)
-    assert done.returncode == 2 and output in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    status, _, error = run_program(project, *words)
+    assert status == 2 and output in error and len(error.strip().splitlines()) == 1
     assert not (project / "demo").exists() and not (project / "a").exists()
 
 
 def test_an_unwritable_folder_ends_at_once(project):
     (project / "demo").write_text("a file")
-    done = run(project)
-    assert done.returncode == 2 and "demo/.writable: expected to write a file there, found" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and "drawing" not in done.stdout
+    status, out, error = run_program(project)
+    assert status == 2 and "demo/.writable: expected to write a file there, found" in error
+    assert len(error.strip().splitlines()) == 1 and "drawing" not in out
 
 
 def test_a_full_disk_ends_at_once(monkeypatch, tmp_path):

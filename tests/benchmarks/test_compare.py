@@ -19,15 +19,15 @@ import evaluate
 import train
 from networks.build import build_network
 from tests.benchmarks import compare
-from tests.conftest import finish
-from tests.conftest import start as start_script
+from tests.conftest import fork
 from tests.dataset.test_folders import make
 from utils.common.command import Interrupted
 from utils.common.errors import UserError
 from utils.runs import snapshots
 from utils.runs.log import read_lines
 
-STEPS, MODELS = 12, ("acfnet_resnet", "deeplabv3")
+pytestmark = pytest.mark.usefixtures("short_networks")
+STEPS, MODELS = 6, ("acfnet_resnet", "deeplabv3")
 CPU = torch.device("cpu")
 COLUMNS = ["model", "seeds", "steps", "mean_iou", "mean_iou_95", "coarse_mean_iou", "coarse_mean_iou_95", "difference",
            "difference_95", "difference_to", "images_per_second", "parameters", "macs", "macs_size",
@@ -40,33 +40,40 @@ def words(data, folder, *more, models=MODELS, seeds=2, steps=STEPS):
             "0", "--amp", "off", "--log-every", "1", "--whole", *more]
 
 
+def fork_run(command, folder):
+    """As `compare.start`, which other tests call, but seconds faster."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return fork(*command, log=folder / "log.txt")
+
+
 @pytest.fixture(scope="module")
 def finished(streets, tmp_path_factory):
     """A comparison that was stopped in its first run, and went on with two runs at a time: its folder, how many steps
     were done when it was stopped, and the most runs at work at once."""
     folder = tmp_path_factory.mktemp("compared")
-    process = start_script("-m", "tests.benchmarks.compare", *words(streets, folder, "--gpu", "cpu"))
     metrics = folder / f"{MODELS[0]}_seed0/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    status, out, error = finish(process)
-    assert status == 143, error
-    (stopped, _), = snapshots.list_snapshots(metrics.parent)
-
-    started, most, real = [], 0, compare.start
+    runs, most = [], 0
 
     def start(*command):
         nonlocal most
-        started.append(real(*command))
-        most = max(most, sum(process.poll() is None for process in started))
-        return started[-1]
+        runs.append(fork_run(*command))
+        most = max(most, sum(process.poll() is None for process in runs))
+        return runs[-1]
+
+    def stop():
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(compare, "start", start)
         patch.setattr(compare, "MAX_RUNS", 3)
+        threading.Thread(target=stop).start()
+        with pytest.raises(Interrupted) as caught:
+            compare.main(words(streets, folder, "--gpu", "cpu"))
+        assert caught.value.number == signal.SIGTERM and len(runs) == 1
+        (stopped, _), = snapshots.list_snapshots(metrics.parent)
         patch.setattr(compare, "select_devices", lambda gpu: [CPU, CPU])
         compare.main(words(streets, folder))
     return folder, stopped, most

@@ -16,7 +16,7 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.images import ImageFiles, find_images, images_of_split
 from dataset.sampling import ClassSampler, EpochSampler, WeightedSampler
 from dataset.transforms import train_transform
-from tests.conftest import finish, start
+from tests.conftest import finish, fork
 from utils.common.errors import UserError, user_message
 from utils.parallel.workers import Jobs, Loader
 
@@ -158,11 +158,10 @@ def test_everything_crosses_to_workers_that_inherit_nothing(streets, tmp_path):
 
 
 def test_drawing_and_checking_work_with_workers_that_inherit_nothing(tmp_path):
-    code = ("import multiprocessing, sys; multiprocessing.set_start_method('spawn'); "
+    code = ("import multiprocessing, sys; multiprocessing.set_start_method('spawn', force=True); "
             "from dataset import check, streets; "
             "streets.write_dataset(sys.argv[1], train=1, val=1, size=(32, 64), workers=1); check.main()")
-    status, out, error = finish(start("-c", code, tmp_path / "d", "--output-dir", tmp_path / "r",
-                                      "--num-workers", "1"))
+    status, out, error = finish(fork("-c", code, tmp_path / "d", "--output-dir", tmp_path / "r", "--num-workers", "1"))
     assert status == 0 and "0 problems" in out, error
 
 

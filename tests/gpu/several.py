@@ -96,7 +96,8 @@ def work(rank, kind, world, port, folder, steps, size, images, shape):
 
 def shared_by_processes(kind, world, steps, size, expected, **shape):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (kind, world, free_port(), folder, steps, size, 2 * world, shape), nprocs=world)
+        mp.start_processes(work, (kind, world, free_port(), folder, steps, size, 2 * world, shape), nprocs=world,
+                           start_method="forkserver")
         actual = json.loads(Path(folder, "losses.json").read_text())
     return as_alone(actual, expected)
 

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import train as train_script
 from dataset.sampling import EpochSampler
 from loss.criterion import SegmentationCriterion
 from networks.build import build_network
-from tests.conftest import ROOT, finish, start
+from tests.conftest import ROOT, finish, fork, in_processes, shorten, start
 from tests.gpu.several import free_port
 from utils.common.compat import no_buffer_sync
 from utils.common.errors import UserError
@@ -49,7 +47,8 @@ def batch():
 def train(share, dtype, loss, rank=0, world=1):
     """Train a small network for some steps; `share(module)` → (module, processes). Returns loss of every step."""
     torch.manual_seed(0)
-    network = build_network("acfnet_resnet", 4, "eca_resnet18").to(dtype)
+    with shorten("eca_resnet18"):
+        network = build_network("acfnet_resnet", 4, "eca_resnet18").to(dtype)
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0.0      # its masks depend on how the batch is shared
@@ -77,23 +76,18 @@ def alone(dtype, loss):
 
 
 def work(rank, world, folder, runs):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     losses = [train(lambda module: (DistributedDataParallel(module, **no_buffer_sync()), Processes()), dtype, loss,
                     rank, world) for loss, dtype in runs]
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def shared(way, folder, runs):
     """Losses of each run: the terms of its loss, and its dtype."""
     if way == "2 threads":
         return [train(lambda module: (ThreadReplicas(module, 2), None), dtype, loss) for loss, dtype in runs]
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = int(way.split()[0])
-    mp.spawn(work, (world, str(folder), runs), nprocs=world)
+    in_processes(work, world, str(folder), runs, count=world)
     return json.loads((folder / "losses.json").read_text())
 
 
@@ -120,7 +114,8 @@ def test_every_way_of_sharing_trains_alike(way, runs, tmp_path):
 def untouched():
     """A network whose norms are in evaluation and so do not mix the images of a batch."""
     torch.manual_seed(0)
-    return build_network("acfnet_resnet", 4, "eca_resnet18").double().eval()
+    with shorten("eca_resnet18"):
+        return build_network("acfnet_resnet", 4, "eca_resnet18").double().eval()
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -142,7 +137,7 @@ def test_accumulated_parts_add_up_to_the_whole_batch(parts):
         terms.append(actual)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert terms[0] == pytest.approx(terms[1], rel=1e-9) and len(gradients[0]) > 40
+    assert terms[0] == pytest.approx(terms[1], rel=1e-9) and len(gradients[0]) > 30
 
 
 def test_accumulated_ohem_is_the_mean_of_its_parts():
@@ -214,10 +209,9 @@ def test_nobody_waits_forever_for_the_others(rank, address):
             "command.run(lambda: launch.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": address,
                  "MASTER_PORT": str(port)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **variables}, timeout=60)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    (output,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    status, _, error = finish(fork("-c", code, env=variables), 60)
+    assert status == 2 and "Traceback" not in error
+    (output,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert f"MASTER_PORT {address}:{port}: expected the 2 processes of the run to meet there within 2 s" in output
 
 
@@ -240,7 +234,7 @@ def test_processes_that_meet_but_do_not_reach_each_other_end_in_a_sentence(fault
             "command.run(lambda: launch.join_processes(torch.device('cpu')))\n")
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT":
                  str(free_port())}
-    processes = [start("-c", code, env={**variables, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    processes = [fork("-c", code, env={**variables, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     for process in processes:
         status, _, error = finish(process)
         assert status == 2 and "Traceback" not in error
@@ -422,10 +416,9 @@ def test_a_notebook_starts_no_processes_of_its_kernel(script):
     code = (f"import sys; sys.argv = [{script!r}, '-f', 'kernel.json']\nfrom utils.parallel import launch\n"
             "from utils.common import command\n"
             "command.run(lambda: launch.start_processes(2, ['--data-dir', 'x']))\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --gpu: ")
-    assert "notebook" in done.stderr and "!python train.py" in done.stderr and "--gpu 0" in done.stderr
+    status, _, error = finish(fork("-c", code), 60)
+    assert status == 2 and error.count("\n") == 1 and error.startswith("error: --gpu: ")
+    assert "notebook" in error and "!python train.py" in error and "--gpu 0" in error
 
 
 class Another(Processes):

@@ -1,10 +1,10 @@
 """train.py and evaluate.py where worker processes do not inherit the parent's memory: macOS, Windows, Python 3.14."""
 
-import os
-import subprocess
-import sys
+import pytest
 
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, finish, fork
+
+pytestmark = pytest.mark.usefixtures("short_networks")
 
 # As a script of its own: worker processes import the main module again, which must then start nothing.
 STARTER = """
@@ -13,7 +13,7 @@ import runpy
 import sys
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv.pop(1))
+    multiprocessing.set_start_method(sys.argv.pop(1), force=True)
     sys.argv.pop(0)
     sys.path.insert(0, {root!r})
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -26,11 +26,9 @@ def test_training_and_evaluation_need_no_inherited_memory(streets, tmp_path):
     starter.write_text(STARTER.format(root=str(ROOT)))
 
     def call(script, *words):
-        done = subprocess.run([sys.executable, starter, "spawn", ROOT / script, "--data-dir", streets,
-                               *map(str, words)], capture_output=True, text=True, timeout=250,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        status, out, error = finish(fork(starter, "spawn", ROOT / script, "--data-dir", streets, *words), 250)
+        assert status == 0, error
+        return out
 
     small = [*SMALL, "--num-workers", 1]       # the last --num-workers counts
     call("train.py", *small, "--snapshot-dir", tmp_path / "run", "--batch-size", 2, "--num-steps", 1, "--jitter",

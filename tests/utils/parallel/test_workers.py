@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, finish, start
+from tests.conftest import ROOT, finish, fork
 from utils.common.compat import torch_version
 from utils.common.limits import cgroup_cpu_limit
 
@@ -20,7 +20,7 @@ from utils.common import command
 from utils.common.progress import progress
 from utils.parallel.workers import Jobs, Loader, do_jobs
 
-multiprocessing.set_start_method("fork")
+multiprocessing.set_start_method("fork", force=True)
 fork, calls = os.fork, []
 
 
@@ -57,11 +57,12 @@ command.run(lambda: print(sum(1 for _ in progress(load(sys.argv[1]), "reading", 
 
 def surrounded(mount, *words):
     """`finish` of a Python process whose /dev/shm is mounted with these options; None for the usual one."""
-    words = [sys.executable, *map(str, words)]
-    if mount:
-        words = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o {mount} none /dev/shm && exec "$@"', "sh", *words]
-        if not shutil.which("unshare") or subprocess.run([*words[:6], "true"], capture_output=True).returncode:
-            pytest.skip("needs a mount namespace, which this user cannot make")
+    if not mount:
+        return finish(fork(*words))
+    words = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o {mount} none /dev/shm && exec "$@"', "sh",
+             sys.executable, *map(str, words)]
+    if not shutil.which("unshare") or subprocess.run([*words[:6], "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace, which this user cannot make")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
@@ -102,7 +103,7 @@ def test_a_process_uses_the_cores_it_may():
             "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); print(available_cores())")
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("only Linux lets a process choose")
-    status, out, error = finish(start("-c", code))
+    status, out, error = finish(fork("-c", code))
     assert (status, out) == (0, "1\n"), error
 
 

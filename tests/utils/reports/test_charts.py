@@ -1,13 +1,12 @@
 """Charts: they depend on nobody's settings, and one that cannot be drawn stops nothing."""
 
 import os
-import subprocess
-import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import finish, fork
 from utils.common.errors import UserError
 from utils.reports import charts
 
@@ -15,6 +14,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from utils.reports import charts
+assert "matplotlib" not in sys.modules
 lines = [{"step": k, "loss": 3 / k, "loss_fine": 2 / k, "lr": 0.1 / k} for k in range(1, 9)]
 charts.training_curves(Path(sys.argv[1]), lines, [])
 """
@@ -29,10 +29,11 @@ def draw(tmp_path_factory):
     def draw(variables, file):
         folder = tmp_path_factory.mktemp("here")
         (folder / "matplotlibrc").write_text(file)
-        clean = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "DISPLAY")}
-        done = subprocess.run([sys.executable, "-c", PROGRAM, "curves.png"], cwd=folder, capture_output=True, text=True,
-                              env={**clean, "PYTHONPATH": str(ROOT), **variables})
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        with mock.patch.dict(os.environ):
+            for name in ("MPLBACKEND", "DISPLAY"):
+                os.environ.pop(name, None)
+            status, _, error = finish(fork("-c", PROGRAM, "curves.png", cwd=folder, env=variables))
+        assert status == 0 and "Traceback" not in error, error
         return (folder / "curves.png").read_bytes()
     return draw
 

@@ -15,6 +15,7 @@ from tests.test_evaluate import run, snapshot  # noqa: F401, a fixture
 from utils.metrics.iou import ConfusionMatrix
 from utils.metrics.worst import WORST_OVERALL, WORST_PER_CLASS, WorstImages, attention_of
 
+pytestmark = pytest.mark.usefixtures("short_networks")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

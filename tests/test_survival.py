@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import struct
@@ -23,7 +22,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 import train
 from networks.backbones.names import BACKBONES
-from tests.conftest import ROOT, SMALL, children, finish, read_until, start
+from tests.conftest import ROOT, SMALL, children, finish, finish_all, fork, fork_ranks, read_until, start
 from tests.crash import same
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common import command as command_module
@@ -34,6 +33,8 @@ from utils.devices import memory
 from utils.runs import log as log_module
 from utils.runs import snapshots
 from utils.runs.log import RunLog, describe_run
+
+pytestmark = pytest.mark.usefixtures("short_networks")
 
 
 def words(streets, folder, *more, steps=4):
@@ -67,13 +68,12 @@ def test_a_resumed_run_ends_bit_equal(streets, tmp_path, more):
 
 def test_two_processes_resume_bit_equal_one_speaks_and_one_alone_says_what_it_lacks(streets, tmp_path, capsys):
     ohem = ("--ohem", "1", "--ohem-keep", "300")
-    status, out, error = finish(start("train.py", *words(streets, tmp_path / "whole", *ohem), processes=2))
-    assert status == 0, error
+    out = finish_all(fork_ranks("train.py", *words(streets, tmp_path / "whole", *ohem)))
     assert "2 processes share each batch" in out        # and one speaks
     assert out.count("step 3/4") == 1 and out.count("saved the snapshot of step 4") == 1
     assert [json.loads(line)["step"] for line in open(tmp_path / "whole/metrics.jsonl")] == [1, 2, 3, 4]
     cut(tmp_path / "whole", tmp_path / "part")
-    assert finish(start("train.py", *words(streets, tmp_path / "part", *ohem, "--resume"), processes=2))[0] == 0
+    finish_all(fork_ranks("train.py", *words(streets, tmp_path / "part", *ohem, "--resume")))
     whole, part = end(tmp_path / "whole"), end(tmp_path / "part")
     assert len(whole["rng"]) == 2 and not torch.equal(whole["rng"][0]["torch"], whole["rng"][1]["torch"])
     assert same(whole | {"config": 0}, part | {"config": 0})
@@ -83,7 +83,7 @@ def test_two_processes_resume_bit_equal_one_speaks_and_one_alone_says_what_it_la
 
 
 def test_kills_at_any_moment_lose_nothing():
-    status, out, error = finish(start("-m", "tests.crash", "--kills", "2"), 300)
+    status, out, error = finish(fork("-m", "tests.crash", "--kills", "2", "--steps", "12"), 300)
     assert status == 0, error
     assert "each equal to the bit to the undisturbed one" in out
     assert int(out.split("kills, ")[1].split()[0]) >= 1     # provably while a snapshot was being written
@@ -129,9 +129,9 @@ def test_a_full_disk_is_a_sentence_and_the_old_snapshot_stays(streets, tmp_path)
     train.main(words(streets, folder, steps=2))
     before = (folder / "CS_scenes_2.pth").read_bytes()
     limit = len(before) // 2        # a file cannot grow beyond it, as on a full disk
-    process = start("train.py", *words(streets, folder, "--resume"),
-                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    status, _, error = finish(process)
+    status, _, error = finish(fork("-c", (
+        f"import resource, train; from utils.common import command\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit},"
+        f" {limit}))\ncommand.run(lambda: train.main({words(streets, folder, '--resume')!r}))")))
     assert status == 2 and error.startswith("error: ") and "CS_scenes_4.pth: expected to write a file there" in error
     assert "Traceback" not in error
     assert (folder / "CS_scenes_2.pth").read_bytes() == before
@@ -227,7 +227,7 @@ def test_a_disk_that_fills_between_snapshots_does_not_stop_the_training(streets,
         "def step(self, *args, before=Engine.step, **named):\n    limit(1500)\n"
         "    return before(self, *args, **named)\n"
         "snapshots.save_step, Engine.step = save, step\ncommand.run(train.main)\n")
-    status, out, error = finish(start(tmp_path / "limited.py", *words(
+    status, out, error = finish(fork(tmp_path / "limited.py", *words(
         streets, tmp_path / "s", "--save-pred-every", "12", "--panel-every", "5", steps=12)), 100)
     assert status == 0, error
     assert [step for step, _ in snapshots.list_snapshots(tmp_path / "s")] == [12]
@@ -269,9 +269,9 @@ DEAD_WORKER = "error: a process that reads samples died.*(Killed|exited unexpect
 
 
 def test_a_dead_worker_ends_the_run_with_a_sentence(streets, tmp_path):
-    process = start("train.py", *words(streets, tmp_path / "s", "--num-workers", "1", steps=100000))
+    process = fork("train.py", *words(streets, tmp_path / "s", "--num-workers", "1", steps=100000))
     read_until(process, "step 2/")
-    worker, = children(process.pid, "train.py")
+    worker, = children(process.pid)
     os.kill(worker, signal.SIGKILL)
     status, _, error = finish(process, 30)
     assert status == 2 and re.search(DEAD_WORKER, error)
@@ -279,10 +279,10 @@ def test_a_dead_worker_ends_the_run_with_a_sentence(streets, tmp_path):
 
 
 def test_a_dead_worker_ends_an_evaluation_with_a_sentence(streets, snapshot, tmp_path):  # noqa: F811
-    process = start("evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers",
-                    "1", "--amp", "off", "--batch-size", "1", "--output-dir", tmp_path / "r")
+    process = fork("evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers",
+                   "1", "--amp", "off", "--batch-size", "1", "--output-dir", tmp_path / "r")
     read_until(process, "first image: ")        # the worker waits until another is wanted
-    worker, = children(process.pid, "evaluate.py")
+    worker, = children(process.pid)
     os.kill(worker, signal.SIGKILL)
     status, _, error = finish(process, 60)
     assert status == 2 and re.search(DEAD_WORKER, error)
@@ -505,7 +505,7 @@ def test_too_little_memory_names_the_flags_that_help(streets, tmp_path):
             "e.step_loss = step\n"
             "from utils.common import command\n"
             f"command.run(lambda: train.main({words(streets, tmp_path / 's', '--input-size', '513,513')!r}))\n")
-    status, _, error = finish(start("-c", code))
+    status, _, error = finish(fork("-c", code))
     assert status == 2, error
     assert "out of memory: expected room for 4 crops of 513×513 on a device, found: " in error
     assert "--recompute light" not in error        # there is none for 18 layers

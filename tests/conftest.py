@@ -73,7 +73,7 @@ def start(*words, processes=1, **options):
 
 # A process that has imported the project but not computed anything: what it forks does not wait for these imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "evaluate", "dataset.check", "tests.conftest"])
+FORKS.set_forkserver_preload(["train", "evaluate", "tests.conftest"])
 
 
 class Fork:
@@ -146,6 +146,7 @@ def _run_words(words, environment, cwd, log, short, out, error):
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     elif words[0] == "-m":
         sys.argv = list(words[1:])
+        sys.modules.pop(words[1], None)     # imported before, of which runpy would warn
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(words)

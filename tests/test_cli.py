@@ -1,11 +1,9 @@
 """The command lines, frozen; and the README's own lines through the parsers."""
 
-import os
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed.run as torchrun
@@ -13,13 +11,13 @@ import torch.distributed.run as torchrun
 import evaluate
 import train
 from networks.backbones.choose import choose_backbone
+from tests.conftest import ROOT, finish, fork
 from utils.common import errors
 from utils.common.errors import UserError
 from utils.common.flags import size
 from utils.devices.select import select_devices
 from utils.runs import recipes
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 ablations abn-backend accumulate acf activation allow-partial amp backbone batch-size cache channels-last checkpoint
 class-weights classes clip-gradient compile cuda-graph data-dir data-list downsample eca-kernels ema freeze gpu
@@ -218,10 +216,9 @@ def test_bad_values_of_evaluation(words, message):
     ["dataset.streets", "x", "--train", "5000000000"], ["dataset.streets", "x", "--seed", str(2 ** 64)],
 ], ids=" ".join)
 def test_bad_values_of_the_tools(words, tmp_path):
-    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and done.stderr.startswith("error: argument ") and "expected" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    status, _, error = finish(fork("-m", *words, cwd=tmp_path))
+    assert status == 2 and error.startswith("error: argument ") and "expected" in error
+    assert len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_tilde_after_an_equals_sign_is_the_home_folder(monkeypatch):
@@ -245,9 +242,8 @@ def test_warnings_about_data_are_sentences_and_those_of_others_keep_their_place(
         (tmp_path / name).touch()
     code = ("import sys; from utils.common import command; from dataset.cityscapes import all_label_maps\n"
             "def main():\n    all_label_maps('.', ['l.txt']); sys.path.append('.'); import other\ncommand.run(main)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.stderr.splitlines() == [
+    status, _, error = finish(fork("-c", code, cwd=tmp_path))
+    assert status == 0 and error.splitlines() == [
         "warning: l.txt: backslashes in its paths are read as slashes",
         f"{tmp_path / 'other.py'}:2: UserWarning: of others", "  warnings.warn('of others')"]
 

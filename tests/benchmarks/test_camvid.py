@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 import evaluate
 import train
 from dataset.labels import ClassTable
+from networks.backbones.names import build_backbone
 from networks.build import build_network
 from networks.predictor import load_network
 from tests.benchmarks import altered, compare, contribution
 from tests.benchmarks import camvid as comparison
+from tests.benchmarks.test_compare import fork_run
 from tests.conftest import randomize
 from utils.common.errors import UserError
 
@@ -37,16 +38,16 @@ def test_a_network_learns_from_real_photographs(camvid, tmp_path):
 SPECIAL = ("acfnet_resnet, no term", "acfnet_resnet, true centers")
 
 
-def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch):
+def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch, short_networks):
     """The variants that no flag of train.py makes, one step: the commands behind the README's findings."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(compare, "start", fork_run)
     monkeypatch.setattr(compare, "MAX_RUNS", 1)
     monkeypatch.setattr(comparison, "select_devices", lambda gpu: [torch.device("cpu")] * 2)
     for name in ("images", "labels", "classes.csv"):
         (tmp_path / name).symlink_to(camvid / name)
     for name, count in (("train.lst", 9), ("val.lst", 2)):
         (tmp_path / name).write_text("\n".join((camvid / name).read_text().splitlines()[:count]))
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    torch.save(build_backbone("resnet18", "bn", "relu").state_dict(), tmp_path / "w.pth")
     comparison.main([str(tmp_path), str(tmp_path / "w.pth"), "--steps", "1", "--seeds", "1", "--size", "97,97",
                      "--batch-size", "2", "--output-dir", str(tmp_path / "r"), "--variants", *SPECIAL])
     results = [json.loads((tmp_path / f"r/acfnet_resnet{end}_seed0/result/result.json").read_text())

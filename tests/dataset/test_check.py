@@ -10,13 +10,13 @@ from PIL import Image
 
 from dataset.check import main
 from dataset.cityscapes import CityscapesDataset
-from tests.conftest import finish, start
+from tests.conftest import finish, fork
 from tests.dataset.test_folders import make, words
 from utils.common.errors import UserError
 
 
 def check(*words):
-    return finish(start("-m", "dataset.check", *words))
+    return finish(fork("-m", "dataset.check", *words))
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
 """CUDA graphs on a CPU, with a stand-in for `torch.cuda.CUDAGraph` that notes ATen's operators and runs them again."""
 
 import contextlib
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from libs.abn import InPlaceABNSync
 from loss.criterion import SegmentationCriterion
+from tests.conftest import in_processes
 from tests.crash import same
 from tests.utils.training.test_engine import CPU, make_batch, state
 from utils.common.errors import UserError
@@ -131,9 +129,7 @@ def test_replays_train_as_steps_do(amp):
     assert [graph.replays for graph in graphs] == ([5] if amp == "off" else [2, 2])
 
 
-def replay_in_process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def replay_in_process(rank):
     with pytest.MonkeyPatch.context() as monkeypatch:
         cuda.__wrapped__(monkeypatch)
         # On the CPU, norms among processes read the number of values, which is the same in all steps.
@@ -143,13 +139,11 @@ def replay_in_process(rank, folder):
                                 for cuda_graph in ("off", "on"))
             assert same(actual, expected)
         assert [graph.replays for graph in graphs] == [5, 2, 2]
-    dist.destroy_process_group()
 
 
-def test_replays_of_processes_train_as_steps_do(tmp_path):
+def test_replays_of_processes_train_as_steps_do():
     """Statistics and losses are shared inside of the graphs, and gradients are averaged after them."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(replay_in_process, (str(tmp_path),), nprocs=2)
+    in_processes(replay_in_process)
 
 
 def test_a_replay_that_is_not_finite_changes_nothing():

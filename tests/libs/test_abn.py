@@ -14,7 +14,7 @@ from libs import abn, backend, functions, kernels, recompute
 from libs.abn import ABN, ABNSync, InPlaceABN, InPlaceABNSync, count_input_keeping_norms, set_backend
 from libs.synchronize import combine
 from networks.build import build_network
-from tests.conftest import SHARED
+from tests.conftest import SHARED, shorten
 from utils.parallel.replicas import ReplicaGroup, ReplicaStopped, ThreadReplicas, current_replica, run_replicas
 
 CLASSES = [InPlaceABN, InPlaceABNSync]
@@ -530,6 +530,7 @@ def replicate(network, size):
     return copies
 
 
+@shorten("eca_resnet50")
 @pytest.mark.parametrize("recompute_mode", ["none", "light"])
 def test_replicas_of_data_parallel_train_like_one_batch(recompute_mode):
     """The whole training module, as `utils.parallel.replicas.DataParallel` runs it, against one pass over the batch."""

@@ -81,7 +81,7 @@ def test_folded_norms_change_no_logit(norm, activation, model, backbone):
     network = build_network(model, 5, backbone, norm, activation)
     randomize(network)
     network.double().eval()
-    images = torch.randn(2, 3, 65, 81)
+    images = torch.randn(2, 3, 33, 41)
     with torch.no_grad():
         expected, actual = network(images.double()), fold_norms(network)(images.double())
     assert expected.keys() == actual.keys()
@@ -96,7 +96,7 @@ def test_folded_norms_of_the_ablations(ablations):
     network = build_network("acfnet_resnet", 5, "resnet18", ablations=ablations)
     randomize(network)
     network.double().eval()
-    images = torch.randn(2, 3, 65, 81, dtype=torch.float64)
+    images = torch.randn(2, 3, 33, 41, dtype=torch.float64)
     with torch.no_grad():
         expected, actual = network(images)["fine"], fold_norms(network)(images)["fine"]
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
@@ -106,7 +106,7 @@ def test_folded_norms_in_float32():
     """Of a network as it is after some training: statistics that fit, logits within 1e-4."""
     network = build_network("acfnet", 5, "eca_resnet18")
     torch.nn.init.normal_(network.head.fine.weight, std=0.1)
-    images = torch.randn(4, 3, 41, 57)
+    images = torch.randn(4, 3, 33, 41)
     with torch.no_grad():
         for _ in range(30):
             network(images)

@@ -14,20 +14,23 @@ from PIL import Image
 import evaluate
 from dataset.labels import ClassTable
 from networks.build import build_network
-from tests.conftest import ROOT, finish, snapshot_content, start
+from tests.conftest import ROOT, finish, finish_all, fork_ranks, shorten, snapshot_content, start
 from tests.conftest import SMALL as TRAIN
 from utils.common import files
 from utils.common.errors import UserError
 from utils.devices import memory
 from utils.runs import snapshots
 
+pytestmark = pytest.mark.usefixtures("short_networks")
+
 
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory):
-    """A network that knows nothing but predicts several classes."""
+    """A network that knows nothing but predicts several classes; for tests that use `short_networks`."""
     torch.manual_seed(2)
-    content = snapshot_content()
-    network = build_network(**content["config"]["network"])
+    with shorten("eca_resnet18"):
+        content = snapshot_content()
+        network = build_network(**content["config"]["network"])
     torch.nn.init.normal_(network.head.fine.weight, std=0.3)
     torch.nn.init.normal_(network.head.coarse.weight, std=0.3)
     path = tmp_path_factory.mktemp("snapshots") / "CS_scenes_7.pth"
@@ -115,7 +118,7 @@ def test_one_run_reports_single_and_multi_scale(streets, snapshot, tmp_path):
 
 
 def test_pictures_have_the_size_and_the_colors(streets, snapshot, tmp_path):
-    run(streets, snapshot, tmp_path / "r", "--scales", "1.0", "--no-flip", "--whole")
+    run(streets, snapshot, tmp_path / "r", "--scales", "0.5", "--no-flip", "--whole")
     classes = ClassTable.read()
     for path in (tmp_path / "r/labelIds").iterdir():
         ids = np.asarray(Image.open(path))
@@ -202,10 +205,10 @@ if os.environ["RANK"] == "1":
     pictures.save_png = fail
 command.run(evaluate.main)
 """)
-    status, out, error = finish(start(
+    first, second = map(finish, fork_ranks(
         script, "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0", "--amp", "off",
-        "--output-dir", tmp_path / "r", *SMALL, processes=2))
-    assert status != 0 and "found a full disk" in error and "results in" not in out
+        "--output-dir", tmp_path / "r", *SMALL))
+    assert first[0] and second[0] and "found a full disk" in second[2] and "results in" not in first[1] + second[1]
     assert not (tmp_path / "r/result.json").exists()
 
 
@@ -227,8 +230,10 @@ def test_too_little_memory_in_one_process_is_a_sentence(streets, snapshot, tmp_p
 import os, sys
 sys.path.insert(0, os.getcwd())
 import evaluate, torch
+from tests.conftest import shorten
 from utils.common import command
 from utils.inference import SlidingPredictor
+shorten("eca_resnet18").start()
 def fail(self, crops):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\\nand more")
 if os.environ.get("RANK") == "1":
@@ -331,10 +336,9 @@ def test_processes_share_the_images_and_count_each_once(streets, snapshot, tmp_p
         words = ["--scales", "0.5", "--no-flip", "--save", "labels", "--boundary", "2", *map(str, words)]
         alone = run(streets, snapshot, tmp_path / "alone" / name, *words)
         assert alone["protocol"]["split"] == {"all": "val", "one": "one.lst"}[name]
-        status, out, error = finish(start(
+        out = finish_all(fork_ranks(
             "evaluate.py", "--data-dir", streets, "--restore-from", snapshot, "--gpu", "cpu", "--num-workers", "0",
-            "--amp", "off", "--output-dir", tmp_path / name, *words, processes=2))
-        assert status == 0, error
+            "--amp", "off", "--output-dir", tmp_path / name, *words))
         assert json.loads((tmp_path / name / "result.json").read_text()) == alone
         assert out.count("results in") == 1
         for path in (tmp_path / "alone" / name / "labelIds").iterdir():

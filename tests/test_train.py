@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision
 
 import evaluate
 import train
@@ -19,7 +18,7 @@ from libs import backend
 from loss.criterion import SegmentationCriterion
 from networks.backbones.names import build_backbone
 from networks.build import build_network
-from tests.conftest import SMALL, finish, read_until, start
+from tests.conftest import SMALL, finish, finish_all, fork, fork_ranks, read_until, start
 from utils.common import command, compat, files
 from utils.common.errors import UserError
 from utils.inference.sliding import SlidingPredictor
@@ -27,6 +26,8 @@ from utils.ops.normalization import Normalization
 from utils.runs import snapshots
 from utils.training import validation
 from utils.training.engine import Engine, NetworkWithLoss, NotFinite
+
+pytestmark = pytest.mark.usefixtures("short_networks")
 
 
 def run(streets, folder, *words, steps=3):
@@ -202,8 +203,9 @@ def test_a_file_that_would_run_code_is_refused(streets, tmp_path):
     (signal.SIGHUP, 2, True),       # kernel and shell
 ])
 def test_a_signal_ends_the_run_after_the_step_with_a_snapshot(streets, tmp_path, number, times, group):
-    process = start("train.py", "--data-dir", streets, "--snapshot-dir", tmp_path / "s", *SMALL, "--batch-size", "2",
-                    "--num-workers", "1", "--num-steps", "100000", start_new_session=True)
+    words = ["train.py", "--data-dir", streets, "--snapshot-dir", tmp_path / "s", *SMALL, "--batch-size", "2",
+             "--num-workers", "1", "--num-steps", "100000"]
+    process = start(*words, start_new_session=True) if number == signal.SIGINT else fork(*words)
     read_until(process, "step 2/")
     for _ in range(times):
         (os.killpg if group else os.kill)(process.pid, number)
@@ -327,13 +329,11 @@ def test_light_recomputation_is_refused_where_it_does_nothing(streets, tmp_path)
 
 def test_processes_share_the_quick_validation(streets, tmp_path):
     """Beginning with weights of ordinary norms, which are converted in each process."""
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    torch.save(build_backbone("resnet18", "bn", "relu").state_dict(), tmp_path / "resnet18.pth")
     words = ["--data-dir", str(streets), *SMALL, "--batch-size", "2", "--val-every", "2",
              "--learning-rate", "1e-9", "--restore-from", str(tmp_path / "resnet18.pth"), "--snapshot-dir"]
     train.main([*words, str(tmp_path / "one"), "--num-steps", "2"])
-    status, out, error = finish(start("train.py", *words, tmp_path / "two", "--num-steps", "40", "--patience", "1",
-                                      processes=2))
-    assert status == 0, error
+    out = finish_all(fork_ranks("train.py", *words, tmp_path / "two", "--num-steps", "40", "--patience", "1"))
     (one, *_), (two, *others) = ([json.loads(line) for line in open(tmp_path / name / "quick_validation.jsonl")]
                                  for name in ("one", "two"))
     # They also stop together: after the first score that is not better.

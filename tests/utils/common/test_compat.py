@@ -73,9 +73,9 @@ def test_the_whole_way_across_two_versions(streets, tmp_path, first, second):
     train(first, streets, tmp_path, 1)
     assert "1 step done" in train(second, streets, tmp_path, 2, "--resume")
     scores = {}
-    for python, steps in ((first, 2), (second, 2), (second, 1)):
+    for python in (first, second):
         folder = tmp_path / f"{len(scores)}"
-        call(python, "evaluate.py", "--data-dir", streets, "--restore-from", tmp_path / f"CS_scenes_{steps}.pth",
+        call(python, "evaluate.py", "--data-dir", streets, "--restore-from", tmp_path / "CS_scenes_2.pth",
              "--gpu", "cpu", "--scales", 1, "--no-flip", "--amp", "off", "--output-dir", folder)
         scores[len(scores)] = json.loads((folder / "result.json").read_text())["single_scale"]["pixel_accuracy"]
     assert scores[0] == pytest.approx(scores[1], abs=2e-3)      # another version adds in another order

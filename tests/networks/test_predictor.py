@@ -250,7 +250,7 @@ def test_norms_of_an_evaluation_on_a_gpu(reason, monkeypatch, capsys, launches, 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     if reason is None:
         ends = launches["end_block_kernel"]
-        assert ends == 8 and launches["normalize_kernel"] == len(norms) - ends - 1      # that of the auxiliary head
+        assert ends == 4 and launches["normalize_kernel"] == len(norms) - ends - 1      # that of the auxiliary head
     else:
         assert not norms and not launches
         assert f"which save memory traffic: {reason}" in capsys.readouterr().out

@@ -49,11 +49,10 @@ class OnnxNetwork:
         if list(inputs) != ["images"] or "fine" not in outputs:
             raise UserError(f"{path}: expected a file of evaluate.py --export, from images to fine[, coarse], found "
                             f"{', '.join(inputs)} to {', '.join(outputs)}")
-        self.heads, channels, sides = list(outputs), outputs["fine"][1], inputs["images"][2:]
+        self.heads, sides = list(outputs), inputs["images"][2:]
         self.size = tuple(sides) if all(isinstance(side, int) for side in sides) else None      # if it is fixed
-        field = Field(path, "metadata", self._metadata(classes, channels))
+        field = Field(path, "metadata", self._metadata(classes))
         config = parse_config(field)
-        field["network"]["num_classes"].require(config.network["num_classes"] == channels, f"{channels}")
         step, rest = field["grid"].fields(2)
         grid = step.integer(1, 1024), rest.integer(0, 1024)
         self.grid = (1, 0) if self.size else grid       # (1, 0): windows of any size
@@ -63,7 +62,7 @@ class OnnxNetwork:
         self.config = replace(config, normalization=Normalization("RGB", tuple(mean), (1.0, 1.0, 1.0)),
                               input_size=self.size or config.input_size)
 
-    def _metadata(self, classes, channels):
+    def _metadata(self, classes):
         """Plain values of the file's metadata, or else of `DEFAULTS` and the class table."""
         text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if text is None and classes is None:
@@ -71,11 +70,9 @@ class OnnxNetwork:
                             "found neither")
         if text is None:
             count = len({row["train_id"] for row in classes} - {-1, IGNORE_INDEX})
-            if count != channels:
-                raise UserError(f"--classes: expected the {channels} classes of {self.path}, found {count}")
             logger.info(f"{self.path}: without metadata, so windows have 769×769 pixels by default and are padded with "
                         "the mean color of ImageNet")
-            return DEFAULTS | {"network": DEFAULTS["network"] | {"num_classes": channels}, "classes": classes}
+            return DEFAULTS | {"network": DEFAULTS["network"] | {"num_classes": count}, "classes": classes}
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -94,8 +91,13 @@ class OnnxNetwork:
         except Exception as error:  # noqa: BLE001, onnxruntime has its own exceptions
             raise UserError(f"{self.path}: expected a file that runs with images of {size[0]}×{size[1]}, found: "
                             f"{first_line(error)}") from None
-        return {head: torch.cat(list(map(torch.from_numpy, logits))).to(self.device)
-                for head, logits in zip(self.heads, zip(*parts, strict=True), strict=True)}
+        outputs = {head: torch.cat(list(map(torch.from_numpy, logits))).to(self.device)
+                   for head, logits in zip(self.heads, zip(*parts, strict=True), strict=True)}
+        count, channels = self.config.network["num_classes"], outputs["fine"].shape[1]
+        if channels != count:       # the older exporter leaves the number open in the file
+            raise UserError(f"{self.path}: expected logits of the {count} classes of its metadata or --classes, found "
+                            f"{channels}")
+        return outputs
 
 
 def _open_session(path, device):

@@ -85,6 +85,8 @@ def test_files_of_a_fixed_size(snapshot, tmp_path, capsys, suffix, precision, to
         assert (logits[0].argmax(0) == wanted.argmax(0)).float().mean() > (0.999 if precision == "fp32" else 0.97)
     if session is not None:
         assert session.get_inputs()[0].shape == [1, 3, 70, 100] and session.get_inputs()[0].type == "tensor(float)"
+        metadata = json.loads(session.get_modelmeta().custom_metadata_map["acfnet"])
+        assert metadata["precision"] == precision and metadata["classes"] == ClassTable.read().rows
     with pytest.raises(Exception, match="100|shape|dimension"):
         run(batch(RGB[:, :90]))
 

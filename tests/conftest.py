@@ -52,6 +52,7 @@ SMALL = ["--gpu", "cpu", "--backbone", "resnet18", "--model", "acfnet_resnet", "
          "0", "--log-every", "1", "--amp", "off", "--panel-every", "1000"]
 
 
+NEW_FIGURE = charts.new_figure      # for tests that look at a chart: `charts_unrendered` replaces it
 started = []        # by `start` and `fork`, and perhaps still at work
 
 
@@ -254,10 +255,9 @@ def nothing_waits_for_the_disk():
 @pytest.fixture(autouse=True)
 def charts_unrendered(monkeypatch):
     """Charts are drawn into a figure, but not rendered, which takes longer than most of what they show."""
-    new_figure = charts.new_figure
 
     def unrendered(width, height):
-        figure = new_figure(width, height)
+        figure = NEW_FIGURE(width, height)
         size = [round(side * figure.dpi) for side in (width, height)]
         figure.savefig = lambda file, **options: Image.new("RGB", size).save(file, "PNG")
         return figure

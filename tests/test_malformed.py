@@ -333,7 +333,7 @@ def test_a_cache_is_only_a_cache(own, what, name):
     ({"data_list": LONG}, f"{LONG}: expected a text file, found .*too long"),
     ({"data_list": ["list.txt", "gone.txt"]}, "gone.txt: expected a text file, found no such file"),
     ({"data_list": "list.txt/x"}, "list.txt/x: expected a text file"),
-    ({"classes": LONG}, f"{LONG}: expected a class table .*too long"),
+    ({"classes": LONG}, f"{LONG}: expected a class table .* found neither"),
     ({"classes": "gone.csv"}, "gone.csv: expected a class table .* found no such file"),
     ({"cache": LONG}, f"--cache {LONG}: expected a folder"),
     ({"cache": "list.txt"}, "--cache list.txt: expected a folder"),

@@ -19,11 +19,12 @@ from networks import predictor
 from networks.backbones.names import BACKBONES
 from networks.predictor import load
 from networks.weights.snapshot import parse
-from tests.conftest import LONG_BACKBONES, ROOT, snapshot_content
+from tests.conftest import LONG_BACKBONES, NEW_FIGURE, ROOT, snapshot_content
 from tests.libs.fused.conftest import large_tiles, launches  # noqa: F401, fixtures
 from tests.test_evaluate import snapshot  # noqa: F401, a fixture
 from utils.common.errors import UserError
 from utils.imaging.decode import to_rgb
+from utils.reports import charts
 from utils.runs import snapshots
 
 pytestmark = pytest.mark.usefixtures("short_networks")
@@ -189,8 +190,9 @@ def test_what_cannot_be_loaded_or_read(snapshot, tmp_path):  # noqa: F811
         load(snapshot, **PLAIN).predict(tmp_path / "a.png")
 
 
-def test_a_result_shows_and_saves_itself(snapshot, tmp_path, capsys):  # noqa: F811
+def test_a_result_shows_and_saves_itself(snapshot, tmp_path, capsys, monkeypatch):  # noqa: F811
     """The picture holds image, colors and legend side by side; files hold what they are named after."""
+    monkeypatch.setattr(charts, "new_figure", NEW_FIGURE)
     image = np.kron(RGB, np.ones((4, 4, 1), np.uint8))
     reused = image.copy()
     result = load(snapshot, **PLAIN).predict(reused)

@@ -226,11 +226,11 @@ def check(args):
     if not (args.export or args.push) and (args.export_size or args.export_precision):
         raise UserError("--export-size, --export-precision: expected with --export, found none")
     exported = list(filter(is_exported, args.restore_from))
-    fixed = [f"--{name.replace('_', '-')}" for name in ("amp", "raw_weights", "export", "push")
-             if getattr(args, name) not in (None, False, "off")]
+    fixed = [f"--{name.replace('_', '-')}" for name in ("amp", "kernels", "raw_weights", "export", "push")
+             if getattr(args, name) not in (None, False, "off", "auto")]
     if exported and fixed:
-        raise UserError(f"{fixed[0]}: expected a snapshot, found {exported[0]}, an export, whose weights and precision "
-                        "are fixed")
+        raise UserError(f"{fixed[0]}: expected a snapshot, found {exported[0]}, an export, whose weights and "
+                        "arithmetic are fixed")
     if args.whole and args.input_size:
         raise UserError("--whole: expected no size of windows with it, found {}×{}".format(*args.input_size))
     tasks = [f"--{name}" for name in ("images", "submission", "export", "push") if getattr(args, name)]

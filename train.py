@@ -295,7 +295,8 @@ def check(args, devices, classes):
     if args.compile:
         check_compile(devices=devices, parallel=args.parallel, recompute=args.recompute, amp=args.amp)
     if args.cuda_graph == "on":
-        capture.resolve("on", devices=devices, parallel=args.parallel, accumulate=args.accumulate, amp=args.amp)
+        capture.resolve("on", devices=devices, parallel=args.parallel, accumulate=args.accumulate, amp=args.amp,
+                        recompute=args.recompute)
     choice = flags.from_flags(NetworkChoice, vars(args))
     choice.check(batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
                  pretrained=args.pretrained, restore_from=args.restore_from)
@@ -398,7 +399,7 @@ def resolve(args, root, devices, processes, begin):
     values = vars(args) | {
         "amp": amp,
         "cuda_graph": capture.resolve(args.cuda_graph, devices=devices, parallel=args.parallel,
-                                      accumulate=args.accumulate, amp=amp),
+                                      accumulate=args.accumulate, amp=amp, recompute=args.recompute),
         "channels_last": channels_last, "kernels": kernels,
         "backbone": network["backbone"], "loss_weights": {head: loss_weights[head] for head in heads},
         "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(
@@ -593,7 +594,10 @@ def make_network(options, config, begin, devices, processes, allow_partial):
 def perform(run):
     """Train and draw the curves. Returns the number of the signal that stopped the training early, else 0."""
     with run.log:
-        stopped = train(run)
+        try:
+            stopped = train(run)
+        finally:
+            run.engine.release()
         if run.engine.skipped:
             run.log.info(f"{plural(run.engine.skipped, 'step')} skipped, because gradients overflowed in half "
                         "precision")

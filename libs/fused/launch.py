@@ -89,11 +89,14 @@ def random_map(*shape, seed, device, dtype):
     return values.to(device, dtype, memory_format=torch.channels_last)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def disagreement(device):
     """Compare all operators with PyTorch's on small tensors: a clause that names the first that differs, or None."""
     for name, (dtype, tolerance) in itertools.product(OPERATORS, TOLERANCES.items()):
         operator = importlib.import_module(f"{__package__}.{name}")
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # the kernels use no TF32 either
+        # The kernels use no TF32 either; the caller may predict, without gradients or in half precision.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
             results = operator.examples(device, dtype)
         for what, (result, expected) in results.items():
             error = ((result - expected).norm() / expected.norm()).item()

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from dataset.cityscapes import CityscapesDataset
 from dataset.streets import write_dataset
+from libs.abn import ABN
 from libs.convert import fold_norms
+from libs.fused.launch import obstacle
 from networks.build import build_network
 from networks.predictor import prepare_for_evaluation
 from utils.devices.precision import AUTOCAST
@@ -111,7 +113,11 @@ def prepared(device, amp, size=129, **shape):
     with torch.autocast(device.type, dtype=AUTOCAST[amp], enabled=AUTOCAST[amp] is not None):
         expected = network(images)["fine"]
         for prepare in (fold_norms, functools.partial(prepare_for_evaluation, device=device)):
-            actual = prepare(network).to(memory_format=torch.channels_last)(
+            ready = prepare(network)
+            if prepare is not fold_norms and device.type == "cuda":
+                kept = any(isinstance(module, ABN) for module in ready.modules())
+                assert kept == (obstacle(device) is None), f"norms are kept: {kept}, obstacle: {obstacle(device)}"
+            actual = ready.to(memory_format=torch.channels_last)(
                 images.contiguous(memory_format=torch.channels_last))["fine"]
             worst = max(worst, near(actual, expected, 1e-4 if amp == "off" else 0.1, "logits"))
     return f"logits {worst:.1e}"

@@ -50,8 +50,21 @@ def collectives(processes, device):
     assert torch.equal(processes.all_reduce(values), values * processes.size)
     assert processes.broadcast({"a": [1]}) == {"a": [1]}
     assert processes.gather_objects("b") == ["b"] * processes.size
+    map = torch.arange(24.0, device=device).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    shifted = map + processes.rank
+    processes.average([shifted])
+    assert torch.equal(shifted, map + (processes.size - 1) / 2)
+    module = torch.nn.Conv2d(2, 2, 3).to(device, memory_format=torch.channels_last)
+    processes.copy_from_first(module)
+    same_everywhere(processes, module)
     processes.barrier()
-    return "gather, all_reduce, broadcast, gather_objects, barrier"
+    return "gather, all_reduce, average, copy_from_first, broadcast, gather_objects, barrier"
+
+
+def same_everywhere(processes, module):
+    """Raise AssertionError unless all processes have the same weights, to the bit."""
+    flat = torch.cat([weight.detach().flatten() for weight in module.parameters()])
+    assert all(torch.equal(other, flat) for other in processes.gather(flat)), "the weights of processes differ"
 
 
 def step_as_without(processes, device, **shape):
@@ -77,6 +90,9 @@ def losses_of(devices, processes, steps, size, images, **shape):
             batch = {key: value.chunk(processes.size)[processes.rank] for key, value in batch.items()}
         terms, _ = engine.step([batch])
         actual.append([terms[head] for head in WEIGHTS])
+    if processes is not None:
+        same_everywhere(processes, engine.network)
+    engine.release()
     return actual
 
 

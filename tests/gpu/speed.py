@@ -232,6 +232,7 @@ def replays_as_steps(device, size, images, processes=None, steps=WARMUP + 3, **s
     for choice in ("off", "on"):
         engine = make_engine(device, dropout=True, processes=processes, options={"cuda_graph": choice}, **shape)
         actual.append([list(engine.step([make_batch(size, seed, images)])[0].values()) for seed in range(steps)])
+        engine.release()
     plain, same = map(torch.tensor, actual)
     return f"losses {near(same, plain, 1e-3, 'losses'):.1e}"
 

@@ -42,9 +42,17 @@ class Processes:
         Args:
             tensors: of one dtype, without gaps in memory, with the same strides in all processes, such as gradients.
         """
-        values = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]     # in the order of memory
-        means = self.all_reduce(torch.cat(values)) / self.size
+        values = [_in_order_of_memory(tensor) for tensor in tensors]
+        means = torch.cat(values)
+        dist.all_reduce(means, group=self.group)
+        means /= self.size
         torch._foreach_copy_(values, means.split([len(part) for part in values]))
+
+    @torch.no_grad()
+    def copy_from_first(self, module):
+        """Replace the parameters and buffers of a module by those of the first process."""
+        for tensor in module.state_dict().values():
+            dist.broadcast(_in_order_of_memory(tensor), src=0, group=self.group)
 
     def barrier(self):
         """Wait until all processes have reached this call."""
@@ -61,6 +69,11 @@ class Processes:
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+
+def _in_order_of_memory(tensor):
+    """View a tensor without gaps in memory, of any strides, as one of one axis."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def find_peers(group=None):
@@ -104,16 +117,21 @@ def gather_from_ranks(processes, value):
     return [value] if processes is None else processes.gather_objects(value)
 
 
-def share_batches(module, devices, processes):
+def share_batches(module, devices, processes, captured=False):
     """Wrap a module so that processes, or several devices of this process, share each batch.
 
     Args:
         module: on the first device.
         devices: of this process.
         processes: `Processes`, or None if this process is alone.
+        captured: whether the passes of each process become a CUDA graph. DistributedDataParallel would tie them to the
+            stream on which it was built, and the caller averages the gradients instead.
     """
     if processes is not None:
         logger.info(f"{processes.size} processes share each batch, and the statistics of its norms")
+        if captured:
+            processes.copy_from_first(module)
+            return module
         # With channels-last inputs the gradient of a weight with one pixel or one input channel has other strides than
         # the weight, but the same order in memory. PyTorch's warning about slow strides does not apply.
         warnings.filterwarnings("ignore", r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, "

@@ -148,7 +148,8 @@ class Engine:
                 self._deciding_layers[layer.decide_kept_inputs].append(layer)
         self._captured = None
         if cuda_graph != "off":
-            self._captured = CapturedFunction(self._pass_with_gradients, required=cuda_graph == "on")
+            self._captured = CapturedFunction(self._pass_with_gradients, required=cuda_graph == "on",
+                                              processes=processes)
         self._statistics = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in buffers_by_dtype(network)]
 
     def train_mode(self):
@@ -216,10 +217,7 @@ class Engine:
 
     def _pass(self, images, labels, divisors=None, parts=1, last=True):
         """Forward and backward pass of a part of the batch, as in `step_loss`: its terms (T,)."""
-        module = self.module
-        if self._captured is not None and isinstance(module, DistributedDataParallel):
-            module = module.module      # `_replay_pass` exchanges the gradients, after the graph
-        loss, terms = step_loss(module, self.criterion, images, labels, processes=self.processes,
+        loss, terms = step_loss(self.module, self.criterion, images, labels, processes=self.processes,
                                 divisors=divisors, parts=parts)
         self.precision.backward(loss, self.optimizer, last)
         return terms
@@ -245,6 +243,11 @@ class Engine:
             for layer in layers:
                 layer.count_pass()
         return terms
+
+    def release(self):
+        """Free the CUDA graph if there is one. NCCL waits for this when processes leave their group."""
+        if self._captured is not None:
+            self._captured.release()
 
     def weight_norm(self):
         """The Euclidean norm of all weights: float."""
@@ -324,6 +327,7 @@ def make_engine(network: nn.Module, *, criterion: nn.Module, optimizer: torch.op
         compile_network(network)
     module = NetworkWithLoss(network, criterion.to(devices[0]), normalization=normalization,
                              autocast=precision.autocast, apex=precision.casts)
-    return Engine(share_batches(module, devices, processes), network, criterion=criterion, optimizer=optimizer,
+    module = share_batches(module, devices, processes, captured=cuda_graph != "off")
+    return Engine(module, network, criterion=criterion, optimizer=optimizer,
                   precision=precision, devices=devices, processes=processes, memory_format=memory_format, frozen=frozen,
                   clip_gradient=clip_gradient, ema=ema, cuda_graph=cuda_graph)

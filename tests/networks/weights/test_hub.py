@@ -13,10 +13,10 @@ from PIL import Image
 from networks.exporting import push_snapshot
 from networks.predictor import load
 from networks.weights import hub
-from tests.conftest import ROOT
+from tests.conftest import ROOT, snapshot_content
 from tests.hub_server import READER, WRITER, serve
-from tests.test_evaluate import snapshot as snapshot  # a fixture
 from utils.common.errors import UserError
+from utils.runs import snapshots
 
 pytest.importorskip("safetensors")
 pytest.importorskip("huggingface_hub")
@@ -95,6 +95,13 @@ REFUSED = {     # name → parts of the sentence
     "push a new one by a reader": ("--push hf:me/mine: expected a repository that your token may use, ", "(403)"),
     "private": ("hf:me/secret: expected a repository that your token may use, found none, ", "(401); hf auth login"),
     "push without a token": ("--push hf:me/net: expected a token that may write, found none; hf auth login",)}
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    path = tmp_path_factory.mktemp("snapshot") / "CS_scenes_7.pth"
+    snapshots.save(path, snapshot_content())
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,8 @@ def make_engine(amp="off", cuda_graph="off", processes=None):
     network, criterion, precision = SmallNetwork(), SegmentationCriterion({"fine": 1.0}), Precision(amp, CPU)
     module = NetworkWithLoss(network, criterion, Normalization(), precision.autocast)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
-    return Engine(share_batches(module, [CPU], processes), network, criterion, optimizer, precision, [CPU],
+    module = share_batches(module, [CPU], processes, captured=cuda_graph != "off")
+    return Engine(module, network, criterion, optimizer, precision, [CPU],
                   processes=processes, cuda_graph=cuda_graph)
 
 
@@ -205,10 +206,10 @@ def test_what_cannot_be_captured_is_called_as_ever(capsys):
 
 def test_the_flag_is_resolved(capsys):
     gpu = torch.device("cuda", 0)
-    possible = {"devices": [gpu], "parallel": "ddp", "accumulate": 1, "amp": "bf16"}
+    possible = {"devices": [gpu], "parallel": "ddp", "recompute": "none", "accumulate": 1, "amp": "bf16"}
     assert [capture.resolve(choice, **possible) for choice in capture.CHOICES] == list(capture.CHOICES)
     for other in ({"devices": [CPU]}, {"devices": [gpu, gpu], "parallel": "dp"}, {"accumulate": 2},
-                  {"amp": "apex"}):
+                  {"amp": "apex"}, {"recompute": "full"}):
         assert capture.resolve("auto", **possible | other) == capture.resolve("off", **possible | other) == "off"
         assert "--cuda-graph off: not possible with" in "".join(capsys.readouterr())
         with pytest.raises(UserError, match="--cuda-graph on: expected"):

@@ -265,6 +265,12 @@ class FourAlike(Processes):
     def all_reduce(self, tensor):
         return self.size * tensor
 
+    def gather_objects(self, value):
+        return [value] * self.size
+
+    def average(self, tensors):
+        torch._foreach_div_(tensors, 1.0)
+
 
 @pytest.mark.parametrize("options, layout", [
     ({"norm": "bn"}, "channels-last"), ({"amp": "off"}, "NCHW"), ({"amp": "fp16", "ohem": True}, "channels-last"),

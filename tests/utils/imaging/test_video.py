@@ -295,8 +295,8 @@ def test_without_pyav_the_way_to_h264_is_said(tmp_path, monkeypatch, capsys, mis
         writer.write(drawn_frames()[0])
         writer.close()
         assert codec_of(tmp_path / f"{number}.mp4") in expected
-        said = capsys.readouterr().out
-        assert said.count("pip install av") == 1 and said.count("-c:v libx264") == advices
+        output = capsys.readouterr().out
+        assert output.count("pip install av") == 1 and output.count("-c:v libx264") == advices
 
 
 @pytest.mark.parametrize("package", ["av", "cv2"])

@@ -1,5 +1,6 @@
 """Worker processes that read samples or call functions, with errors in one sentence."""
 
+import concurrent.futures.thread
 import contextlib
 import io
 import signal
@@ -118,6 +119,8 @@ def _tensors(item):
 def init_worker(worker):
     """Initialize a worker process of a `Loader`: the parent handles signals, and OpenCV uses no threads."""
     leave_signals_to_the_parent(worker)
+    # A worker started in a thread of an executor (asyncio.to_thread) would fail at its end, when it joins that thread.
+    concurrent.futures.thread._threads_queues.clear()
     if hasattr(signal, "SIGBUS"):       # sent without shared memory; the parent reports it, not PyTorch's handler here
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
     disable_opencv_threads()

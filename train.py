@@ -612,16 +612,13 @@ def train(run):
     Returns the number of the signal that stopped it early, else 0.
     """
     engine, log, num_steps = run.engine, run.log, run.schedule.num_steps
-    if run.start >= num_steps:
-        log.info(f"nothing is left to do: {plural(run.start, 'step')} done, --num-steps is {num_steps}")
-    elif ending := run.patience and run.validate.lost_patience(run.patience):
-        log.info(f"nothing is left to do: {plural(run.start, 'step')} done; {ending}")
-        return 0
-    engine.train_mode()
-    window, waited, images = time.monotonic(), 0.0, 0
-    history = History(engine, saved=run.start)
-    batches = iter(run.batches)
     with command.StopRequest() as stop:
+        if is_over(run, stop):
+            return max(gather_from_ranks(engine.processes, stop.number))
+        engine.train_mode()
+        window, waited, images = time.monotonic(), 0.0, 0
+        history = History(engine, saved=run.start)
+        batches = iter(run.batches)
         for step in range(run.start + 1, num_steps + 1):
             before = time.monotonic()
             parts = [next(batches) for _ in range(run.accumulate)]
@@ -655,10 +652,8 @@ def train(run):
             if run.panel and (step % run.panel_every == 0 or last):
                 log.picture("image_truth_coarse_fine_difference", run.panel(), step)
             if run.validate and (step % run.val_every == 0 or last):
-                best = run.validate(step, lambda: stop.requested)
-                if best is not None:
-                    run.snapshots.save_best(step, best)
-                ending = run.patience and run.validate.lost_patience(run.patience)
+                ending, left_out = validate(run, step, stop)
+                stopping = stopping or left_out
             if step % run.save_every == 0 or last or stopping or ending:
                 run.snapshots.save(step, history.healthy)
                 history.saved = step
@@ -672,6 +667,40 @@ def train(run):
             if logged:      # pictures, validation and snapshots do not count
                 window, waited, images = time.monotonic(), 0.0, 0
     return max(gather_from_ranks(engine.processes, stop.number))
+
+
+def is_over(run, stop):
+    """Whether a run that goes on has no steps left, or none to do before it is stopped; says which.
+
+    A validation that a signal ended early is done before that.
+    """
+    start, num_steps = run.start, run.schedule.num_steps
+    ending, stopping = run.patience and run.validate.lost_patience(run.patience), False
+    due = run.validate and start and (start % run.val_every == 0 or start >= num_steps)
+    if due and not run.validate.has_scored(start):
+        ending, stopping = validate(run, start, stop)
+    if stopping:
+        run.log.info(f"stopped after step {start}; the same command with --resume goes on")
+    elif ending or start >= num_steps:
+        run.log.info(f"nothing is left to do: {plural(start, 'step')} done; {ending or f'--num-steps is {num_steps}'}")
+    return bool(stopping or ending or start >= num_steps)
+
+
+def validate(run, step, stop):
+    """Validate the network after a step, and save it if it is the best so far.
+
+    Args:
+        run: `Run`.
+        step: steps done.
+        stop: `StopRequest`.
+
+    Returns:
+        Why the run ends now, or ""; and whether a signal ended the validation early: it is then done again on resume.
+    """
+    best = run.validate(step, lambda: stop.requested)
+    if best is not None:
+        run.snapshots.save_best(step, best)
+    return run.validate.lost_patience(run.patience), not run.validate.has_scored(step)
 
 
 if __name__ == "__main__":

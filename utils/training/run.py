@@ -7,6 +7,7 @@ from ..runs.log import NoLog, RunLog
 from .engine import Engine
 from .optimization import Schedule
 from .resume import SnapshotFolder
+from .validation import QuickValidation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,7 @@ class Run:
         log: logs progress, metrics and pictures.
         snapshots: writes the snapshots.
         panel: function that returns a picture of the predictions, (H, W, 3) uint8; None for no pictures.
-        validate: function of (step, stop_requested) that returns the score if it is the best so far, else None;
-            `stop_requested()` is whether to stop early. None for no validation.
+        validate: `QuickValidation`, or None.
         patience: number of validations without a better score after which the run ends; 0 for all steps.
         save_every, val_every, log_every, panel_every: steps between snapshots, validations, log entries and pictures;
             all are also done after the last step.
@@ -37,7 +37,7 @@ class Run:
     log: RunLog | NoLog = field(default_factory=NoLog)
     snapshots: SnapshotFolder | None = None
     panel: Callable | None = None
-    validate: Callable | None = None
+    validate: QuickValidation | None = None
     patience: int = 0
     save_every: int = 5000
     val_every: int = 0

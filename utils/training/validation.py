@@ -65,7 +65,7 @@ class QuickValidation:
             self.predictor, items, self.classes.num_classes, self.ignore_index))
         self.engine.train_mode()
         if any(gather_from_ranks(self.engine.processes, stop_requested())):
-            self.log.info(f"the quick validation of step {step} is left out")
+            self.log.info(f"the quick validation of step {step} is left out until --resume")
             return None
         if self.engine.processes is not None:
             total = sum_of_matrices(self.engine.processes.gather_objects(total))
@@ -79,14 +79,19 @@ class QuickValidation:
         self.highest = score_of_step
         return self.highest
 
+    def has_scored(self, step):
+        """Whether the network was scored after this step."""
+        return step in dict(self.scores)
+
     def lost_patience(self, patience):
         """Return a sentence if `patience` validations have brought no better score, so that the run ends, else ""."""
         best = max(range(len(self.scores)), key=lambda index: self.scores[index][1], default=0)     # the first of them
         if not patience or len(self.scores) - 1 - best < patience:
             return ""
         step, highest = self.scores[best]
+        other = f", which has {100 * self.highest:.2f} %" * (self.highest > highest)    # of steps before a resume
         return (f"--patience {patience}: no quick validation since step {step} was better than its mIoU of "
-                f"{100 * highest:.2f} %; the best snapshot is {Path(self.folder or '', snapshots.BEST)}")
+                f"{100 * highest:.2f} %; the best snapshot is {Path(self.folder or '', snapshots.BEST)}{other}")
 
 
 @torch.no_grad()

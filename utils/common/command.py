@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import re
 import signal
@@ -53,6 +52,8 @@ def run(main):
     warnings.formatwarning = _format_warning
     if "LOCAL_RANK" in os.environ and hasattr(signal, "setitimer"):
         signal.signal(signal.SIGTERM, _exit_after_a_second)
+    else:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
         return
@@ -95,6 +96,11 @@ def _exit_status_and_message(error):
 
 def _among_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _interrupt(number, frame):
+    """Handle SIGTERM like Ctrl-C, so that unfinished files are removed."""
+    raise Interrupted(number)
 
 
 def _exit_after_a_second(number, frame):
@@ -153,21 +159,6 @@ def _ignore_output_errors():
         raw = _LossyFile(os.devnull if stream is None else number, "w", closefd=stream is None)
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), getattr(stream, "encoding", "utf-8"),
                                             "backslashreplace", line_buffering=True))
-
-
-def debounce_signals(handler):
-    """Wrap a signal handler so that it ignores repeats for a second after a call.
-
-    The same request to stop often arrives two or more times.
-    """
-    last_call = -math.inf
-
-    def debounced(number, frame):
-        nonlocal last_call
-        if time.monotonic() - last_call >= 1.0:
-            last_call = time.monotonic()
-            handler(number, frame)
-    return debounced
 
 
 class StopRequest:

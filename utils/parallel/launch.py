@@ -1,8 +1,10 @@
 """Launching the processes of a run, their ranks, and their process group."""
 
 import logging
+import math
 import os
 import sys
+import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..common.command import debounce_signals, give_up_after
+from ..common.command import give_up_after
 from ..common.errors import UserError, first_line, plural
 from ..common.messages import logger
 from .interfaces import choose_interface, local_address
@@ -116,7 +118,7 @@ def start_processes(count, argv=None):
     # The processes report their own errors; the launcher's long report of a failure would hide them.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # A second signal would make the launcher stop waiting for processes that are still saving.
-    api._terminate_process_handler = debounce_signals(api._terminate_process_handler)
+    api._terminate_process_handler = _debounce_signals(api._terminate_process_handler)
     config = LaunchConfig(1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           max_restarts=0)
     try:
@@ -220,3 +222,18 @@ def leave_processes():
     """Destroy the process group of `join_processes`, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _debounce_signals(handler):
+    """Wrap a signal handler so that it ignores repeats for a second after a call.
+
+    The same request to stop often arrives two or more times.
+    """
+    last_call = -math.inf
+
+    def debounced(number, frame):
+        nonlocal last_call
+        if time.monotonic() - last_call >= 1.0:
+            last_call = time.monotonic()
+            handler(number, frame)
+    return debounced

@@ -173,18 +173,32 @@ class H264Writer:
     def __init__(self, path, rate, size):
         import av
 
-        self.make_frame = av.VideoFrame.from_ndarray
+        self.make_frame, self.error = av.VideoFrame.from_ndarray, av.error.FFmpegError
         av.Codec("libx264", "w")        # raises ValueError before the file is created
-        self.file = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-        self.stream = self.file.add_stream("libx264", rate=Fraction(rate).limit_denominator(65535), options=H264)
-        self.stream.width, self.stream.height = size
-        self.stream.pix_fmt = "yuv420p"     # what all players decode
+        with self._errors(), contextlib.ExitStack() as stack:
+            self.file = stack.enter_context(av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}))
+            self.stream = self.file.add_stream("libx264", rate=Fraction(rate).limit_denominator(65535), options=H264)
+            self.stream.width, self.stream.height = size
+            self.stream.pix_fmt = "yuv420p"     # what all players decode
+            self.stream.codec_context.open()
+            stack.pop_all()
+
+    @contextlib.contextmanager
+    def _errors(self):
+        """Context in which errors of FFmpeg that are not of the system's are ValueError."""
+        try:
+            yield
+        except self.error as error:
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(str(error)) from None
 
     def write(self, picture):
-        self.file.mux(self.stream.encode(self.make_frame(picture, format="bgr24")))
+        with self._errors():
+            self.file.mux(self.stream.encode(self.make_frame(picture, format="bgr24")))
 
     def release(self):
-        with self.file:     # closes it
+        with self._errors(), self.file:     # closes it
             self.file.mux(self.stream.encode())
 
 

@@ -278,15 +278,17 @@ def test_videos_are_h264_that_players_can_read_while_they_load(tmp_path, capsys)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("missing", ["the package", "the encoder"])
+@pytest.mark.parametrize("missing", ["the package", "the encoder", "its options"])
 def test_without_pyav_the_way_to_h264_is_said(tmp_path, monkeypatch, capsys, missing):
     """VP9 is what the wheels of OpenCV can write of what browsers play; builds of others may lack it."""
     if missing == "the package":
         monkeypatch.setitem(sys.modules, "av", None)
-    else:
+    elif missing == "the encoder":
         def unknown(*words):
             raise ValueError(words)
         monkeypatch.setattr(pytest.importorskip("av"), "Codec", unknown)
+    else:       # found when the encoder opens
+        monkeypatch.setitem(video.H264, "preset", "none of its own")
     for number, (codecs, expected, advices) in enumerate(((video.CODECS, ("vp09", "VP90"), 0),
                                                           (("yyyy", "mp4v"), ("mp4v", "FMP4"), 1))):
         monkeypatch.setattr(video, "CODECS", codecs)

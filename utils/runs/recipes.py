@@ -10,13 +10,15 @@ from pathlib import Path
 from ..common.errors import UserError
 from .log import RUNS, read_runs
 
+# A comment, after what may contain # in other meanings and is kept: quotations and escaped characters.
+COMMENT = re.compile(r"""("(?:\\[\s\S]|[^"\\])*"|'[^']*'|\\[\s\S])|(?<!\S)#.*""")
 # Flags of the machine and the results, which another run does not share.
 NOT_TAKEN = {"gpu", "parallel", "num_workers", "cache", "amp", "opt_level", "channels_last", "compile", "cuda_graph",
              "kernels", "snapshot_dir", "save_pred_every", "keep", "log_every", "panel_every", "resume", "log", "like"}
 # Where the command line has one of the first flags, these and the second ones are not taken from the run: they would
 # contradict each other.
 REPLACED = (({"data_dir", "images_dir", "labels_dir"}, {"data_list", "val_list"}),
-            ({"restore_from", "pretrained"}, set()), ({"model", "acf"}, {"ablations", "loss_weights"}))
+            ({"restore_from", "pretrained"}, set()), ({"model", "acf"}, {"ablations", "loss", "loss_weights"}))
 
 
 def parse_args(parser, words=None):
@@ -52,7 +54,7 @@ def expand(words, within=()):
             if path in within:
                 raise ValueError("a file that names itself")
             with open(path, encoding="utf-8-sig") as file:
-                inside = shlex.split(re.sub(r"(?m)(^|\s)#.*$", "", file.read()))     # not within a word: run#2
+                inside = shlex.split(COMMENT.sub(r"\1", file.read()))
         except (OSError, ValueError) as error:      # ValueError: not UTF-8, or a quotation without an end
             raise UserError(f"{word}: expected a text file of flags and their values, found: "
                             f"{getattr(error, 'strerror', None) or error}") from None

@@ -26,10 +26,10 @@ def test_a_file_stands_for_the_flags_in_it(tmp_path):
     (tmp_path / "inner.txt").write_bytes("\ufeff--power 0.5\r\n".encode())
     (tmp_path / "flags.txt").write_text(
         f"# The user's own\n\n--batch-size 4   # four\n--data-dir 'a b'\n--random-mirror --random-scale\n"
-        f"@{tmp_path}/inner.txt\n--split \"train\" --snapshot-dir run#2\n")
+        f"@{tmp_path}/inner.txt\n--split \"train\" --snapshot-dir run#2 # don't\n--val-list 'it # is' # a name\n")
     args = parse("--batch-size", 6, f"@{tmp_path}/flags.txt", "--split", "val")
     assert (args.batch_size, args.data_dir, args.random_mirror, args.random_scale) == (4, "a b", True, (0.5, 2.0))
-    assert (args.power, args.split, args.snapshot_dir) == (0.5, "val", "run#2")
+    assert (args.power, args.split, args.snapshot_dir, args.val_list) == (0.5, "val", "run#2", "it # is")
     (tmp_path / "e.txt").write_text("--restore-from a.pth b.pth\n--no-flip --scales 1.0 1.5\n")
     args = parse(f"@{tmp_path}/e.txt", "--whole", script=evaluate)
     assert (args.restore_from, args.flip, args.scales, args.whole) == (["a.pth", "b.pth"], False, [1.0, 1.5], True)

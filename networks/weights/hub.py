@@ -41,7 +41,8 @@ def push(name, folder, overwrite):
     """Upload the files of an export in one commit. A new repository is private.
 
     name: hf:owner/name; folder: with `FILES`, or None only to check whether they may be uploaded; overwrite: whether to
-    replace such files. Returns who can see the repository, and its address; `UserError` if the Hub refuses the files.
+    replace such files, and to publish in a public repository. Returns who can see the repository, and its address;
+    `UserError` if the Hub refuses the files.
     """
     with _connection(name, "--push ") as (hub, repository, revision):
         if revision or hub.get_token() is None:
@@ -57,6 +58,9 @@ def push(name, folder, overwrite):
         if existing and not overwrite:
             raise UserError(f"--push {name}: expected a repository without these files (or --overwrite; its history "
                             f"keeps them), found {', '.join(existing)}")
+        if not info.private and not overwrite:
+            raise UserError(f"--push {name}: expected a private repository (or --overwrite, to publish the network), "
+                            "found a public one")
         if folder is not None:      # parent_commit: the Hub refuses the files if there is a later commit by now
             api.create_commit(repository, [hub.CommitOperationAdd(file, Path(folder, file)) for file in FILES],
                               commit_message="Upload a network by evaluate.py --push", parent_commit=info.sha)

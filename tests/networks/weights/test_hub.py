@@ -72,6 +72,7 @@ note("images", lambda: evaluate.main("--restore-from hf:me/net --images a.png --
                                      "--scales 1 --no-flip --save labels".split()))
 note("training", lambda: read_weights("hf:me/net").family)
 note("push to a public one", lambda: push("hf:me/public"))
+note("publish", lambda: push("hf:me/public", "--overwrite"))
 for name in ("missing", "other", "no-weights", "outside"):
     note(name, lambda: hub.fetch(f"hf:me/{name}"))
 note("revision", lambda: hub.fetch("hf:me/net@v7"))
@@ -86,6 +87,7 @@ note("down, cached", lambda: str(hub.fetch("hf:me/net")))
 """
 REFUSED = {     # name → parts of the sentence
     "push again": ("--push hf:me/net: expected a repository without these files (or --overwrite; ", "config.json"),
+    "push to a public one": ("--push hf:me/public: expected a private repository (or --overwrite, ", "found a public"),
     "missing": ("hf:me/missing: expected a repository that your token may use, found none", "(404); hf auth login"),
     "other": ("hf:me/other: expected a network of evaluate.py --push, found a config.json of something else",),
     "no-weights": ("hf:me/no-weights: expected config.json and the weights that it names, ", "found not both"),

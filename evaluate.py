@@ -60,6 +60,7 @@ import torch
 from dataset.cityscapes import CityscapesDataset
 from dataset.folders import add_data_flags, data_root
 from dataset.images import SUBMISSION, ImageFiles, find_images, images_of_split, open_videos, write_submission
+from dataset.infer import check_meaning
 from dataset.labels import ClassTable
 from networks.exported import is_exported
 from networks.exporting import export_snapshot, push_snapshot
@@ -125,7 +126,7 @@ def get_parser():
                        "(torch.export); or only its weights, with config.json and a model card: FILE.safetensors")
     tasks.add_argument("--push", type=flags.path, metavar="hf:OWNER/NAME",
                        help="upload what --export FILE.safetensors writes to the Hugging Face Hub; a new repository is "
-                       "private")
+                       "private, a public one needs --overwrite")
     tasks.add_argument("--export-size", type=flags.size, metavar="H,W",
                        help="fixed size of the images that .onnx and .pt2 take, one per call (default: any size and "
                        "number)")
@@ -153,7 +154,8 @@ def get_parser():
     out.add_argument("--output-dir", type=flags.path, help="folder of the results (default: beside the snapshot, named "
                      "after the snapshot and the split)")
     out.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder, "
-                     "or the file of --export, or the files of --push, and nothing else")
+                     "or the file of --export, or the files of --push, and nothing else; also publish in a public "
+                     "repository")
     out.add_argument("--save", nargs="+", choices=(*FOLDERS, "none"), help="pictures of each image; labels: label ids; "
                      "color: class colors, a PNG with a palette; overlay: class colors over the image, JPEG; "
                      "confidence: probability of the predicted class in gray, 255 for 1 (default: labels color "
@@ -193,10 +195,13 @@ def results_folder(path, what, output_dir=None, several=False):
         output_dir: the user's choice; None for a folder beside the snapshot, named after it and `what`.
         several: whether the results of other snapshots go to `output_dir` too, each into a folder of its own.
     """
-    path = hub.place_of(path)
+    place = hub.place_of(path)
+    name = place.stem       # an export beside its snapshot has results of its own
+    if place == Path(path) and place.suffix in (".onnx", ".safetensors"):
+        name += f"_{place.suffix[1:]}"
     if output_dir is None:
-        return path.with_name(f"{path.stem}_{what}")
-    return Path(output_dir) / path.stem if several else Path(output_dir)
+        return place.with_name(f"{name}_{what}")
+    return Path(output_dir) / name if several else Path(output_dir)
 
 
 def picture_files(dataset, kinds):
@@ -240,10 +245,10 @@ def check(args):
         raise UserError(f"--boundary: expected a data set to score, which has truth, found {tasks[0]}")
     if tasks and len(args.restore_from) > 1:
         raise UserError(f"--restore-from: expected one snapshot with {tasks[0]}, found {len(args.restore_from)}")
-    stem, count = Counter(hub.place_of(name).stem for name in args.restore_from).most_common(1)[0]
-    if count > 1 and args.output_dir:
-        raise UserError(f"--restore-from: expected snapshots of different names with --output-dir, found {stem} "
-                        f"{count} times")
+    folder, count = Counter(results_folder(name, args.split, args.output_dir, True)
+                            for name in args.restore_from).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--restore-from: expected a results folder for each file, found {folder} for {count} of them")
     if not (args.images or args.export or args.push):
         data_root(args.data_dir, args.images_dir, args.labels_dir)
     if args.submission and (args.data_list or args.images_dir):
@@ -368,6 +373,8 @@ def perform(args, paths, protocol, machine):
         return TrainedNetwork.open(path, protocol, machine.device, args.classes)
 
     def data(classes):
+        if not args.classes:
+            check_meaning(root, classes)
         return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
 
     broken = 0

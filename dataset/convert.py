@@ -6,7 +6,8 @@ and test, and these words in the names of COCO files, make the splits train, val
 
 Outlines are drawn in the order of the file, later ones on top; the polygons of one COCO annotation are united, and a
 crowd belongs to its class. Holes come from COCO's run lengths or, in Labelme, from outlines on top: _background_ is
-background there, and __ignore__ ignored. Coordinates refer to the image turned upright by its EXIF orientation.
+background there, and __ignore__ ignored. Boxes of COCO are not drawn. Coordinates refer to the image turned upright by
+its EXIF orientation.
 """
 
 import base64
@@ -53,6 +54,7 @@ class Entry:
     Attributes:
         file: path of the annotation file, relative to the source.
         image: path of the image, relative to the source; None if only the annotation file contains it.
+        certain: whether the annotation file states exactly where the image is, or contains it.
         split: "train", "val", "test" or "".
         size: [height, width] as stated there; values may be missing.
         shapes: [(class name, kind, geometry)] for `dataset.outlines.draw`.
@@ -60,6 +62,7 @@ class Entry:
 
     file: Path
     image: Path | None
+    certain: bool
     split: str
     size: list
     shapes: list
@@ -87,7 +90,13 @@ def find_split(names):
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
-def find_image(images, name, file, split):
+def image_at(images, name, file):
+    """Return the image at a path that an annotation file states relative to itself; None if there is none."""
+    path = Path(os.path.normpath(file.parent / to_nfc(str(name)).replace("\\", "/")))
+    return next((image for image in images.get(path.name, ()) if to_nfc(str(image)) == to_nfc(str(path))), None)
+
+
+def search_image(images, name, file, split):
     """Find the image in the source whose path ends like a name in an annotation file; None if it is not unique.
 
     Of names that lead out of the source, such as /home/me/a/b.jpg or ../a/b.jpg, only the end has to agree. Images of
@@ -114,15 +123,18 @@ def class_name(name):
 def read_labelme(file, content, images, problems):
     """Read a file of Labelme; arguments and results as of `read_coco`."""
     name, split = content["imagePath"], find_split(file.parts)
-    image = find_image(images, name, file, split) or next((path for suffix in SUFFIXES for path in images.get(
-        to_nfc(file.stem + suffix), ()) if path.parent == file.parent), None)
-    if image is None and not isinstance(content.get("imageData"), str):
+    beside = (path for suffix in SUFFIXES for path in images.get(to_nfc(file.stem + suffix), ())
+              if path.parent == file.parent)
+    image = image_at(images, name, file) or next(beside, None)
+    certain = image is not None or isinstance(content.get("imageData"), str)
+    image = image if certain else search_image(images, name, file, split)
+    if not certain and image is None:
         problems["left out: image not found, or several of its name"].append(f"{name} in {file}")
         return [], []
     shapes = [(class_name(shape.get("label")), shape.get("shape_type") or "polygon", shape)
               for shape in content["shapes"] if isinstance(shape, dict)]
     size = [content.get("imageHeight"), content.get("imageWidth")]
-    return [Entry(file, image, split or find_split(image.parts if image else ()), size, shapes)], sorted(
+    return [Entry(file, image, certain, split or find_split(image.parts if image else ()), size, shapes)], sorted(
         {label for label, _, _ in shapes})
 
 
@@ -151,12 +163,14 @@ def read_coco(file, content, images, problems):
                 f"image_id {image}, category_id {category} in {file}")
     split, entries = find_split([*file.parent.parts, *re.findall("[a-z]+", file.stem.lower())]), []
     for item in items:
-        image = find_image(images, item.get("file_name"), file, split)
+        name = item.get("file_name")
+        exact = image_at(images, name, file)
+        image = exact or search_image(images, name, file, split)
         if image is None:
-            problems["left out: image not found, or several of its name"].append(f"{item.get('file_name')} in {file}")
+            problems["left out: image not found, or several of its name"].append(f"{name} in {file}")
         else:
-            entries.append(Entry(file, image, split or find_split(image.parts), [item.get("height"), item.get("width")],
-                                 shapes[str(item.get("id"))]))
+            entries.append(Entry(file, image, exact is not None, split or find_split(image.parts),
+                                 [item.get("height"), item.get("width")], shapes[str(item.get("id"))]))
     # Roboflow adds a category that groups the others and has no annotations.
     used = {label for drawn in shapes.values() for label, _, _ in drawn}
     groups = {class_name(item.get("supercategory")) for item in categories}
@@ -166,7 +180,7 @@ def read_coco(file, content, images, problems):
 def read_annotations(source, problems):
     """Read all annotation files of a folder: [`Entry`] and class names. Raises `UserError` if they have no images."""
     files, images = list_files(source)
-    entries, names = {}, {}
+    read = []       # (`Entry`, names of the classes in its file)
     for file in progress(files, "reading annotations", "file"):
         try:
             content = json.loads(read_text(source / file, "a JSON file"))
@@ -181,22 +195,33 @@ def read_annotations(source, problems):
         else:
             problems["left out: JSON neither of Labelme nor of COCO"].append(file)
             continue
-        for entry in new:
-            if entries.setdefault(entry.image or file, entry) is entry:
-                names |= dict.fromkeys(labels)
-            else:
-                problems["left out: second annotation of an image"].append(f"{entry.image} in {file}")
+        read += [(entry, labels) for entry in new]
+    entries, names = {}, {}
+    for entry, _ in sorted(read, key=lambda item: not item[0].certain):     # a guess does not take another's image
+        entries.setdefault(entry.image or entry.file, entry)
+    for entry, labels in read:
+        if entries[entry.image or entry.file] is entry:
+            names |= dict.fromkeys(labels)
+        else:
+            problems["left out: second annotation of an image"].append(f"{entry.image} in {entry.file}")
     if not entries:
         raise UserError(f"{source}: expected images and JSON files of Labelme or COCO, found "
                         f"{plural(sum(map(len, images.values())), 'image')} and {plural(len(files), 'JSON file')}"
                         f"{'; '.join(['', *format_problems(problems)])}")
     problems["left out: image without annotations"] += [path for paths in images.values() for path in paths
                                                         if path not in entries]
-    return list(entries.values()), list(names)
+    return [entry for entry, _ in read if entries[entry.image or entry.file] is entry], list(names)
 
 
 def make_table(names, ignore_rest):
-    """Make the class table: (`ClassTable`, {class name: id in label maps}). Raises `UserError` for a wrong number."""
+    """Make a class table.
+
+    Returns:
+        `ClassTable`, {class name: id in label maps}, and the id of pixels outside of all outlines.
+
+    Raises:
+        UserError: for a wrong number of classes.
+    """
     names = [name for name in dict.fromkeys([BACKGROUND] * (not ignore_rest) + names) if name != IGNORED]
     if not 2 <= len(names) <= UNKNOWN:
         raise UserError(f"{'--ignore-rest' if ignore_rest else 'the annotations'}: expected 2 to {UNKNOWN} classes"
@@ -204,7 +229,27 @@ def make_table(names, ignore_rest):
                         f"{f' and {len(names) - MAX_SHOWN} more' * (len(names) > MAX_SHOWN)}")
     ids = {name: number for number, name in enumerate(names)} | {IGNORED: IGNORE_INDEX}
     rows = [(name, value, value, *distinct_color(value), "") for name, value in ids.items()]
-    return ClassTable([dict(zip((*COLUMNS, "category"), row, strict=True)) for row in rows]), ids
+    table = ClassTable([dict(zip((*COLUMNS, "category"), row, strict=True)) for row in rows])
+    return table, ids, IGNORE_INDEX if ignore_rest else 0
+
+
+def use_table(path, names, ignore_rest):
+    """Read the class table of --classes; arguments and results as of `make_table`."""
+    table = ClassTable.read(path)
+    rows = [row for row in table.rows if 0 <= row["id"] <= IGNORE_INDEX]
+    ids = {class_name(row["name"]): row["id"] for row in rows}
+    ignored = next((row["id"] for row in rows if row["train_id"] in (-1, IGNORE_INDEX)), None)
+    if ignored is not None:
+        ids.setdefault(IGNORED, ignored)
+    unknown = [name for name in names if name not in ids]
+    if unknown:
+        raise UserError(f"--classes {path}: expected rows with ids up to 255 for all classes of the annotations, found "
+                        f"none for {', '.join(unknown)}; add them, where train_id 255 ignores a class")
+    rest = ignored if ignore_rest else ids.get(BACKGROUND, ignored)
+    if rest is None:
+        raise UserError(f"--classes {path}: expected a row {'' if ignore_rest else 'background, or one '}with train_id "
+                        "255, for pixels outside of all outlines, found none")
+    return table, ids, rest
 
 
 def convert_image(job):
@@ -218,16 +263,21 @@ def convert_image(job):
     """
     source, entry, image, label_map, ids, rest = job
     name, problems = entry.image or entry.file, []
-    place_image(source, entry, image)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    original = source / entry.image if entry.image else image
     try:
-        width, height = upright_size(image)
+        if entry.image is None:
+            decode_image(source / entry.file, image)
+        width, height = upright_size(original)
         if all(entry.size) and entry.size != [height, width]:
-            raise UserError(f"{image}: expected {entry.size[1]}×{entry.size[0]}, as in {entry.file}, found "
+            raise UserError(f"{original}: expected {entry.size[1]}×{entry.size[0]}, as in {entry.file}, found "
                             f"{width}×{height}")
     except UserError as error:
-        image.unlink()
-        reason = str(error).removeprefix(f"{image}: ")
+        image.unlink(missing_ok=True)
+        reason = str(error).removeprefix(f"{original}: ")
         return None, [("left out: image that cannot be read, or of another size", f"{name}, {reason}")]
+    if original != image:
+        place_image(original, image)
     labels = np.full((height, width), rest, np.uint8)
     for label, kind, geometry in entry.shapes:
         try:
@@ -245,21 +295,22 @@ def convert_image(job):
     return np.bincount(labels.ravel(), minlength=256), problems
 
 
-def place_image(source, entry, target):
-    """Link or copy the image of an `Entry`, or decode it from Labelme's file. Raises `UserError` if that fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if entry.image is None:
-        text = json.loads(read_text(source / entry.file, "a JSON file"))["imageData"]
-        try:
-            data = base64.b64decode(text)
-        except ValueError:
-            data = b""      # is reported as an empty file
-        return write_atomically(target, lambda file: file.write(data))
+def decode_image(file, target):
+    """Decode the image that a file of Labelme contains. Raises `UserError` if the target cannot be written."""
     try:
-        os.link(os.path.realpath(source / entry.image), target)
+        data = base64.b64decode(json.loads(read_text(file, "a JSON file"))["imageData"])
+    except ValueError:
+        data = b""      # is reported as an empty file
+    write_atomically(target, lambda output: output.write(data))
+
+
+def place_image(original, target):
+    """Link or copy an image. Raises `UserError` if that fails."""
+    try:
+        os.link(os.path.realpath(original), target)
     except OSError:     # another disk, or a file system without links
-        with open_file(source / entry.image) as original:
-            write_atomically(target, lambda file: shutil.copyfileobj(original, file))
+        with open_file(original) as file:
+            write_atomically(target, lambda output: shutil.copyfileobj(file, output))
 
 
 def format_problems(problems):
@@ -268,12 +319,13 @@ def format_problems(problems):
             for kind, items in problems.items() if items]
 
 
-def convert(source, target, ignore_rest=False, workers=None):
+def convert(source, target, table=None, ignore_rest=False, workers=None):
     """Convert a folder of annotations to a new folder; see the description of the command.
 
     Args:
         source: the folder.
         target: path of the new folder.
+        table: path of a class table, whose ids are used, or its name; None to make one.
         ignore_rest: whether pixels outside all outlines are ignored, instead of background.
         workers: number of processes, as in `do_jobs`.
 
@@ -285,7 +337,7 @@ def convert(source, target, ignore_rest=False, workers=None):
     """
     problems = defaultdict(list)
     entries, names = read_annotations(source, problems)
-    classes, ids = make_table(names, ignore_rest)
+    classes, ids, rest = use_table(table, names, ignore_rest) if table else make_table(names, ignore_rest)
     splits = {name: [entry for entry in entries if entry.split == name] for name in ("train", "val", "test", "")}
     if splits[""] and len(splits[""]) < len(entries):
         raise UserError(f"{source}: expected all images in folders train, valid and test, or none, found "
@@ -297,7 +349,7 @@ def convert(source, target, ignore_rest=False, workers=None):
         for entry, stem in zip(members, stems, strict=True):
             suffix = entry.image.suffix if entry.image else ".png"
             jobs.append((source, entry, target / "images" / split / (stem + suffix),
-                         target / "labels" / split / f"{stem}.png", ids, IGNORE_INDEX if ignore_rest else 0))
+                         target / "labels" / split / f"{stem}.png", ids, rest))
     pixels, images, made = np.zeros(256, np.int64), np.zeros(256, np.int64), Counter()
     results = progress(do_jobs(convert_image, jobs, workers), "converting", "image")
     for (_, _, image, *_), (counts, remarks) in zip(jobs, results, strict=True):
@@ -309,6 +361,9 @@ def convert(source, target, ignore_rest=False, workers=None):
     sentences = format_problems(problems)
     if not made:
         raise UserError(f"{source}: expected images that can be converted, found none; {'; '.join(sentences)}")
+    if pixels.sum() == pixels[rest] and any(entry.shapes for entry in entries):
+        raise UserError(f"{source}: expected outlines of classes, found none that covers a pixel; "
+                        f"{'; '.join(sentences)}")
     write_atomically(target / "classes.csv", lambda file: file.write(classes.as_csv().encode()))
     share = 100 / pixels.sum()
     return [*(f"{plural(number, 'image')} in {folder.relative_to(target)}" for folder, number in made.items()),
@@ -321,6 +376,9 @@ def main():
                           description="Convert annotations of labelling tools to label maps.")
     parser.add_argument("source", type=flags.path, help="folder of images, and of JSON files of Labelme or COCO")
     parser.add_argument("target", type=flags.path, help="new folder for images/, labels/ and classes.csv")
+    parser.add_argument("--classes", type=flags.path, metavar="TABLE", help="class table whose ids are used: a "
+                        "file, such as classes.csv of an earlier TARGET, or the name of a data set (default: classes "
+                        "are numbered as they come)")
     parser.add_argument("--ignore-rest", action="store_true", help="ignore pixels outside of all outlines (default: "
                         "they are a class, background)")
     parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this process "
@@ -339,7 +397,7 @@ def main():
     except OSError as error:
         raise UserError(f"{args.target}: expected a folder that can be made, found: {error}") from None
     try:
-        report = convert(source, unfinished, args.ignore_rest, args.num_workers)
+        report = convert(source, unfinished, args.classes, args.ignore_rest, args.num_workers)
         if target.is_dir():
             target.rmdir()
         os.replace(unfinished, target)
@@ -351,6 +409,9 @@ def main():
     data = shlex.join(["--images-dir", f"{args.target}/images", "--labels-dir", f"{args.target}/labels", "--classes",
                        f"{args.target}/classes.csv"])
     print("\n".join([*report, "Next:", f"  python -m dataset.check {data}", f"  python train.py {data}"]))
+    if not args.classes:
+        more = shlex.join(["--classes", f"{args.target}/classes.csv"])
+        print(f"More annotations get the same ids by:\n  python -m dataset.convert SOURCE TARGET {more}")
 
 
 if __name__ == "__main__":

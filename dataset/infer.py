@@ -85,7 +85,7 @@ def infer_classes(splits, root, flag, workers, target, skip_unreadable=False):
         LabelValues(path, split, *count_values(path)) for split, path in files[:1]]
     values = sorted(set().union(*(label_map.pixels for label_map in maps)), key=_sort_key)
     table, finding, remedy = _interpret_values(maps, values)
-    existing, complete = _find_table(root, maps, values)
+    existing, complete = _find_table(root, [label_map.path.parent for label_map in maps], values)
     if existing is not None and _is_mask_export(existing, values):
         existing.check_at_least_two()
         logger.info(f"--classes is omitted: the classes are those of {existing.source}, in its order: "
@@ -275,14 +275,40 @@ def _interpret_colors(maps, values):
     return table, finding, f"state their meaning by {table.as_advice()}"
 
 
-def _find_table(root, maps, values):
+def check_meaning(root, classes):
+    """Compare classes with those of a class table in the folders of the data set, if there is one.
+
+    Args:
+        root: from `dataset.folders.data_root`.
+        classes: `ClassTable` by which the label maps will be read.
+
+    Raises:
+        UserError: if a class has another id there: the label maps were made with other ids.
+    """
+    table, complete = _find_table(root, [], [])
+    if not complete:        # none, or without ids
+        return
+    own, other = ({row["id"]: row["name"].casefold() for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)}
+                  for rows in (classes.rows, table.rows))
+    differing = {number: (name, own[number]) for number, name in other.items() if own.get(number, name) != name}
+    moved = [pair for pair in differing.items() if pair[1][0] in own.values() or pair[1][1] in other.values()]
+    for number, (there, here) in moved[:1]:
+        raise UserError(f"{table.source}: expected the ids of {classes.source}, found {there} for {number}, which is "
+                        f"{here} there; if the label maps have the ids of {table.source}, make them again with those "
+                        "of the network (python -m dataset.convert has --classes), else --classes TABLE says so")
+    for number, (there, here) in [*differing.items()][:1]:
+        logger.info(f"{table.source} has other names than {classes.source}, by which the label maps are read: "
+                    f"{number} is {there} there and {here} here")
+
+
+def _find_table(root, subfolders, values):
     """Find a class table of a usual name in the folders of the data set, with all values of the label maps.
 
     Returns:
         (`ClassTable`, whether --classes accepts the file), or (None, False).
     """
     roots = [*root, *map(os.path.dirname, map(os.path.abspath, root))] if isinstance(root, tuple) else [root]
-    for folder in dict.fromkeys([*map(Path, roots), *(label_map.path.parent for label_map in maps)]):
+    for folder in dict.fromkeys([*map(Path, roots), *subfolders]):
         for name in TABLE_NAMES:
             if os.path.isfile(folder / name):
                 try:

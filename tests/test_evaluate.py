@@ -251,8 +251,12 @@ command.run(evaluate.main)
 
 
 def test_snapshots_of_one_name_need_folders_of_their_own(streets, snapshot, tmp_path):
-    with pytest.raises(UserError, match="snapshots of different names with --output-dir, found latest 2 times"):
-        run(streets, "a/latest.pth", tmp_path, "--restore-from", "a/latest.pth", "b/latest.pth")
+    for words, folder in ((("a/latest.pth", "b/latest.pth", "--output-dir", "r"), "r/latest"),
+                          (("a/latest.pth", "a/latest.pth"), "a/latest_val")):
+        with pytest.raises(UserError, match=f"a results folder for each file, found {folder} for 2 of them"):
+            evaluate.main(["--data-dir", str(streets), "--restore-from", *words])
+    assert [str(evaluate.results_folder(name, "val")) for name in ("a/b.pth", "a/b.onnx", "a/b.safetensors")] == [
+        "a/b_val", "a/b_onnx_val", "a/b_safetensors_val"]
     (tmp_path / "r/b").mkdir(parents=True)
     (tmp_path / "r/b/result.json").write_text("{}")
     with pytest.raises(UserError, match="r/b: expected a folder without results .or --overwrite., found result.json"):

@@ -1,10 +1,13 @@
 """`python -m dataset.convert` on exports that the tools' own libraries wrote (golden/), and on files that are wrong."""
 
+import base64
 import json
 import multiprocessing
 import re
 import shutil
+import signal
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,10 +17,10 @@ from PIL import Image
 
 from dataset import check, convert
 from dataset.cityscapes import CityscapesDataset, all_label_maps
-from dataset.infer import infer_classes
+from dataset.infer import check_meaning, infer_classes
 from dataset.labels import ClassTable
 from dataset.outlines import draw
-from tests.conftest import SMALL
+from tests.conftest import SMALL, finish, start
 from tests.dataset.test_folders import refusal, words
 from tests.dataset.test_infer import samples
 
@@ -389,6 +392,74 @@ def test_a_category_that_groups_others_is_no_class(monkeypatch, tmp_path):
     assert read(tmp_path / "t/labels/a.png").sum() == 16
 
 
+def test_a_stated_place_comes_before_a_search(monkeypatch, tmp_path, capsys):
+    """The image beside a file of Labelme, then the one inside of it, and only then another of the name."""
+    root, one = tmp_path / "s", {"label": "crack", "points": [[0, 0], [4, 0], [4, 4]]}
+    for place, color in (("a/x.png", 10), ("b/x.png", 20), ("c/z.png", 30), ("d/w.png", 40)):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), color, np.uint8)).save(root / place)
+    inside = base64.b64encode((root / "d/w.png").read_bytes()).decode()
+    for place, more in (("a/x.json", {"imagePath": r"..\b\x.png"}), ("a/0.json", {"imagePath": "x.png"}),
+                        ("c/z.json", {"imagePath": "old/x.png"}), ("e/x.json", {"imagePath": "w.png"}),
+                        ("e/v.json", {"imagePath": "w.png", "imageData": inside})):
+        (root / place).parent.mkdir(exist_ok=True)
+        (root / place).write_text(json.dumps({"shapes": [one], **more}))
+    run(monkeypatch, root, tmp_path / "t")
+    out = capsys.readouterr().out
+    colors = {path.name: read(path)[0, 0, 0] for path in (tmp_path / "t/images").iterdir()}
+    assert sorted(colors.values()) == [10, 20, 30, 40, 40] and "second annotation" not in out
+    # A search does not take the image of a file that states it, whichever comes first.
+    (root / "0.json").write_text(json.dumps({"shapes": [one | {"label": "spall"}], "imagePath": "z.png"}))
+    run(monkeypatch, root, tmp_path / "u")
+    assert "second annotation of an image: 1, such as c/z.png in 0.json" in capsys.readouterr().out
+    assert ClassTable.read(tmp_path / "u/classes.csv").names == ["background", "crack"]
+
+
+def test_later_annotations_get_the_same_ids(monkeypatch, tmp_path, capsys):
+    write_coco(tmp_path / "first", {"a.png": (8, 8)}, [(0, 0, [SQUARE]), (0, 1, [[4, 4, 8, 4, 8, 8, 4, 8]])])
+    write_coco(tmp_path / "later", {"b.png": (8, 8)}, [(0, 0, [SQUARE])], categories=["spall"])
+    run(monkeypatch, tmp_path / "first", tmp_path / "t")
+    more = re.search("python -m dataset.convert SOURCE TARGET (.*)", capsys.readouterr().out)[1].split()
+    run(monkeypatch, tmp_path / "later", tmp_path / "u", *more)
+    assert set(np.unique(read(tmp_path / "u/labels/b.png"))) == {0, 2}
+    assert (tmp_path / "u/classes.csv").read_text() == (tmp_path / "t/classes.csv").read_text()
+    assert "convert SOURCE TARGET" not in capsys.readouterr().out
+    write_coco(tmp_path / "new", {"c.png": (8, 8)}, [(0, 0, [SQUARE])], categories=["dent"])
+    assert refusal(run, monkeypatch, tmp_path / "new", tmp_path / "v", *more).endswith(
+        "classes.csv: expected rows with ids up to 255 for all classes of the annotations, found none for dent; add "
+        "them, where train_id 255 ignores a class")
+    # By a table that ships: outside is what it ignores.
+    write_coco(tmp_path / "cars", {"d.png": (8, 8)}, [(0, 0, [SQUARE])], categories=["car"])
+    run(monkeypatch, tmp_path / "cars", tmp_path / "w", "--classes", "cityscapes")
+    assert set(np.unique(read(tmp_path / "w/labels/d.png"))) == {0, 26}
+    (tmp_path / "two.csv").write_text("name,id,train_id,red,green,blue\ncar,3,0,0,0,0\nbus,4,1,1,1,1\n")
+    for flag, row in (([], "a row background, or one with"), (["--ignore-rest"], "a row with")):
+        assert f"two.csv: expected {row} train_id 255, for pixels outside" in refusal(
+            run, monkeypatch, tmp_path / "cars", tmp_path / "x", "--classes", tmp_path / "two.csv", *flag)
+
+
+def test_ids_that_contradict_the_table_beside_the_labels_are_not_scored(tmp_path, capsys):
+    """As of an earlier conversion with other classes: a network would be scored by wrong names."""
+    folders = tmp_path / "images", tmp_path / "labels"
+    header = "name,id,train_id,red,green,blue\n"
+
+    def compare(own, beside):
+        for path, rows in (("own.csv", own), ("classes.csv", beside)):
+            (tmp_path / path).write_text(header + "".join(f"{row},{number},1,2,3\n" for number, row in enumerate(rows)))
+        check_meaning(folders, ClassTable.read(tmp_path / "own.csv"))
+        return capsys.readouterr().out
+
+    for folder in folders:
+        folder.mkdir()
+    assert compare(["road,0", "car,1"], ["Road,0", "car,1"]) == ""
+    assert compare(["road,0", "car,1"], ["road,0", "car,1", "bus,2"]) == ""
+    assert "1 is truck there and car here" in compare(["road,0", "car,1"], ["road,0", "truck,1"])
+    assert "own.csv, found bus for 1, which is car there; if the label maps have the ids of" in refusal(
+        compare, ["road,0", "car,1", "bus,2"], ["road,0", "bus,1"])
+    (tmp_path / "classes.csv").write_text("name,r,g,b\nbus,0,0,0\n")
+    check_meaning(folders, ClassTable.read(tmp_path / "own.csv"))
+
+
 # ---- what is wrong
 
 
@@ -429,7 +500,10 @@ def test_what_cannot_be_converted_is_named(monkeypatch, tmp_path, capsys):
     (lambda root: (root / "a.json").write_text("[]"), "0 images and 1 JSON file; left out: JSON neither of Labelme"),
     (lambda root: write_coco(root, {"a.png": (8, 8)}, [], images=[]), "found 1 image and 1 JSON file"),
     (lambda root: (write_coco(root, {"a.png": (8, 8)}, []), (root / "a.png").write_bytes(b"")),
-     "expected images that can be converted, found none; left out: image that cannot be read")])
+     "expected images that can be converted, found none; left out: image that cannot be read"),
+    (lambda root: write_coco(root, {"a.png": (8, 8)}, [(0, 0, [])]),
+     "expected outlines of classes, found none that covers a pixel; left out: annotation without an outline, such as a "
+     "box: 1, such as crack in a.png")])
 def test_without_anything_to_convert_there_is_no_target(monkeypatch, tmp_path, prepare, message):
     (tmp_path / "s").mkdir()
     prepare(tmp_path / "s")
@@ -450,6 +524,21 @@ def test_an_existing_target_is_kept(monkeypatch, tmp_path):
     (target / "mine").unlink()
     run(monkeypatch, source, target)
     assert len(list(target.rglob("*.png"))) == 4 and [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_sigterm_removes_what_is_unfinished(tmp_path):
+    files = {f"{number}.png": (8, 8) for number in range(40)}
+    write_coco(tmp_path / "s", files, [(number, 0, [SQUARE]) for number in range(40)])
+    code = "import time, dataset.outlines as o; o.draw = lambda *_: time.sleep(9)\n" \
+           "import dataset.convert as c; c.command.run(c.main)"
+    process = start("-c", code, tmp_path / "s", tmp_path / "t", "--num-workers", "0")
+    while not list(tmp_path.glob(".t.*.tmp/images/*.png")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    status, _, error = finish(process)
+    assert status == 128 + signal.SIGTERM and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,4 @@
-"""Score a snapshot of train.py, or use it.
+r"""Score a snapshot of train.py, or use it.
 
 The paper's protocol (sliding window, scales 0.75 to 2.0 by 0.25, mirror):
 

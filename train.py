@@ -1,4 +1,4 @@
-"""Train ACFNet.
+r"""Train ACFNet.
 
 The paper's setting, four GPUs:
 
@@ -300,7 +300,12 @@ def check(args, devices, classes):
     choice = flags.from_flags(NetworkChoice, vars(args))
     choice.check(batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
                  pretrained=args.pretrained, restore_from=args.restore_from)
-    choose_terms(args.loss, choice.find_model().loss_weights, ohem=bool(args.ohem), parts=args.accumulate)
+    terms = choose_terms(args.loss, choice.find_model().loss_weights, ohem=bool(args.ohem), parts=args.accumulate)
+    if not any("ohem" in factors for factors in terms.values()):
+        defaults = get_parser().get_default
+        for name in ("ohem_thres", "ohem_keep"):
+            if getattr(args, name) != defaults(name):
+                logger.info(f"--{name.replace('_', '-')} has no effect: no loss uses OHEM (--ohem 1)")
     optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
                        num_steps=args.num_steps)
     if args.restore_from and len(args.restore_from) > 1:

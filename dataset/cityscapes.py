@@ -285,6 +285,8 @@ class CityscapesDataset(Dataset):
     def describe(self):
         """Describe the data set in one line: numbers of images and classes, and the official number if it differs."""
         text = f"{self.source}: {plural(len(self), 'image')}, {plural(self.classes.num_classes, 'class')}"
+        if self.splits and has_no_split_folders(self.root, self.splits[0]):
+            text += f" (all images, as there is no folder {self.splits[0]})"
         for name, count in zip(self.splits, self.counts, strict=False):
             official = OFFICIAL_COUNTS.get(name) if len(self.folders) == 1 else None
             if official and count != official:

@@ -43,7 +43,7 @@ def lines(folder):
 
 
 def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
-    content = run(streets, tmp_path / "s", "--save-pred-every", "2", "--panel-every", "2")
+    content = run(streets, tmp_path / "s", "--save-pred-every", "2", "--panel-every", "2", "--ohem-keep", "5")
     assert [step for step, _ in snapshots.list_snapshots(tmp_path / "s")] == [2, 3]
     assert set(content) == {"model", "optimizer", "scaler", "step", "rng", "config"} and content["step"] == 3
     assert content["config"]["network"]["backbone"] == "eca_resnet18"
@@ -63,6 +63,7 @@ def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     assert b"loss_fine" in text and b"image_truth_coarse_fine_difference" in text and b"\x89PNG" in text
     shown = capsys.readouterr().out
     assert "the network starts from random weights" in shown and "step 3/3" in shown
+    assert "--ohem-keep has no effect: no loss uses OHEM (--ohem 1)" in shown
 
 
 def test_the_base_model_trains_without_a_coarse_term(streets, tmp_path):

@@ -621,7 +621,7 @@ def train(run):
         if is_over(run, stop):
             return max(gather_from_ranks(engine.processes, stop.number))
         engine.train_mode()
-        window, waited, images = time.monotonic(), 0.0, 0
+        window, waited, images, ending = time.monotonic(), 0.0, 0, ""
         history = History(engine, saved=run.start)
         batches = iter(run.batches)
         for step in range(run.start + 1, num_steps + 1):

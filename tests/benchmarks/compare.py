@@ -3,6 +3,11 @@
     python -m tests.benchmarks.compare DATA --models fcn,deeplabv3,ccnet,ccnet+acf,acfnet --seeds 3 --steps 3000 \
         [--data-list DATA/train.lst --val-list DATA/val.lst --classes DATA/classes.csv] [any flag of train.py]
 
+    python -m tests.benchmarks.compare CITYSCAPES --paper --restore-from dataset/WEIGHTS.pth [--gpu 0,1,2,3]
+
+The second one trains ACFNet once by the paper's settings and scores it by the paper's protocol; paper.txt then has the
+published settings and figures beside those here, of each class too. Any of its flags can be changed: --steps 3000.
+
 DATA is train.py's --data-dir; --images-dir and --labels-dir stand in its place. `ccnet+acf` is --model ccnet --acf.
 Every run is a `python train.py`, then a `python evaluate.py` on --val-list or --val-split, in --output-dir/MODEL_seedS
 with what they said in log.txt. The seed fixes the samples, so models of one seed see the same ones in the same order.
@@ -38,6 +43,7 @@ from dataset.cityscapes import CityscapesDataset
 from dataset.folders import check_validation, data_root
 from networks.build import MODELS, build_network, meta_network
 from networks.predictor import load_network, sliding_predictor
+from tests.benchmarks import paper
 from tests.benchmarks.macs import count
 from tests.benchmarks.memory import NoConvolutions, kept_bytes
 from utils.common import files, flags
@@ -52,7 +58,7 @@ from utils.inference.timing import MAX_RUNS, MAX_SECONDS, time_calls
 from utils.ops.upsampling import round_size
 from utils.reports.charts import chart, new_figure
 from utils.runs import snapshots
-from utils.runs.log import METRICS, read_lines
+from utils.runs.log import METRICS, RUNS, read_lines, read_runs
 
 PROJECT = Path(__file__).resolve().parents[2]
 RESULT = "result/result.json"
@@ -96,6 +102,7 @@ class Comparison:
         words: of train.py, for all runs.
         protocol: words of evaluate.py that say how an image is predicted.
         folder: of all runs and of the table.
+        paper: whether the paper's figures are shown beside the measured ones.
     """
 
     variants: tuple
@@ -105,6 +112,7 @@ class Comparison:
     words: tuple
     protocol: tuple
     folder: Path
+    paper: bool = False
 
     @functools.cached_property
     def args(self):
@@ -158,6 +166,15 @@ class Comparison:
         """What evaluate.py wrote of a run; None before."""
         path = self.run_folder(variant, seed) / RESULT
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def published(self):
+        """The table of `paper.table`; "" unless --paper asks for it and a run of its model is finished."""
+        runs = [(variant, seed) for variant in self.variants for seed in range(self.seeds)
+                if self.paper and variant.name == paper.MODEL and self.result(variant, seed)]
+        if not runs:
+            return ""
+        training = read_runs(self.run_folder(*runs[0]) / RUNS)[-1]["arguments"]
+        return paper.table([self.result(*run) for run in runs], training)
 
     def stage(self, variant, seed):
         """How far a run is, in words."""
@@ -403,7 +420,11 @@ def compare(comparison, devices):
     rows = make_rows(comparison, find_costs(comparison, devices[0]))
     if rows:
         text, folder = as_text(rows, comparison), comparison.folder
-        for name, content in (("table.txt", f"{text}\n"), ("table.csv", as_csv(rows))):
+        contents = {"table.txt": f"{text}\n", "table.csv": as_csv(rows)}
+        published = comparison.published()
+        if published:
+            text, contents["paper.txt"] = f"{text}\n\n{published}", f"{published}\n"
+        for name, content in contents.items():
             files.write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))
         scores_by_time(folder / "scores.png", rows)
         print(text)
@@ -431,14 +452,31 @@ def get_parser():
     """Of all but DATA and the flags of train.py, whose values only train.py can tell from DATA."""
     parser = flags.Parser(description=__doc__, usage="%(prog)s [DATA] --models NAME,... --steps STEPS [flags of this "
                           "command and of train.py]")
-    parser.add_argument("--models", type=models, required=True, metavar="NAME,...")
-    parser.add_argument("--seeds", type=flags.positive(int, max(T_95)), default=3, help="runs of each model (3)")
-    parser.add_argument("--steps", type=flags.positive(int), required=True, help="of each run")
+    parser.add_argument("--paper", action="store_true", help="the paper's settings and protocol, and its figures "
+                        f"beside those here; by default with --models {paper.MODEL}, --seeds 1, --steps {paper.STEPS}")
+    parser.add_argument("--models", type=models, metavar="NAME,...")
+    parser.add_argument("--seeds", type=flags.positive(int, max(T_95)), help="runs of each model (3)")
+    parser.add_argument("--steps", type=flags.positive(int), help="of each run")
     parser.add_argument("--gpu", help="ids such as 0,1, each of which takes the next run, or cpu; default: all visible "
                         "GPUs, else the CPU")
     parser.add_argument("--output-dir", type=flags.path, default="runs/compare", help="(runs/compare)")
     evaluate.add_protocol(parser.add_argument_group("protocol, as in evaluate.py"), "--window", (1.0,), flip=False)
     return parser
+
+
+def parse_args(argv):
+    """Flags of `get_parser`, and the others, which are for train.py."""
+    parser = get_parser()
+    defaults = {"seeds": 3}
+    if "--paper" in argv:
+        defaults = {"models": models(paper.MODEL), "seeds": 1, "steps": paper.STEPS,
+                    "scales": evaluate.PAPER_SCALES, "flip": True}
+    parser.set_defaults(**defaults)
+    args, words = parser.parse_known_args(argv)
+    for name in ("models", "steps"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name}: expected with this command, unless --paper is given, found none")
+    return args, [*paper.words(), *words] if args.paper else words
 
 
 def for_all(data, words, steps, gpus=1):
@@ -458,7 +496,7 @@ def for_all(data, words, steps, gpus=1):
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     data = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    args, words = get_parser().parse_known_args(argv)
+    args, words = parse_args(argv)
     window = ["--input-size", ",".join(map(str, args.window))] if args.window else []
     protocol = (*window, "--overlap", str(args.overlap), "--scales", *map(str, args.scales),
                 "--flip" if args.flip else "--no-flip", *["--whole"] * args.whole,
@@ -467,7 +505,7 @@ def main(argv=None):
     compare(Comparison(
         variants=args.models, base=BASE if BASE in names else names[0], seeds=args.seeds, steps=args.steps,
         words=for_all(data, words, args.steps, len(devices)), protocol=protocol,
-        folder=Path(args.output_dir)), devices)
+        folder=Path(args.output_dir), paper=args.paper), devices)
 
 
 @chart

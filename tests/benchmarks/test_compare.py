@@ -17,8 +17,9 @@ from PIL import Image
 
 import evaluate
 import train
+from dataset.labels import ClassTable
 from networks.build import build_network
-from tests.benchmarks import compare
+from tests.benchmarks import compare, paper
 from tests.conftest import fork
 from tests.dataset.test_folders import make
 from utils.common.command import Interrupted
@@ -288,3 +289,28 @@ def test_students_t():
     middle, half = compare.interval(values)
     assert (middle - half, middle + half) == pytest.approx((low, high), abs=1e-4)
     assert compare.interval([0.25]) == (0.25, None)
+
+
+def test_the_papers_figures_stand_beside_those_here(streets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "start", fork_run)
+    monkeypatch.setattr(compare, "MAX_RUNS", 1)
+    small = ["--backbone", "eca_resnet18", "--input-size", "33,33", "--batch-size", "2", "--num-workers", "0", "--amp",
+             "off", "--whole", "--scales", "0.5", "--gpu", "cpu", "--output-dir", str(tmp_path)]
+    compare.main([str(streets), "--paper", "--steps", "2", *small])
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "acfnet_seed0/result/result.json").read_text())
+    lines = (tmp_path / "paper.txt").read_text().splitlines()
+    assert "\n".join(lines) in shown and (tmp_path / "table.txt").exists()
+    cells = {line[:25].strip(): line[25:].split() for line in lines}
+    assert cells["input size"] == ["769×769", "33×33"] and cells["learning rate"] == ["0.01", "0.01"]
+    assert cells["num steps"] == ["60000", "2"] and cells["weight decay"] == ["0.0001"] * 2
+    assert cells["mean IoU, %, val"] == ["81.46", f"{100 * result['mean_iou']:.2f}"]
+    assert cells["mean IoU, %, test"] == ["81.85"] and cells["mirror"] == ["yes", "yes"]
+    iou = result["multi_scale" if "multi_scale" in result else "single_scale"]["class_iou"]
+    assert cells["road, test / val"] == ["98.7", f"{100 * iou['road']:.1f}"]
+    assert set(paper.CLASSES) == set(ClassTable.read().names)
+    # The published mean is that of the published classes.
+    assert np.mean(list(paper.CLASSES.values())) == pytest.approx(paper.TEST, abs=0.005)
+    train.get_parser().parse_args(paper.words())
+    with pytest.raises(UserError, match="--models: expected with this command, unless --paper is given, found none"):
+        compare.main([str(streets), "--steps", "2"])

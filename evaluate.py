@@ -373,9 +373,10 @@ def perform(args, paths, protocol, machine):
         return TrainedNetwork.open(path, protocol, machine.device, args.classes)
 
     def data(classes):
+        dataset = CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
         if not args.classes:
-            check_meaning(root, classes)
-        return CityscapesDataset(root, args.split, args.data_list, classes, instances=True)
+            check_meaning(root, classes, dataset.pairs[0][1])
+        return dataset
 
     broken = 0
     if args.benchmark:

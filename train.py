@@ -300,12 +300,7 @@ def check(args, devices, classes):
     choice = flags.from_flags(NetworkChoice, vars(args))
     choice.check(batch_size=args.batch_size, accumulate=args.accumulate, loss_weights=args.loss_weights,
                  pretrained=args.pretrained, restore_from=args.restore_from)
-    terms = choose_terms(args.loss, choice.find_model().loss_weights, ohem=bool(args.ohem), parts=args.accumulate)
-    if not any("ohem" in factors for factors in terms.values()):
-        defaults = get_parser().get_default
-        for name in ("ohem_thres", "ohem_keep"):
-            if getattr(args, name) != defaults(name):
-                logger.info(f"--{name.replace('_', '-')} has no effect: no loss uses OHEM (--ohem 1)")
+    choose_terms(args.loss, choice.find_model().loss_weights, ohem=bool(args.ohem), parts=args.accumulate)
     optimization.check(kind=args.optimizer, momentum=args.momentum, ema=args.ema, warmup_steps=args.warmup_steps,
                        num_steps=args.num_steps)
     if args.restore_from and len(args.restore_from) > 1:
@@ -396,6 +391,11 @@ def resolve(args, root, devices, processes, begin):
     heads = choice.find_model().loss_weights
     loss_weights = args.loss_weights or (
         heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))
+    ohem_flags = [flag for flag, name in (("--ohem-thres", "ohem_thres"), ("--ohem-keep", "ohem_keep"))
+                  if getattr(args, name) != get_parser().get_default(name)]
+    terms = choose_terms(args.loss, heads, ohem=bool(args.ohem))
+    if ohem_flags and not any("ohem" in factors for factors in terms.values()):
+        logger.info(f"{', '.join(ohem_flags)}: no effect, as no loss uses OHEM (--ohem 1)")
     channels_last = prepare_device(devices[0], args.channels_last, amp)
     kernels, message = backend.choose(args.kernels, devices[0],
                                       **kernel_conditions(args, amp, channels_last, devices, processes))

@@ -54,7 +54,7 @@ class Entry:
     Attributes:
         file: path of the annotation file, relative to the source.
         image: path of the image, relative to the source; None if only the annotation file contains it.
-        certain: whether the annotation file states exactly where the image is, or contains it.
+        certain: whether the annotation file states exactly where the image is, or only itself contains it.
         split: "train", "val", "test" or "".
         size: [height, width] as stated there; values may be missing.
         shapes: [(class name, kind, geometry)] for `dataset.outlines.draw`.
@@ -125,17 +125,16 @@ def read_labelme(file, content, images, problems):
     name, split = content["imagePath"], find_split(file.parts)
     beside = (path for suffix in SUFFIXES for path in images.get(to_nfc(file.stem + suffix), ())
               if path.parent == file.parent)
-    image = image_at(images, name, file) or next(beside, None)
-    certain = image is not None or isinstance(content.get("imageData"), str)
-    image = image if certain else search_image(images, name, file, split)
-    if not certain and image is None:
+    stated = image_at(images, name, file) or next(beside, None)
+    image = stated or search_image(images, name, file, split)
+    if image is None and not isinstance(content.get("imageData"), str):
         problems["left out: image not found, or several of its name"].append(f"{name} in {file}")
         return [], []
     shapes = [(class_name(shape.get("label")), shape.get("shape_type") or "polygon", shape)
               for shape in content["shapes"] if isinstance(shape, dict)]
     size = [content.get("imageHeight"), content.get("imageWidth")]
-    return [Entry(file, image, certain, split or find_split(image.parts if image else ()), size, shapes)], sorted(
-        {label for label, _, _ in shapes})
+    split = split or find_split(image.parts if image else ())
+    return [Entry(file, image, image == stated, split, size, shapes)], sorted({label for label, _, _ in shapes})
 
 
 def read_coco(file, content, images, problems):
@@ -164,12 +163,12 @@ def read_coco(file, content, images, problems):
     split, entries = find_split([*file.parent.parts, *re.findall("[a-z]+", file.stem.lower())]), []
     for item in items:
         name = item.get("file_name")
-        exact = image_at(images, name, file)
-        image = exact or search_image(images, name, file, split)
+        stated = image_at(images, name, file)
+        image = stated or search_image(images, name, file, split)
         if image is None:
             problems["left out: image not found, or several of its name"].append(f"{name} in {file}")
         else:
-            entries.append(Entry(file, image, exact is not None, split or find_split(image.parts),
+            entries.append(Entry(file, image, image == stated, split or find_split(image.parts),
                                  [item.get("height"), item.get("width")], shapes[str(item.get("id"))]))
     # Roboflow adds a category that groups the others and has no annotations.
     used = {label for drawn in shapes.values() for label, _, _ in drawn}
@@ -259,15 +258,16 @@ def convert_image(job):
         job: (source, `Entry`, path of the new image, path of the new label map, {class: id}, id of the rest).
 
     Returns:
-        (256,) pixel counts by id, None if the image is left out; and problems [(kind, what it concerns)].
+        (256,) pixel counts by id, None if the image is left out; whether an outline has a pixel; and problems [(kind,
+        what it concerns)].
     """
     source, entry, image, label_map, ids, rest = job
     name, problems = entry.image or entry.file, []
     image.parent.mkdir(parents=True, exist_ok=True)
     original = source / entry.image if entry.image else image
+    if entry.image is None:
+        decode_image(source / entry.file, image)
     try:
-        if entry.image is None:
-            decode_image(source / entry.file, image)
         width, height = upright_size(original)
         if all(entry.size) and entry.size != [height, width]:
             raise UserError(f"{original}: expected {entry.size[1]}×{entry.size[0]}, as in {entry.file}, found "
@@ -275,10 +275,10 @@ def convert_image(job):
     except UserError as error:
         image.unlink(missing_ok=True)
         reason = str(error).removeprefix(f"{original}: ")
-        return None, [("left out: image that cannot be read, or of another size", f"{name}, {reason}")]
+        return None, False, [("left out: image that cannot be read, or of another size", f"{name}, {reason}")]
     if original != image:
         place_image(original, image)
-    labels = np.full((height, width), rest, np.uint8)
+    labels, covered = np.full((height, width), rest, np.uint8), False
     for label, kind, geometry in entry.shapes:
         try:
             parts = draw(kind, geometry, (height, width))
@@ -287,12 +287,14 @@ def convert_image(job):
             continue
         for window, mask in parts:
             labels[window][mask] = ids[label]
-        if not any(mask.any() for _, mask in parts):
+        if any(mask.any() for _, mask in parts):
+            covered = True
+        else:
             problems.append(("without pixels: outline", f"{label} in {name}"))
     if not entry.shapes:
         problems.append(("without outlines: image", name))
     save_png(label_map, labels)
-    return np.bincount(labels.ravel(), minlength=256), problems
+    return np.bincount(labels.ravel(), minlength=256), covered, problems
 
 
 def decode_image(file, target):
@@ -341,7 +343,8 @@ def convert(source, target, table=None, ignore_rest=False, workers=None):
     splits = {name: [entry for entry in entries if entry.split == name] for name in ("train", "val", "test", "")}
     if splits[""] and len(splits[""]) < len(entries):
         raise UserError(f"{source}: expected all images in folders train, valid and test, or none, found "
-                        f"{plural(len(splits['']), 'image')} elsewhere, such as {splits[''][0].image}")
+                        f"{plural(len(splits['']), 'image')} elsewhere, such as "
+                        f"{splits[''][0].image or splits[''][0].file}")
     jobs = []
     for split, members in splits.items():
         stems = unique_names([entry.image or entry.file for entry in members])
@@ -350,25 +353,28 @@ def convert(source, target, table=None, ignore_rest=False, workers=None):
             suffix = entry.image.suffix if entry.image else ".png"
             jobs.append((source, entry, target / "images" / split / (stem + suffix),
                          target / "labels" / split / f"{stem}.png", ids, rest))
-    pixels, images, made = np.zeros(256, np.int64), np.zeros(256, np.int64), Counter()
+    pixels, images, made, covered = np.zeros(256, np.int64), np.zeros(256, np.int64), Counter(), False
     results = progress(do_jobs(convert_image, jobs, workers), "converting", "image")
-    for (_, _, image, *_), (counts, remarks) in zip(jobs, results, strict=True):
+    for (_, _, image, *_), (counts, has_outlines, remarks) in zip(jobs, results, strict=True):
         for kind, what in remarks:
             problems[kind].append(what)
         if counts is not None:
             pixels, images = pixels + counts, images + (counts > 0)
             made[image.parent] += 1
+            covered = covered or has_outlines
     sentences = format_problems(problems)
     if not made:
         raise UserError(f"{source}: expected images that can be converted, found none; {'; '.join(sentences)}")
-    if pixels.sum() == pixels[rest] and any(entry.shapes for entry in entries):
+    if not covered and any(entry.shapes for entry in entries):
         raise UserError(f"{source}: expected outlines of classes, found none that covers a pixel; "
                         f"{'; '.join(sentences)}")
     write_atomically(target / "classes.csv", lambda file: file.write(classes.as_csv().encode()))
-    share = 100 / pixels.sum()
+    share, shown = 100 / pixels.sum(), {}
+    for name, value in ids.items():
+        shown.setdefault(value, name)       # names of one id: the first
     return [*(f"{plural(number, 'image')} in {folder.relative_to(target)}" for folder, number in made.items()),
             *(f"  {name:<24}{pixels[value] * share:7.3f} % of pixels, in {plural(images[value], 'image')}"
-              for name, value in ids.items()), *sentences]
+              for value, name in shown.items()), *sentences]
 
 
 def main():
@@ -410,7 +416,7 @@ def main():
                        f"{args.target}/classes.csv"])
     print("\n".join([*report, "Next:", f"  python -m dataset.check {data}", f"  python train.py {data}"]))
     if not args.classes:
-        more = shlex.join(["--classes", f"{args.target}/classes.csv"])
+        more = shlex.join(["--classes", f"{args.target}/classes.csv", *["--ignore-rest"] * args.ignore_rest])
         print(f"More annotations get the same ids by:\n  python -m dataset.convert SOURCE TARGET {more}")
 
 

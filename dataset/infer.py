@@ -6,7 +6,7 @@ Otherwise, the error message names example files and the class table to write.
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -275,30 +275,36 @@ def _interpret_colors(maps, values):
     return table, finding, f"state their meaning by {table.as_advice()}"
 
 
-def check_meaning(root, classes):
+def check_meaning(root, classes, label_map):
     """Compare classes with those of a class table in the folders of the data set, if there is one.
 
     Args:
         root: from `dataset.folders.data_root`.
         classes: `ClassTable` by which the label maps will be read.
+        label_map: path of one of them; ids do not matter in maps of colors.
 
     Raises:
-        UserError: if a class has another id there: the label maps were made with other ids.
+        UserError: if a class has other ids there: the label maps were made with other ids.
     """
     table, complete = _find_table(root, [], [])
-    if not complete:        # none, or without ids
+    if not complete or read_ids(label_map).ndim == 3:       # not complete: none, or one without ids
         return
-    own, other = ({row["id"]: row["name"].casefold() for row in rows if row["train_id"] not in (-1, IGNORE_INDEX)}
-                  for rows in (classes.rows, table.rows))
-    differing = {number: (name, own[number]) for number, name in other.items() if own.get(number, name) != name}
-    moved = [pair for pair in differing.items() if pair[1][0] in own.values() or pair[1][1] in other.values()]
-    for number, (there, here) in moved[:1]:
-        raise UserError(f"{table.source}: expected the ids of {classes.source}, found {there} for {number}, which is "
-                        f"{here} there; if the label maps have the ids of {table.source}, make them again with those "
-                        "of the network (python -m dataset.convert has --classes), else --classes TABLE says so")
-    for number, (there, here) in [*differing.items()][:1]:
-        logger.info(f"{table.source} has other names than {classes.source}, by which the label maps are read: "
-                    f"{number} is {there} there and {here} here")
+    own, other = defaultdict(set), defaultdict(set)     # {name of a class: ids}; one class may have several
+    for ids, rows in ((own, classes.rows), (other, table.rows)):
+        for row in rows:
+            if row["train_id"] not in (-1, IGNORE_INDEX):
+                ids[row["name"].casefold()].add(row["id"])
+    for name in own.keys() & other.keys():
+        if own[name].isdisjoint(other[name]):
+            raise UserError(f"{table.source}: expected the id {min(own[name])} for {name}, as in {classes.source}, "
+                            f"found {min(other[name])}; if that is its id in the label maps, make them again with the "
+                            "ids of the network (python -m dataset.convert has --classes), else --classes TABLE says "
+                            "what they mean")
+    by_id = {number: name for name, numbers in own.items() for number in numbers}
+    for name in sorted(other.keys() - own.keys()):
+        number = min(other[name])
+        if number in by_id and by_id[number] not in other:
+            logger.info(f"{table.source} has {name} for {number}, which {classes.source} reads as {by_id[number]}")
 
 
 def _find_table(root, subfolders, values):

@@ -54,13 +54,13 @@ def push(name, folder, overwrite):
                 return
             api.create_repo(repository, private=True)
         info = api.model_info(repository)
+        if not info.private and not overwrite:
+            raise UserError(f"--push {name}: expected a private repository (or --overwrite, which publishes the "
+                            "network and replaces such files), found a public one")
         existing = [file.rfilename for file in info.siblings if file.rfilename in FILES]
         if existing and not overwrite:
             raise UserError(f"--push {name}: expected a repository without these files (or --overwrite; its history "
                             f"keeps them), found {', '.join(existing)}")
-        if not info.private and not overwrite:
-            raise UserError(f"--push {name}: expected a private repository (or --overwrite, to publish the network), "
-                            "found a public one")
         if folder is not None:      # parent_commit: the Hub refuses the files if there is a later commit by now
             api.create_commit(repository, [hub.CommitOperationAdd(file, Path(folder, file)) for file in FILES],
                               commit_message="Upload a network by evaluate.py --push", parent_commit=info.sha)

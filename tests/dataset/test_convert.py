@@ -393,7 +393,7 @@ def test_a_category_that_groups_others_is_no_class(monkeypatch, tmp_path):
 
 
 def test_a_stated_place_comes_before_a_search(monkeypatch, tmp_path, capsys):
-    """The image beside a file of Labelme, then the one inside of it, and only then another of the name."""
+    """Then the image beside a file of Labelme, one of the name elsewhere, and the one in the file."""
     root, one = tmp_path / "s", {"label": "crack", "points": [[0, 0], [4, 0], [4, 4]]}
     for place, color in (("a/x.png", 10), ("b/x.png", 20), ("c/z.png", 30), ("d/w.png", 40)):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
@@ -401,7 +401,7 @@ def test_a_stated_place_comes_before_a_search(monkeypatch, tmp_path, capsys):
     inside = base64.b64encode((root / "d/w.png").read_bytes()).decode()
     for place, more in (("a/x.json", {"imagePath": r"..\b\x.png"}), ("a/0.json", {"imagePath": "x.png"}),
                         ("c/z.json", {"imagePath": "old/x.png"}), ("e/x.json", {"imagePath": "w.png"}),
-                        ("e/v.json", {"imagePath": "w.png", "imageData": inside})):
+                        ("e/v.json", {"imagePath": "gone.png", "imageData": inside})):
         (root / place).parent.mkdir(exist_ok=True)
         (root / place).write_text(json.dumps({"shapes": [one], **more}))
     run(monkeypatch, root, tmp_path / "t")
@@ -410,8 +410,11 @@ def test_a_stated_place_comes_before_a_search(monkeypatch, tmp_path, capsys):
     assert sorted(colors.values()) == [10, 20, 30, 40, 40] and "second annotation" not in out
     # A search does not take the image of a file that states it, whichever comes first.
     (root / "0.json").write_text(json.dumps({"shapes": [one | {"label": "spall"}], "imagePath": "z.png"}))
+    for place in ("a/y.json", "d/y.json"):
+        (root / place).write_text(json.dumps({"shapes": [one], "imagePath": "w.png", "imageData": inside}))
     run(monkeypatch, root, tmp_path / "u")
-    assert "second annotation of an image: 1, such as c/z.png in 0.json" in capsys.readouterr().out
+    assert "second annotation of an image: 3, such as c/z.png in 0.json; d/w.png in a/y.json; d/w.png in e/x.json" in (
+        capsys.readouterr().out)
     assert ClassTable.read(tmp_path / "u/classes.csv").names == ["background", "crack"]
 
 
@@ -428,6 +431,10 @@ def test_later_annotations_get_the_same_ids(monkeypatch, tmp_path, capsys):
     assert refusal(run, monkeypatch, tmp_path / "new", tmp_path / "v", *more).endswith(
         "classes.csv: expected rows with ids up to 255 for all classes of the annotations, found none for dent; add "
         "them, where train_id 255 ignores a class")
+    # Images that have only background are not without outlines.
+    write_coco(tmp_path / "none", {"e.png": (8, 8)}, [(0, 0, [SQUARE])], categories=["background"])
+    run(monkeypatch, tmp_path / "none", tmp_path / "y", *more)
+    assert not read(tmp_path / "y/labels/e.png").any()
     # By a table that ships: outside is what it ignores.
     write_coco(tmp_path / "cars", {"d.png": (8, 8)}, [(0, 0, [SQUARE])], categories=["car"])
     run(monkeypatch, tmp_path / "cars", tmp_path / "w", "--classes", "cityscapes")
@@ -445,19 +452,29 @@ def test_ids_that_contradict_the_table_beside_the_labels_are_not_scored(tmp_path
 
     def compare(own, beside):
         for path, rows in (("own.csv", own), ("classes.csv", beside)):
-            (tmp_path / path).write_text(header + "".join(f"{row},{number},1,2,3\n" for number, row in enumerate(rows)))
-        check_meaning(folders, ClassTable.read(tmp_path / "own.csv"))
+            numbered = (row if row.count(",") > 1 else f"{row},{number}" for number, row in enumerate(rows))
+            (tmp_path / path).write_text(header + "".join(f"{row},1,2,3\n" for row in numbered))
+        check_meaning(folders, ClassTable.read(tmp_path / "own.csv"), tmp_path / "map.png")
         return capsys.readouterr().out
 
     for folder in folders:
         folder.mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "map.png")
     assert compare(["road,0", "car,1"], ["Road,0", "car,1"]) == ""
     assert compare(["road,0", "car,1"], ["road,0", "car,1", "bus,2"]) == ""
-    assert "1 is truck there and car here" in compare(["road,0", "car,1"], ["road,0", "truck,1"])
-    assert "own.csv, found bus for 1, which is car there; if the label maps have the ids of" in refusal(
-        compare, ["road,0", "car,1", "bus,2"], ["road,0", "bus,1"])
+    # Merged classes, in either table
+    assert compare(["road,0", "car,1", "car,2,1"], ["road,0", "car,1", "truck,2"]) == ""
+    assert compare(["road,0", "car,1", "truck,2"], ["road,0", "car,1", "car,2,1"]) == ""
+    assert "classes.csv has truck for 1, which" in compare(["road,0", "car,1"], ["road,0", "truck,1"])
+    for own, beside in ((["road,0", "car,1", "bus,2"], ["road,0", "bus,1"]),
+                        (["road,0", "void,1,255", "bus,2,1"], ["road,0", "bus,1"])):
+        assert re.search("classes.csv: expected the id 2 for bus, as in .*/own.csv, found 1; if that is its id",
+                         refusal(compare, own, beside))
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "map.png")       # colors
+    assert compare(["road,0", "car,1", "bus,2"], ["road,0", "bus,1"]) == ""
     (tmp_path / "classes.csv").write_text("name,r,g,b\nbus,0,0,0\n")
-    check_meaning(folders, ClassTable.read(tmp_path / "own.csv"))
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "map.png")
+    check_meaning(folders, ClassTable.read(tmp_path / "own.csv"), tmp_path / "map.png")
 
 
 # ---- what is wrong
@@ -535,7 +552,9 @@ def test_sigterm_removes_what_is_unfinished(tmp_path):
     while not list(tmp_path.glob(".t.*.tmp/images/*.png")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.terminate()
+    for _ in range(3):      # supervisors often repeat it
+        process.terminate()
+        time.sleep(0.01)
     status, _, error = finish(process)
     assert status == 128 + signal.SIGTERM and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -99,7 +99,8 @@ def _among_processes():
 
 
 def _interrupt(number, frame):
-    """Handle SIGTERM like Ctrl-C, so that unfinished files are removed."""
+    """Handle the first SIGTERM like Ctrl-C, so that unfinished files are removed."""
+    signal.signal(number, signal.SIG_IGN)
     raise Interrupted(number)
 
 

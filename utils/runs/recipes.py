@@ -10,15 +10,15 @@ from pathlib import Path
 from ..common.errors import UserError
 from .log import RUNS, read_runs
 
-# A comment, after what may contain # in other meanings and is kept: quotations and escaped characters.
-COMMENT = re.compile(r"""("(?:\\[\s\S]|[^"\\])*"|'[^']*'|\\[\s\S])|(?<!\S)#.*""")
+# A comment or the end of a continued line; before it what may contain # and is kept: quotations, escaped characters.
+COMMENT = re.compile(r"""("(?:\\[\s\S]|[^"\\])*"|'[^']*'|\\[^\r\n])|\\\r?\n|(?<!\S)#.*""")
 # Flags of the machine and the results, which another run does not share.
 NOT_TAKEN = {"gpu", "parallel", "num_workers", "cache", "amp", "opt_level", "channels_last", "compile", "cuda_graph",
              "kernels", "snapshot_dir", "save_pred_every", "keep", "log_every", "panel_every", "resume", "log", "like"}
 # Where the command line has one of the first flags, these and the second ones are not taken from the run: they would
 # contradict each other.
 REPLACED = (({"data_dir", "images_dir", "labels_dir"}, {"data_list", "val_list"}),
-            ({"restore_from", "pretrained"}, set()), ({"model", "acf"}, {"ablations", "loss", "loss_weights"}))
+            ({"restore_from", "pretrained"}, set()), ({"model", "acf"}, {"ablations", "loss_weights"}))
 
 
 def parse_args(parser, words=None):

@@ -25,7 +25,7 @@ def test_a_file_stands_for_the_flags_in_it(tmp_path):
     """Comments, quotes, several flags in a line, a file within a file, a byte order mark; the last flag counts."""
     (tmp_path / "inner.txt").write_bytes("\ufeff--power 0.5\r\n".encode())
     (tmp_path / "flags.txt").write_text(
-        f"# The user's own\n\n--batch-size 4   # four\n--data-dir 'a b'\n--random-mirror --random-scale\n"
+        f"# The user's own\n\n--batch-size \\\n    4   # four\n--data-dir 'a b'\n--random-mirror --random-scale\n"
         f"@{tmp_path}/inner.txt\n--split \"train\" --snapshot-dir run#2 # don't\n--val-list 'it # is' # a name\n")
     args = parse("--batch-size", 6, f"@{tmp_path}/flags.txt", "--split", "val")
     assert (args.batch_size, args.data_dir, args.random_mirror, args.random_scale) == (4, "a b", True, (0.5, 2.0))

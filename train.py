@@ -391,11 +391,7 @@ def resolve(args, root, devices, processes, begin):
     heads = choice.find_model().loss_weights
     loss_weights = args.loss_weights or (
         heads if begin.snapshot is None else resume.loss_weights(begin.snapshot.config, heads))
-    ohem_flags = [flag for flag, name in (("--ohem-thres", "ohem_thres"), ("--ohem-keep", "ohem_keep"))
-                  if getattr(args, name) != get_parser().get_default(name)]
-    terms = choose_terms(args.loss, heads, ohem=bool(args.ohem))
-    if ohem_flags and not any("ohem" in factors for factors in terms.values()):
-        logger.info(f"{', '.join(ohem_flags)}: no effect, as no loss uses OHEM (--ohem 1)")
+    report_flags_without_effect(args, heads)
     channels_last = prepare_device(devices[0], args.channels_last, amp)
     kernels, message = backend.choose(args.kernels, devices[0],
                                       **kernel_conditions(args, amp, channels_last, devices, processes))
@@ -413,6 +409,18 @@ def resolve(args, root, devices, processes, begin):
         root=root, data=flags.from_flags(DataOptions, values), learning=flags.from_flags(LearningOptions, values),
         machine=flags.from_flags(MachineOptions, values), results=flags.from_flags(ResultOptions, values),
         network=network, normalization=normalization, arguments=flags.plain_values(values))
+
+
+def report_flags_without_effect(args, heads):
+    """Log flags that the loss of these heads or the schedule does not use."""
+    terms = choose_terms(args.loss, heads, ohem=bool(args.ohem))
+    unused = {} if any("ohem" in factors for factors in terms.values()) else dict.fromkeys(
+        ("ohem_thres", "ohem_keep"), "no loss uses OHEM (--ohem 1)")
+    if args.schedule != "poly":
+        unused["power"] = f"--schedule is {args.schedule}"
+    for name, reason in unused.items():
+        if getattr(args, name) != get_parser().get_default(name):
+            logger.info(f"--{name.replace('_', '-')} has no effect: {reason}")
 
 
 def main(argv=None):

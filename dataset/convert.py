@@ -7,7 +7,7 @@ and test, and these words in the names of COCO files, make the splits train, val
 Outlines are drawn in the order of the file, later ones on top; the polygons of one COCO annotation are united, and a
 crowd belongs to its class. Holes come from COCO's run lengths or, in Labelme, from outlines on top: _background_ is
 background there, and __ignore__ ignored. Boxes of COCO are not drawn. Coordinates refer to the image turned upright by
-its EXIF orientation.
+its EXIF orientation. If several files annotate an image, the first counts that states where the image is.
 """
 
 import base64
@@ -158,7 +158,7 @@ def read_coco(file, content, images, problems):
         if image in shapes and category in names:
             shapes[image].append((names[category], "coco", item.get("segmentation")))
         else:
-            problems["left out: annotation of an image or a category that is not in its file"].append(
+            problems["not drawn: annotation of an image or a category that is not in its file"].append(
                 f"image_id {image}, category_id {category} in {file}")
     split, entries = find_split([*file.parent.parts, *re.findall("[a-z]+", file.stem.lower())]), []
     for item in items:
@@ -283,7 +283,7 @@ def convert_image(job):
         try:
             parts = draw(kind, geometry, (height, width))
         except ValueError as error:
-            problems.append((f"left out: {error}", f"{label} in {name}"))
+            problems.append((f"not drawn, so that its pixels are outside of outlines: {error}", f"{label} in {name}"))
             continue
         for window, mask in parts:
             labels[window][mask] = ids[label]
@@ -384,7 +384,7 @@ def main():
     parser.add_argument("target", type=flags.path, help="new folder for images/, labels/ and classes.csv")
     parser.add_argument("--classes", type=flags.path, metavar="TABLE", help="class table whose ids are used: a "
                         "file, such as classes.csv of an earlier TARGET, or the name of a data set (default: classes "
-                        "are numbered as they come)")
+                        "are numbered in the order of the files, those of Labelme by name)")
     parser.add_argument("--ignore-rest", action="store_true", help="ignore pixels outside of all outlines (default: "
                         "they are a class, background)")
     parser.add_argument("--num-workers", type=flags.num_workers, help="worker processes; 0 to use only this process "
@@ -414,7 +414,8 @@ def main():
         shutil.rmtree(unfinished, ignore_errors=True)
     data = shlex.join(["--images-dir", f"{args.target}/images", "--labels-dir", f"{args.target}/labels", "--classes",
                        f"{args.target}/classes.csv"])
-    print("\n".join([*report, "Next:", f"  python -m dataset.check {data}", f"  python train.py {data}"]))
+    evaluation = f"  python evaluate.py {data} --restore-from snapshots/CS_scenes_60000.pth"
+    print("\n".join([*report, "Next:", f"  python -m dataset.check {data}", f"  python train.py {data}", evaluation]))
     if not args.classes:
         more = shlex.join(["--classes", f"{args.target}/classes.csv", *["--ignore-rest"] * args.ignore_rest])
         print(f"More annotations get the same ids by:\n  python -m dataset.convert SOURCE TARGET {more}")

@@ -24,7 +24,7 @@ from utils.common.files import kind_of
 from utils.common.progress import log_once
 from utils.imaging.decode import SUFFIXES
 
-from .labels import ClassTable
+from .labels import TABLE_NAMES, ClassTable
 from .text import read_text
 
 FLAGS = ("--images-dir", "--labels-dir")
@@ -103,9 +103,18 @@ def data_flag(args):
     return f"--labels-dir {args.labels_dir}" if args.labels_dir else f"--data-list {' '.join(args.data_list)}"
 
 
+def split_folder(root, split):
+    """Return the name of the folder of a split in the first of two folders: for val also valid, as tools export it.
+
+    None if there is no such folder.
+    """
+    names = ("val", "valid", "validation") if split == "val" else (split,)
+    return next((name for name in names if os.path.isdir(os.path.join(root[0], name))), None)
+
+
 def has_no_split_folders(root, split):
     """Whether the root is two folders without a folder for the split, so that all files belong to the split."""
-    return isinstance(root, tuple) and not os.path.isdir(os.path.join(root[0], split))
+    return isinstance(root, tuple) and split_folder(root, split) is None
 
 
 def check_validation(root, data_list, val_list, val_split, what="--val-every"):
@@ -183,7 +192,8 @@ def pair_folders(folders, splits):
     """
     if not all(has_no_split_folders(folders, name) for name in splits):
         report_loose_files(folders, splits)
-        return [_pair_all(tuple(Path(folder, name) for folder in folders)) for name in splits]
+        return [_pair_all(tuple(Path(folder, split_folder(folders, name) or name) for folder in folders))
+                for name in splits]
     if len(splits) > 1 or splits[0] not in DEFAULT_SPLITS:
         raise UserError(f"--split {'+'.join(splits)}: expected folders of these names in {folders[0]}, found none")
     others = shared_splits(folders)
@@ -332,7 +342,7 @@ def _folder_by_stem(folder, flag, folders):
     images, paths, left_out = {}, _list_folder(folder, flag), []
     for path in paths:
         if not is_image(path):
-            left_out.append(path)
+            left_out += [path] * (path.name not in TABLE_NAMES)
             continue
         stem = to_nfc(path.stem)
         if stem in images:

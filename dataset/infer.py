@@ -20,12 +20,21 @@ from utils.imaging.classes import IGNORE_INDEX, UNKNOWN
 from utils.imaging.decode import read_ids
 from utils.parallel.workers import do_jobs
 
-from .labels import CITYSCAPES, COLUMNS, MAX_SHOWN, ClassTable, TableNeeded, distinct_color, single_channel_remedy
+from .labels import (
+    CITYSCAPES,
+    COLORS,
+    COLUMNS,
+    MAX_SHOWN,
+    TABLE_NAMES,
+    ClassTable,
+    TableNeeded,
+    distinct_color,
+    single_channel_remedy,
+)
 
 ASSUMED = "the assumed class table"
 IGNORED = (-1, IGNORE_INDEX, 65535)     # values that mean "ignore" by default; 65535 is -1 in 16 bits
 CITYSCAPES_NAME = re.compile(r"(_labelIds|_labelTrainIds|_gtFine_color|_gtCoarse_color)\.png$")
-TABLE_NAMES = ("classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")    # usual file names of class tables
 MANY_VALUES = 100   # in one label map: more than the classes of any scene; soft edges and photographs have as many
 
 
@@ -281,30 +290,36 @@ def check_meaning(root, classes, label_map):
     Args:
         root: from `dataset.folders.data_root`.
         classes: `ClassTable` by which the label maps will be read.
-        label_map: path of one of them; ids do not matter in maps of colors.
+        label_map: path of one of them.
 
     Raises:
-        UserError: if a class has other ids there: the label maps were made with other ids.
+        UserError: if a class has other ids there, or other colors if the label map has colors: the label maps were
+            made with these.
     """
-    table, complete = _find_table(root, [], [])
-    if not complete or read_ids(label_map).ndim == 3:       # not complete: none, or one without ids
+    table, complete = _find_table(root, [Path(label_map).parent], [])
+    if table is None:
         return
-    own, other = defaultdict(set), defaultdict(set)     # {name of a class: ids}; one class may have several
-    for ids, rows in ((own, classes.rows), (other, table.rows)):
+    kind, columns, export = ("color", COLORS, "labelmap.txt") if read_ids(label_map).ndim == 3 else (
+        "id", ("id",), "_classes.csv")
+    if not complete and Path(table.source).name != export:      # a table that does not have both
+        return
+    own, other = defaultdict(set), defaultdict(set)     # {name of a class: ids or colors}; merged ones have several
+    for values, rows in ((own, classes.rows), (other, table.rows)):
         for row in rows:
             if row["train_id"] not in (-1, IGNORE_INDEX):
-                ids[row["name"].casefold()].add(row["id"])
+                values[row["name"].casefold()].add(tuple(row[column] for column in columns))
     for name in own.keys() & other.keys():
         if own[name].isdisjoint(other[name]):
-            raise UserError(f"{table.source}: expected the id {min(own[name])} for {name}, as in {classes.source}, "
-                            f"found {min(other[name])}; if that is its id in the label maps, make them again with the "
-                            "ids of the network (python -m dataset.convert has --classes), else --classes TABLE says "
-                            "what they mean")
-    by_id = {number: name for name, numbers in own.items() for number in numbers}
+            here, there = (",".join(map(str, min(values))) for values in (own[name], other[name]))
+            raise UserError(f"{table.source}: expected the {kind} {here} for {name}, as in {classes.source}, found "
+                            f"{there}; if the label maps have that, make them again as the network's were (python -m "
+                            "dataset.convert has --classes), else --classes TABLE states what they mean")
+    names = {value: name for name, values in own.items() for value in values}
     for name in sorted(other.keys() - own.keys()):
-        number = min(other[name])
-        if number in by_id and by_id[number] not in other:
-            logger.info(f"{table.source} has {name} for {number}, which {classes.source} reads as {by_id[number]}")
+        value = min(other[name])
+        if names.get(value, name) not in other:
+            logger.info(f"{table.source} has {name} for the {kind} {','.join(map(str, value))}, which {classes.source} "
+                        f"reads as {names[value]}")
 
 
 def _find_table(root, subfolders, values):

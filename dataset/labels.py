@@ -25,6 +25,7 @@ from .text import read_csv, read_text
 MAX_SHOWN = 8       # rows of a table, or values, in a message
 CITYSCAPES = Path(__file__).parent / "list" / "cityscapes" / "classes.csv"
 TABLES = Path(__file__).parent / "classes"
+TABLE_NAMES = ("classes.csv", "class_dict.csv", "_classes.csv", "labelmap.txt")    # usual names of their files
 COLUMNS = ("name", "id", "train_id", "red", "green", "blue")
 COLORS = COLUMNS[3:]
 HEADINGS = {"class": "name", "pixel value": "id", "r": "red", "g": "green", "b": "blue"}    # of other tools → ours

@@ -20,7 +20,7 @@ def parse_terms(text):
     Raises `UserError` for other texts.
     """
     choice = {}
-    for part in text.split(","):
+    for part in text.replace(" ", "").split(","):       # without spaces
         head, _, terms = part.rpartition("=")
         matches = [TERM.fullmatch(term) for term in terms.split("+")]
         factors = {match["name"]: float(match["factor"] or 1) for match in matches if match}

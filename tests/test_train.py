@@ -63,7 +63,7 @@ def test_a_run_leaves_snapshot_metrics_and_pictures(streets, tmp_path, capsys):
     assert b"loss_fine" in text and b"image_truth_coarse_fine_difference" in text and b"\x89PNG" in text
     shown = capsys.readouterr().out
     assert "the network starts from random weights" in shown and "step 3/3" in shown
-    assert "--ohem-keep: no effect, as no loss uses OHEM (--ohem 1)" in shown
+    assert "--ohem-keep has no effect: no loss uses OHEM (--ohem 1)" in shown
 
 
 def test_the_base_model_trains_without_a_coarse_term(streets, tmp_path):

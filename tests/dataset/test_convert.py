@@ -188,7 +188,7 @@ def test_an_export_of_labelme(monkeypatch, tmp_path, capsys):
     assert np.array_equal(labels[14:22, 2:12] == 2, theirs[14:22, 2:12] == 2)      # the bitmap, with its hole
     table = ClassTable.read(tmp_path / "t/classes.csv")
     assert table.names == ["background", "crack", "spall"] and 255 in labels
-    assert "left out: shape of the kind linestrip, which has no area: 1, such as crack in a.png\n" in out
+    assert "outside of outlines: shape of the kind linestrip, which has no area: 1, such as crack in a.png\n" in out
     # The second image is in its annotation file alone.
     assert np.array_equal(read(tmp_path / "t/images/b.png")[..., 2], np.full((24, 32), 120))
     assert set(np.unique(read(tmp_path / "t/labels/b.png"))) == {0, 1}
@@ -287,7 +287,9 @@ def test_masks_of_roboflow_are_training_data(tmp_path, capsys):
     assert "_classes.csv, in its order: background, crack, spall" in capsys.readouterr().out
     assert [path.name for path in data.pairs[0]] == ["train_jpg.rf.00.png", "train_jpg.rf.00_mask.png"]
     assert len(data) == 1 and np.array_equal(data.train_ids(0), read(data.pairs[0][1]))
-    assert refusal(CityscapesDataset, (root, root), "val").startswith("--images-dir")
+    assert [path.name for path in CityscapesDataset((root, root), "val").pairs[0]] == [
+        "valid_jpg.rf.01.png", "valid_jpg.rf.01_mask.png"]       # its folder is named valid
+    assert capsys.readouterr().out == ""        # the table is not named as a file that is left out
 
 
 def test_in_one_folder_label_maps_end_in_mask(tmp_path):
@@ -465,16 +467,25 @@ def test_ids_that_contradict_the_table_beside_the_labels_are_not_scored(tmp_path
     # Merged classes, in either table
     assert compare(["road,0", "car,1", "car,2,1"], ["road,0", "car,1", "truck,2"]) == ""
     assert compare(["road,0", "car,1", "truck,2"], ["road,0", "car,1", "car,2,1"]) == ""
-    assert "classes.csv has truck for 1, which" in compare(["road,0", "car,1"], ["road,0", "truck,1"])
+    assert "classes.csv has truck for the id 1, which" in compare(["road,0", "car,1"], ["road,0", "truck,1"])
     for own, beside in ((["road,0", "car,1", "bus,2"], ["road,0", "bus,1"]),
                         (["road,0", "void,1,255", "bus,2,1"], ["road,0", "bus,1"])):
-        assert re.search("classes.csv: expected the id 2 for bus, as in .*/own.csv, found 1; if that is its id",
+        assert re.search("classes.csv: expected the id 2 for bus, as in .*/own.csv, found 1; if the label maps have",
                          refusal(compare, own, beside))
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "map.png")       # colors
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "map.png")       # colors, which are alike
     assert compare(["road,0", "car,1", "bus,2"], ["road,0", "bus,1"]) == ""
-    (tmp_path / "classes.csv").write_text("name,r,g,b\nbus,0,0,0\n")
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "map.png")
-    check_meaning(folders, ClassTable.read(tmp_path / "own.csv"), tmp_path / "map.png")
+    (tmp_path / "classes.csv").unlink()
+    # Of exports of masks: without ids in maps of ids, the table says nothing; in those of colors it does.
+    (tmp_path / "labels/labelmap.txt").write_text("bus:9,9,9::\n")
+    label_map, own = tmp_path / "labels/map.png", ClassTable.read(tmp_path / "own.csv")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(label_map)
+    check_meaning(folders, own, label_map)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(label_map)
+    assert "labelmap.txt: expected the color 1,2,3 for bus, as in" in refusal(check_meaning, folders, own, label_map)
+    (tmp_path / "labels/labelmap.txt").unlink()
+    (tmp_path / "labels/_classes.csv").write_text("Pixel Value, Class\n0, road\n1, bus\n")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(label_map)
+    assert "_classes.csv: expected the id 2 for bus, as in" in refusal(check_meaning, folders, own, label_map)
 
 
 # ---- what is wrong
@@ -519,8 +530,8 @@ def test_what_cannot_be_converted_is_named(monkeypatch, tmp_path, capsys):
     (lambda root: (write_coco(root, {"a.png": (8, 8)}, []), (root / "a.png").write_bytes(b"")),
      "expected images that can be converted, found none; left out: image that cannot be read"),
     (lambda root: write_coco(root, {"a.png": (8, 8)}, [(0, 0, [])]),
-     "expected outlines of classes, found none that covers a pixel; left out: annotation without an outline, such as a "
-     "box: 1, such as crack in a.png")])
+     "expected outlines of classes, found none that covers a pixel; not drawn, so that its pixels are outside of "
+     "outlines: annotation without an outline, such as a box: 1, such as crack in a.png")])
 def test_without_anything_to_convert_there_is_no_target(monkeypatch, tmp_path, prepare, message):
     (tmp_path / "s").mkdir()
     prepare(tmp_path / "s")

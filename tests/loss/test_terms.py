@@ -217,7 +217,7 @@ def test_terms_of_heads():
     criterion = SegmentationCriterion(loss="fine=ce+0.5*dice,aux=lovasz", ohem=True)
     assert criterion.weights == {"fine_ohem": 0.7, "fine_dice": 0.35, "coarse": 0.6, "aux": 0.4}
     assert list(map(type, criterion.terms.values())) == [BatchOhemCrossEntropy, DiceLoss, CrossEntropy, LovaszSoftmax]
-    assert choose_terms("ce+lovasz,aux=2*focal", heads) == {
+    assert choose_terms("ce + lovasz, aux = 2 * focal", heads) == {
         "fine": {"ce": 1, "lovasz": 1}, "coarse": {"ce": 1, "lovasz": 1}, "aux": {"focal": 2}}
     assert choose_terms("fine=ohem", heads, ohem=True) == choose_terms("ce", heads, ohem=True)
     for text, ohem, message in (("tail=ce", False, "^--loss: expected heads from fine, coarse, aux, those .*'tail'$"),
@@ -228,7 +228,7 @@ def test_terms_of_heads():
 
 @pytest.mark.parametrize("text", [
     "", "iou", "ce+", "ce+ce", "ce,dice", "fine=ce,fine=dice", "0*ce", "-1*ce", "nan*ce", "*ce", "ce\n", "fine=",
-    f"1{'0' * 400}*ce"])
+    "0.5 ce", f"1{'0' * 400}*ce"])
 def test_senseless_terms_are_a_sentence(text):
     with pytest.raises(UserError) as caught:
         choose_terms(text, ("fine", "aux"))

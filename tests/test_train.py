@@ -295,6 +295,10 @@ def test_patience_ends_the_run_and_survives_a_resume(streets, tmp_path, monkeypa
     assert steps == [1, 2, 3, 4] and "nothing is left to do: 4 steps done; --patience 2: no quick" in shown
     steps, shown = validated("--resume", start=4, steps=5)
     assert steps == [1, 2, 3, 4, 5] and files.load(folder / "best_quick.pth")["step"] == 5
+    # The best snapshot may be of later steps than those that a resume went back to.
+    earlier = SimpleNamespace(scores=[(1, 0.3), (2, 0.1)], highest=0.5, folder="run")
+    assert validation.QuickValidation.lost_patience(earlier, 1).endswith(
+        "than its mIoU of 30.00 %; the best snapshot is run/best_quick.pth, which has 50.00 %")
     with pytest.raises(UserError, match="--patience 2: expected --val-every with it, found none"):
         run(streets, tmp_path / "t", "--patience", "2")
 

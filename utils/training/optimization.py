@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..common.errors import UserError
+from ..common.messages import logger
 
 # State of each optimizer per parameter: "step" is a scalar tensor, the others have the shape of the parameter.
 OPTIMIZERS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
@@ -55,6 +56,10 @@ def make_optimizer(network: torch.nn.Module, *, kind: str = "sgd", learning_rate
     depths = [0] * len(backbone) if layer_decay is None else network.backbone.layers_to_head()
     groups = [{"params": [weight for weight, _ in layer], "lr": learning_rate * (layer_decay or 1.0) ** depth}
               for depth, layer in itertools.groupby(zip(backbone, depths, strict=True), lambda pair: pair[1])]
+    if layer_decay is not None:
+        rates = [group["lr"] for group in groups]
+        logger.info(f"--layer-decay {layer_decay:g}: learning rates of the backbone from {min(rates):.1e} to "
+                    f"{max(rates):.1e}")
     groups.append({"params": others, "lr": learning_rate * head_lr_factor})
     fused = True if backbone[0].is_cuda else None       # a few kernels for all weights
     if kind == "adamw":

@@ -378,11 +378,13 @@ def test_layer_decay_without_groups_of_timm_is_a_sentence():
         find_layers("timm:pit_ti_224")
 
 
-def test_a_run_with_layer_decay_resumes_to_the_bit(pair, tmp_path):
+def test_a_run_with_layer_decay_resumes_to_the_bit(pair, tmp_path, capsys):
     """And logs the rate of the last layer before its decay, that of --learning-rate."""
     words = ["--backbone", available("convnext_atto"), "--layer-decay", "0.6", "--optimizer", "adamw",
              "--learning-rate", "1e-3", "--schedule", "constant"]
     whole = files.load(start(pair, tmp_path / "run", *words, "--save-pred-every", "1", steps=2))
+    lowest, = {group["lr"] for group in whole["optimizer"]["param_groups"][:1]}
+    assert f"learning rates of the backbone from {lowest:.1e} to 6.0e-04" in capsys.readouterr().out and lowest < 1e-4
     rates = [json.loads(line)["lr"] for line in open(tmp_path / "run/metrics.jsonl")]
     assert rates == [1e-3, 1e-3] and len(whole["optimizer"]["param_groups"]) > 5
     (tmp_path / "run/CS_scenes_2.pth").unlink()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A demonstration on drawn streets, on any machine (about three minutes on two cores):
+# A demonstration on drawn streets, on any machine (two to twelve minutes on two cores):
 #
 #     ./run_local.sh [--gpu 0 ...]
 #

@@ -16,6 +16,7 @@ from utils.common.command import STOP_SIGNALS
 from utils.common.errors import UserError
 data, small = {data!r}, {small!r}
 globals().pop("__file__", None)     # some versions call standard input a file
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background ignores it
 
 def handlers():
     return [signal.getsignal(number) for number in STOP_SIGNALS]

@@ -222,7 +222,8 @@ def test_exported_weights_are_the_network(snapshot, tmp_path, capsys, precision)
     Image.fromarray(RGB).save(tmp_path / "a.png")
     evaluate.main(["--restore-from", str(target), "--images", str(tmp_path / "a.png"), "--gpu", "cpu", "--num-workers",
                    "0", "--amp", "off", "--scales", "1", "--no-flip", "--whole", "--save", "labels"])
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "model/acfnet_safetensors_images/labelIds/a.png")), actual.ids)
+    results = tmp_path / "model/acfnet_safetensors_images"
+    assert np.array_equal(np.asarray(Image.open(results / "labelIds/a.png")), actual.ids)
 
 
 def test_the_model_card(snapshot, streets, tmp_path):  # noqa: F811

@@ -418,8 +418,9 @@ def report_flags_without_effect(args, heads):
         ("ohem_thres", "ohem_keep"), "no loss uses OHEM (--ohem 1)")
     if args.schedule != "poly":
         unused["power"] = f"--schedule is {args.schedule}"
+    parser = get_parser()
     for name, reason in unused.items():
-        if getattr(args, name) != get_parser().get_default(name):
+        if getattr(args, name) != parser.get_default(name):
             logger.info(f"--{name.replace('_', '-')} has no effect: {reason}")
 
 

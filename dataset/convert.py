@@ -37,12 +37,12 @@ from utils.imaging.draw import save_png
 from utils.parallel.workers import do_jobs
 
 from .cityscapes import unique_names
-from .folders import check_folder, to_nfc
+from .folders import VALIDATION, check_folder, to_nfc
 from .labels import COLUMNS, ClassTable, distinct_color
 from .outlines import draw
 from .text import read_text
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "test": "test", **dict.fromkeys(VALIDATION, "val")}
 BACKGROUND, IGNORED = "background", "__ignore__"
 MAX_SHOWN = 3       # named files of each kind of problem
 
@@ -66,6 +66,11 @@ class Entry:
     split: str
     size: list
     shapes: list
+
+    @property
+    def name(self):
+        """Path of the image or, if only the annotation file contains it, of that file."""
+        return self.image or self.file
 
 
 def list_files(root):
@@ -197,9 +202,11 @@ def read_annotations(source, problems):
         read += [(entry, labels) for entry in new]
     entries, names = {}, {}
     for entry, _ in sorted(read, key=lambda item: not item[0].certain):     # a guess does not take another's image
-        entries.setdefault(entry.image or entry.file, entry)
+        entries.setdefault(entry.name, entry)
+    kept = []       # in the order of the files
     for entry, labels in read:
-        if entries[entry.image or entry.file] is entry:
+        if entries[entry.name] is entry:
+            kept.append(entry)
             names |= dict.fromkeys(labels)
         else:
             problems["left out: second annotation of an image"].append(f"{entry.image} in {entry.file}")
@@ -209,7 +216,7 @@ def read_annotations(source, problems):
                         f"{'; '.join(['', *format_problems(problems)])}")
     problems["left out: image without annotations"] += [path for paths in images.values() for path in paths
                                                         if path not in entries]
-    return [entry for entry, _ in read if entries[entry.image or entry.file] is entry], list(names)
+    return kept, list(names)
 
 
 def make_table(names, ignore_rest):
@@ -262,7 +269,7 @@ def convert_image(job):
         what it concerns)].
     """
     source, entry, image, label_map, ids, rest = job
-    name, problems = entry.image or entry.file, []
+    name, problems = entry.name, []
     image.parent.mkdir(parents=True, exist_ok=True)
     original = source / entry.image if entry.image else image
     if entry.image is None:
@@ -344,10 +351,10 @@ def convert(source, target, table=None, ignore_rest=False, workers=None):
     if splits[""] and len(splits[""]) < len(entries):
         raise UserError(f"{source}: expected all images in folders train, valid and test, or none, found "
                         f"{plural(len(splits['']), 'image')} elsewhere, such as "
-                        f"{splits[''][0].image or splits[''][0].file}")
+                        f"{splits[''][0].name}")
     jobs = []
     for split, members in splits.items():
-        stems = unique_names([entry.image or entry.file for entry in members])
+        stems = unique_names([entry.name for entry in members])
         split = split if len(members) < len(entries) else ""        # a single one needs no folder
         for entry, stem in zip(members, stems, strict=True):
             suffix = entry.image.suffix if entry.image else ".png"

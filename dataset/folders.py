@@ -32,6 +32,7 @@ OTHER_LAYOUTS = ("--images-dir DIR --labels-dir DIR read two folders of files of
                  "\"image label\" lines any other layout")
 MASK = "_mask"      # ending of label maps in the folder of their images
 DEFAULT_TABLE = "for folders and file names of Cityscapes its table, else inferred from the values of the label maps"
+VALIDATION = ("val", "valid", "validation")     # names of the folder of the split val
 DEFAULT_SPLITS = ("train", "val")       # defaults of --split and --val-split; the user has named any other split
 
 
@@ -108,7 +109,7 @@ def split_folder(root, split):
 
     None if there is no such folder.
     """
-    names = ("val", "valid", "validation") if split == "val" else (split,)
+    names = VALIDATION if split == "val" else (split,)
     return next((name for name in names if os.path.isdir(os.path.join(root[0], name))), None)
 
 

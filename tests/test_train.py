@@ -305,7 +305,7 @@ def test_patience_ends_the_run_and_survives_a_resume(streets, tmp_path, monkeypa
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_stop_does_not_wait_for_the_quick_validation(streets, tmp_path, monkeypatch, capsys, steps):
-    """On a CPU that may take many minutes, and who asked gives a job half a minute. It is made up for on resume."""
+    """On a CPU that may take many minutes, and supervisors give a job half a minute. It is made up for on resume."""
     scored = []
 
     def signalled(self, *image, predict=SlidingPredictor.predict):

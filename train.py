@@ -154,6 +154,9 @@ def add_network(parser):
                      "network: strided convolution or average pooling (default: that of --restore-from, else strided)")
     net.add_argument("--eca-kernels", type=flags.kernels, metavar="K,K,K,K", help="kernel sizes of ECA in stages 1 to "
                      "4 (default: those of --restore-from, else of the released ECANet)")
+    net.add_argument("--output-stride", type=int, choices=(8, 16), help="input size divided by the size of the logits; "
+                     "16 takes less time and memory, and misses small objects (default: that of --restore-from, else "
+                     "8, or its own for a network of timm that cannot have 8)")
     net.add_argument("--normalization", choices=NORMALIZATIONS, help="normalization of the input; rgb: ImageNet's mean "
                      "and standard deviation; bgr: Caffe's mean (default: that of --restore-from or of timm's weights, "
                      "else rgb)")
@@ -403,8 +406,7 @@ def resolve(args, root, devices, processes, begin):
                                       accumulate=args.accumulate, amp=amp, recompute=args.recompute),
         "channels_last": channels_last, "kernels": kernels,
         "backbone": network["backbone"], "loss_weights": {head: loss_weights[head] for head in heads},
-        "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(
-            network.get("backbone_arguments")))}
+        "input_size": fitting_size(args.input_size, "crops", find_backbone(network["backbone"]).grid(network))}
     return Options(
         root=root, data=flags.from_flags(DataOptions, values), learning=flags.from_flags(LearningOptions, values),
         machine=flags.from_flags(MachineOptions, values), results=flags.from_flags(ResultOptions, values),

@@ -24,7 +24,7 @@ class-weights classes clip-gradient compile cuda-graph data-dir data-list downsa
 head-lr-factor help
 images-dir input-size jitter keep kernels labels-dir learning-rate log log-every loss loss-weights
 model momentum no-channels-last norm normalization num-classes num-steps num-workers ohem ohem-keep ohem-thres opt-level
-optimizer
+optimizer output-stride
 panel-every
 parallel power pretrained random-mirror random-scale random-seed recompute restore-from resume sampling save-pred-every
 snapshot-dir split

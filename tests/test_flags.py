@@ -42,7 +42,7 @@ TRAIN = {
     "no-channels-last": (["--channels-last"], ""), "norm": "bn", "normalization": "bgr", "num-classes": "5",
     "num-steps": "9", "num-workers": "1", "ohem": "1",
     "ohem-keep": (["--ohem", "1"], "5"), "ohem-thres": (["--ohem", "1"], "0.5"), "optimizer": "adamw",
-    "panel-every": "3",
+    "output-stride": "16", "panel-every": "3",
     "power": "0.5", "pretrained": "", "random-mirror": "",
     "random-scale": "0.7,1.5", "random-seed": "5", "recompute": "full",
     "restore-from": "part.pth", "resume": (["--snapshot-dir", "full"], ""),

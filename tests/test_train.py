@@ -131,7 +131,7 @@ def test_resume_needs_no_weights_but_the_snapshot(streets, tmp_path, capsys):
     capsys.readouterr()
     resumed = run(streets, tmp_path / "s", "--resume", *words[:2], steps=2)
     shown = capsys.readouterr().out
-    assert "average downsampling; input BGR" in shown and "--restore-from is not read" in shown
+    assert "average downsampling, output stride 8; input BGR" in shown and "--restore-from is not read" in shown
     assert resumed["config"]["network"]["average_downsample"] and resumed["step"] == 2
     for more, message in ((["--normalization", "rgb"], "--resume .*: expected an input normalized by .*RGB"),
                           (["--downsample", "strided"], "--downsample strided: expected the value of .*CS_scenes_2")):

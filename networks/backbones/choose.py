@@ -5,7 +5,7 @@ from utils.common.errors import UserError
 from .names import BACKBONE, find_backbone
 
 
-def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca_kernels=None):
+def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca_kernels=None, output_stride=None):
     """Choose the arguments of `build_network` that describe the backbone.
 
     The values of flags take precedence; those that are None are taken from the weights, or else are the defaults. The
@@ -17,6 +17,7 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
         stem: a key of `STEMS`, or None.
         downsample: `strided`, `average`, or None.
         eca_kernels: kernel sizes of the channel attention in stages 1 to 4, or None.
+        output_stride: 8, 16, or None.
 
     Returns:
         dict of arguments of `build_network`.
@@ -30,4 +31,4 @@ def choose_backbone(weights=None, backbone=None, stem=None, downsample=None, eca
         network = find_backbone(backbone or structure.get("backbone", BACKBONE))
     except ValueError as error:
         raise UserError(f"{source}: {error}" if source else f"--{error}") from None
-    return network.choose_arguments(structure, flags, source)
+    return network.choose_arguments(structure, flags, source, output_stride)

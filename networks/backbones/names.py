@@ -3,6 +3,7 @@
 `find_backbone` returns a `ResidualNetwork` or a `TimmNetwork`; both have the same methods.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from torch import nn
 from libs.abn import NORMS
 from utils.common.errors import UserError
 from utils.ops.normalization import Normalization
-from utils.ops.upsampling import GRID
 
 from . import timm
 from .eca import ECA
@@ -93,9 +93,9 @@ class ResidualNetwork:
         """Input normalization of pretrained weights, unless their file implies another one."""
         return Normalization()
 
-    def grid(self, arguments=None):
-        """(step, rest): image sides of k · step + rest need no padding; arguments: the `backbone_arguments`."""
-        return GRID
+    def grid(self, arguments):
+        """(step, rest): image sides of k · step + rest need no padding; arguments: of `build_network`."""
+        return arguments.get("output_stride", 8), 1
 
     def head_channels(self, channels):
         """Return the numbers of channels of context and head, and of stage 3 as the auxiliary head counts them.
@@ -108,16 +108,17 @@ class ResidualNetwork:
         """
         return channels[-1] // 4, channels[-2]
 
-    def choose_arguments(self, structure, flags, source):
+    def choose_arguments(self, structure, flags, source, output_stride=None):
         """Choose the arguments of `build_network`: the values of flags, and for the others those of a file.
 
         Args:
             structure: `Weights.structure` of the file; empty without a file.
             flags: values of the flags "stem", "downsample" and "eca-kernels"; None for those that are not given.
             source: name of the file.
+            output_stride: 8 or 16, whatever the file has; None for that of the file.
 
         Returns:
-            dict of arguments of `build_network`.
+            dict of arguments of `build_network`; without `output_stride` if it is 8.
 
         Raises:
             UserError: if the file is of another network, or a flag contradicts it.
@@ -141,8 +142,10 @@ class ResidualNetwork:
             raise UserError(f"--eca-kernels: expected a --backbone with channel attention, found {self.name}")
         chosen = {name: defaults[name] if flags[name] is None else flags[name] for name in flags}
         kernels = chosen["eca-kernels"] or self.eca_kernels
+        stride = output_stride or structure.get("output_stride", 8)
         return {"backbone": self.name, "stem": chosen["stem"],
-                "average_downsample": chosen["downsample"] == "average", "eca_kernels": kernels and list(kernels)}
+                "average_downsample": chosen["downsample"] == "average", "eca_kernels": kernels and list(kernels),
+                **({"output_stride": stride} if stride != 8 else {})}
 
     def structure(self, arguments, state):
         """Return the `Weights.structure` of a network.
@@ -151,11 +154,13 @@ class ResidualNetwork:
             arguments: arguments of `build_network`.
             state: state dict of the backbone.
         """
-        return read_structure(state)
+        stride = {name: arguments[name] for name in ("output_stride",) if name in arguments}
+        return read_structure(state) | stride
 
     def describe(self, arguments):
         """Describe the network, apart from its name, in a few words; arguments: of `build_network`."""
-        return f"stem {arguments['stem']}, {'average' if arguments['average_downsample'] else 'strided'} downsampling"
+        return (f"stem {arguments['stem']}, {'average' if arguments['average_downsample'] else 'strided'} "
+                f"downsampling, output stride {arguments.get('output_stride', 8)}")
 
 
 @dataclass(frozen=True)
@@ -194,14 +199,14 @@ class TimmNetwork:
     def normalization(self):
         return timm.input_normalization(self.name)
 
-    def grid(self, arguments=None):
-        return find_plan(self.name, arguments).grid
+    def grid(self, arguments):
+        return find_plan(self.name, arguments["backbone_arguments"]).grid
 
     def head_channels(self, channels):
         """As for a ResNet-101: networks of timm have very different widths, which are no guide to the head's width."""
         return 512, 1024
 
-    def choose_arguments(self, structure, flags, source):
+    def choose_arguments(self, structure, flags, source, output_stride=None):
         if structure and structure["backbone"] != self.name:
             raise UserError(f"--backbone {self.name}: expected the backbone of {source}, found "
                             f"{structure['backbone']} there")
@@ -213,14 +218,21 @@ class TimmNetwork:
             plan = find_plan(self.name, structure.get("backbone_arguments"))
         except ValueError as error:
             raise UserError(f"--{error}") from None
+        if output_stride not in (None, plan.stride):
+            with contextlib.suppress(ValueError):       # for a network without this argument of timm
+                plan = find_plan(self.name, plan.arguments | {"output_stride": output_stride})
+            if plan.stride != output_stride:
+                raise UserError(f"--output-stride {output_stride}: expected a network that can have it, found "
+                                f"{self.name} with output stride {plan.stride} only")
         return {"backbone": self.name, "backbone_arguments": plan.arguments}
 
     def structure(self, arguments, state):
         return {"backbone": self.name, "backbone_arguments": arguments.get("backbone_arguments")}
 
     def describe(self, arguments):
-        stride = find_plan(self.name, arguments["backbone_arguments"]).stride
-        return f"output stride {stride}{', the only one it has' * (stride != 8)}"
+        plan = find_plan(self.name, arguments["backbone_arguments"])
+        only = "output_stride" not in plan.arguments and plan.stride != 8
+        return f"output stride {plan.stride}{', the only one it has' * only}"
 
 
 BACKBONE = "eca_resnet101"      # the default

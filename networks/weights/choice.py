@@ -29,6 +29,7 @@ class NetworkChoice:
     stem: str | None = None
     downsample: str | None = None
     eca_kernels: tuple | None = None
+    output_stride: int | None = None
     normalization: str | None = None
     recompute: str = "none"
     freeze: tuple = ()
@@ -94,4 +95,4 @@ class NetworkChoice:
 
     def _choose_backbone(self, weights):
         return choose_backbone(weights, self.backbone, stem=self.stem, downsample=self.downsample,
-                               eca_kernels=self.eca_kernels)
+                               eca_kernels=self.eca_kernels, output_stride=self.output_stride)

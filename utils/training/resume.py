@@ -19,6 +19,8 @@ SAME_RUN = ("model", "acf", "norm", "activation", "optimizer", "freeze", "ema", 
 MAY_CHANGE = ("learning_rate", "head_lr_factor", "layer_decay", "momentum", "weight_decay", "schedule", "power",
               "warmup_steps", "num_steps", "clip_gradient", "accumulate", "loss", "loss_weights", "class_weights",
               "ohem", "ohem_thres", "ohem_keep", "amp", "opt_level")
+# Values of the arguments of `build_network` that a snapshot may lack.
+ABSENT = {"ablations": [], "output_stride": 8}
 # Values of the flags that runs of earlier versions did not have.
 OLD_DEFAULTS = {"acf": False, "optimizer": "sgd", "freeze": [], "head_lr_factor": 1.0, "warmup_steps": 0,
                 "loss": "ce", "loss_weights": "fine=0.7,coarse=0.6,aux=0.4", "vertical_flip": False,
@@ -112,8 +114,8 @@ def check_same_run(path, before, now):
     Raises:
         UserError: if the snapshot is of another run.
     """
-    for name, value in now.network.items():
-        old_value = before.network.get(name, [] if name == "ablations" else None)
+    for name in before.network | now.network:
+        old_value, value = (config.network.get(name, ABSENT.get(name)) for config in (before, now))
         if name not in ("model", "acf", "norm", "activation", "num_classes") and old_value != value:
             raise UserError(f"--resume {path}: expected a network with {name} {value}, found {old_value}; use the same "
                             "flags to continue that run")

@@ -348,6 +348,25 @@ def test_flags_choose_as_the_file_says():
                                                        "backbone_arguments": {"output_stride": 8}}
 
 
+@pytest.mark.parametrize("name, stride, expected", [
+    ("resnet10t", 16, {"output_stride": 16}),
+    ("vit_tiny_patch16_224", 16, None),     # its only one
+])
+def test_the_output_stride_is_chosen_by_a_flag(name, stride, expected):
+    chosen = choose_backbone(None, f"timm:{name}", output_stride=stride)["backbone_arguments"]
+    assert chosen == (expected or choose_backbone(None, f"timm:{name}")["backbone_arguments"])
+    logits = build_network("acfnet_resnet", 5, f"timm:{name}", "bn", backbone_arguments=chosen).eval()(
+        torch.zeros(1, 3, 65, 97))["fine"]
+    assert logits.shape[2:] == (5, 7)
+
+
+@pytest.mark.parametrize("name, own", [("vit_tiny_patch16_224", 16), ("swin_tiny_patch4_window7_224", 32)])
+def test_a_network_without_the_output_stride_is_refused(name, own):
+    with pytest.raises(UserError, match=f"--output-stride 8: expected a network that can have it, found timm:{name} "
+                                        f"with output stride {own} only"):
+        choose_backbone(None, f"timm:{name}", output_stride=8)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224",
                                   "vit_small_patch16_dinov3"])
 def test_layer_decay_gives_each_parameter_the_rate_of_timm(name):

@@ -399,7 +399,8 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "s"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "w.pth"), "--normalization", "bgr"])
     shown = capsys.readouterr().out
-    assert "network: acfnet_resnet, eca_resnet18, stem 32-32-64, average downsampling; input BGR" in shown
+    assert "network: acfnet_resnet, eca_resnet18, stem 32-32-64, average downsampling, output stride 8; input BGR" in \
+        shown
     config = files.load(tmp_path / "s/CS_scenes_1.pth")["config"]
     assert config["network"]["eca_kernels"] == [5, 5, 5, 7] and config["network"]["average_downsample"]
     assert Normalization.from_config(config["normalization"]) == CAFFE
@@ -409,6 +410,19 @@ def test_training_follows_the_file(streets, tmp_path, capsys):
     train.main(["--data-dir", str(streets), "--snapshot-dir", str(tmp_path / "t"), *words, "--batch-size", "2",
                 "--num-steps", "1", "--restore-from", str(tmp_path / "s/CS_scenes_1.pth")])
     assert files.load(tmp_path / "t/CS_scenes_1.pth")["config"]["normalization"]["order"] == "BGR"
+
+
+def test_the_output_stride_goes_with_the_snapshot(streets, tmp_path, capsys):
+    run(streets, tmp_path / "a", "--output-stride", 16)
+    assert "output stride 16" in capsys.readouterr().out
+    first = tmp_path / "a/CS_scenes_1.pth"
+    for name, words, expected in (("b", (), {"output_stride": 16}), ("c", ("--output-stride", 8), {})):
+        run(streets, tmp_path / name, "--restore-from", first, *words)
+        network = files.load(tmp_path / name / "CS_scenes_1.pth")["config"]["network"]
+        assert {key: network[key] for key in network if key == "output_stride"} == expected
+    for name, stride, other in (("a", 8, 16), ("c", 16, 8)):
+        with pytest.raises(UserError, match=f"expected a network with output_stride {stride}, found {other}"):
+            run(streets, tmp_path / name, "--resume", "--output-stride", stride)
 
 
 @pytest.mark.parametrize("flags, message", [

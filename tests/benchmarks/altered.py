@@ -1,12 +1,15 @@
 """train.py and evaluate.py with an altered ACF module, for `tests.benchmarks.camvid`.
 
-    python -m tests.benchmarks.altered no_term|true_centers train|evaluate [words of that script]
+    python -m tests.benchmarks.altered ALTERATION train|evaluate [words of that script]
 
-no_term         the term of the class centers is zero: fine is a second plain classifier of F, all else equal
-true_centers    class centers come from the truth, as an upper bound; attention to them is as ever. Scale 1 only
+no_term             the term of the class centers is zero: fine is a second plain classifier of F, all else equal
+true_centers        class centers come from the truth, as an upper bound; attention to them is as ever. Scale 1 only
+detached_centers    the loss of fine reaches F and P not through the class centers; their convolution learns
+detached_p          the loss of fine does not reach P: the coarse classifier learns from its own loss alone
 """
 
 import sys
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -67,6 +70,27 @@ class TrueCentersNet(SegmentationNet):
         return super().forward(images[:, :3])
 
 
+class DetachedCentersModule(ACFModule):
+    """The ACF module, whose class centers pass no gradient to features and probabilities."""
+
+    def class_centers(self, features, coarse_logits):
+        return super().class_centers(features.detach(), coarse_logits.detach())
+
+
+class DetachedProbabilitiesModule(ACFModule):
+    """The ACF module, which passes no gradient to the probabilities."""
+
+    def forward(self, features, coarse_logits):
+        return super().forward(features, coarse_logits.detach())
+
+
+def with_module(kind, **shape):
+    """`build_network` with an ACF module of a class that has the weights of `ACFModule`."""
+    network = build_network(**shape)
+    network.head.acf.__class__ = kind
+    return network
+
+
 def with_true_centers(**shape):
     """`build_network`, with class centers from the truth."""
     network = build_network(**shape)
@@ -122,11 +146,16 @@ def panel_without_truth(engine, normalization, *, sample, **rest):
     return draw_panel(engine, normalization, sample=hide_truth(sample), **rest)
 
 
+ALTERATIONS = {"no_term": without_term, "true_centers": with_true_centers,
+               "detached_centers": partial(with_module, DetachedCentersModule),
+               "detached_p": partial(with_module, DetachedProbabilitiesModule)}
+
+
 def main(argv):
     how, script, *words = argv
     # `patch` raises AttributeError for a name that is no longer there, where plain assignment would alter nothing.
     for module in (train, predictor):
-        patch.object(module, "build_network", {"no_term": without_term, "true_centers": with_true_centers}[how]).start()
+        patch.object(module, "build_network", ALTERATIONS[how]).start()
     if how == "true_centers":
         patch.multiple(train, CityscapesDataset=WithTruth, make_engine=engine_with_truth,
                        draw_panel=panel_without_truth).start()

@@ -26,7 +26,6 @@ from utils.devices.select import select_devices
 from utils.imaging.classes import IGNORE_INDEX
 from utils.inference.sliding import window_starts
 from utils.metrics.iou import ConfusionMatrix
-from utils.ops.normalization import Normalization
 from utils.ops.probabilities import most_probable
 from utils.ops.upsampling import upsample
 from utils.runs import snapshots
@@ -46,11 +45,11 @@ def windows(item, size):
 
 
 @torch.inference_mode()
-def look(network, images, device, autocast):
+def look(network, images, autocast):
     """F (B, C, h, w), coarse logits (B, N, h, w), what the fine classifier makes of F alone (B, N, h, w), and M as a
-    function."""
-    pixels = Normalization()(images.to(device)).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    function; images (B, 3, H, W) are normalized."""
+    pixels = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
         features = network.context(network.backbone(pixels)[-1])
         coarse = network.head.coarse(features)
     features, coarse = features.float(), coarse.float()
@@ -68,16 +67,17 @@ def look(network, images, device, autocast):
 
 
 @torch.inference_mode()
-def measure(network, data, val, every, size, device, autocast):
+def measure(network, normalization, data, val, every, size, device, autocast):
     """Mean IoU by matrix, sizes of the parts of the logits, shares of pixels: three dicts of numbers."""
     items = [windows(data[index], size)[0] for index in range(0, len(data), 8)]
-    trained = torch.cat([look(network, images, device, autocast)[3]() for images in items])   # (windows, N, N)
+    trained = torch.cat([look(network, normalization(images.to(device)), autocast)[3]()
+                         for images in items])                                                 # (windows, N, N)
     mean = trained.mean(0, keepdim=True)
     matrices, squares, pixels = {}, {}, {"decide differently": 0, "coarse right": 0, "fine right": 0, "all": 0}
     for index in range(0, len(val), every):
         images, labels = windows(val[index], size)
         labels = labels.to(device)
-        features, coarse, alone, matrix = look(network, images, device, autocast)
+        features, coarse, alone, matrix = look(network, normalization(images.to(device)), autocast)
         own = matrix()
         truth = matrix(true_logits(labels, coarse.shape[1], coarse.shape[2:]))
         terms = {name: mix(m.expand(len(images), -1, -1), coarse) for name, m in (
@@ -127,8 +127,9 @@ def main(argv=None):
         raise UserError(f"{args.folder}: expected networks with ACF of tests.benchmarks.camvid, found none")
     actual = {}
     for model, path in progress(paths, "networks", "network", every=60):
-        network, _ = load_network(path, device)
-        actual.setdefault(model, []).append(measure(network, data, val, args.every, args.size, device, autocast))
+        network, config = load_network(path, device)
+        actual.setdefault(model, []).append(measure(network, config.normalization, data, val, args.every, args.size,
+                                                    device, autocast))
     titles = "mean IoU, %, with M from", "root mean square of", "pixels, %, where coarse and fine"
     for model, runs in actual.items():
         print(f"{model}, {len(runs)} networks, mean ± 95 %")

@@ -9,6 +9,7 @@ from PIL import Image
 import evaluate
 import train
 from dataset.labels import ClassTable
+from networks.acf import ACFModule
 from networks.backbones.names import build_backbone
 from networks.build import build_network
 from networks.predictor import load_network
@@ -17,6 +18,7 @@ from tests.benchmarks import camvid as comparison
 from tests.benchmarks.test_compare import fork_run
 from tests.conftest import randomize
 from utils.common.errors import UserError
+from utils.ops.normalization import Normalization
 
 
 def test_a_network_learns_from_real_photographs(camvid, tmp_path):
@@ -35,7 +37,7 @@ def test_a_network_learns_from_real_photographs(camvid, tmp_path):
     assert result["single_scale"]["class_iou"]["road"] > 0.3
 
 
-SPECIAL = ("acfnet_resnet, no term", "acfnet_resnet, true centers")
+SPECIAL = ("acfnet_resnet, no term", "acfnet_resnet, true centers", "acfnet_resnet, P detached")
 
 
 def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch, short_networks):
@@ -48,10 +50,10 @@ def test_the_comparison_goes_through(camvid, tmp_path, capsys, monkeypatch, shor
     for name, count in (("train.lst", 9), ("val.lst", 2)):
         (tmp_path / name).write_text("\n".join((camvid / name).read_text().splitlines()[:count]))
     torch.save(build_backbone("resnet18", "bn", "relu").state_dict(), tmp_path / "w.pth")
-    comparison.main([str(tmp_path), str(tmp_path / "w.pth"), "--steps", "1", "--seeds", "1", "--size", "97,97",
+    comparison.main([str(tmp_path), str(tmp_path / "w.pth"), "--steps", "1", "--seeds", "1", "--input-size", "97,97",
                      "--batch-size", "2", "--output-dir", str(tmp_path / "r"), "--variants", *SPECIAL])
     results = [json.loads((tmp_path / f"r/acfnet_resnet{end}_seed0/result/result.json").read_text())
-               for end in ("_no_term", "_true_centers")]
+               for end in ("_no_term", "_true_centers", "_P_detached")]
     assert all(0 < result["mean_iou"] < 1 and result["num_images"] == 2 for result in results)
     network, _ = load_network(tmp_path / "r/acfnet_resnet_no_term_seed0/CS_scenes_1.pth", torch.device("cpu"))
     assert not any(parameter.any() for parameter in network.head.acf.cab.parameters())
@@ -67,6 +69,34 @@ def test_every_variant_is_one_of_train_py(tmp_path):
         args = train.get_parser().parse_args(["--data-dir", "x", "--snapshot-dir", str(tmp_path), *variant.words])
         train.check(args, [torch.device("cpu")], ClassTable.read())
         assert name.startswith(args.model)
+
+
+@pytest.mark.parametrize("how", ["detached_centers", "detached_p"])
+def test_what_is_detached_passes_no_gradient_and_all_else_does(how):
+    """The written equation, with constants for what is detached."""
+    network = altered.ALTERATIONS[how](model="acfnet_resnet", num_classes=3, backbone="resnet18")
+    module, plain = network.head.acf.double(), ACFModule(128, 128).double()
+    plain.load_state_dict(module.state_dict())
+    features = torch.randn(2, 128, 5, 7, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+
+    def gradients(attended):
+        inputs = (features, logits, module.ccb.conv.weight, plain.ccb.conv.weight)
+        return torch.autograd.grad(attended.square().sum(), inputs, allow_unused=True)
+
+    actual = gradients(module(features, logits))
+    torch.testing.assert_close(module(features, logits), plain(features, logits))
+    if how == "detached_p":
+        expected = gradients(plain(features, logits.detach()))
+        assert actual[1] is None
+        torch.testing.assert_close(actual[0], expected[0])
+    else:
+        centers = plain.class_centers(features, logits)
+        expected = gradients(plain.cab(centers.detach(), logits))
+        assert actual[0] is None
+        torch.testing.assert_close(actual[1], expected[1])
+        expected = gradients(plain.cab(centers, logits.detach()))
+    torch.testing.assert_close(actual[2], expected[3])
 
 
 def test_true_centers_see_the_truth_and_only_that():
@@ -102,8 +132,9 @@ def test_the_term_by_its_matrix_is_the_networks():
     network = build_network("acfnet_resnet", 11, "resnet18", norm="bn", activation="relu").eval()
     randomize(network)
     images = torch.randint(0, 256, (2, 3, 33, 41), dtype=torch.uint8)
-    _, coarse, alone, matrix = contribution.look(network, images, torch.device("cpu"), None)
+    pixels = Normalization()(images)
+    _, coarse, alone, matrix = contribution.look(network, pixels, None)
     with torch.inference_mode():
-        outputs = network(contribution.Normalization()(images))
+        outputs = network(pixels)
     torch.testing.assert_close(alone + contribution.mix(matrix(), coarse), outputs["fine"], rtol=1e-3, atol=1e-3)
     assert (alone - outputs["fine"]).abs().max() > 0.1

@@ -108,7 +108,7 @@ class ResidualNetwork:
         """
         return channels[-1] // 4, channels[-2]
 
-    def choose_arguments(self, structure, flags, source, output_stride=None):
+    def choose_arguments(self, structure, flags, source, output_stride):
         """Choose the arguments of `build_network`: the values of flags, and for the others those of a file.
 
         Args:
@@ -154,8 +154,7 @@ class ResidualNetwork:
             arguments: arguments of `build_network`.
             state: state dict of the backbone.
         """
-        stride = {name: arguments[name] for name in ("output_stride",) if name in arguments}
-        return read_structure(state) | stride
+        return read_structure(state) | {"output_stride": arguments.get("output_stride", 8)}
 
     def describe(self, arguments):
         """Describe the network, apart from its name, in a few words; arguments: of `build_network`."""
@@ -206,7 +205,7 @@ class TimmNetwork:
         """As for a ResNet-101: networks of timm have very different widths, which are no guide to the head's width."""
         return 512, 1024
 
-    def choose_arguments(self, structure, flags, source, output_stride=None):
+    def choose_arguments(self, structure, flags, source, output_stride):
         if structure and structure["backbone"] != self.name:
             raise UserError(f"--backbone {self.name}: expected the backbone of {source}, found "
                             f"{structure['backbone']} there")

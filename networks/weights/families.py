@@ -41,7 +41,7 @@ class Weights:
         state: tensors by the names of this package, in which those of the backbone start with `backbone.`.
         norm: kind of norm for which the weights of norms are meant, `bn` or `inplace_abn`.
         structure: arguments of `build_network` that follow from the file: backbone; and stem, average_downsample and
-            eca_kernels, or backbone_arguments for a backbone of timm.
+            eca_kernels, with those of a snapshot output_stride, or backbone_arguments for a backbone of timm.
         normalization: `Normalization` of the input that the weights expect.
     """
 

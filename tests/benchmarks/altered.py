@@ -93,9 +93,7 @@ def with_module(kind, **shape):
 
 def with_true_centers(**shape):
     """`build_network`, with class centers from the truth."""
-    network = build_network(**shape)
-    convolution = network.head.acf.ccb.conv
-    network.head.acf = TrueCentersModule(convolution.in_channels, convolution.out_channels)
+    network = with_module(TrueCentersModule, **shape)
     return TrueCentersNet(network.backbone, network.context, network.head, network.aux)
 
 

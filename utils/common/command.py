@@ -202,16 +202,3 @@ class StopRequest:
                 os.write(2, b"\nstopping after this step; repeat to stop at once\n")
         elif time.monotonic() - self.received >= self.debounce:
             raise Interrupted(number)
-
-
-def leave_signals_to_the_parent(worker):
-    """Make a worker process of a DataLoader ignore the signals that ask a run to stop.
-
-    Terminals and supervisors send them to workers too, but the parent needs their samples to finish its step. SIGTERM,
-    with which the parent may end them itself, takes effect after 30 seconds.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 30.0))

@@ -3,6 +3,7 @@
 import concurrent.futures.thread
 import contextlib
 import io
+import multiprocessing
 import signal
 import traceback
 
@@ -10,13 +11,16 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from ..common.command import leave_signals_to_the_parent
+from ..common.command import STOP_SIGNALS
 from ..common.errors import UserError, first_line
 from ..common.limits import MORE_SHARED_MEMORY, available_cores, shared_memory
 from ..common.progress import progress
 from .processes import share_items
 
 MOST_WORKERS = 32       # largest default: each worker needs memory, and disks hardly serve more
+
+# PyTorch's handler of these raises an error if a worker has ended.
+CHILD_SIGNALS = [signal.SIGCHLD] if hasattr(signal, "SIGCHLD") else []      # Windows has none
 
 
 class Loader(DataLoader):
@@ -38,17 +42,36 @@ class Loader(DataLoader):
                          collate_fn=collate, worker_init_fn=init_worker, generator=torch.Generator(), **options)
 
     def __iter__(self):
+        others = multiprocessing.active_children()
         try:
-            return _end_workers_on_error(super().__iter__())
+            with _blocked(STOP_SIGNALS):        # a forked worker has this process's handlers until `init_worker`
+                iterator = super().__iter__()
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "start new thread" not in str(error):
                 raise
-            # PyTorch's iterator is incomplete, and prints an error when it is deleted.
-            with contextlib.redirect_stderr(io.StringIO()):
+            # PyTorch would wait up to 30 seconds for each worker that was started, and its handler of SIGCHLD raises an
+            # error. Its iterator is incomplete, and prints an error when it is deleted.
+            with _blocked(CHILD_SIGNALS), contextlib.redirect_stderr(io.StringIO()):
+                for worker in set(multiprocessing.active_children()).difference(others):
+                    worker.kill()
                 traceback.clear_frames(error.__traceback__)
             memory = shared_memory()
             raise UserError(f"--num-workers {self.num_workers}: expected to start this many worker processes, "
                             f"found: {first_line(error)}{memory and f' ({memory})'}; {MORE_SHARED_MEMORY}") from None
+        return _end_workers_on_error(iterator)
+
+
+@contextlib.contextmanager
+def _blocked(signals):
+    """Let signals wait until the context ends, and in processes that are forked in it until they unblock them."""
+    if not hasattr(signal, "pthread_sigmask"):      # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_workers_on_error(iterator):
@@ -118,12 +141,27 @@ def _tensors(item):
 
 def init_worker(worker):
     """Initialize a worker process of a `Loader`: the parent handles signals, and OpenCV uses no threads."""
-    leave_signals_to_the_parent(worker)
+    _leave_signals_to_the_parent()
     # A worker started in a thread of an executor (asyncio.to_thread) would fail at its end, when it joins that thread.
     concurrent.futures.thread._threads_queues.clear()
     if hasattr(signal, "SIGBUS"):       # sent without shared memory; the parent reports it, not PyTorch's handler here
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
     disable_opencv_threads()
+
+
+def _leave_signals_to_the_parent():
+    """Ignore the signals that ask a run to stop.
+
+    Terminals and supervisors send them to workers too, but the parent needs their samples to finish its step. SIGTERM,
+    with which the parent may end them itself, takes effect after 30 seconds.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 30.0))
+    if hasattr(signal, "pthread_sigmask"):      # blocked since the fork
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def disable_opencv_threads():

@@ -14,7 +14,7 @@ from utils.common.limits import cgroup_cpu_limit
 
 # Ends as a command does; a worker that holds a sample of 2.5 MB, or cannot be started, or is killed.
 PROGRAM = """
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, time
 import torch
 from utils.common import command
 from utils.common.progress import progress
@@ -48,6 +48,9 @@ def load(what):
         return Loader(Jobs(sample, range(9)), 3, workers=0)
     if what == "fork":
         os.fork = fork_once
+        os.register_at_fork(after_in_child=lambda: time.sleep(1))       # so that it is ended before it is ready
+    if what == "signals":       # to the whole process group, as soon as a worker exists
+        os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), number) for number in command.STOP_SIGNALS])
     return do_jobs(die if what == "die" else len, ["a"] * 9, 2)
 
 
@@ -82,6 +85,11 @@ def test_workers_that_cannot_go_on_are_a_sentence(mount, what, output):
         output = ("a process that reads samples died", "/dev/shm with ")
     missing = [words for words in (*output, "--shm-size", "--ipc=host", "--num-workers 0") if words not in error]
     assert missing == [], error
+
+
+def test_a_worker_leaves_signals_to_its_parent_from_its_first_moment():
+    status, out, error = finish(fork("-c", PROGRAM, "signals"))
+    assert (status, error) == (0, "") and out.endswith("\n9\n")
 
 
 @pytest.mark.parametrize("mount", ["size=1m", "ro"])

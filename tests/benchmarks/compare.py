@@ -1,4 +1,4 @@
-"""Models trained alike: scores, differences and costs in one table.
+r"""Models trained alike: scores, differences and costs in one table.
 
     python -m tests.benchmarks.compare DATA --models fcn,deeplabv3,ccnet,ccnet+acf,acfnet --seeds 3 --steps 3000 \
         [--data-list DATA/train.lst --val-list DATA/val.lst --classes DATA/classes.csv] [any flag of train.py]

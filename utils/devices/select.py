@@ -113,7 +113,7 @@ def prepare_device(device, channels_last, amp):
     if channels_last is None:
         channels_last = on_gpu
         logger.info("--channels-last: the default on a GPU, whose convolutions are optimized for it" if on_gpu else
-                    "--no-channels-last: the default on a CPU, where it makes no difference")
+                    "--no-channels-last: the default on a CPU, where neither is faster for every network")
     if on_gpu:
         torch.cuda.set_device(device)               # also used by the thread that pins memory
         torch.backends.cudnn.benchmark = True       # all crops have the same size
